@@ -1,0 +1,65 @@
+// What the CPU bindings share: element types, checks that protect memory, and threads. Only torch's stable headers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <optional>
+
+#include "cpu/dtype.h"
+
+namespace subquad::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+inline void check_contiguous(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+/// Distance between thresholds of neighbouring neurons: 0 for a single one.
+inline int64_t threshold_stride(const Tensor& threshold, int64_t neurons) {
+  STD_TORCH_CHECK(threshold.scalar_type() == ScalarType::Float, "threshold: expected float32");
+  STD_TORCH_CHECK(threshold.dim() == 1 && (threshold.size(0) == 1 || threshold.size(0) == neurons),
+                  "threshold: expected shape [1] or [", neurons, "]");
+  return threshold.size(0) == 1 ? 0 : threshold.stride(0);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
+}
+
+/// body(i) for i in [0, n), each exactly once, taken in turn by torch's threads; on one thread when the work is small.
+template <class Body>
+void parallel_items(int64_t n, bool small, const Body& body) {
+  const int64_t workers = small ? 1 : std::min<int64_t>(n, torch::stable::get_num_threads());
+  if (workers <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) body(i);
+  });
+}
+
+}  // namespace subquad::cpu

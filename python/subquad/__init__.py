@@ -1,0 +1,49 @@
+"""subquad: kernels for efficient attention variants, as torch ops and drop-in modules.
+
+>>> import torch, subquad
+>>> y = subquad.cats_mlp(torch.randn(1, 64), *(torch.randn(128, 64) for _ in range(2)), torch.randn(64, 128), 0.1)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._backends import SubquadWarning, backends, use_backend
+from .ops.cats_activation import cats_activation
+from .ops.cats_mlp import cats_mlp
+
+if TYPE_CHECKING:
+    from . import integrations as integrations
+    from . import nn as nn
+    from .calibration import CatsCalibrator, sparsity_report, track_sparsity
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CatsCalibrator": "subquad.calibration",
+    "sparsity_report": "subquad.calibration",
+    "track_sparsity": "subquad.calibration",
+}
+_LAZY_MODULES = ("integrations", "kernels", "nn", "ops", "reference", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return import_module(f"subquad.{name}")
+    raise AttributeError(f"module 'subquad' has no attribute {name!r}")
+
+
+__all__ = [
+    "CatsCalibrator",
+    "SubquadWarning",
+    "__version__",
+    "backends",
+    "cats_activation",
+    "cats_mlp",
+    "sparsity_report",
+    "track_sparsity",
+    "use_backend",
+]

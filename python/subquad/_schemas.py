@@ -1,0 +1,87 @@
+"""The contract of every op: one schema, three namespaces, one fake.
+
+`subquad::<op>` is implemented in C++ (CPU and CUDA), `subquad_triton::<op>` by Triton launchers, `subquad_simt::<op>` by the
+CUDA sources running in the host emulator. All are defined here, at import, from the same string, so that schemas and fakes
+exist whether or not a native library is present; a library only adds implementations when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+NAMESPACES = {"native": "subquad", "triton": "subquad_triton", "simt": "subquad_simt"}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: the stem names its files, `args` its schema, `fake` its output metadata."""
+
+    stem: str
+    args: str
+    fake: Callable[..., Any]
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+_CATS_MLP = (
+    "Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor threshold, Tensor? b_gate, Tensor? b_up, Tensor? b_down, "
+    "int activation, bool inclusive, bool union_mask"
+)
+_THRESHOLD = "Tensor threshold, int activation, bool inclusive"
+
+OPS: dict[str, Op] = {
+    "cats_mlp_fwd": Op("cats_mlp", f"({_CATS_MLP}) -> Tensor", lambda x, *_: _like(x)),
+    "cats_activation_fwd": Op("cats_activation", f"(Tensor z, {_THRESHOLD}) -> Tensor", lambda z, *_: _like(z)),
+    "cats_activation_bwd": Op(
+        "cats_activation",
+        f"(Tensor grad_a, Tensor z, {_THRESHOLD}, bool straight_through) -> Tensor",
+        lambda grad_a, z, *_: _like(z),
+    ),
+    "cats_glu_fwd": Op("cats_activation", f"(Tensor z, Tensor u, {_THRESHOLD}) -> Tensor", lambda z, u, *_: _like(u)),
+    "cats_glu_bwd": Op(
+        "cats_activation",
+        f"(Tensor grad_h, Tensor z, Tensor u, {_THRESHOLD}, bool straight_through) -> (Tensor, Tensor)",
+        lambda grad_h, z, u, *_: (_like(z), _like(u)),
+    ),
+}
+STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))
+
+
+def _triton_impl(name: str, stem: str) -> Callable[..., Any]:
+    """The launcher of the same name, imported at its first call: importing subquad must not import triton."""
+    launcher: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal launcher
+        if launcher is None:
+            launcher = getattr(import_module(f"subquad.kernels.{stem}"), name)
+        return launcher(*args)
+
+    return call
+
+
+def _define() -> tuple[dict[str, dict[str, Any]], list[torch.library.Library]]:
+    handles: dict[str, dict[str, Any]] = {backend: {} for backend in NAMESPACES}
+    libraries = []
+    for backend, namespace in NAMESPACES.items():
+        library = torch.library.Library(namespace, "DEF")
+        libraries.append(library)
+        for name, op in OPS.items():
+            library.define(name + op.args, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{namespace}::{name}", op.fake, lib=library)
+            if backend == "triton":
+                for key in ("CPU", "CUDA"):
+                    library.impl(name, _triton_impl(name, op.stem), key)
+            handles[backend][name] = getattr(getattr(torch.ops, namespace), name).default
+    return handles, libraries
+
+
+# HANDLES[backend][op] is the overload to call; the libraries are kept because definitions die with them.
+HANDLES, _LIBRARIES = _define()

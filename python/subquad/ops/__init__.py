@@ -1,0 +1,1 @@
+"""Public functions: validate, choose a backend, call one operator, differentiate."""

@@ -1,0 +1,81 @@
+"""Argument checks shared by the ops. Every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import _env
+from ..reference.cats_activation import ACTIVATIONS
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEBUG = _env.read().debug
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> int:
+    """Position of `value` among `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return allowed.index(value)
+
+
+def activation_code(name: str) -> int:
+    """The number the kernels know an activation by."""
+    return choice("activation", name, ACTIVATIONS)
+
+
+def tensor(name: str, value: object) -> None:
+    """`value` is a tensor of a floating dtype the package knows."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def like(name: str, value: torch.Tensor, shape: tuple[int, ...], of: torch.Tensor, of_name: str) -> None:
+    """`value` has this shape and the dtype and device of `of`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+    if value.dtype is not of.dtype:
+        raise TypeError(f"{name}: expected {of.dtype} as {of_name} has, got {value.dtype}")
+    if value.device != of.device:
+        raise ValueError(f"{name}: expected device {of.device} as {of_name} has, got {value.device}")
+
+
+def threshold(value: float | torch.Tensor, channels: int, device: torch.device) -> torch.Tensor:
+    """A float, 0-d, [1] or [channels] float32 tensor, as a 1-D float32 tensor on `device`.
+
+    NaN is refused: it would silently make every neuron active. On a GPU that check would wait for the device, so it runs there
+    only under SUBQUAD_DEBUG=1.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.dtype is not torch.float32:
+            raise TypeError(f"threshold: expected float32, got {value.dtype}")
+        if value.device != device:
+            raise ValueError(f"threshold: expected device {device} as the input has, got {value.device}")
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, channels)):
+            raise ValueError(f"threshold: expected shape [], [1] or [{channels}], got {list(value.shape)}")
+        if not torch.compiler.is_compiling() and (value.device.type == "cpu" or _DEBUG) and _has_nan(value):
+            raise ValueError("threshold: expected numbers, got NaN")
+        value = value.detach()
+        return value.reshape(1) if value.dim() == 0 else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"threshold: expected a float or a float32 tensor, got {type(value).__name__}")
+    if math.isnan(value):
+        raise ValueError("threshold: expected a number, got NaN")
+    return torch.full((1,), value, dtype=torch.float32, device=device)
+
+
+def _has_nan(value: torch.Tensor) -> bool:
+    if value.device.type == "meta" or torch._C._are_functorch_transforms_active():
+        return False
+    return math.isnan(value.item()) if value.numel() == 1 else bool(torch.isnan(value).any())
+
+
+def not_double(name: str, value: torch.Tensor, backend: str) -> None:
+    """float64 exists for the reference alone."""
+    if value.dtype is torch.float64:
+        raise TypeError(f"{name}: backend {backend!r} expected float32, bfloat16 or float16, got float64")
