@@ -14,14 +14,14 @@ struct CatsActivationKernels {
   void (*backward)(const CatsActivationParams&, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-CatsActivationKernels cats_activation_kernels(DType z, DType u);
-}
-namespace v3 {
-CatsActivationKernels cats_activation_kernels(DType z, DType u);
-}
-namespace v4 {
-CatsActivationKernels cats_activation_kernels(DType z, DType u);
-}
+#define SQ_DECLARE(isa)                                       \
+  namespace isa {                                             \
+  CatsActivationKernels cats_activation_kernels(DType z, DType u); \
+  }
+SQ_DECLARE(baseline)
+SQ_DECLARE(v3)
+SQ_DECLARE(v4)
+SQ_DECLARE(v4_bf16)
+#undef SQ_DECLARE
 
 }  // namespace subquad::cpu

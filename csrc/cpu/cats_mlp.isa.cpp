@@ -2,92 +2,18 @@
 #include "cpu/cats_mlp.h"
 
 #include "common/cats_math.h"
-#include "cpu/dot.h"
+#include "cpu/cats_mlp_dense.h"
+#include "cpu/products.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
-constexpr int kRows = 4;                               // weight rows in flight: enough streams to reach memory bandwidth
-constexpr int kTokens = Vec::kLanes == 16 ? 4 : 2;     // tokens per tile of the dense products; bounded by registers
-constexpr int kMaxTokens = static_cast<int>(kCatsMaxTokens);
-constexpr int kGroup = 16;                             // neurons per round of the batched path: their rows stay in L2
-constexpr int kRound = 512;                            // neurons per round of the single-token path: bounds its lists
-
-/// Elements of the hidden dimension per pass: the tokens' slices of that length share L1 with the weights.
-int64_t slice_length(int64_t tokens, int64_t n) {
-  if (tokens == 1) return n;
-  return tokens <= 2 ? 2048 : tokens <= 4 ? 1024 : tokens <= 8 ? 512 : 256;
-}
-
-template <class W>
-const W* row(const void* base, int64_t index, int64_t ld) {
-  return static_cast<const W*>(base) + index * ld;
-}
-
-template <class W>
-float bias(const void* b, int64_t index) {
-  return b == nullptr ? 0.0f : to_float(static_cast<const W*>(b)[index]);
-}
-
-/// out[r * kMaxTokens + t] += rows[r] . x[t] over [0, n), for `count` rows and all tokens. next[r]: fetched meanwhile.
-template <class W, int R>
-void dots_of_rows(const W* const* rows, const W* const* next, const float* x, int64_t ldx, int tokens, int64_t n, Vec* acc) {
-  const float* at[kTokens];
-  int t = 0;
-  for (; t + kTokens <= tokens; t += kTokens) {
-    for (int j = 0; j < kTokens; ++j) at[j] = x + (t + j) * ldx;
-    if (t == 0) {
-      dot_tile<W, R, kTokens, true>(rows, next, at, n, acc, kMaxTokens);
-    } else {
-      dot_tile<W, R, kTokens, false>(rows, next, at, n, acc + t, kMaxTokens);
-    }
-  }
-  for (; t < tokens; ++t) {
-    at[0] = x + t * ldx;
-    if (t == 0) {
-      dot_tile<W, R, 1, true>(rows, next, at, n, acc, kMaxTokens);
-    } else {
-      dot_tile<W, R, 1, false>(rows, next, at, n, acc + t, kMaxTokens);
-    }
-  }
-}
-
-/// out[r * kMaxTokens + t] = base[r-th row] . x[t] for up to kGroup consecutive rows and all tokens.
-template <class W>
-void dense_products(const W* base, int64_t ld, int count, int following, const float* x, int64_t ldx, int tokens, int64_t n,
-                    float* out) {
-  Vec acc[kGroup * kMaxTokens];
-  for (int r = 0; r < count; ++r)
-    for (int t = 0; t < tokens; ++t) acc[r * kMaxTokens + t] = vec_zero();
-  const int64_t slice = slice_length(tokens, n);
-  for (int64_t k = 0; k < n; k += slice) {
-    const int64_t length = n - k < slice ? n - k : slice;
-    const bool last = k + length == n;
-    for (int r = 0; r < count;) {
-      const int here = count - r >= kRows ? kRows : 1;
-      const W *rows[kRows], *next[kRows];
-      for (int j = 0; j < here; ++j) {
-        rows[j] = base + (r + j) * ld + k;
-        const int ahead = r + j + here < count + following ? r + j + here : r + j;
-        next[j] = tokens == 1 ? base + ahead * ld : last ? base + (r + j + (following >= count ? count : 0)) * ld : rows[j] + slice;
-      }
-      Vec* sums = acc + r * kMaxTokens;
-      if (here == kRows) {
-        dots_of_rows<W, kRows>(rows, next, x + k, ldx, tokens, length, sums);
-      } else {
-        dots_of_rows<W, 1>(rows, next, x + k, ldx, tokens, length, sums);
-      }
-      r += here;
-    }
-  }
-  for (int r = 0; r < count; ++r)
-    for (int t = 0; t < tokens; ++t) out[r * kMaxTokens + t] = vec_sum(acc[r * kMaxTokens + t]);
-}
+constexpr int kRound = 512;  // neurons per round of the single-token path: bounds its lists
 
 /// Records h of one active neuron for the row-major down pass.
 template <class W>
 void keep(const CatsMlpScratch& s, const CatsMlpParams& p, int64_t token, int64_t neuron, float h) {
-  s.h[token * s.neurons + packed_index<W>(neuron)] = h;
+  static_cast<float*>(s.h)[token * s.ld_neurons + packed_index<W>(neuron)] = h;
   s.alive[token * p.intermediate + neuron] = 1;
 }
 
@@ -102,12 +28,12 @@ void single_up_down(const CatsMlpParams& p, const CatsMlpScratch& s, const int64
     next[r] = row<W>(p.w_up, index[r + R < left ? r + R : r], p.ld_up);
     acc[r] = vec_zero();
   }
-  const float* x = s.x;
+  const auto* x = row<typename Input<W>::Type>(s.x, 0, 0);
   dot_tile<W, R, 1, true>(up, down, &x, p.hidden, acc, 1);
   float h[R];
   for (int r = 0; r < R; ++r) h[r] = activation[r] * (vec_sum(acc[r]) + bias<W>(p.b_up, index[r]));
   if (p.neuron_major) {
-    axpy_rows<W, R, true>(down, next, h, y, p.hidden);
+    axpy_rows<W, R>(down, next, h, y, p.hidden);
   } else {
     for (int r = 0; r < R; ++r) keep<W>(s, p, 0, index[r], h[r]);
   }
@@ -123,7 +49,8 @@ void single_token(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin
     for (int64_t i = base; i < stop; i += kGroup) {
       const int count = static_cast<int>(stop - i < kGroup ? stop - i : kGroup);
       const int following = static_cast<int>(stop - i - count < kGroup ? stop - i - count : kGroup);
-      dense_products(row<W>(p.w_gate, i, p.ld_gate), p.ld_gate, count, following, s.x, s.hidden, 1, p.hidden, z);
+      dense_products(row<W>(p.w_gate, i, p.ld_gate), p.ld_gate, count, following,
+                     row<typename Input<W>::Type>(s.x, 0, 0), s.ld_hidden, 1, p.hidden, z);
       for (int r = 0; r < count; ++r) {
         const float a = activate(p.activation, z[r * kMaxTokens] + bias<W>(p.b_gate, i + r));
         if (!is_active(a, p.threshold[(i + r) * p.threshold_stride], p.inclusive)) continue;
@@ -171,30 +98,30 @@ void collect(const CatsMlpParams& p, int64_t first, int count, const float* z, R
   }
 }
 
+/// Elements of the hidden dimension per pass over the rows of a round: the tokens' slices of that length stay in L1.
+int64_t slice_length(int64_t tokens) { return tokens <= 2 ? 2048 : tokens <= 4 ? 1024 : tokens <= 8 ? 512 : 256; }
+
 template <class W>
 void batch_up(const CatsMlpParams& p, const CatsMlpScratch& s, Round& round) {
+  using X = typename Input<W>::Type;
   Vec acc[kGroup * kMaxTokens];
   for (Vec& a : acc) a = vec_zero();
-  const int64_t slice = slice_length(p.tokens, p.hidden);
+  const int64_t slice = slice_length(p.tokens);
   for (int64_t k = 0; k < p.hidden; k += slice) {
     const int64_t length = p.hidden - k < slice ? p.hidden - k : slice;
     for (int r = 0; r < round.rows; ++r) {
       const W* up = row<W>(p.w_up, round.neuron[r], p.ld_up) + k;
       const W* next = k + length < p.hidden ? up + slice : p.neuron_major ? row<W>(p.w_down, round.neuron[r], p.ld_down) : up;
-      const float* x[4];
+      const X* x[kWide];
       const int wanting = round.wanting[r];
       for (int j = 0; j < wanting;) {
-        const int here = wanting - j >= 4 ? 4 : 1;
-        for (int t = 0; t < here; ++t) x[t] = s.x + round.token[r][j + t] * s.hidden + k;
+        const int here = wanting - j >= kWide ? kWide : 1;
+        for (int t = 0; t < here; ++t) x[t] = row<X>(s.x, round.token[r][j + t], s.ld_hidden) + k;
         Vec* sums = acc + r * kMaxTokens + j;
-        if (here == 4 && j == 0) {
-          dot_tile<W, 1, 4, true>(&up, &next, x, length, sums, 0);
-        } else if (here == 4) {
-          dot_tile<W, 1, 4, false>(&up, &next, x, length, sums, 0);
-        } else if (j == 0) {
-          dot_tile<W, 1, 1, true>(&up, &next, x, length, sums, 0);
+        if (here == kWide) {
+          dot_tile<W, 1, kWide, true>(&up, &next, x, length, sums, 0);
         } else {
-          dot_tile<W, 1, 1, false>(&up, &next, x, length, sums, 0);
+          dot_tile<W, 1, 1, true>(&up, &next, x, length, sums, 0);
         }
         j += here;
       }
@@ -209,12 +136,13 @@ void batch_up(const CatsMlpParams& p, const CatsMlpScratch& s, Round& round) {
   }
 }
 
+/// partial[t] += h[t] * down rows, slice by slice: the rows are widened once into L1 and then added for every token.
 template <class W>
 void batch_down(const CatsMlpParams& p, const CatsMlpScratch& s, const Round& round, float* partial) {
+  constexpr int64_t kTile = 256;
   const int tokens = static_cast<int>(p.tokens);
-  int rows_of[kMaxTokens], wanted[kMaxTokens][kGroup];
-  float factor[kMaxTokens][kGroup];
-  for (int t = 0; t < tokens; ++t) rows_of[t] = 0;
+  int rows_of[kMaxTokens] = {}, wanted[kMaxTokens][kGroup];
+  float factor[kMaxTokens][kGroup], tile[kGroup * kTile];
   for (int r = 0; r < round.rows; ++r) {
     for (int j = 0; j < round.wanting[r]; ++j) {
       const int t = round.token[r][j];
@@ -222,25 +150,21 @@ void batch_down(const CatsMlpParams& p, const CatsMlpScratch& s, const Round& ro
       factor[t][rows_of[t]++] = round.h[r][t];
     }
   }
-  const int64_t slice = slice_length(p.tokens, p.hidden);
-  for (int64_t k = 0; k < p.hidden; k += slice) {
-    const int64_t length = p.hidden - k < slice ? p.hidden - k : slice;
-    const int64_t ahead = p.hidden - k - length < slice ? p.hidden - k - length : slice;
+  for (int64_t k = 0; k < p.hidden; k += kTile) {
+    const int64_t length = p.hidden - k < kTile ? p.hidden - k : kTile;
+    for (int r = 0; r < round.rows; ++r) {
+      const W* down = row<W>(p.w_down, round.neuron[r], p.ld_down) + k;
+      widen_row(down, length, tile + r * kTile);
+      for (int64_t i = 0; i < length; i += kBlock) prefetch_block(down + kTile, i);
+    }
     for (int t = 0; t < tokens; ++t) {
-      for (int r = t; r < round.rows; r += tokens) {  // spread over the tokens, so that fetches overlap arithmetic
-        const char* from = reinterpret_cast<const char*>(row<W>(p.w_down, round.neuron[r], p.ld_down) + k + length);
-        for (int64_t byte = 0; byte < ahead * static_cast<int64_t>(sizeof(W)); byte += 64) prefetch(from + byte);
-      }
-      float* y = partial + t * s.hidden + k;
-      const W* down[kRows];
+      float* y = partial + t * s.ld_hidden + k;
+      const float* rows[kRows];
       for (int j = 0; j < rows_of[t];) {
         const int here = rows_of[t] - j >= kRows ? kRows : 1;
-        for (int r = 0; r < here; ++r) down[r] = row<W>(p.w_down, round.neuron[wanted[t][j + r]], p.ld_down) + k;
-        if (here == kRows) {
-          axpy_rows<W, kRows, false>(down, down, factor[t] + j, y, length);
-        } else {
-          axpy_rows<W, 1, false>(down, down, factor[t] + j, y, length);
-        }
+        for (int r = 0; r < here; ++r) rows[r] = tile + wanted[t][j + r] * kTile;
+        const int64_t n = round_up(length, kBlock);
+        here == kRows ? axpy_rows<float, kRows>(rows, rows, factor[t] + j, y, n) : axpy_rows<float, 1>(rows, rows, factor[t] + j, y, n);
         j += here;
       }
     }
@@ -254,8 +178,8 @@ void batch_tokens(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin
   for (int64_t i = begin; i < end; i += kGroup) {
     const int count = static_cast<int>(end - i < kGroup ? end - i : kGroup);
     const int following = static_cast<int>(end - i - count < kGroup ? end - i - count : kGroup);
-    dense_products(row<W>(p.w_gate, i, p.ld_gate), p.ld_gate, count, following, s.x, s.hidden, static_cast<int>(p.tokens),
-                   p.hidden, z);
+    dense_products(row<W>(p.w_gate, i, p.ld_gate), p.ld_gate, count, following,
+                   row<typename Input<W>::Type>(s.x, 0, 0), s.ld_hidden, static_cast<int>(p.tokens), p.hidden, z);
     collect<W>(p, i, count, z, round);
     batch_up<W>(p, s, round);
     if (p.neuron_major) {
@@ -272,16 +196,20 @@ void batch_tokens(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin
 
 template <class W>
 void pack(const CatsMlpParams& p, const CatsMlpScratch& s) {
+  using X = typename Input<W>::Type;
+  const bool as_is = sizeof(X) == sizeof(W);
   for (int64_t t = 0; t < p.tokens; ++t) {
-    float* out = s.x + t * s.hidden;
+    X* out = static_cast<X*>(s.x) + t * s.ld_hidden;
     const W* in = row<W>(p.x, t, p.hidden);
-    std::memset(out + p.hidden / kBlock * kBlock, 0, static_cast<size_t>(s.hidden - p.hidden / kBlock * kBlock) * sizeof(float));
-    for (int64_t i = 0; i < p.hidden; ++i) out[packed_index<W>(i)] = to_float(in[i]);
+    const int64_t whole = p.hidden / kBlock * kBlock;
+    std::memset(out + whole, 0, static_cast<size_t>(s.ld_hidden - whole) * sizeof(X));
+    for (int64_t i = 0; i < p.hidden; ++i) out[as_is ? i : packed_index<W>(i)] = from_float<X>(to_float(in[i]));
   }
-  if (!p.neuron_major) {
-    std::memset(s.h, 0, static_cast<size_t>(p.tokens * s.neurons) * sizeof(float));
-    std::memset(s.alive, 0, static_cast<size_t>(p.tokens * p.intermediate));
+  const bool dense = p.tokens > kCatsMaxTokens;
+  if (dense || !p.neuron_major) {
+    std::memset(s.h, 0, static_cast<size_t>(p.tokens * s.ld_neurons) * (dense ? sizeof(X) : sizeof(float)));
   }
+  if (!dense && !p.neuron_major) std::memset(s.alive, 0, static_cast<size_t>(p.tokens * p.intermediate));
 }
 
 template <class W>
@@ -289,8 +217,8 @@ void chunk(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t c) {
   const int64_t begin = p.intermediate * c / s.chunks, end = p.intermediate * (c + 1) / s.chunks;
   float* partial = nullptr;
   if (p.neuron_major) {
-    partial = s.partial + c * p.tokens * s.hidden;
-    std::memset(partial, 0, static_cast<size_t>(p.tokens * s.hidden) * sizeof(float));
+    partial = s.partial + c * p.tokens * s.ld_hidden;
+    std::memset(partial, 0, static_cast<size_t>(p.tokens * s.ld_hidden) * sizeof(float));
   }
   if (p.tokens == 1) {
     single_token<W>(p, s, begin, end, partial);
@@ -305,7 +233,7 @@ void reduce(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t token) {
   for (int64_t k = 0; k < p.hidden; k += kBlock) {
     Vec low = vec_zero(), high = vec_zero();
     for (int64_t c = 0; c < s.chunks; ++c) {
-      const float* from = s.partial + (c * p.tokens + token) * s.hidden + k;
+      const float* from = s.partial + (c * p.tokens + token) * s.ld_hidden + k;
       low = vec_add(low, vec_load(from));
       high = vec_add(high, vec_load(from + Vec::kLanes));
     }
@@ -323,7 +251,7 @@ float selected_sum(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t toke
   const W* down = row<W>(p.w_down, channel, p.ld_down);
   float sum = 0.0f;
   for (int64_t i = 0; i < p.intermediate; ++i) {
-    if (s.alive[token * p.intermediate + i]) sum += to_float(down[i]) * s.h[token * s.neurons + packed_index<W>(i)];
+    if (s.alive[token * p.intermediate + i]) sum += to_float(down[i]) * static_cast<const float*>(s.h)[token * s.ld_neurons + packed_index<W>(i)];
   }
   return sum;
 }
@@ -334,8 +262,8 @@ void down(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin, int64_
   for (int64_t o = begin; o < end; o += kGroup) {
     const int count = static_cast<int>(end - o < kGroup ? end - o : kGroup);
     const int following = static_cast<int>(end - o - count < kGroup ? end - o - count : kGroup);
-    dense_products(row<W>(p.w_down, o, p.ld_down), p.ld_down, count, following, s.h, s.neurons, static_cast<int>(p.tokens),
-                   p.intermediate, sums);
+    dense_products(row<W>(p.w_down, o, p.ld_down), p.ld_down, count, following,
+                   row<float>(s.h, 0, 0), s.ld_neurons, static_cast<int>(p.tokens), p.intermediate, sums);
     for (int r = 0; r < count; ++r) {
       for (int64_t t = 0; t < p.tokens; ++t) {
         float sum = sums[r * kMaxTokens + t];
@@ -348,7 +276,7 @@ void down(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin, int64_
 
 template <class W>
 constexpr CatsMlpKernels kernels() {
-  return {kBlock, pack<W>, chunk<W>, reduce<W>, down<W>};
+  return {kBlock, sizeof(typename Input<W>::Type), pack<W>, chunk<W>, reduce<W>, down<W>, dense_hidden<W>, dense_down<W>};
 }
 
 }  // namespace

@@ -6,11 +6,11 @@
 namespace subquad::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "v3", "v4"};
+constexpr const char* kNames[] = {"baseline", "v3", "v4", "v4_bf16"};
 
 Isa best() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("x86-64-v4")) return Isa::kV4;
+  if (__builtin_cpu_supports("x86-64-v4")) return __builtin_cpu_supports("avx512bf16") ? Isa::kV4Bf16 : Isa::kV4;
   if (__builtin_cpu_supports("x86-64-v3")) return Isa::kV3;
 #endif
   return Isa::kBaseline;
@@ -33,7 +33,7 @@ Isa current_isa() { return static_cast<Isa>(current().load(std::memory_order_rel
 SQ_EXPORT const char* subquad_cpu_isa() { return subquad::cpu::kNames[static_cast<int>(subquad::cpu::current_isa())]; }
 
 SQ_EXPORT const char* subquad_cpu_isas() {
-  constexpr const char* kUpTo[] = {"baseline", "baseline,v3", "baseline,v3,v4"};
+  constexpr const char* kUpTo[] = {"baseline", "baseline,v3", "baseline,v3,v4", "baseline,v3,v4,v4_bf16"};
   return kUpTo[static_cast<int>(subquad::cpu::best())];
 }
 

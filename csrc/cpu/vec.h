@@ -37,6 +37,28 @@ inline float vec_sum(Vec a) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+#define SQ_VEC_SUMS
+/// out[i] = vec_sum(a[i]) for 16 vectors: the same additions in the same order, by transposing while reducing.
+inline void vec_sums(const Vec* a, float* out) {
+  __m512 q[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512 two[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512 u = a[4 * i + 2 * j].v, v = a[4 * i + 2 * j + 1].v;
+      two[j] = _mm512_add_ps(_mm512_shuffle_f32x4(u, v, 0x44), _mm512_shuffle_f32x4(u, v, 0xee));
+    }
+    q[i] = _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
+  }
+  // The 128-bit lanes of q are now one vector each, four partial sums wide.
+  __m512 pair[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512d u = _mm512_castps_pd(q[2 * i]), v = _mm512_castps_pd(q[2 * i + 1]);
+    pair[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
+  }
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, sums));
+}
 inline void widen(const BFloat16* p, Vec& even, Vec& odd) {
   const __m512i bits = _mm512_loadu_si512(p);
   even.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
@@ -106,6 +128,12 @@ inline void widen(const Half* p, Vec& low, Vec& high) {
 
 #endif
 
+#if !defined(SQ_VEC_SUMS)
+inline void vec_sums(const Vec* a, float* out) {
+  for (int i = 0; i < 16; ++i) out[i] = vec_sum(a[i]);
+}
+#endif
+
 // Weights are consumed in blocks of two vectors. Narrow types are widened without shuffling lanes across registers, so the
 // float side (x, partial y) is kept in the matching order: see `packed_index`.
 constexpr int kBlock = 2 * Vec::kLanes;
@@ -125,6 +153,22 @@ inline int64_t packed_index<BFloat16>(int64_t i) {
   const int64_t r = i % kBlock;
   return i - r + r / 2 + (r % 2) * Vec::kLanes;
 }
+
+/// What a row of weights W is multiplied with: floats in packed order, or bf16 pairs where the CPU multiplies those directly
+/// (exact products, float accumulators; bf16 subnormals count as zero).
+template <class W>
+struct Input {
+  using Type = float;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Input<BFloat16> {
+  using Type = BFloat16;
+};
+inline __m512bh pairs_load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline Vec vec_dot(__m512bh a, __m512bh b, Vec c) { return {_mm512_dpbf16_ps(c.v, a, b)}; }
+#endif
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -7,9 +7,10 @@ the last may choose; an explicit request that cannot run raises with the reason.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,6 +45,7 @@ CAPABILITIES: dict[tuple[str, str], Capability] = {
     (stem, backend): REFERENCE if backend == "reference" else Capability() for stem in STEMS for backend in BACKENDS
 }
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _override: str | None = None
 _from_env: str | None = _env.read().backend
 _choices: dict[tuple[str, str], str] = {}
@@ -101,7 +103,13 @@ def _triton_unavailable(device: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: _F) -> _F:
+    """What torch.compiler.assume_constant_result does; calling that would import Dynamo, and with it triton, at import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _require(stem: str, backend: str, device: str) -> str:
     """Make an explicitly requested backend ready, compiling it if need be; raises when it cannot run."""
     _check_name(backend, "backend")
@@ -114,7 +122,7 @@ def _require(stem: str, backend: str, device: str) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _choose(stem: str, device: str) -> str:
     """First available backend of the preference table; warns once when the native one is passed over."""
     if device not in DEVICES:
@@ -142,6 +150,8 @@ def _warn_once(message: str) -> None:
 def resolve(stem: str, device: str, requested: str | None) -> str:
     """The backend to run `stem` on `device` with; see the module docstring for the order of precedence."""
     name = requested if requested is not None else (_override if _override is not None else _from_env)
+    if torch.compiler.is_compiling():  # not through the caches: Dynamo would guard on what these very calls change
+        return _choose(stem, device) if name is None else _require(stem, name, device)
     if name is None:
         choice = _choices.get((stem, device))
         return choice if choice is not None else _choose(stem, device)

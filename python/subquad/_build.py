@@ -12,6 +12,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,12 @@ from pathlib import Path
 
 TORCH_TARGET = "0x020a000000000000"  # 2.10
 PYTHON_TARGET = "0x030a0000"  # 3.10
-X86_LEVELS = {"baseline": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
+X86_LEVELS = {
+    "baseline": ("-march=x86-64",),
+    "v3": ("-march=x86-64-v3",),
+    "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "v4_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"),
+}
 CUDA_ARCHES = {80: "80", 90: "90a", 100: "100"}
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 
@@ -85,7 +91,7 @@ def _defines() -> tuple[str, ...]:
 
 def _isa_flags() -> dict[str, tuple[str, ...]]:
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return {level: (f"-march={arch}", "-mprefer-vector-width=512") for level, arch in X86_LEVELS.items()}
+        return X86_LEVELS
     return {"baseline": ()}
 
 
@@ -171,7 +177,7 @@ def compile_library(library: Library, folder: Path, output: Path, verbose: bool 
 
 def _write_ninja(library: Library, folder: Path, output: Path) -> None:
     quote = lambda text: str(text).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")  # noqa: E731
-    join = lambda parts: " ".join(str(p).replace("$", "$$") for p in parts)  # noqa: E731
+    join = lambda parts: shlex.join(map(str, parts)).replace("$", "$$")  # noqa: E731
     lines = ["ninja_required_version = 1.5", "rule cc", "  command = $cmd -MD -MF $out.d -c $in -o $out", "  depfile = $out.d"]
     lines += ["  deps = gcc", "rule link", f"  command = {join(library.link[:1])} $in {join(library.link[1:])} -o $out", ""]
     for unit in library.units:

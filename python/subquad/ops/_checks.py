@@ -64,7 +64,7 @@ def threshold(value: float | torch.Tensor, channels: int, device: torch.device) 
         return value.reshape(1) if value.dim() == 0 else value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"threshold: expected a float or a float32 tensor, got {type(value).__name__}")
-    if math.isnan(value):
+    if value != value:  # NaN; math.isnan cannot be traced when torch.compile makes the float dynamic
         raise ValueError("threshold: expected a number, got NaN")
     return torch.full((1,), value, dtype=torch.float32, device=device)
 

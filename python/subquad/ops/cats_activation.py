@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._backends import resolve
 from .._schemas import HANDLES
 from . import _checks
+from ._autograd import once_differentiable
 
 GRADS = ("masked", "ste")
 
@@ -56,9 +57,11 @@ def cats_activation(
     t = _checks.threshold(threshold, z.shape[-1], z.device)
     name = resolve("cats_activation", z.device.type, backend)
     if name == "reference" or torch._C._are_functorch_transforms_active():
-        return reference.cats_activation.cats_activation(z, t, activation=activation, inclusive=inclusive, grad=grad)
+        return reference.cats_activation.cats_activation(
+            z.contiguous(), t, activation=activation, inclusive=inclusive, grad=grad
+        )
     _checks.not_double("z", z, name)
-    flat = z.reshape(-1, z.shape[-1]).contiguous()
+    flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1]).contiguous()
     if z.requires_grad and torch.is_grad_enabled():
         a = _Activation.apply(flat, t, code, inclusive, straight_through, name)
     else:

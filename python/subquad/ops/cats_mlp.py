@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .._backends import resolve
 from .._schemas import HANDLES
 from ..reference.cats_activation import activate, active_mask
 from . import _checks
+from ._autograd import once_differentiable
 from ._linear import linear_fp32
 from .cats_activation import GRADS
 
 MAX_SPARSE_TOKENS = 16
+MAX_UNION_TOKENS = 256  # of the CPU kernel, which sees that many tokens at a time
 MASK_MODES = ("token", "union")
 PREFILLS = ("masked", "dense")
 
@@ -100,9 +101,11 @@ def cats_mlp(
     if torch.is_grad_enabled() and _needs_grad(x, weights):
         options = (activation, code, inclusive, union, grad == "ste", resolve("cats_activation", x.device.type, backend))
         return _CATSMLP.apply(flat, *weights, t, options).view(x.shape)
-    if tokens > limit:
+    fused = name == "native" and x.device.type == "cpu" and not (union and tokens > MAX_UNION_TOKENS)
+    if tokens > limit and not fused:  # the CPU kernel has a dense path of its own
         activation_backend = resolve("cats_activation", x.device.type, backend)
         return _dense(flat, *weights, t, activation, code, inclusive, union, activation_backend)[0].view(x.shape)
+    b_gate, b_up, b_down = (None if b is None else b.contiguous() for b in weights[3:])
     y = HANDLES[name]["cats_mlp_fwd"](flat.contiguous(), w_gate, w_up, w_down, t, b_gate, b_up, b_down, code, inclusive, union)
     return y.view(x.shape)
 

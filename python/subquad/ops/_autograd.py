@@ -1,0 +1,40 @@
+"""Backward functions without a second derivative."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class _Raise(torch.autograd.Function):
+    """Hands its first `count` tensors through; differentiating them with respect to any of the tensors raises."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError("the op is once_differentiable: its backward kernel has no derivative of its own")
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a second derivative raise.
+
+    torch's decorator of the same name returns gradients without history when the upstream gradient is a constant, and connects
+    its error to no input, so that a gradient penalty is left out silently. Here the error hangs on everything that was saved.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: torch.Tensor) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return outputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return _Raise.apply(len(outputs), *outputs, *grads, *ctx.saved_tensors)
+
+    return wrapper
