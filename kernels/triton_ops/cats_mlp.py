@@ -1,0 +1,392 @@
+"""CATS: the gated MLP that reads only the up rows and down columns its gate leaves active. For 1 to 16 tokens.
+
+Four launches; their grids depend on shapes alone (capturable in a CUDA graph), without atomics or host synchronisation:
+
+1. gate    z = x Wg^T + b, s = act(z) -> act [N, I] fp32, and a word per neuron whose bit b says "active for token b"
+2. up      act <- s * (x Wu^T + b) where active; weight rows whose word is 0 are not read
+3. down    partial sums of h Wd^T over fixed ranges of neurons -> [splits, N, H] fp32; inactive neurons are not read
+4. reduce  the partial sums in a fixed order, bias, one rounding
+
+There are two ways to multiply, chosen by dtype and never by N. 16-bit weights go through `tl.dot` with the tokens
+padded to 16: a decode step is bound by weight traffic, and the padding costs nothing that is scarce. fp32 weights use
+IEEE FMAs, 4 tokens to a program. So one compiled kernel serves every N, and with `union_mask=False` the result of a
+token depends neither on the other tokens nor on their number, bit for bit.
+
+`down` multiplies fp32 h on bf16 matrix units by splitting it in two bf16 terms. There the tokens share the operand, so
+0 * inf could leak from a neuron that only another token activates. A tile with a non-finite sum is therefore computed
+again, with non-finite factors taken out of the product and their terms added per token by select. What remains in the
+product goes through the same operations as before, so the other tokens keep their bits.
+
+Source: CATS (arXiv 2404.08763): dense gate, predicated up and down. The bit words, the ordered reduction and the
+exactness per token are this project's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common.activations import activate, is_active
+from ._common.aot import AotCase
+from ._common.numerics import INTERPRET, cast, is_finite, split_bf16, widen_if_interpreted
+
+MAX_TOKENS = tl.constexpr(16)
+
+
+@triton.jit
+def _project(x_ptr, w_ptr, ld, tokens, has_token, rows, need, hidden, DOT: tl.constexpr, BLOCK_H: tl.constexpr):
+    """x[tokens] @ w[rows].T in fp32, [TOKENS, ROWS]. Rows outside `need` are not read: their result means nothing."""
+    cols = tl.arange(0, BLOCK_H)
+    x_rows = x_ptr + tokens.to(tl.int64) * hidden
+    w_rows = w_ptr + rows.to(tl.int64) * ld
+    if DOT:
+        acc = tl.zeros([tokens.shape[0], rows.shape[0]], tl.float32)
+        for start in range(0, hidden, BLOCK_H):
+            k = start + cols
+            x_mask = has_token[:, None] & (k < hidden)[None, :]
+            w_mask = need[:, None] & (k < hidden)[None, :]
+            x = tl.load(x_rows[:, None] + k[None, :], x_mask, other=0.0, eviction_policy="evict_last")
+            w = tl.load(w_rows[:, None] + k[None, :], w_mask, other=0.0, eviction_policy="evict_first")
+            acc = tl.dot(widen_if_interpreted(x), tl.trans(widen_if_interpreted(w)), acc, input_precision="ieee")
+        return acc
+    else:
+        # Every thread sums its own columns; one reduction across threads at the end.
+        sums = tl.zeros([tokens.shape[0], rows.shape[0], BLOCK_H], tl.float32)
+        for start in range(0, hidden, BLOCK_H):
+            k = (start + cols)[None, None, :]
+            x_mask = has_token[:, None, None] & (k < hidden)
+            w_mask = need[None, :, None] & (k < hidden)
+            x = tl.load(x_rows[:, None, None] + k, x_mask, other=0.0, eviction_policy="evict_last")
+            w = tl.load(w_rows[None, :, None] + k, w_mask, other=0.0, eviction_policy="evict_first")
+            sums = tl.fma(x, w, sums)
+        return tl.sum(sums, axis=2)
+
+
+@triton.jit
+def _active_word(
+    bits_ptr, neurons, in_range, group, groups, inner, UNION: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """The neurons' words for one group of tokens; with UNION, all ones where any token of the call is active."""
+    if UNION:
+        word = tl.zeros_like(neurons)
+        for g in tl.static_range(MAX_TOKENS // TOKENS):
+            # A group that does not exist is replaced by the last one: x | x is x.
+            word |= tl.load(bits_ptr + tl.minimum(g, groups - 1) * inner + neurons, in_range, other=0)
+        return tl.where(word == 0, 0, -1)
+    return tl.load(bits_ptr + group * inner + neurons, in_range, other=0)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _cats_mlp_gate_kernel(
+    x_ptr, w_ptr, ld, bias_ptr, threshold_ptr, threshold_stride, act_ptr, bits_ptr, n_tokens, hidden, inner,
+    ACTIVATION: tl.constexpr, INCLUSIVE: tl.constexpr, DOT: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A block of neurons for a group of tokens: act [n_tokens, inner] (fp32, unmasked) and bits [groups, inner]."""
+    groups = tl.cdiv(n_tokens, TOKENS)
+    group = tl.program_id(0) % groups
+    lane = tl.arange(0, TOKENS)
+    tokens = group * TOKENS + lane
+    rows = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
+    has_token = tokens < n_tokens
+    in_range = rows < inner
+
+    z = _project(x_ptr, w_ptr, ld, tokens, has_token, rows, in_range, hidden, DOT, BLOCK_H)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + rows, in_range, other=0.0).to(tl.float32)[None, :]
+    s = activate(z, ACTIVATION)
+    threshold = tl.load(threshold_ptr + rows.to(tl.int64) * threshold_stride, in_range, other=0.0)
+    active = is_active(s, threshold[None, :], INCLUSIVE) & has_token[:, None]
+    tl.store(act_ptr + tokens.to(tl.int64)[:, None] * inner + rows[None, :], s, has_token[:, None] & in_range[None, :])
+    tl.store(bits_ptr + group * inner + rows, tl.sum(active.to(tl.int32) << lane[:, None], axis=0), in_range)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _cats_mlp_up_kernel(
+    x_ptr, w_ptr, ld, bias_ptr, act_ptr, bits_ptr, n_tokens, hidden, inner,
+    UNION: tl.constexpr, DOT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """act <- act * u where active, in place. Other entries keep the gate's value, which nobody may use."""
+    groups = tl.cdiv(n_tokens, TOKENS)
+    group = tl.program_id(0) % groups
+    lane = tl.arange(0, TOKENS)
+    tokens = group * TOKENS + lane
+    rows = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
+    has_token = tokens < n_tokens
+
+    word = _active_word(bits_ptr, rows, rows < inner, group, groups, inner, UNION, TOKENS)
+    need = word != 0
+    if tl.max(need.to(tl.int32), axis=0) == 0:
+        return
+    u = _project(x_ptr, w_ptr, ld, tokens, has_token, rows, need, hidden, DOT, BLOCK_H)
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + rows, need, other=0.0).to(tl.float32)[None, :]
+    active = (((word[None, :] >> lane[:, None]) & 1) != 0) & has_token[:, None]
+    ptrs = act_ptr + tokens.to(tl.int64)[:, None] * inner + rows[None, :]
+    tl.store(ptrs, tl.load(ptrs, active, other=0.0) * u, active)
+
+
+@triton.jit
+def _down_operands(
+    h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, neurons, stop, inner, cols, in_cols,
+    UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """For a block of neurons: active [TOKENS, BLOCK], h [TOKENS, BLOCK] fp32 (0 where inactive), w [BLOCK, COLS].
+
+    Rows of w that no token needs are 0, whether or not they were read.
+    """
+    in_range = neurons < stop
+    word = _active_word(bits_ptr, neurons, in_range, group, groups, inner, UNION, lane.shape[0])
+    active = (((word[None, :] >> lane[:, None]) & 1) != 0) & has_token[:, None]
+    h = tl.load(h_rows[:, None] + neurons[None, :], has_token[:, None] & in_range[None, :], other=0.0)
+    need = word != 0
+    if NEURON_MAJOR:
+        ptrs = w_ptr + neurons.to(tl.int64)[:, None] * ld + cols[None, :]
+        w = tl.load(ptrs, need[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
+    else:
+        # Neurons are neighbours in memory: leaving out single ones would save no traffic and narrow the loads.
+        ptrs = w_ptr + cols.to(tl.int64)[None, :] * ld + neurons[:, None]
+        w = tl.load(ptrs, in_range[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
+        w = tl.where(need[:, None], w, 0.0)
+    return active, tl.where(active, h, 0.0), w
+
+
+@triton.jit
+def _dot_fp32_by_16bit(h, w, acc):
+    """acc + h @ w for fp32 h and 16-bit w on bf16 matrix units; products keep about 17 bits."""
+    if INTERPRET:
+        return tl.dot(h, w.to(tl.float32), acc, input_precision="ieee")
+    h_high, h_low = split_bf16(h)
+    if w.dtype == tl.bfloat16:
+        acc = tl.dot(h_low, w, acc)
+        return tl.dot(h_high, w, acc)
+    w_high, w_low = split_bf16(w.to(tl.float32))
+    acc = tl.dot(h_low, w_high, acc)
+    acc = tl.dot(h_high, w_low, acc)
+    return tl.dot(h_high, w_high, acc)
+
+
+@triton.jit
+def _add_non_finite_terms(sums, lane, active, h, h_finite, w, w_finite):
+    """sums + the terms h * w that have a non-finite factor, active pairs only. They are inf or NaN: order is free."""
+    w = w.to(tl.float32)
+    for b in range(lane.shape[0]):
+        this = lane[:, None] == b
+        h_b = tl.sum(tl.where(this, h, 0.0), axis=0)
+        active_b = tl.sum((this & active).to(tl.int32), axis=0) != 0
+        h_finite_b = tl.sum((this & h_finite).to(tl.int32), axis=0) != 0
+        odd = active_b[:, None] & ((w_finite & h_finite_b[:, None]) == 0)
+        terms = tl.sum(tl.where(odd, h_b[:, None] * w, 0.0), axis=0)
+        sums = tl.where(this, sums + terms[None, :], sums)
+    return sums
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _cats_mlp_down_kernel(
+    h_ptr, w_ptr, ld, bits_ptr, partial_ptr, n_tokens, hidden, inner, span,
+    UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr, DOT: tl.constexpr,
+    TOKENS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """partial[split, tokens, cols] = sum of h * w over the active neurons of [split * span, (split + 1) * span)."""
+    groups = tl.cdiv(n_tokens, TOKENS)
+    group = tl.program_id(0) % groups
+    split = tl.program_id(1)
+    lane = tl.arange(0, TOKENS)
+    tokens = group * TOKENS + lane
+    has_token = tokens < n_tokens
+    cols = tl.program_id(0) // groups * COLS + tl.arange(0, COLS)
+    in_cols = cols < hidden
+    begin = split * span
+    stop = tl.minimum(begin + span, inner)
+    block = tl.arange(0, BLOCK)
+    h_rows = h_ptr + tokens.to(tl.int64) * inner
+
+    if DOT:
+        acc = tl.zeros([TOKENS, COLS], tl.float32)
+        for start in range(begin, stop, BLOCK):
+            active, h, w = _down_operands(
+                h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + block, stop, inner, cols, in_cols,
+                UNION, NEURON_MAJOR,
+            )  # fmt: skip
+            acc = _dot_fp32_by_16bit(h, w, acc)
+        # 0 * inf is NaN: a non-finite weight shows in the sums of every token, so finite sums prove that none was met.
+        if tl.min(tl.min(is_finite(acc).to(tl.int32), axis=1), axis=0) == 0:
+            acc = tl.zeros([TOKENS, COLS], tl.float32)
+            odd = tl.zeros([TOKENS, COLS], tl.float32)
+            for start in tl.range(begin, stop, BLOCK, num_stages=1):
+                active, h, w = _down_operands(
+                    h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + block, stop, inner, cols,
+                    in_cols, UNION, NEURON_MAJOR,
+                )  # fmt: skip
+                h_finite = is_finite(cast(h, tl.bfloat16).to(tl.float32))
+                w_finite = is_finite(w.to(tl.float32))
+                acc = _dot_fp32_by_16bit(tl.where(h_finite, h, 0.0), tl.where(w_finite, w, 0.0), acc)
+                odd = _add_non_finite_terms(odd, lane, active, h, h_finite, w, w_finite)
+            acc += odd
+    else:
+        sums = tl.zeros([TOKENS, BLOCK, COLS], tl.float32)
+        for start in range(begin, stop, BLOCK):
+            active, h, w = _down_operands(
+                h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + block, stop, inner, cols, in_cols,
+                UNION, NEURON_MAJOR,
+            )  # fmt: skip
+            sums = tl.where(active[:, :, None], tl.fma(h[:, :, None], w[None, :, :], sums), sums)
+        acc = tl.sum(sums, axis=1)
+    out = partial_ptr + (split.to(tl.int64) * n_tokens + tokens)[:, None] * hidden + cols[None, :]
+    tl.store(out, acc, has_token[:, None] & in_cols[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _cats_mlp_reduce_kernel(partial_ptr, bias_ptr, y_ptr, hidden, splits, MAX_SPLITS: tl.constexpr, COLS: tl.constexpr):
+    """y[token] = the partial sums in a fixed order, plus bias, rounded once."""
+    token = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    split = tl.arange(0, MAX_SPLITS)
+    in_cols = cols < hidden
+    ptrs = partial_ptr + (split * tl.num_programs(1) + token)[:, None] * hidden + cols[None, :]
+    y = tl.sum(tl.load(ptrs, (split < splits)[:, None] & in_cols[None, :], other=0.0), axis=0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + cols, in_cols, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * hidden + cols, cast(y, y_ptr.dtype.element_ty), in_cols)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Block sizes and launch options; they depend on nothing but the dtype of the weights."""
+
+    dot: bool
+    tokens: int  # per program
+    rows: int  # neurons per program of gate and up
+    block_h: int  # columns per step of gate and up
+    cols: int  # outputs per program of down
+    block_i: int  # neurons per step of down
+    max_splits: int  # of down
+    min_span: int  # neurons per split of down: a multiple of this
+    warps: int
+    stages: int
+    predicated_stages: int  # neuron-major down reads predicates before weights, which takes half of the pipeline
+
+    def splits(self, inner: int) -> tuple[int, int]:
+        """(splits of down, neurons per split), from the shape alone so that results do not vary."""
+        span = self.min_span * triton.cdiv(inner, self.min_span * self.max_splits)
+        return (triton.cdiv(inner, span) if inner else 0), span
+
+
+# 16-bit: 8 KiB of weights per step and program, copied asynchronously three steps ahead. fp32: one warp per program, so
+# that threads need not wait for each other before the final reduction; many splits, for enough warps.
+_DOT = _Plan(True, 16, 32, 128, 128, 32, max_splits=16, min_span=128, warps=4, stages=4, predicated_stages=8)
+_FMA = _Plan(False, 4, 4, 128, 128, 4, max_splits=64, min_span=32, warps=1, stages=1, predicated_stages=1)
+
+
+def cats_mlp_fwd(
+    x: torch.Tensor,
+    w_gate: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    threshold: torch.Tensor,
+    b_gate: torch.Tensor | None,
+    b_up: torch.Tensor | None,
+    b_down: torch.Tensor | None,
+    activation: int,
+    inclusive: bool,
+    union_mask: bool,
+) -> torch.Tensor:
+    """y = h Wd^T + b_down, h = act(x Wg^T + b_gate) * (x Wu^T + b_up) where |act| > threshold, else nothing.
+
+    Args:
+        x: `[N, H]` contiguous, fp32, bf16 or fp16; 1 <= N <= 16.
+        w_gate: `[I, H]`, rows contiguous, dtype of x.
+        w_up: `[I, H]`, rows contiguous, dtype of x.
+        w_down: `[H, I]`, dtype of x; strides (1, ld) ("neuron-major", the fast layout) or (ld, 1).
+        threshold: fp32 `[1]` or `[I]`, any stride.
+        b_gate: `[I]` contiguous, dtype of x, or None.
+        b_up: `[I]` contiguous, dtype of x, or None.
+        b_down: `[H]` contiguous, dtype of x, or None.
+        activation: 0 silu, 1 gelu_tanh, 2 gelu, 3 relu.
+        inclusive: a neuron whose |act| equals the threshold is active.
+        union_mask: a neuron active for one token is active for every token of the call.
+
+    Returns:
+        y `[N, H]` contiguous, dtype of x.
+
+    Raises:
+        ValueError: for shapes or strides outside the above.
+    """
+    _check(x, w_gate, w_up, w_down, threshold)
+    (n, h), i = x.shape, w_gate.shape[0]
+    plan = _FMA if x.dtype == torch.float32 else _DOT
+    groups = triton.cdiv(n, plan.tokens)
+    splits, span = plan.splits(i)
+    neuron_major = w_down.stride(0) == 1 or h == 1
+    act = torch.empty((n, i), dtype=torch.float32, device=x.device)
+    bits = torch.empty((groups, i), dtype=torch.int32, device=x.device)
+    partials = torch.empty((splits, n, h), dtype=torch.float32, device=x.device)
+    y = torch.empty_like(x)
+
+    grid = (groups * triton.cdiv(i, plan.rows),)
+    tile: dict[str, Any] = {"DOT": plan.dot, "TOKENS": plan.tokens}
+    project = {**tile, "ROWS": plan.rows, "BLOCK_H": plan.block_h, "num_stages": plan.stages}
+    options: dict[str, Any] = {"num_warps": plan.warps, "enable_fp_fusion": False}
+    _cats_mlp_gate_kernel[grid](
+        x, w_gate, w_gate.stride(0), b_gate, threshold, threshold.stride(0) if threshold.numel() > 1 else 0,
+        act, bits, n, h, i, ACTIVATION=activation, INCLUSIVE=inclusive, **project, **options,
+    )  # fmt: skip
+    _cats_mlp_up_kernel[grid](x, w_up, w_up.stride(0), b_up, act, bits, n, h, i, UNION=union_mask, **project, **options)
+    _cats_mlp_down_kernel[(groups * triton.cdiv(h, plan.cols), splits)](
+        act, w_down, w_down.stride(1 if neuron_major else 0), bits, partials, n, h, i, span,
+        UNION=union_mask, NEURON_MAJOR=neuron_major, **tile, COLS=plan.cols, BLOCK=plan.block_i,
+        num_stages=plan.predicated_stages if neuron_major else plan.stages, **options,
+    )  # fmt: skip
+    _cats_mlp_reduce_kernel[(triton.cdiv(h, plan.cols), n)](
+        partials, b_down, y, h, splits, MAX_SPLITS=plan.max_splits, COLS=plan.cols, num_warps=4, enable_fp_fusion=False
+    )
+    return y
+
+
+def _check(
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, threshold: torch.Tensor
+) -> None:
+    """What the kernels need to stay inside their tensors; the public function checks the rest, with better words."""
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS.value or not x.is_contiguous():
+        raise ValueError(
+            f"x: expected contiguous [1..{MAX_TOKENS.value}, H], got {list(x.shape)} with strides {x.stride()}"
+        )
+    h, i = x.shape[1], w_gate.shape[0]
+    for name, w, shape, ok in (
+        ("w_gate", w_gate, (i, h), h <= 1 or w_gate.stride(-1) == 1),
+        ("w_up", w_up, (i, h), h <= 1 or w_up.stride(-1) == 1),
+        ("w_down", w_down, (h, i), h <= 1 or i <= 1 or 1 in w_down.stride()),
+    ):
+        if w.shape != shape or not ok:
+            raise ValueError(f"{name}: expected {shape} with a unit stride, got {tuple(w.shape)} strides {w.stride()}")
+    if threshold.dim() != 1 or threshold.numel() not in (1, i) or threshold.dtype != torch.float32:
+        raise ValueError(f"threshold: expected fp32 [1] or [{i}], got {threshold.dtype} {list(threshold.shape)}")
+
+
+def _aot_args(dtype: torch.dtype, neuron_major: bool, options: bool = False) -> tuple[Any, ...]:
+    """A Llama-2-7B layer. `options`: all that adds code, which is biases, thresholds per channel, gelu and union."""
+    n, h, i = 4, 4096, 11008
+    empty = partial(torch.empty, dtype=dtype, device="meta")
+    w_down = empty((i, h)).T if neuron_major else empty((h, i))
+    threshold = torch.empty(i if options else 1, dtype=torch.float32, device="meta")
+    biases = (empty(i), empty(i), empty(h)) if options else (None, None, None)
+    activation = 2 if options else 0
+    return (empty((n, h)), empty((i, h)), empty((i, h)), w_down, threshold, *biases, activation, options, options)
+
+
+AOT = [
+    *(
+        AotCase(f"{name} {layout}", cats_mlp_fwd, partial(_aot_args, dtype, layout == "neuron-major"))
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
+        for layout in ("neuron-major", "row-major")
+    ),
+    AotCase("bf16 options", cats_mlp_fwd, partial(_aot_args, torch.bfloat16, True, options=True)),
+    AotCase("fp32 options", cats_mlp_fwd, partial(_aot_args, torch.float32, True, options=True)),
+]
+
+__all__ = ["AOT", "cats_mlp_fwd"]

@@ -1,0 +1,203 @@
+"""`subquad gpu-report`: compile every GPU kernel ahead of time and list what it needs. Needs no GPU and no driver.
+
+For each Triton case (the `AOT` lists beside the kernels) and each CUDA source, per architecture: registers, spills,
+shared memory, theoretical occupancy, matrix instructions and the widest load. A spill that no declared reason explains
+fails the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import cubin, cuda_side, triton_side
+from .occupancy import ARCHS, occupancy
+
+SCHEMA = 1
+DEFAULT_ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel for one architecture: where it comes from, what a launch gives it, what its code needs.
+
+    `shared` is in bytes: static, and for Triton dynamic too. `occupancy` is None when the block size is unknown.
+    """
+
+    backend: str
+    stem: str
+    kernel: str
+    cases: list[str]
+    arch: int
+    threads: int | None
+    grid: list[int] | None
+    shared: int
+    occupancy: float | None
+    code: cubin.Code
+    allow_spill: str | None
+
+    @property
+    def failed(self) -> bool:
+        """Spills, and nobody said why."""
+        return self.code.spills and not self.allow_spill
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("family", nargs="?", metavar="FAMILY", help="only ops whose name begins so, such as cats")
+    default = ",".join(map(str, DEFAULT_ARCHS))
+    parser.add_argument("--arch", default=default, help=f"compute capabilities, comma-separated (default: {default})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
+
+
+def run_from_args(args: argparse.Namespace) -> int:
+    """Entry point of the command line; returns the exit code."""
+    console = Console()
+    try:
+        archs = [int(arch) for arch in args.arch.split(",")]
+    except ValueError:
+        archs = []
+    if not archs or not set(archs) <= set(ARCHS):
+        console.print(f"subquad gpu-report: --arch: expected a list out of {sorted(ARCHS)}, got {args.arch!r}")
+        return 2
+    return run(args.family, archs, args.json, console)
+
+
+def run(family: str | None, archs: list[int], json_path: Path | None, console: Console) -> int:
+    """Compile, print the table and write the JSON.
+
+    Args:
+        family: prefix of op names, or None for all.
+        archs: compute capabilities, keys of `occupancy.ARCHS`.
+        json_path: where to write every entry, or None.
+        console: where to print.
+
+    Returns:
+        0; 1 when a kernel spills without a declared reason; 2 when nothing matches or something does not compile.
+    """
+    from .table import show
+
+    names = triton_side.modules(family)
+    if not names:
+        console.print(f"subquad gpu-report: FAMILY: no kernels are named {family!r} or {family}_*")
+        return 2
+    try:
+        entries = triton_entries(names, archs, console)
+        entries += _cuda_entries(family, archs, console)
+    except (triton_side.TritonError, cuda_side.CudaError) as error:
+        console.print(str(error), markup=False)
+        return 2
+    show(entries, console)
+    if json_path is not None:
+        json_path.write_text(json.dumps(_document(entries), indent=1) + "\n")
+    return int(any(entry.failed for entry in entries))
+
+
+@contextmanager
+def _progress(console: Console, label: str) -> Iterator[Callable[[int], None]]:
+    """A bar; the callback takes minus the total once, then steps."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=None)
+
+        def update(steps: int) -> None:
+            if steps < 0:
+                progress.update(task, total=-steps)
+            else:
+                progress.advance(task, steps)
+
+        yield update
+
+
+def triton_entries(names: list[str], archs: list[int], console: Console) -> list[Entry]:
+    """Entries of the `AOT` cases of these modules.
+
+    Raises:
+        triton_side.TritonError: if a case does not compile.
+    """
+    entries = []
+    with tempfile.TemporaryDirectory() as folder:
+        with _progress(console, "Triton: compiling cases") as update:
+            kernels = triton_side.compile_all(names, archs, Path(folder), update)
+        with _progress(console, "Triton: reading machine code") as update:
+            update(-len(kernels))
+            for kernel in kernels:
+                (code,) = cubin.read(kernel.cubin)
+                entries.append(
+                    Entry(
+                        backend="triton",
+                        stem=kernel.stem,
+                        kernel=kernel.kernel,
+                        cases=kernel.cases,
+                        arch=kernel.arch,
+                        threads=kernel.threads,
+                        grid=kernel.grid,
+                        shared=kernel.shared,
+                        occupancy=occupancy(kernel.arch, kernel.threads, code.registers, kernel.shared),
+                        code=code,
+                        allow_spill=kernel.allow_spill,
+                    )
+                )
+                update(1)
+    return entries
+
+
+def _cuda_entries(family: str | None, archs: list[int], console: Console) -> list[Entry]:
+    reason = cuda_side.unavailable(archs)
+    if reason is not None:
+        console.print(f"CUDA sources left out: {reason}")
+        return []
+    entries = []
+    allowed = cuda_side.allowed_spills()
+    with tempfile.TemporaryDirectory() as folder, _progress(console, "CUDA: compiling sources") as update:
+        for stem, path in cuda_side.compile_all(family, archs, update).items():
+            for arch, binary in sorted(cubin.extract(path, Path(folder)).items()):
+                codes = cubin.read(binary) if arch in archs else []
+                names = cubin.demangle([code.name for code in codes])
+                for code in codes:
+                    name = names[code.name]
+                    known = code.threads is not None
+                    entries.append(
+                        Entry(
+                            backend="cuda",
+                            stem=stem,
+                            kernel=name,
+                            cases=[],
+                            arch=arch,
+                            threads=code.threads,
+                            grid=None,
+                            shared=code.shared,
+                            occupancy=occupancy(arch, code.threads or 0, code.registers, code.shared)
+                            if known
+                            else None,
+                            code=code,
+                            allow_spill=allowed.get(name.split("<")[0]),
+                        )
+                    )
+    return entries
+
+
+def _document(entries: list[Entry]) -> dict[str, Any]:
+    try:
+        triton_version: str | None = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton_version = None
+    return {
+        "schema": SCHEMA,
+        "triton": triton_version,
+        "nvcc": cuda_side.nvcc_version(),
+        "entries": [{**asdict(entry), "spills": entry.code.spills, "failed": entry.failed} for entry in entries],
+    }
+
+
+__all__ = ["Entry", "add_arguments", "run", "run_from_args", "triton_entries"]
