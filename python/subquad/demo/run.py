@@ -1,0 +1,163 @@
+"""The demo from loading to plot, with its progress shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .. import _backends
+from . import measure, model, report
+from .variants import CALIBRATED, FAMILIES, Variant
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
+_PROMPT = 64  # tokens of held-out text before decoding starts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the measurements."""
+
+    calibration_tokens: int
+    heldout_tokens: int
+    window: int
+    decode_steps: int
+    mlp_repeats: int
+    answer_tokens: int
+
+
+QUICK = Settings(2048, 2048, 512, 24, 20, 40)
+FULL = Settings(8192, 8192, 512, 128, 100, 96)
+
+
+class _Stages:
+    """One progress line per stage, kept when done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> _Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, description: str, steps: int = 1) -> Iterator[Callable[[], None]]:
+        """Yields a function to call after each step; a stage ends full."""
+        if not self._console.is_terminal:  # a log file gets one line a stage instead of bars
+            self._console.print(f"{description} ...")
+        task = self._progress.add_task(description, total=steps)
+        yield lambda: self._progress.advance(task)
+        self._progress.update(task, completed=steps)
+
+
+def _prepare_native(device: str) -> str | None:
+    """Make the native kernels ready, compiling them when they are not there yet. Returns why they cannot be used."""
+    return _backends.unavailable("cats_mlp", "native", device, build=True)
+
+
+def run(
+    loader: Callable[[], model.Subject],
+    settings: Settings,
+    output: Path,
+    device: str,
+    dtype: str,
+    console: Console | None = None,
+) -> int:
+    """Run everything and write `report.json` and `plot.png` into `output`.
+
+    Args:
+        loader: gives the model and its tokenizer.
+        settings: `QUICK`, `FULL` or others.
+        output: folder, created if need be.
+        device, dtype: what the loader put the model in; for the report.
+        console: where to show progress and results; the terminal by default.
+
+    Returns:
+        0, or 1 when the converted model with thresholds off disagrees with the dense one.
+    """
+    console = console or Console()
+    with _Stages(console) as stages:
+        with stages.stage("native kernels (compiled once if absent)"):
+            missing = _prepare_native(device)
+        backend = _backends.resolve("cats_mlp", device, None)
+        with stages.stage("load the model"):
+            subject = loader()
+        with stages.stage("read and tokenise the text"):
+            calibration_text, heldout_text = model.texts()
+            batches, heldout = (
+                model.windows(subject.tokenizer, text, tokens, settings.window, device)
+                for text, tokens in (
+                    (calibration_text, settings.calibration_tokens),
+                    (heldout_text, settings.heldout_tokens),
+                )
+            )
+        with stages.stage("convert and calibrate", len(CALIBRATED) * len(batches)) as tick:
+            variants = [v for build in FAMILIES.values() for v in build(subject.model, batches, tick)]
+        check, rows = _measure(stages, subject, variants, heldout, settings)
+    largest = max(check["prefill_max_difference"], check["decode_max_difference"])
+    check["tolerance"] = TOLERANCE[dtype] * check["max_logit"]
+    check["passed"] = largest <= check["tolerance"]
+    result: dict[str, Any] = {
+        "schema": report.SCHEMA,
+        "model": subject.name,
+        "settings": asdict(settings),
+        "device": device,
+        "dtype": dtype,
+        "backend": backend,
+        "native_unavailable": missing,
+        "question": model.QUESTION,
+        "check": check,
+        "variants": rows,
+    } | report.environment()
+    report.show(console, result)
+    for path in (report.write_json(result, output), report.write_plot(result, output)):
+        console.print(f"written: {path}")
+    return 0 if check["passed"] else 1
+
+
+def _measure(
+    stages: _Stages, subject: model.Subject, variants: list[Variant], heldout: list[torch.Tensor], settings: Settings
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    prompt = heldout[0][:, :_PROMPT]
+    question = model.chat_prompt(subject.tokenizer, model.QUESTION, prompt.device)
+    rows: list[dict[str, Any]] = [{"name": v.name, "family": v.family, "target_sparsity": v.target} for v in variants]
+    with stages.stage("check: thresholds off equals dense"):
+        converted = next(v.model for v in variants if v.model is not subject.model)
+        check: dict[str, Any] = dict(measure.disagreement(subject.model, converted, heldout[0]))
+    with stages.stage("perplexity on held-out text", len(variants) * len(heldout)) as tick:
+        for row, variant in zip(rows, variants, strict=True):
+            row["perplexity"], row["sparsity"] = measure.perplexity(variant, heldout, tick)
+    with stages.stage("sparsity when decoding held-out text", len(variants)) as tick:
+        for row, variant in zip(rows, variants, strict=True):
+            found = measure.decode_sparsity(variant, heldout[-1][:, : _PROMPT + settings.decode_steps], _PROMPT)
+            row["decode_sparsity"], row["mlp_bytes_ratio"] = found or (None, 1.0)
+            tick()
+    with stages.stage("decoding speed, interleaved", settings.decode_steps) as tick:
+        for row, timing in zip(rows, measure.decode_times(variants, prompt, settings.decode_steps, tick), strict=True):
+            row["decode_step_seconds"] = asdict(timing)
+            row["tokens_per_second"] = 1 / timing.median
+    with stages.stage("MLP time, interleaved", settings.mlp_repeats) as tick:
+        for row, timing in zip(rows, measure.mlp_times(variants, prompt, settings.mlp_repeats, tick), strict=True):
+            row["mlp_seconds"] = asdict(timing)
+    with stages.stage("one answer each", len(variants) * settings.answer_tokens) as tick:
+        for row, variant in zip(rows, variants, strict=True):
+            row["answer"] = measure.answer(variant, question, subject.tokenizer, settings.answer_tokens, tick)
+    return check, rows

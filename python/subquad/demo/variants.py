@@ -1,0 +1,79 @@
+"""What the demo compares. A family of variants is one function here; the rest of the demo does not know families."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..calibration import CatsCalibrator
+from ..integrations.transformers import convert
+from ..nn.cats_mlp import CATSMLP
+from ..nn.conversion import find_mlps
+
+CATS_TARGETS = (0.3, 0.5, 0.7)
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the comparison.
+
+    Attributes:
+        name: heading of the row.
+        family: function that built it.
+        model: may be shared with other variants.
+        target: target sparsity of the MLPs, None where that means nothing.
+        activate: puts the model into this variant's state; called before every use.
+    """
+
+    name: str
+    family: str
+    model: nn.Module
+    target: float | None = None
+    activate: Callable[[], None] = _nothing
+
+    def mlps(self) -> list[nn.Module]:
+        """The model's MLPs, in order."""
+        return list(find_mlps(self.model).values())
+
+
+Builder = Callable[[nn.Module, Sequence[torch.Tensor], Callable[[], None]], list[Variant]]
+
+
+def dense(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+    """The model as it is."""
+    return [Variant("dense", "dense", model)]
+
+
+def cats(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+    """A copy of the model with CATS MLPs, at several thresholds from one calibration."""
+    converted = copy.deepcopy(model)
+    convert(converted, mlp="cats")
+    with CatsCalibrator(converted) as calibrator, torch.no_grad():
+        for batch in batches:
+            converted(input_ids=batch, logits_to_keep=1)
+            tick()
+
+    def variant(target: float) -> Variant:
+        calibrator.apply(target)
+        modules = [m for m in find_mlps(converted).values() if isinstance(m, CATSMLP)]
+        thresholds = [module.threshold.clone() for module in modules]
+
+        def activate() -> None:
+            for module, threshold in zip(modules, thresholds, strict=True):
+                module.set_threshold(threshold, target_sparsity=target)
+
+        return Variant(f"CATS {target:.0%}", "cats", converted, target, activate)
+
+    return [variant(target) for target in CATS_TARGETS]
+
+
+FAMILIES: dict[str, Builder] = {"dense": dense, "cats": cats}
+CALIBRATED = ("cats",)  # families that run every calibration batch once

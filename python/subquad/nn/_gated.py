@@ -1,0 +1,158 @@
+"""What counts as a gated MLP: its projections, its activation, and the proof that it computes what we assume."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..reference.cats_activation import ACTIVATIONS, activate
+
+SPLIT = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Class names rather than classes, so that transformers need not be installed.
+_MODULES = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+}
+_NAMES = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_FUNCTIONS: dict[Callable[..., torch.Tensor], str] = {
+    F.silu: "silu",
+    F.relu: "relu",
+    torch.relu: "relu",
+}
+
+
+def activation_name(act: object) -> str:
+    """The activation code of a module, function or name.
+
+    Raises:
+        ValueError: if the activation is none of silu, gelu_tanh, gelu and relu.
+    """
+    name: str | None = None
+    if isinstance(act, str):
+        name = _NAMES.get(act, act if act in ACTIVATIONS else None)
+    elif isinstance(act, nn.GELU):
+        name = "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    elif isinstance(act, nn.Module):
+        name = _MODULES.get(type(act).__name__)
+    elif act is F.gelu:
+        name = "gelu"
+    elif isinstance(act, functools.partial) and act.func is F.gelu and not act.args:
+        name = "gelu_tanh" if act.keywords.get("approximate") == "tanh" else "gelu"
+    elif callable(act):
+        name = _FUNCTIONS.get(act)
+    if name is None:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)} or a module computing one, got {act!r}")
+    return name
+
+
+@dataclass(frozen=True)
+class GatedParts:
+    """The pieces of a gated MLP: projections by attribute name, and the activation code."""
+
+    projections: dict[str, nn.Linear]
+    activation: str
+
+
+def looks_gated(module: nn.Module) -> bool:
+    """Whether the module has the attributes of a gated MLP; says nothing about whether it can be converted."""
+    return any(all(isinstance(getattr(module, n, None), nn.Module) for n in names) for names in (SPLIT, FUSED))
+
+
+def gated_activation(mlp: nn.Module) -> str:
+    """The activation code of a gated MLP, from `act_fn`, `activation_fn` or `act`."""
+    for attribute in ("act_fn", "activation_fn", "act"):
+        act = getattr(mlp, attribute, None)
+        if act is not None:
+            return activation_name(act)
+    raise ValueError(f"mlp: {type(mlp).__name__} has no act_fn, activation_fn or act")
+
+
+def gated_parts(mlp: nn.Module) -> GatedParts:
+    """Take a gated MLP apart, without changing it.
+
+    Raises:
+        ValueError: if a projection is missing, wrapped, quantised or offloaded, shapes disagree, the activation is
+            unknown, `pretraining_tp` exceeds 1, or the module does not compute down(act(gate(x)) * up(x)).
+    """
+    kind = type(mlp).__name__
+    if not looks_gated(mlp):
+        raise ValueError(f"mlp: expected a module with {', '.join(SPLIT)} (or {', '.join(FUSED)}), got {kind}")
+    names = FUSED if isinstance(getattr(mlp, "gate_up_proj", None), nn.Module) else SPLIT
+    parts = GatedParts({name: getattr(mlp, name) for name in names}, gated_activation(mlp))
+    for name, linear in parts.projections.items():
+        _check_linear(f"mlp.{name}", linear)
+    slices = getattr(getattr(mlp, "config", None), "pretraining_tp", None) or 1
+    if slices > 1:
+        raise ValueError(f"mlp.config.pretraining_tp: expected 1, got {slices}")
+    _check_shapes(parts.projections)
+    _check_formula(mlp, parts)
+    return parts
+
+
+def _check_linear(name: str, linear: object) -> None:
+    if type(linear) is not nn.Linear:
+        raise ValueError(
+            f"{name}: expected a plain torch.nn.Linear, got {type(linear).__name__}; merge adapters (LoRA) and "
+            "dequantise before converting"
+        )
+    weight = linear.weight
+    if type(weight.data) is not torch.Tensor or weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}.weight: expected a plain float32, bfloat16 or float16 tensor, got {type(weight.data).__name__} of "
+            f"{weight.dtype}"
+        )
+    if getattr(getattr(linear, "_hf_hook", None), "offload", False):
+        raise ValueError(f"{name}: its weight is offloaded by accelerate; load the model without offloading")
+
+
+def _check_shapes(projections: dict[str, nn.Linear]) -> None:
+    down = projections["down_proj"].weight
+    hidden, intermediate = down.shape
+    rows = 2 * intermediate if "gate_up_proj" in projections else intermediate
+    for name, linear in projections.items():
+        if name != "down_proj" and tuple(linear.weight.shape) != (rows, hidden):
+            raise ValueError(
+                f"mlp.{name}.weight: expected shape {(rows, hidden)} to fit down_proj {tuple(down.shape)}, got "
+                f"{tuple(linear.weight.shape)}"
+            )
+        if linear.weight.dtype != down.dtype or linear.weight.device != down.device:
+            raise ValueError(
+                f"mlp.{name}.weight: expected {down.dtype} on {down.device} like down_proj, got {linear.weight.dtype} "
+                f"on {linear.weight.device}"
+            )
+
+
+@torch.no_grad()
+def _check_formula(mlp: nn.Module, parts: GatedParts) -> None:
+    """Compare with the module on one token: scale factors, inner norms or clipping would be lost silently."""
+    down = parts.projections["down_proj"]
+    weight = down.weight
+    if weight.is_meta:
+        return
+    x = torch.arange(1, weight.shape[0] + 1, device=weight.device).float().cos().to(weight.dtype)[None, None]
+    if "gate_up_proj" in parts.projections:
+        z, u = parts.projections["gate_up_proj"](x).chunk(2, dim=-1)
+    else:
+        z, u = parts.projections["gate_proj"](x), parts.projections["up_proj"](x)
+    expected, got = down(activate(z, parts.activation) * u).double(), mlp.forward(x).double()
+    tolerance = 1e-3 if weight.dtype == torch.float32 else 3e-2
+    if got.shape != expected.shape or (got - expected).norm() > tolerance * expected.norm():
+        raise ValueError(
+            f"mlp: {type(mlp).__name__} does not compute down(act(gate(x)) * up(x)) with act = {parts.activation}; a "
+            "CATS version would change its results"
+        )

@@ -1,0 +1,405 @@
+"""`CATSMLP`: a drop-in for the gated MLP of Llama-like models that skips the neurons its gate leaves small."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._backends import BACKENDS
+from ..ops import _checks
+from ..ops.cats_activation import GRADS
+from ..ops.cats_mlp import MASK_MODES, MAX_SPARSE_TOKENS, PREFILLS, cats_mlp
+from ..reference.cats_activation import activate
+from ._gated import activation_name, gated_parts
+
+DOWN_LAYOUTS = ("auto", "strided", "copy", "keep")
+DENSE = -1.0  # a threshold below every magnitude
+_META_VERSION = 1
+_STATE = ("threshold", "cats_meta")
+
+
+class GatedMLP(nn.Module):
+    """The dense block that `CATSMLP` replaces: down(act(gate(x)) * up(x)), x `[..., H]`."""
+
+    def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, activation: str) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.act_fn = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(activate(self.gate_proj(x), self.act_fn) * self.up_proj(x))
+
+
+class CATSMLP(nn.Module):
+    """Gated MLP with thresholded gate (CATS, arXiv 2404.08763).
+
+    Parameters have the names and shapes of the layer it replaces: `gate_proj`, `up_proj`, `down_proj` (or a fused
+    `gate_up_proj` whose first half is the gate). Two buffers come on top, both fp32 whatever `.half()` does to the
+    rest: `threshold` (`[]` or `[I]`; -1, the initial value, means dense) and `cats_meta` `[4]`: format version, target
+    sparsity (-1 when set by hand), calibration tokens, inclusive. A dense checkpoint loads strictly and leaves both as
+    they are; `dense_state_dict` writes one. Hooks on the projections do not run: their weights are read, not their
+    `forward`.
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I, the number of neurons.
+        bias: whether all three projections have one.
+        activation: "silu", "gelu_tanh", "gelu" or "relu".
+        threshold: float or fp32 tensor `[]` or `[I]`; None means dense.
+        inclusive: keep neurons whose magnitude equals the threshold.
+        mask_mode: "token" (each token its own mask) or "union" (shared within a call of up to `max_sparse_tokens`
+            tokens).
+        prefill: "masked" (larger calls compute the same function) or "dense" (larger calls ignore the threshold).
+        max_sparse_tokens: largest number of tokens per call for the sparse kernel; None for the default of `cats_mlp`.
+        grad: "masked" or "ste", see `subquad.cats_activation`.
+        backend: as in `cats_mlp`.
+        down_layout: where the neuron-major down projection that the sparse kernels want comes from. "strided"
+            re-strides the storage of `down_proj.weight` in place: same Parameter, same shape `[H, I]`, strides (1, H),
+            no extra memory. "copy" leaves the weight alone and holds a transposed copy (a third more MLP memory),
+            renewed when the weight's address or version counter changes; edits through `.data` need `refresh()`. "keep"
+            leaves the weight as it is, which is slow unless it is neuron-major already. "auto" is "strided". State
+            dicts are contiguous in any case.
+        device, dtype: of the projections.
+
+    Attributes:
+        enabled: False computes the dense MLP whatever the threshold.
+        original: the dense module it was made from, or None.
+
+    Raises:
+        ValueError: for an unknown option or a NaN threshold.
+    """
+
+    threshold: torch.Tensor
+    cats_meta: torch.Tensor
+    down_proj_t: torch.Tensor | None
+    original: nn.Module | None
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    gate_up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool = False,
+        activation: str = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._remember(None)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias, device, dtype)
+        self._configure(activation_name(activation), **options)
+
+    @classmethod
+    def from_llama_mlp(
+        cls,
+        mlp: nn.Module,
+        *,
+        threshold: float | torch.Tensor | None = None,
+        share_weights: bool = True,
+        **options: Any,
+    ) -> CATSMLP:
+        """Build from a dense gated MLP: anything with gate_proj, up_proj, down_proj and an activation, or a fused
+        gate_up_proj.
+
+        Args:
+            mlp: a LlamaMLP, MistralMLP, Qwen2MLP, GemmaMLP, Phi3MLP or a module shaped like one.
+            threshold: see the class.
+            share_weights: keep the very same `nn.Linear` objects; False copies them.
+            options: the keyword arguments of the class from `inclusive` to `down_layout`.
+
+        Raises:
+            ValueError: if the module cannot be represented (wrapped or quantised projections, unknown activation,
+                `pretraining_tp` above 1, a different formula), or for an unknown option. `mlp` is then unchanged.
+        """
+        parts = gated_parts(mlp)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        if not share_weights:
+            mlp = copy.deepcopy(mlp)
+        for name in parts.projections:
+            self.add_module(name, getattr(mlp, name))
+        self._remember(mlp)
+        self._configure(parts.activation, threshold=threshold, **options)
+        self.train(mlp.training)
+        return self
+
+    def _remember(self, original: nn.Module | None) -> None:
+        """Keep the dense module without registering it: its parameters are ours already."""
+        object.__setattr__(self, "original", original)
+
+    def _configure(
+        self,
+        activation: str,
+        *,
+        threshold: float | torch.Tensor | None = None,
+        inclusive: bool = False,
+        mask_mode: str = "token",
+        prefill: str = "masked",
+        max_sparse_tokens: int | None = None,
+        grad: str = "masked",
+        backend: str | None = None,
+        down_layout: str = "auto",
+    ) -> None:
+        _checks.choice("mask_mode", mask_mode, MASK_MODES)
+        _checks.choice("prefill", prefill, PREFILLS)
+        _checks.choice("grad", grad, GRADS)
+        _checks.choice("down_layout", down_layout, DOWN_LAYOUTS)
+        if max_sparse_tokens is not None and not 0 <= max_sparse_tokens <= MAX_SPARSE_TOKENS:
+            raise ValueError(f"max_sparse_tokens: expected 0 to {MAX_SPARSE_TOKENS}, got {max_sparse_tokens}")
+        if backend is not None:
+            _checks.choice("backend", backend, BACKENDS)
+        self.activation, self.backend, self.max_sparse_tokens = activation, backend, max_sparse_tokens
+        self.mask_mode, self.prefill, self.grad, self.down_layout = mask_mode, prefill, grad, down_layout
+        self.hidden_size, self.intermediate_size = self.down_proj.weight.shape
+        self.enabled = True
+        self._fused = "gate_up_proj" in self._modules
+        self._restrided = False
+        self._copied_from: tuple[int, int] | None = None
+        device = self.down_proj.weight.device
+        self.register_buffer("threshold", torch.full((), DENSE, device=device, dtype=torch.float32))
+        meta = torch.tensor([_META_VERSION, -1.0, 0.0, float(inclusive)], dtype=torch.float32)
+        self.register_buffer("cats_meta", meta.to(device))
+        self.register_buffer("down_proj_t", None, persistent=False)
+        self._inclusive = inclusive
+        if threshold is not None:
+            self.set_threshold(threshold)
+        self.register_state_dict_post_hook(_contiguous_down)
+        self.register_load_state_dict_post_hook(_after_load)
+        self.lay_out()
+
+    # --- threshold ---------------------------------------------------------------------------------------------------
+
+    @property
+    def inclusive(self) -> bool:
+        """Whether a neuron exactly at the threshold stays active."""
+        return self._inclusive
+
+    @inclusive.setter
+    def inclusive(self, value: bool) -> None:
+        self._inclusive = bool(value)
+        self.cats_meta[3] = float(value)
+
+    def set_threshold(
+        self, threshold: float | torch.Tensor, *, target_sparsity: float = -1.0, calibration_tokens: int = 0
+    ) -> None:
+        """Replace the threshold, in place where the shape allows, so that captured CUDA graphs see it.
+
+        Args:
+            threshold: float, or tensor `[]` or `[I]`; stored in fp32. Negative: nothing is skipped.
+            target_sparsity: kept in `cats_meta`; -1 when the threshold does not come from a calibration.
+            calibration_tokens: kept in `cats_meta`.
+
+        Raises:
+            ValueError: if a value is NaN or the shape is neither `[]` nor `[I]`.
+        """
+        value = torch.as_tensor(threshold, dtype=torch.float32, device=self.threshold.device).detach()
+        if value.shape not in ((), (self.intermediate_size,)):
+            raise ValueError(f"threshold: expected shape [] or [{self.intermediate_size}], got {list(value.shape)}")
+        if not value.is_meta and bool(value.isnan().any()):
+            raise ValueError("threshold: expected numbers, got NaN")
+        if value.shape == self.threshold.shape:
+            self.threshold.copy_(value)
+        else:
+            self.threshold = value.clone()
+        meta = [_META_VERSION, target_sparsity, calibration_tokens, self._inclusive]
+        self.cats_meta.copy_(torch.tensor(meta, dtype=torch.float32))
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def projections(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(w_gate `[I, H]`, w_up `[I, H]`, b_gate, b_up); views of the fused weight where there is one."""
+        if not self._fused:
+            gate, up = self.gate_proj, self.up_proj
+            return gate.weight, up.weight, gate.bias, up.bias
+        fused = self.gate_up_proj
+        w_gate, w_up = fused.weight.chunk(2)
+        b_gate, b_up = (None, None) if fused.bias is None else fused.bias.chunk(2)
+        return w_gate, w_up, b_gate, b_up
+
+    def lay_out(self) -> None:
+        """Bring the down projection into the layout asked for; needed only after replacing `down_proj.weight` by
+        hand."""
+        weight = self.down_proj.weight
+        if self.down_layout in ("auto", "strided") and not weight.t().is_contiguous():
+            weight.data = weight.data.t().contiguous().t()
+            self._restrided = True
+        elif self.down_layout == "copy":
+            self.refresh()
+
+    def set_down_layout(self, down_layout: str) -> None:
+        """Change the layout strategy.
+
+        Raises:
+            ValueError: if it is none of "auto", "strided", "copy" and "keep".
+        """
+        _checks.choice("down_layout", down_layout, DOWN_LAYOUTS)
+        self.restore_layout()
+        self.down_layout = down_layout
+        self.lay_out()
+
+    def restore_layout(self) -> None:
+        """Undo the re-striding of `down_proj.weight`, and let the copy go."""
+        if self._restrided:
+            self.down_proj.weight.data = self.down_proj.weight.data.contiguous()
+            self._restrided = False
+        self.down_proj_t, self._copied_from = None, None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Renew the transposed copy of `down_layout="copy"`, in place where possible."""
+        source = self.down_proj.weight.detach().t()
+        held = self.down_proj_t
+        if held is not None and (held.shape, held.dtype, held.device) == (source.shape, source.dtype, source.device):
+            held.copy_(source)
+        else:
+            self.down_proj_t = source.clone(memory_format=torch.contiguous_format)
+        self._copied_from = _identity(self.down_proj.weight)
+
+    def _down_weight(self) -> torch.Tensor:
+        weight = self.down_proj.weight
+        if self.down_layout != "copy" or (weight.requires_grad and torch.is_grad_enabled()):
+            return weight
+        if not torch.compiler.is_compiling() and self._copied_from != _identity(weight):
+            self.refresh()
+        assert self.down_proj_t is not None
+        return self.down_proj_t.t()
+
+    # --- module ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y `[..., H]` of x `[..., H]`, in x's dtype."""
+        w_gate, w_up, b_gate, b_up = self.projections()
+        return cats_mlp(
+            x,
+            w_gate,
+            w_up,
+            self._down_weight(),
+            self.threshold if self.enabled else DENSE,
+            b_gate=b_gate,
+            b_up=b_up,
+            b_down=self.down_proj.bias,
+            activation=self.activation,
+            inclusive=self._inclusive,
+            mask_mode=self.mask_mode,
+            prefill=self.prefill,
+            max_sparse_tokens=self.max_sparse_tokens,
+            grad=self.grad,
+            backend=self.backend,
+        )
+
+    def to_dense(self) -> nn.Module:
+        """The dense module this one was made from (or a `GatedMLP`), sharing the weights, in their original layout."""
+        self.restore_layout()
+        original = self.original
+        if original is None:
+            return GatedMLP(self.gate_proj, self.up_proj, self.down_proj, self.activation).train(self.training)
+        for name, child in self.named_children():
+            setattr(original, name, child)  # children replaced since the conversion
+        return original.train(self.training)
+
+    def extra_repr(self) -> str:
+        text = f"{self.hidden_size}, {self.intermediate_size}, activation={self.activation!r}, "
+        if self.threshold.is_meta:
+            text += "threshold on meta"
+        elif self.threshold.dim():
+            text += f"threshold [{self.intermediate_size}] in [{self.threshold.min():.4g}, {self.threshold.max():.4g}]"
+        else:
+            text += f"threshold={self.threshold.item():.4g}"
+        if not self.cats_meta.is_meta and self.cats_meta[1] >= 0:
+            text += f", target_sparsity={self.cats_meta[1].item():.3g}"
+        return text if self.enabled else f"{text}, enabled=False"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CATSMLP:
+        """Threshold and metadata follow the device, never the dtype; leaving the meta device makes them dense again."""
+        kept = {name: getattr(self, name) for name in _STATE}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            device = getattr(self, name).device
+            if old.is_meta and device.type != "meta":
+                fresh = [DENSE] if name == "threshold" else [_META_VERSION, -1.0, 0.0, float(self._inclusive)]
+                new = torch.tensor(fresh, dtype=torch.float32, device=device)
+                setattr(self, name, new.expand_as(old).clone() if old.dim() else new[0])
+            else:
+                setattr(self, name, old.to(device))
+        self.lay_out()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        threshold, meta = (state_dict.get(prefix + name) for name in _STATE)
+        problem = self._state_problem(threshold, meta)
+        if problem is not None:
+            error_msgs.append(f"{prefix}{problem}")
+            return
+        if threshold is not None and threshold.shape != self.threshold.shape:
+            self.threshold = torch.empty(threshold.shape, dtype=torch.float32, device=self.threshold.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in _STATE:
+            if prefix + name in missing_keys:
+                missing_keys.remove(prefix + name)
+            setattr(self, name, getattr(self, name).float())  # assign=True may bring another dtype
+        if meta is not None and not meta.is_meta:
+            self._inclusive = bool(meta[3] != 0)
+
+    def _state_problem(self, threshold: torch.Tensor | None, meta: torch.Tensor | None) -> str | None:
+        if threshold is not None:
+            if threshold.shape not in ((), (self.intermediate_size,)):
+                return f"threshold: expected shape [] or [{self.intermediate_size}], got {list(threshold.shape)}"
+            if not threshold.is_meta and bool(threshold.isnan().any()):
+                return "threshold: expected numbers, got NaN"
+        if meta is not None:
+            if meta.shape != self.cats_meta.shape:
+                return f"cats_meta: expected shape [4], got {list(meta.shape)}"
+            if not meta.is_meta and meta[0] > _META_VERSION:
+                return f"cats_meta: format {int(meta[0])} is newer than {_META_VERSION}, the newest this version reads"
+        return None
+
+
+def _identity(weight: torch.Tensor) -> tuple[int, int]:
+    """Changes when the weight is replaced or written in place; inference tensors carry no version counter."""
+    return (0 if weight.is_meta else weight.data_ptr()), (0 if weight.is_inference() else weight._version)
+
+
+def _contiguous_down(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """State dict hook: safetensors refuses strided tensors. Parameters (`keep_vars=True`) stay as they are."""
+    key = prefix + "down_proj.weight"
+    weight = state_dict.get(key)
+    if weight is not None and not isinstance(weight, nn.Parameter):
+        state_dict[key] = weight.contiguous()
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    """Load hook: `assign=True` brings weights in their own layout."""
+    if isinstance(module, CATSMLP):
+        module.lay_out()
+
+
+def dense_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without what CATS added: it loads strictly into the dense model."""
+    state = module.state_dict()
+    for name, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, CATSMLP):
+            for key in _STATE:
+                state.pop(f"{name}.{key}" if name else key, None)
+    return state
