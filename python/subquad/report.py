@@ -22,10 +22,10 @@ SCHEMA = 1
 _DISTRIBUTIONS = ("torch", "triton", "numpy", "transformers", "rich", "ninja")
 
 
-def _probe(question: Callable[[], Any]) -> Any:
+def _probe(question: Callable[..., Any], *args: Any) -> Any:
     """The answer, or the error as text: a report that crashes helps nobody."""
     try:
-        return question()
+        return question(*args)
     except Exception as error:
         return f"error: {type(error).__name__}: {error}"
 
@@ -37,10 +37,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _first_line(command: list[str]) -> str | None:
-    if shutil.which(command[0]) is None:
+def _cxx() -> str | None:
+    if shutil.which(_env.cxx()) is None:
         return None
-    output = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    output = subprocess.run([_env.cxx(), "--version"], capture_output=True, text=True, timeout=20).stdout.strip()
     return output.splitlines()[0] if output else None
 
 
@@ -57,8 +57,8 @@ def versions() -> dict[str, str | None]:
     from . import __version__
 
     found: dict[str, str | None] = {"subquad": __version__, "python": platform.python_version()}
-    found |= {name: _probe(lambda name=name: _version(name)) for name in _DISTRIBUTIONS}
-    found["c++"] = _probe(lambda: _first_line([_env.cxx(), "--version"]))
+    found |= {name: _probe(_version, name) for name in _DISTRIBUTIONS}
+    found["c++"] = _probe(_cxx)
     found["nvcc"] = _probe(_nvcc)
     return found
 
@@ -91,7 +91,7 @@ def machine() -> dict[str, Any]:
 
 def _native_state() -> dict[str, Any]:
     names = ("_C", "_C_cuda", "_C_simt")
-    libraries = {name: _probe(lambda name=name: _native.load(name, build=False)) for name in names}
+    libraries = {name: _probe(_native.load, name, False) for name in names}
     paths = _native.loaded()
     return {
         "libraries": {name: str(paths[name]) if name in paths else reason for name, reason in libraries.items()},
@@ -115,7 +115,7 @@ def _ops() -> dict[str, Any]:
     table = _backends.backends()
     return {
         stem: {
-            device: {"chosen": _probe(lambda s=stem, d=device, b=states: _choice(s, d, b)), "backends": states}
+            device: {"chosen": _probe(_choice, stem, device, states), "backends": states}
             for device, states in devices.items()
         }
         for stem, devices in table.items()
@@ -157,9 +157,11 @@ def support_table() -> str:
     return "\n".join([table, *([""] if notes else []), *notes])
 
 
-def _show_pairs(console: Any, title: str, pairs: dict[str, Any]) -> None:
+def _show_pairs(console: Any, title: str, pairs: Any) -> None:
     from rich.table import Table
 
+    if not isinstance(pairs, dict):  # a probe that failed
+        pairs = {"": pairs}
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -189,11 +191,12 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    native = report["native"] if isinstance(report["native"], dict) else {"libraries": {"error": report["native"]}}
-    state = {name: value for name, value in native.items() if name != "libraries"}
+    native = report["native"]
+    if isinstance(native, dict):
+        native = {**native["libraries"], **{name: value for name, value in native.items() if name != "libraries"}}
     _show_pairs(console, "Versions", report["versions"])
     _show_pairs(console, "Machine", report["machine"])
-    _show_pairs(console, "Native libraries", {**native["libraries"], **state})
+    _show_pairs(console, "Native libraries", native)
     _show_pairs(console, "Environment", report["environment"] or {"SUBQUAD_*": "none set"})
     if isinstance(report["ops"], dict):
         _show_ops(console, report["ops"])

@@ -60,8 +60,9 @@ def threshold(value: float | torch.Tensor, channels: int, device: torch.device) 
             raise ValueError(f"threshold: expected shape [], [1] or [{channels}], got {list(value.shape)}")
         if not torch.compiler.is_compiling() and (value.device.type == "cpu" or _DEBUG) and _has_nan(value):
             raise ValueError("threshold: expected numbers, got NaN")
-        value = value.detach()
-        return value.reshape(1) if value.dim() == 0 else value
+        if value.requires_grad:
+            value = value.detach()
+        return value if value.dim() else value.reshape(1)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"threshold: expected a float or a float32 tensor, got {type(value).__name__}")
     if value != value:  # NaN; math.isnan cannot be traced when torch.compile makes the float dynamic

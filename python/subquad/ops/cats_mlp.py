@@ -86,7 +86,7 @@ def cats_mlp(
                 max_sparse_tokens=max_sparse_tokens, grad=grad, b_gate=cast[4], b_up=cast[5], b_down=cast[6], backend=backend,
             )  # fmt: skip
     name = resolve("cats_mlp", x.device.type, backend)
-    flat = x.reshape(tokens, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(tokens, x.shape[-1])
     if tokens > limit and prefill == "dense":
         t = torch.full_like(t[:1], -1.0)
     weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
@@ -105,9 +105,9 @@ def cats_mlp(
     if tokens > limit and not fused:  # the CPU kernel has a dense path of its own
         activation_backend = resolve("cats_activation", x.device.type, backend)
         return _dense(flat, *weights, t, activation, code, inclusive, union, activation_backend)[0].view(x.shape)
-    b_gate, b_up, b_down = (None if b is None else b.contiguous() for b in weights[3:])
-    y = HANDLES[name]["cats_mlp_fwd"](flat.contiguous(), w_gate, w_up, w_down, t, b_gate, b_up, b_down, code, inclusive, union)
-    return y.view(x.shape)
+    biases = weights[3:] if b_gate is b_up is b_down is None else [None if b is None else b.contiguous() for b in weights[3:]]
+    y = HANDLES[name]["cats_mlp_fwd"](flat.contiguous(), w_gate, w_up, w_down, t, *biases, code, inclusive, union)
+    return y if flat is x else y.view(x.shape)
 
 
 def _needs_grad(x: torch.Tensor, weights: tuple[torch.Tensor | None, ...]) -> bool:

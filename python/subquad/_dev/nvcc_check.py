@@ -1,0 +1,113 @@
+"""`python -m subquad._dev.nvcc_check`: compile and link the CUDA kernels without a GPU, and load the result.
+
+Every supported architecture is compiled with nvcc against whatever torch is installed, a CPU build included; ptxas
+reports registers and spills, and a spill is a failure. The library is then loaded and must have registered a CUDA
+kernel for every op. Without nvcc nothing is checked, and one line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import _build, _env, _native
+
+_DESCRIPTION = "Compile and link the CUDA kernels without a GPU, and load the result."
+_ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'")
+_SPILL = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill")
+_USED = re.compile(r"Used (?P<registers>\d+) registers")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas says about one kernel on one architecture; bytes per thread."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def parse(log: str) -> list[Kernel]:
+    """The kernels of a `ptxas -v` log."""
+    kernels = []
+    name, arch, stack, spills = "", "", 0, 0
+    for line in log.splitlines():
+        if match := _ENTRY.search(line):
+            name, arch, stack, spills = match["name"], match["arch"], 0, 0
+        elif match := _SPILL.search(line):
+            stack, spills = int(match["stack"]), int(match["stores"]) + int(match["loads"])
+        elif (match := _USED.search(line)) and name:
+            kernels.append(Kernel(name, arch, int(match["registers"]), stack, spills))
+            name = ""
+    return kernels
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    """Readable names, where c++filt is at hand."""
+    if shutil.which("c++filt") is None or not names:
+        return {name: name for name in names}
+    output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    readable = (re.sub(r"\(.*", "", text).removeprefix("void ") for text in output.splitlines())
+    return dict(zip(names, readable, strict=True))
+
+
+def compile_cuda(nvcc: str, output: Path, arches: tuple[int, ...]) -> list[Kernel]:
+    """Build the CUDA library for `arches`; returns what ptxas said about its kernels."""
+    library = _build.cuda_library(_native.SOURCES.resolve(), _build.torch_dir(), _env.cxx(), nvcc, arches)
+    return parse(_build.compile_library(library, output.parent, output))
+
+
+def unregistered(library: Path) -> list[str]:
+    """Load the library; returns the ops for which it registered no CUDA kernel."""
+    import torch
+
+    from .._schemas import OPS
+
+    torch.ops.load_library(str(library))
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [name for name in OPS if not has(f"subquad::{name}", "CUDA")]
+
+
+def summary(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
+    """A line per template and architecture, then one per kernel that spills."""
+    groups: dict[tuple[str, str], list[Kernel]] = {}
+    for kernel in kernels:
+        groups.setdefault((names[kernel.name].split("<")[0], kernel.arch), []).append(kernel)
+    lines = [
+        f"{arch:8} {template}: {len(group)} instances, at most {max(k.registers for k in group)} registers, "
+        f"{max(k.stack for k in group)} bytes of stack"
+        for (template, arch), group in sorted(groups.items())
+    ]
+    return lines + [f"SPILL {k.arch} {names[k.name]}: {k.spills} bytes" for k in kernels if k.spills]
+
+
+def main() -> int:
+    """Compile, link, load; 0 when everything held."""
+    parser = argparse.ArgumentParser(prog="python -m subquad._dev.nvcc_check", description=_DESCRIPTION)
+    parser.add_argument("--arch", default=",".join(map(str, _build.CUDA_ARCHES)), help="comma-separated, such as 80,90")
+    args = parser.parse_args()
+    nvcc = _build.find_nvcc(_env.cuda_home())
+    if nvcc is None:
+        print("nvcc not found: CUDA sources not checked")
+        return 0
+    print("compiling the CUDA sources with nvcc (a minute or two) ...", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "_C_cuda.so"
+        kernels = compile_cuda(nvcc, output, tuple(int(arch) for arch in args.arch.split(",")))
+        missing = unregistered(output)
+    print("\n".join(summary(kernels, demangle(sorted({kernel.name for kernel in kernels})))))
+    spilled = sum(kernel.spills > 0 for kernel in kernels)
+    without = ", ".join(missing) or "none"
+    print(f"{len(kernels)} kernels compiled, {spilled} with spills; ops without a CUDA kernel: {without}")
+    return int(spilled > 0 or bool(missing) or not kernels)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

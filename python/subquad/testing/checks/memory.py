@@ -1,0 +1,170 @@
+"""Is memory treated right: layouts, margins, repeated runs, threads, and rows that must not know of each other."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ... import _native
+from ..case import Case
+from ..compare import assert_close, assert_same_bits
+from ..instruments import Guards, guarded_allocations, record_ops
+from ..layouts import LAYOUTS, changes_strides, lay_out
+from ..spec import Sample
+from .registry import KERNELS, check
+
+
+@check()
+def layouts(case: Case) -> None:
+    """Every layout of every argument gives the contiguous result, or is refused with a message as the spec declares."""
+    sample = case.fullest(tokens=case.spec.tokens[0])
+    contiguous = case.call(sample)
+    for name, value in sample.args.items():
+        if value is None:
+            continue
+        for layout in LAYOUTS:
+            if not changes_strides(value, layout):
+                continue
+            variant = lay_out(value, layout)
+            if layout in case.spec.refuses.get(name, ()):
+                _refused(case, sample, name, variant, layout)
+                continue
+            expected = case.call(sample, **{name: variant.contiguous()}) if layout == "expanded" else contiguous
+            for a, b in zip(case.call(sample, **{name: variant}), expected, strict=True):
+                assert_close(a, b, case.spec.tol.forward[a.dtype], f"{name} {layout}")
+                assert a.stride() == b.stride(), f"{name} {layout}: result strides {a.stride()}, expected {b.stride()}"
+
+
+def _refused(case: Case, sample: Sample, name: str, variant: torch.Tensor, layout: str) -> None:
+    try:
+        case.call(sample, **{name: variant})
+    except ValueError as error:
+        assert str(error).startswith(f"{name}: "), f"the message does not name {name}: {error}"
+        assert "stride" in str(error) or "contiguous" in str(error), f"the message does not say what is wrong: {error}"
+    else:
+        raise AssertionError(f"{name} {layout} was accepted, although the spec says it is refused")
+
+
+@check()
+def gradient_layouts(case: Case) -> None:
+    """Gradients with every argument in a layout of its own equal those of contiguous arguments."""
+    sample = case.fullest(tokens=case.spec.tokens[0])
+    expected = case.gradients(sample)
+    for layout in ("transposed", "sliced", "strided", "offset"):
+        variants = {}
+        for name in case.float_args(sample):
+            value = sample.args[name]
+            if value is not None and layout not in case.spec.refuses.get(name, ()):
+                variants[name] = lay_out(value, layout).requires_grad_()
+        outputs = case.call(sample, **variants)
+        grads = torch.autograd.grad(outputs, tuple(variants.values()), case.upstream(outputs))
+        for name, grad in zip(variants, grads, strict=True):
+            assert_close(grad, expected[name], case.spec.tol.grad[grad.dtype], f"gradient of {name}, arguments {layout}")
+
+
+@check(KERNELS, per_dtype=True)
+def guards(case: Case) -> None:
+    """With NaN around every input, output and workspace: nothing outside is written, and nothing outside is used."""
+    if case.device != "cpu":
+        return
+    for sample in case.samples("small"):
+        expected = (*case.call(sample), *case.gradients(sample).values())
+        with guarded_allocations() as guards:
+            inside = sample.replace(**{n: guards.copy(a, n) for n, a in sample.args.items() if a is not None})
+            leaves = {n: inside.args[n].detach().requires_grad_() for n in case.float_args(inside)}  # type: ignore[union-attr]
+            results = case.call(inside)
+            outputs = case.call(inside, **leaves)
+            results += torch.autograd.grad(outputs, tuple(leaves.values()), case.upstream(outputs))
+            guards.check()
+        for a, b in zip(results, expected, strict=True):
+            assert_close(a, b, 1e-6 if a.dtype is torch.float32 else case.spec.tol.forward[a.dtype], sample.id)
+
+
+@check(per_dtype=True)
+def determinism(case: Case) -> None:
+    """Twenty runs, the same bits, forward and backward. Triton's interpreter, which has no concurrency, gets fewer."""
+    sample = case.fullest(size=None)
+    expected, grads = case.call(sample), case.gradients(sample)
+    for _ in range(3 if case.backend == "triton" and case.device == "cpu" else 19):
+        for a, b in zip(case.call(sample), expected, strict=True):
+            assert_same_bits(a, b, f"{sample.id}: a repeated run")
+    for _ in range(3):
+        for name, grad in case.gradients(sample).items():
+            assert_same_bits(grad, grads[name], f"{sample.id}: gradient of {name}, a repeated run")
+
+
+@check(("native",), per_dtype=True)
+def threads(case: Case) -> None:
+    """Every raw operator gives the same bits with 1, 2 and 3 threads."""
+    if case.device != "cpu":
+        return
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for sample in case.samples("large"):
+            with record_ops(case.backend) as calls:
+                case.call(sample)
+                case.gradients(sample)
+            for count in (2, 3):
+                torch.set_num_threads(count)
+                for call in calls:
+                    repeated = call.op(*call.args)
+                    pairs = zip(_tuple(repeated), _tuple(call.result), strict=True)
+                    for a, b in pairs:
+                        assert_same_bits(a, b, f"{sample.id}: {call.name} with {count} threads instead of 1")
+            torch.set_num_threads(1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tuple(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+@check(("simt",), per_dtype=True)
+def schedules(case: Case) -> None:
+    """Every emulated kernel gives the same bits in whatever order blocks, warps and lanes run: a missing barrier shows here."""
+    emulator = ctypes.CDLL(str(_native.loaded()["_C_simt"]))
+    set_seed = emulator.subquad_simt_set_seed
+    set_seed.argtypes = [ctypes.c_uint64]
+    for sample in case.samples():
+        with record_ops(case.backend) as calls:
+            case.call(sample)
+            case.gradients(sample)
+        try:
+            for seed in (2, 3, 4):
+                set_seed(seed)
+                for call in calls:
+                    for a, b in zip(_tuple(call.op(*call.args)), _tuple(call.result), strict=True):
+                        assert_same_bits(a, b, f"{sample.id}: {call.name}, schedule {seed}")
+        finally:
+            set_seed(1)
+
+
+@check(KERNELS, per_dtype=True)
+def row_independence(case: Case) -> None:
+    """A row's result has the same bits alone, in any order, and beside rows of NaN, where the sample promises it."""
+    samples = [s for s in case.samples() if s.rows_independent and _rows(case, s) > 1]
+    if not samples:
+        raise AssertionError("no sample with several rows promises independence; declare check:row_independence missing")
+    for sample in samples:
+        count = _rows(case, sample)
+        together = case.call(sample)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
+        moved = case.call(sample, **{n: sample.args[n][order] for n in case.spec.rows})  # type: ignore[index]
+        for a, b in zip(moved, together, strict=True):
+            assert_same_bits(a, b[order], f"{sample.id}: rows in another order")
+        for row in {0, count // 2, count - 1}:
+            alone = case.call(sample, **{n: sample.args[n][row : row + 1] for n in case.spec.rows})  # type: ignore[index]
+            beside_nan = {n: torch.full_like(sample.args[n], float("nan")) for n in case.spec.rows}  # type: ignore[arg-type]
+            for name, tensor in beside_nan.items():
+                tensor[row] = sample.args[name][row]  # type: ignore[index]
+            poisoned = case.call(sample, **beside_nan)
+            for a, b, c in zip(alone, poisoned, together, strict=True):
+                assert_same_bits(a[0], c[row], f"{sample.id}: row {row} alone")
+                assert_same_bits(b[row], c[row], f"{sample.id}: row {row} beside rows of NaN")
+
+
+def _rows(case: Case, sample: Sample) -> int:
+    return sample.args[case.spec.rows[0]].shape[0]  # type: ignore[union-attr]

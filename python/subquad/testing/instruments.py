@@ -1,0 +1,115 @@
+"""Devices that watch an op at work: which operators it calls, and whether it stays inside its memory."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._schemas import NAMESPACES
+
+MARGIN = 512  # bytes on either side of a guarded tensor
+ALIGNMENT = 64  # what torch's own CPU allocator gives
+_PATTERN = 0xFF  # as a float of any width: NaN; as an integer: -1
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of a raw operator with the very arguments it got."""
+
+    op: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    result: Any
+
+    @property
+    def name(self) -> str:
+        return self.op._schema.name.split("::")[1]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, namespaces: Sequence[str]) -> None:
+        super().__init__()
+        self.namespaces = tuple(namespaces)
+        self.calls: list[OpCall] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in self.namespaces:
+            self.calls.append(OpCall(func, tuple(args), result))
+        return result
+
+
+@contextmanager
+def record_ops(backend: str | None = None) -> Iterator[list[OpCall]]:
+    """Collect the calls of our raw operators (of one backend, or of all) made inside the block."""
+    names = tuple(NAMESPACES.values()) if backend is None else (NAMESPACES[backend],)
+    recorder = _Recorder(names)
+    with recorder:
+        yield recorder.calls
+
+
+class Guards:
+    """Tensors inside larger buffers: margins must stay as they are, and copies of inputs must stay as they are throughout."""
+
+    def __init__(self) -> None:
+        self._allocated: list[tuple[str, torch.Tensor, int, int]] = []
+        self._inputs: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype, name: str = "an allocation") -> torch.Tensor:
+        """A contiguous tensor of NaN between margins of NaN. Makes no call of aten::empty."""
+        size = math.prod(shape) * dtype.itemsize
+        raw = torch.frombuffer(bytearray([_PATTERN]) * (size + 2 * MARGIN + ALIGNMENT), dtype=torch.uint8)
+        start = -raw.data_ptr() % ALIGNMENT + MARGIN
+        self._allocated.append((name, raw, start, start + size))
+        return raw[start : start + size].view(dtype).view(tuple(shape))
+
+    def copy(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """A guarded input with the values and strides of `tensor`; NaN also between its rows if they are apart."""
+        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        inside = self.allocate((extent,), tensor.dtype, name).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        raw = self._allocated[-1][1]
+        self._inputs.append((name, raw, raw.clone()))
+        return inside
+
+    def check(self) -> None:
+        """Raise AssertionError if a margin or an input was written to."""
+        for name, raw, start, end in self._allocated:
+            touched = (raw != _PATTERN).nonzero().flatten()
+            outside = touched[(touched < start) | (touched >= end)]
+            if outside.numel():
+                distance = (start - outside[outside < start], outside[outside >= end] - end + 1)
+                raise AssertionError(
+                    f"{name} of {end - start} bytes: {outside.numel()} bytes written outside, up to {int(torch.cat(distance).max())} away"
+                )
+        for name, raw, before in self._inputs:
+            if not torch.equal(raw, before):
+                raise AssertionError(f"{name}: the input was written to")
+
+
+@contextmanager
+def guarded_allocations() -> Iterator[Guards]:
+    """Put every tensor that anyone allocates on the CPU inside the block, in Python or in C++, between margins.
+
+    Works by replacing aten::empty for a while, so that outputs and workspaces of compiled kernels are covered as well.
+    """
+    guards = Guards()
+
+    def empty(size: Sequence[int], *, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+        if 0 in size:  # torch's own kernels resize these later; guarded memory cannot grow
+            return torch.empty_strided(size, [0] * len(size), dtype=dtype)
+        return guards.allocate(size, dtype or torch.get_default_dtype())
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an operator is overridden is the point
+            library.impl("empty.memory_format", empty, "CPU")
+        yield guards
+    finally:
+        library._destroy()

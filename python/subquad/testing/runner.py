@@ -1,0 +1,123 @@
+"""From specs to tests: expand the generic checks over backends and dtypes, run them, or hand them to pytest."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import _backends
+from .case import Case
+from .checks import CHECKS, Check
+from .spec import OpSpec
+
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One check of one spec on one backend in one dtype."""
+
+    spec: OpSpec
+    check: Check
+    backend: str
+    dtype: torch.dtype
+
+    @property
+    def id(self) -> str:
+        dtype = f"-{_SHORT[self.dtype]}" if self.check.per_dtype else ""
+        return f"{self.spec.name}-{self.check.name}-{self.backend}{dtype}"
+
+    @property
+    def missing(self) -> str | None:
+        """The spec's reason for not having this, if it declares one."""
+        return self.spec.missing.get(self.backend) or self.spec.missing.get(f"check:{self.check.name}")
+
+    def run(self, device: str = "cpu") -> None:
+        """Raise what the check raises."""
+        self.check.run(Case(self.spec, self.backend, self.dtype, device))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: status is "passed", "failed" or "skipped"; detail is the reason."""
+
+    task: Task
+    status: str
+    detail: str = ""
+
+
+def tasks(spec: OpSpec, backends: Sequence[str] = _backends.BACKENDS) -> Iterator[Task]:
+    """Every generic check and every property of the spec, for every backend and dtype it says something about."""
+    own = [Check(p.name, p.check, per_dtype=True) for p in spec.properties]
+    for check in (*CHECKS.values(), *own):
+        for backend in backends:
+            if backend in check.backends:
+                for dtype in spec.dtypes if check.per_dtype else spec.dtypes[:1]:
+                    yield Task(spec, check, backend, dtype)
+
+
+def run_all(
+    spec: OpSpec,
+    backend: str,
+    *,
+    device: str = "cpu",
+    checks: Sequence[str] | None = None,
+    slow: bool = False,
+) -> list[Outcome]:
+    """Run the checks (all, or those named) of one backend and report; raises nothing that a check raises.
+
+    Raises:
+        ValueError: unknown check.
+    """
+    unknown = set(checks or ()) - set(CHECKS) - {p.name for p in spec.properties}
+    if unknown:
+        raise ValueError(f"checks: expected some of {', '.join(CHECKS)}, got {', '.join(sorted(unknown))}")
+    outcomes = []
+    for task in tasks(spec, (backend,)):
+        if checks is None and task.check.slow and not slow:
+            continue
+        if checks is None or task.check.name in checks:
+            outcomes.append(_run(task, device))
+    return outcomes
+
+
+def _run(task: Task, device: str) -> Outcome:
+    reason = task.missing or _backends.unavailable(task.spec.stem, task.backend, device, build=True)
+    if reason is not None:
+        return Outcome(task, "skipped", reason)
+    try:
+        task.run(device)
+    except Exception as error:
+        return Outcome(task, "failed", "".join(traceback.format_exception_only(error)).strip())
+    return Outcome(task, "passed")
+
+
+def generic_tests(*specs: OpSpec) -> Any:
+    """A decorator that makes `def test(task, device): task.run(device)` into all generic tests of the specs.
+
+    The `backend` marker lets a conftest skip, or insist on, backends that this machine lacks.
+    """
+    import pytest
+
+    params = []
+    for spec in specs:
+        for task in tasks(spec):
+            marks = [pytest.mark.backend(spec.stem, task.backend)]
+            if task.missing:
+                marks.append(pytest.mark.skip(reason=task.missing))
+            if task.check.slow:
+                marks.append(pytest.mark.slow)
+            params.append(pytest.param(task, id=task.id, marks=marks))
+    return pytest.mark.parametrize("task", params)
+
+
+def backend_params(stem: str, *names: str) -> Any:
+    """A decorator that gives a test of `stem` one run per backend (all, or those named), as argument `backend`."""
+    import pytest
+
+    chosen = names or _backends.BACKENDS
+    return pytest.mark.parametrize("backend", [pytest.param(n, id=n, marks=pytest.mark.backend(stem, n)) for n in chosen])

@@ -1,0 +1,185 @@
+"""What an op must state about itself so that tests, benchmarks and the support table can be made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .case import Case
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = ("small", "full", "large", "empty")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call: tensors by argument name, options by keyword.
+
+    Attributes:
+        id: short name, unique among the samples of one spec.
+        args: tensor arguments by parameter name; None stands for an optional tensor that is left out.
+        kwargs: everything else.
+        rows_independent: whether a row of the result must not depend, to the bit, on the other rows of the call.
+        true_gradient: whether the gradient is the derivative (a straight-through estimator is not).
+    """
+
+    id: str
+    args: Mapping[str, torch.Tensor | None]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    rows_independent: bool = False
+    true_gradient: bool = True
+
+    def replace(self, **args: torch.Tensor | None) -> Sample:
+        """The same call with some tensors exchanged."""
+        return dataclasses.replace(self, args={**self.args, **args})
+
+    def with_options(self, **kwargs: Any) -> Sample:
+        """The same call with some options set."""
+        return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
+
+    def to(self, dtype: torch.dtype, names: Iterable[str]) -> Sample:
+        """The same call with the named tensors in another dtype."""
+        cast = {n: a.to(dtype) for n in names if (a := self.args[n]) is not None}
+        return self.replace(**cast)
+
+
+class Sampler:
+    """Seeded source of inputs for `OpSpec.samples`.
+
+    Attributes:
+        dtype, device: what the tensors under test must have.
+        size: "small" for interpreters, "full", "large" (enough work for several threads) or "empty" (extents of zero).
+        tokens: when set, the number of rows that every sample must have; else the spec chooses.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        size: str = "full",
+        tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if size not in SIZES:
+            raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+        self.dtype, self.device, self.size, self.tokens = dtype, device, size, tokens
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:
+        """Normal numbers, drawn in float64 so that every dtype sees the same ones, rounded."""
+        wide = torch.randn(shape, generator=self._generator, dtype=torch.float64).mul_(std)
+        return wide.to(self.dtype).to(self.device)
+
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        """int64 on the CPU, low <= value < high."""
+        return torch.randint(low, high, shape, generator=self._generator)
+
+
+def threshold_in_gap(scores: torch.Tensor, fraction: float, reach: float = 0.1, width: float = 1e-5) -> float:
+    """A number in the widest gap between neighbouring values of `scores`, within `reach` of their quantile `fraction`.
+
+    A kernel that computes the scores in another order then takes the same decisions.
+
+    Raises:
+        ValueError: if the gap is narrower than `width` times the largest score.
+    """
+    ordered = scores.double().flatten().sort().values
+    n = ordered.numel()
+    if n < 2:
+        return float(ordered.sum()) / 2
+    steps = max(2, int(reach * n))
+    first = min(max(0, int(fraction * n) - steps), n - 2)
+    window = ordered[first : min(n, first + 2 * steps + 1)]
+    gaps = window.diff()
+    k = int(gaps.argmax())
+    if gaps[k] < width * ordered[-1]:
+        raise ValueError(f"scores: no gap near quantile {fraction}; the widest is {float(gaps[k]):.2e}")
+    return torch.tensor(float(window[k] + window[k + 1]) / 2, dtype=torch.float32).item()
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How near a kernel must come to the float64 oracle.
+
+    Attributes:
+        forward, grad: largest relative L2 error by dtype of the result.
+        factor, eps: three-way rule, err(kernel) <= factor * err(reference in the same dtype) + eps.
+        ulps: elements may also differ by so many units in the last place (after `elementwise` times the largest element).
+    """
+
+    forward: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+    )
+    grad: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+    )
+    factor: float = 2.0
+    eps: float = 1e-6
+    ulps: float = 1.0
+    elementwise: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Property:
+    """A law of this op alone; `check` gets the case and raises AssertionError."""
+
+    name: str
+    check: Callable[[Case], None]
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One line of a benchmark: `params` are the numbers that `OpSpec.bench_sample`, `flops` and `bytes` understand."""
+
+    id: str
+    params: Mapping[str, Any]
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op as tests and benchmarks see it.
+
+    Attributes:
+        name: what it is called in test ids.
+        stem: name of its files, and its row in the backend table.
+        fn: public function; takes the tensors of a sample by name, its options, and `backend=`.
+        reference: same arguments without `backend`; differentiable, float64-capable, independent of kernels.
+        samples: yields calls; the first one should be the most typical.
+        grad_args: tensors that are differentiable.
+        rows: tensors whose first dimension counts tokens; they are batched, made dynamic, permuted and poisoned.
+        tol: tolerances.
+        properties: laws of this op.
+        refuses: layouts (see `layouts.LAYOUTS`) that the op documents as errors, by argument. All others must work.
+        autocast: "cast" when the op runs in the autocast dtype, "keep" when autocast leaves it alone.
+        tokens: row counts under which compiled code must not be specialised again.
+        dtypes: what kernels support.
+        bench, bench_sample, flops, bytes, peers: benchmark cases, the call of a case, its arithmetic, its least traffic, and
+            other implementations of the same call by name.
+        missing: what this op does not have, and why, by backend ("simt"), place ("nn") or check ("check:vmap").
+    """
+
+    name: str
+    stem: str
+    fn: Callable[..., Any]
+    reference: Callable[..., Any]
+    samples: Callable[[Sampler], Iterable[Sample]]
+    grad_args: tuple[str, ...]
+    rows: tuple[str, ...]
+    tol: Tolerance = Tolerance()
+    properties: tuple[Property, ...] = ()
+    refuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    autocast: str = "keep"
+    tokens: tuple[int, ...] = (3, 5, 14)
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    bench: tuple[BenchCase, ...] = ()
+    bench_sample: Callable[[BenchCase, str], Sample] | None = None
+    flops: Callable[[BenchCase], float] | None = None
+    bytes: Callable[[BenchCase], float] | None = None
+    peers: Mapping[str, Callable[[Sample], Callable[[], Any]]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)

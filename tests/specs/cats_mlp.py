@@ -1,0 +1,201 @@
+"""The CATS gated MLP as tests and benchmarks see it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import subquad
+from subquad import reference
+from subquad.ops.cats_mlp import MAX_SPARSE_TOKENS
+from subquad.reference.cats_activation import activate
+from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, threshold_in_gap
+
+WEIGHTS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+
+
+def oracle(x: torch.Tensor, *weights: torch.Tensor, threshold: float | torch.Tensor, **options: Any) -> torch.Tensor:
+    """The reference with the arguments of the public function."""
+    limit = options.pop("max_sparse_tokens", None)
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    t = torch.as_tensor(threshold, dtype=torch.float32, device=x.device).reshape(-1)
+    if options.pop("prefill", "masked") == "dense" and tokens > (MAX_SPARSE_TOKENS if limit is None else limit):
+        t = torch.full_like(t, -1.0)
+    names = ("w_gate", "w_up", "w_down")[: len(weights)]
+    flat = x.reshape(tokens, x.shape[-1])
+    return reference.cats_mlp.cats_mlp(flat, threshold=t, **dict(zip(names, weights, strict=True)), **options).view(x.shape)
+
+
+def gate_scores(sample: Sample) -> torch.Tensor:
+    """|f(x Wg^T + b)| in float64, one row per token: what the threshold is compared with."""
+    x, w_gate, b_gate = (None if (a := sample.args[n]) is None else a.double() for n in ("x", "w_gate", "b_gate"))
+    assert x is not None and w_gate is not None
+    z = F.linear(x.reshape(-1, w_gate.shape[1]), w_gate, b_gate)
+    return activate(z, sample.kwargs.get("activation", "silu")).abs()
+
+
+def channel_thresholds(scores: torch.Tensor, sampler: Sampler) -> torch.Tensor:
+    """One threshold per neuron, between two neighbouring scores of its column; the first is negative, the last infinite."""
+    tokens, neurons = scores.shape
+    ordered = scores.sort(0).values
+    edges = torch.cat([torch.zeros_like(ordered[:1]), ordered, ordered[-1:] + 1])
+    rank = sampler.integers(0, tokens + 1, 1, neurons).to(scores.device)
+    wide = edges.gather(0, rank + 1) - edges.gather(0, rank) > 1e-4
+    rank = torch.where(wide, rank, tokens)
+    t = ((edges.gather(0, rank) + edges.gather(0, rank + 1)) / 2).float().squeeze(0)
+    t[0], t[-1] = -1.0, torch.inf
+    return t
+
+
+def draw(
+    sampler: Sampler,
+    name: str,
+    tokens: int | tuple[int, ...],
+    hidden: int,
+    neurons: int,
+    *,
+    threshold: str | float = "scalar",
+    fraction: float = 0.6,
+    bias: bool = False,
+    row_major: bool = False,
+    **options: Any,
+) -> Sample:
+    """A random problem whose decisions are clear: `threshold` is "scalar", "tensor" or "channel", or a number."""
+    w_gate, w_up = (sampler.normal(neurons, hidden, std=max(1, hidden) ** -0.5) for _ in range(2))
+    w_down = sampler.normal(neurons, hidden, std=max(1, neurons) ** -0.5).t()
+    biases = [sampler.normal(n, std=0.3) if bias else None for n in (neurons, neurons, hidden)]
+    count = tokens if sampler.tokens is None or tokens == 0 else sampler.tokens
+    x = sampler.normal(*(count if isinstance(count, tuple) else (count,)), hidden)
+    weights = (w_gate, w_up, w_down.contiguous() if row_major else w_down, *biases)
+    args: dict[str, torch.Tensor | None] = {"x": x, **dict(zip(WEIGHTS, weights, strict=True))}
+    sparse = isinstance(count, int) and count <= options.get("max_sparse_tokens", MAX_SPARSE_TOKENS)
+    exact = sparse and options.get("mask_mode", "token") == "token"
+    sample = Sample(name, args, options, rows_independent=exact, true_gradient=options.get("grad") != "ste")
+    if not isinstance(threshold, str):
+        return sample.with_options(threshold=threshold)
+    scores = gate_scores(sample)
+    if threshold == "channel":
+        return sample.replace(threshold=channel_thresholds(scores, sampler))
+    t = threshold_in_gap(scores, fraction)
+    return sample.with_options(threshold=t) if threshold == "scalar" else sample.replace(threshold=torch.full((1,), t))
+
+
+def samples(sampler: Sampler) -> Iterator[Sample]:
+    new = functools.partial(draw, sampler)
+    if sampler.size == "empty":
+        yield new("no-tokens", 0, 24, 40, threshold=0.1)
+        yield new("no-tokens-3d", (2, 0), 24, 40, threshold=0.1, bias=True)
+        yield new("no-neurons", 3, 24, 0, threshold=0.1, bias=True)
+        yield new("no-features", 3, 0, 24, threshold=0.1)
+    elif sampler.size == "large":
+        yield new("1-token", 1, 520, 1500)
+        yield new("5-tokens", 5, 260, 1100, threshold="channel", bias=True, row_major=True)
+        yield new("16-tokens-union", 16, 260, 1100, mask_mode="union", fraction=0.97)
+    elif sampler.size == "small":
+        yield new("silu", 3, 20, 36)
+        yield new("bias-channels", 16, 33, 40, activation="gelu_tanh", threshold="channel", bias=True, row_major=True)
+        yield new("union-relu", 2, 16, 31, activation="relu", mask_mode="union", inclusive=True, fraction=0.8)
+        yield new("prefill", 17, 9, 12, activation="gelu", threshold="tensor", bias=True)
+        yield new("ste", 2, 8, 16, grad="ste")
+    else:
+        yield new("silu", 3, 96, 160)
+        yield new("1-token", 1, 130, 257, inclusive=True, fraction=0.9)
+        yield new("bias-channels", 16, 77, 100, activation="gelu_tanh", threshold="channel", bias=True, row_major=True)
+        yield new("3d-gelu", (2, 3), 33, 65, activation="gelu", threshold="tensor", bias=True)
+        yield new("union-relu", 5, 64, 161, activation="relu", mask_mode="union", fraction=0.9)
+        yield new("all-active", 4, 48, 64, threshold=-1.0)
+        yield new("all-dead", 4, 48, 64, threshold=float("inf"), bias=True)
+        yield new("prefill", 40, 48, 100, threshold="channel", bias=True)
+        yield new("prefill-union", 18, 48, 100, mask_mode="union", fraction=0.97)
+        yield new("prefill-dense", 17, 48, 100, prefill="dense")
+        yield new("never-sparse", 3, 48, 100, max_sparse_tokens=0)
+        yield new("ste", 2, 40, 80, grad="ste", bias=True)
+
+
+def _bench_cases() -> Iterator[BenchCase]:
+    targets = {
+        (torch.float32, 1): {0.0: 0.80, 0.5: 0.50, 0.7: 0.42, 0.9: 0.31},
+        (torch.bfloat16, 1): {0.0: 0.75, 0.5: 0.50, 0.7: 0.42, 0.9: 0.32},
+        (torch.bfloat16, 8): {0.5: 0.40},
+    }
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    for quick, hidden, neurons in ((False, 4096, 11008), (True, 1024, 2816)):
+        for (dtype, tokens), rows in targets.items():
+            for sparsity, target in rows.items():
+                params = {"tokens": tokens, "hidden": hidden, "neurons": neurons, "dtype": dtype, "sparsity": sparsity}
+                if not quick:
+                    params["target"] = target
+                name = f"{hidden}x{neurons}-{names[dtype]}-N{tokens}-s{sparsity:g}"
+                yield BenchCase(name, params, quick)
+
+
+@functools.lru_cache(maxsize=1)
+def _bench_tensors(tokens: int, hidden: int, neurons: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, std: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(std).to(dtype).to(device)
+
+    gate, up, down = (normal(neurons, hidden, std=0.02) for _ in range(3))
+    return {"x": normal(tokens, hidden, std=1.0), "w_gate": gate, "w_up": up, "w_down": down.t()}
+
+
+def bench_sample(case: BenchCase, device: str) -> Sample:
+    p = case.params
+    args = {**_bench_tensors(p["tokens"], p["hidden"], p["neurons"], p["dtype"], device), "b_gate": None}
+    sample = Sample(case.id, args)
+    scores = gate_scores(sample)
+    t = threshold_in_gap(scores, p["sparsity"], reach=0.002) if p["sparsity"] else -1.0
+    return Sample(case.id, {n: a for n, a in args.items() if a is not None}, {"threshold": t})
+
+
+def flops(case: BenchCase) -> float:
+    """Dense gate, up and down for active neurons only."""
+    p = case.params
+    return 2.0 * p["tokens"] * p["hidden"] * p["neurons"] * (1 + 2 * (1 - p["sparsity"]))
+
+
+def traffic(case: BenchCase) -> float:
+    """Weight rows that some token needs (masks taken as independent), plus input and output."""
+    p = case.params
+    union = 1 - p["sparsity"] ** p["tokens"]
+    return p["dtype"].itemsize * p["hidden"] * (p["neurons"] * (1 + 2 * union) + 2 * p["tokens"])
+
+
+def _torch_dense(sample: Sample) -> Callable[[], torch.Tensor]:
+    x, gate, up, down = (sample.args[n].contiguous() for n in ("x", "w_gate", "w_up", "w_down"))  # type: ignore[union-attr]
+    return lambda: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def _torch_masked(sample: Sample) -> Callable[[], torch.Tensor]:
+    x, gate, up, down = (sample.args[n].contiguous() for n in ("x", "w_gate", "w_up", "w_down"))  # type: ignore[union-attr]
+    t = sample.kwargs["threshold"]
+
+    def call() -> torch.Tensor:
+        s = F.silu(F.linear(x, gate))
+        return F.linear(s.masked_fill(s.abs() <= t, 0.0) * F.linear(x, up), down)
+
+    return call
+
+
+SPEC = OpSpec(
+    name="cats_mlp",
+    stem="cats_mlp",
+    fn=subquad.cats_mlp,
+    reference=oracle,
+    samples=samples,
+    grad_args=("x", *WEIGHTS),
+    rows=("x",),
+    refuses={"w_gate": ("transposed", "strided"), "w_up": ("transposed", "strided"), "w_down": ("strided",)},
+    autocast="cast",
+    bench=tuple(_bench_cases()),
+    bench_sample=bench_sample,
+    flops=flops,
+    bytes=traffic,
+    peers={"torch dense": _torch_dense, "torch masked": _torch_masked},
+)
+SPECS = (SPEC,)
