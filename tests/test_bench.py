@@ -218,6 +218,8 @@ def test_family_selects_ops() -> None:
 
 
 def test_targets_of_the_large_cases_are_set() -> None:
-    large = [case for case in MLP.bench if not case.quick and case.params["tokens"] == 1]
-    assert {case.params["sparsity"] for case in large} == {0.0, 0.5, 0.7, 0.9}
-    assert all(0 < case.params["target"] <= 0.80 for case in large)
+    large = [case for case in MLP.bench if not case.quick and case.params["dtype"] is not torch.float16]
+    single = [case for case in large if case.params["tokens"] == 1]
+    assert {case.params["sparsity"] for case in single} == {0.0, 0.5, 0.7, 0.9}
+    assert all(0 < case.params["target"] <= (0.80 if case in single else 1.0) for case in large)
+    assert {case.params["tokens"] for case in large} == {1, 8, 17, 64, 128}

@@ -18,6 +18,8 @@ from subquad.calibration.sketch import ABOVE, BINS, NAN, OCTAVES, SLOTS, ZERO
 from subquad.nn import CATSMLP
 from subquad.nn.conversion import CatsConfig, convert_mlps, revert_mlps
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
+
 H, I = 16, 48  # noqa: E741
 SHARES = (0.3, 0.4, 0.5, 0.7, 0.9, 0.99)
 

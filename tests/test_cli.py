@@ -110,6 +110,12 @@ def test_report_says_what_a_call_would_run(stem: str) -> None:
     assert report.collect()["ops"][stem]["cpu"]["chosen"] == _backends.resolve(stem, "cpu", None)
 
 
+def test_report_passes_over_what_cannot_run() -> None:
+    states = dict.fromkeys(_backends.BACKENDS, "not here") | {"reference": "available"}
+    assert report._choice("cats_mlp", "cpu", states) == "reference"
+    assert report._choice("cats_mlp", "cpu", states | {"native": "available"}) == "native"
+
+
 def test_report_shows_a_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with subquad.use_backend("reference"):
         assert report.collect()["ops"]["cats_mlp"]["cpu"]["chosen"] == "reference"

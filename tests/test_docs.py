@@ -37,7 +37,7 @@ def commands(path: Path) -> list[list[str]]:
 
 def spoken(path: Path) -> list[list[str]]:
     """Commands in the text between backticks."""
-    found = re.findall(r"`((?:subquad|make|python -m subquad\S*) [^`]+)`", path.read_text())
+    found = re.findall(r"`((?:subquad|make) [^`]+|python -m subquad[^`]*)`", path.read_text())
     return [shlex.split(text) for text in found]
 
 

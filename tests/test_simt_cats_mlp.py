@@ -65,6 +65,17 @@ def test_layout_and_schedule_do_not_change_a_bit(emulator: ctypes.CDLL, dtype: t
     assert torch.equal(mlp(shifted(x, 0), shifted(gate, 1), shifted(up, 2), unaligned, threshold), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("neuron_major", [True, False])
+def test_a_row_has_the_same_bits_in_any_batch(emulator: ctypes.CDLL, dtype: torch.dtype, neuron_major: bool) -> None:
+    # 16, 5, 2 and 1 tokens run different instantiations: 16, 8, 2 and 1 accumulators per row.
+    x, gate, up, down = inputs(16, 80, 136, dtype)
+    w_down = down.T if neuron_major else down.T.contiguous()
+    whole = mlp(x, gate, up, w_down, torch.tensor([0.1]))
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 7), slice(8, 13)):
+        assert torch.equal(mlp(x[rows].clone(), gate, up, w_down, torch.tensor([0.1])), whole[rows])
+
+
 @pytest.mark.parametrize("matrix", ["gate", "up", "down"])
 def test_offsets_beyond_32_bits(emulator: ctypes.CDLL, matrix: str) -> None:
     x, gate, up, down = inputs(2, 24, 4, torch.bfloat16)

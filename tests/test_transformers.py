@@ -16,6 +16,8 @@ from subquad.nn import CATSMLP
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
+
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 96,

@@ -1,4 +1,5 @@
-// Storage types for bfloat16 and IEEE half, with conversions that round to nearest even and keep NaN. Host code, torch-free.
+// Storage types for bfloat16 and IEEE half, with conversions that round to nearest even and keep NaN. Host code,
+// torch-free.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Inline functions shared by files that are compiled once per instruction set go between these two macros: each build then has
-// its own symbols, and the linker can never hand an AVX-512 copy of an inline function to an older CPU.
+// Inline functions shared by files that are compiled once per instruction set go between these two macros: each build
+// then has its own symbols, and the linker can never hand an AVX-512 copy of an inline function to an older CPU.
 #pragma once
 
 #if defined(SUBQUAD_ISA)

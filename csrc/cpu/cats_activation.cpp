@@ -51,8 +51,8 @@ Tensor cats_activation_fwd(const Tensor& z, const Tensor& threshold, int64_t act
   return a;
 }
 
-Tensor cats_activation_bwd(const Tensor& grad_a, const Tensor& z, const Tensor& threshold, int64_t activation, bool inclusive,
-                           bool straight_through) {
+Tensor cats_activation_bwd(const Tensor& grad_a, const Tensor& z, const Tensor& threshold, int64_t activation,
+                           bool inclusive, bool straight_through) {
   CatsActivationParams p = make_params(z, threshold, activation, inclusive);
   check_same(grad_a, "grad_a", z);
   STD_TORCH_CHECK(grad_a.scalar_type() == z.scalar_type(), "grad_a: expected the dtype of z");

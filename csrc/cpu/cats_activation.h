@@ -14,8 +14,8 @@ struct CatsActivationKernels {
   void (*backward)(const CatsActivationParams&, int64_t begin, int64_t end);
 };
 
-#define SQ_DECLARE(isa)                                       \
-  namespace isa {                                             \
+#define SQ_DECLARE(isa)                                            \
+  namespace isa {                                                  \
   CatsActivationKernels cats_activation_kernels(DType z, DType u); \
   }
 SQ_DECLARE(baseline)

@@ -52,8 +52,8 @@ void forward_any(const CatsActivationParams& p, const float* z, const float* u, 
 }
 
 template <Activation kAct>
-void backward_any(const CatsActivationParams& p, const float* z, const float* u, const float* grad, const float* t, int64_t n,
-                  float* dz, float* du) {
+void backward_any(const CatsActivationParams& p, const float* z, const float* u, const float* grad, const float* t,
+                  int64_t n, float* dz, float* du) {
   if (p.straight_through) {
     p.inclusive ? backward_tile<kAct, true, true>(z, u, grad, t, n, dz, du)
                 : backward_tile<kAct, false, true>(z, u, grad, t, n, dz, du);
@@ -63,20 +63,20 @@ void backward_any(const CatsActivationParams& p, const float* z, const float* u,
   }
 }
 
-#define SQ_BY_ACTIVATION(function, ...)                 \
-  switch (p.activation) {                               \
-    case Activation::kSilu:                             \
-      function<Activation::kSilu>(__VA_ARGS__);         \
-      break;                                            \
-    case Activation::kGeluTanh:                         \
-      function<Activation::kGeluTanh>(__VA_ARGS__);     \
-      break;                                            \
-    case Activation::kGelu:                             \
-      function<Activation::kGelu>(__VA_ARGS__);         \
-      break;                                            \
-    case Activation::kRelu:                             \
-      function<Activation::kRelu>(__VA_ARGS__);         \
-      break;                                            \
+#define SQ_BY_ACTIVATION(function, ...)             \
+  switch (p.activation) {                           \
+    case Activation::kSilu:                         \
+      function<Activation::kSilu>(__VA_ARGS__);     \
+      break;                                        \
+    case Activation::kGeluTanh:                     \
+      function<Activation::kGeluTanh>(__VA_ARGS__); \
+      break;                                        \
+    case Activation::kGelu:                         \
+      function<Activation::kGelu>(__VA_ARGS__);     \
+      break;                                        \
+    case Activation::kRelu:                         \
+      function<Activation::kRelu>(__VA_ARGS__);     \
+      break;                                        \
   }
 
 struct Tile {

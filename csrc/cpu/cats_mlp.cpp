@@ -15,8 +15,8 @@ constexpr int64_t kNeuronsPerChunk = 16;
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 void check_weight(const Tensor& weight, const char* name, const Tensor& x, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == cols, name, ": expected shape [", rows,
-                  ", ", cols, "]");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == cols, name, ": expected shape [",
+                  rows, ", ", cols, "]");
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
 }
 
@@ -94,9 +94,8 @@ struct Memory {
 template <class F>
 void parallel_ranges(int64_t n, int64_t grain, int64_t pieces, bool small, const F& range) {
   const int64_t units = (n + grain - 1) / grain, count = std::min(units, pieces);
-  parallel_items(count, small, [&](int64_t i) {
-    range(units * i / count * grain, std::min(n, units * (i + 1) / count * grain));
-  });
+  parallel_items(count, small,
+                 [&](int64_t i) { range(units * i / count * grain, std::min(n, units * (i + 1) / count * grain)); });
 }
 
 void run_sparse(const CatsMlpParams& p, const CatsMlpKernels& kernels, bool small) {
@@ -132,10 +131,11 @@ CatsMlpKernels kernels_for(const CatsMlpParams& p, DType dtype) {
   return SQ_DISPATCH_ISA(cats_mlp_kernels, dtype);
 }
 
-Tensor cats_mlp_fwd(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down, const Tensor& threshold,
-                    const OptionalTensor& b_gate, const OptionalTensor& b_up, const OptionalTensor& b_down,
-                    int64_t activation, bool inclusive, bool union_mask) {
-  CatsMlpParams p = make_params(x, w_gate, w_up, w_down, threshold, b_gate, b_up, b_down, activation, inclusive, union_mask);
+Tensor cats_mlp_fwd(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                    const Tensor& threshold, const OptionalTensor& b_gate, const OptionalTensor& b_up,
+                    const OptionalTensor& b_down, int64_t activation, bool inclusive, bool union_mask) {
+  CatsMlpParams p =
+      make_params(x, w_gate, w_up, w_down, threshold, b_gate, b_up, b_down, activation, inclusive, union_mask);
   STD_TORCH_CHECK(!union_mask || p.tokens <= kDenseTokens, "union_mask: expected at most ", kDenseTokens, " tokens");
   Tensor y = empty({p.tokens, p.hidden}, x.scalar_type());
   if (p.tokens == 0 || p.hidden == 0) return y;

@@ -18,8 +18,8 @@ void keep(const CatsMlpScratch& s, const CatsMlpParams& p, int64_t token, int64_
 }
 
 template <class W, int R>
-void single_up_down(const CatsMlpParams& p, const CatsMlpScratch& s, const int64_t* index, const float* activation, int64_t left,
-                    float* y) {
+void single_up_down(const CatsMlpParams& p, const CatsMlpScratch& s, const int64_t* index, const float* activation,
+                    int64_t left, float* y) {
   const W *up[R], *down[R], *next[R];
   Vec acc[R];
   for (int r = 0; r < R; ++r) {
@@ -29,7 +29,7 @@ void single_up_down(const CatsMlpParams& p, const CatsMlpScratch& s, const int64
     acc[r] = vec_zero();
   }
   const auto* x = row<typename Input<W>::Type>(s.x, 0, 0);
-  dot_tile<W, R, 1, true>(up, down, &x, p.hidden, acc, 1);
+  dot_tile<W, R, 1>(up, down, &x, p.hidden, acc, 1);
   float h[R];
   for (int r = 0; r < R; ++r) h[r] = activation[r] * (vec_sum(acc[r]) + bias<W>(p.b_up, index[r]));
   if (p.neuron_major) {
@@ -48,9 +48,8 @@ void single_token(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin
     int64_t active = 0;
     for (int64_t i = base; i < stop; i += kGroup) {
       const int count = static_cast<int>(stop - i < kGroup ? stop - i : kGroup);
-      const int following = static_cast<int>(stop - i - count < kGroup ? stop - i - count : kGroup);
-      dense_products(row<W>(p.w_gate, i, p.ld_gate), p.ld_gate, count, following,
-                     row<typename Input<W>::Type>(s.x, 0, 0), s.ld_hidden, 1, p.hidden, z);
+      dense_products(Rows<W>::consecutive(p.w_gate, p.ld_gate, i, count, stop), row<typename Input<W>::Type>(s.x, 0, 0),
+                     s.ld_hidden, 1, p.hidden, z);
       for (int r = 0; r < count; ++r) {
         const float a = activate(p.activation, z[r * kMaxTokens] + bias<W>(p.b_gate, i + r));
         if (!is_active(a, p.threshold[(i + r) * p.threshold_stride], p.inclusive)) continue;
@@ -66,7 +65,7 @@ void single_token(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin
 
 /// The active neurons of one round: which token wants which, and their rows.
 struct Round {
-  int rows;                              // neurons that at least one token wants
+  int rows;  // neurons that at least one token wants
   int64_t neuron[kGroup];
   int wanting[kGroup];                   // tokens per row
   int token[kGroup][kMaxTokens];         // which ones, ascending
@@ -98,11 +97,21 @@ void collect(const CatsMlpParams& p, int64_t first, int count, const float* z, R
   }
 }
 
+/// Calls tile<T>(j) for T = kMost, kMost / 2, ..., 1 so that [0, n) is covered, the widest tiles first.
+template <int kMost, class F>
+void in_tiles(int n, const F& tile, int begin = 0) {
+  int j = begin;
+  for (; j + kMost <= n; j += kMost) tile.template operator()<kMost>(j);
+  if constexpr (kMost > 1) in_tiles<kMost / 2>(n, tile, j);
+}
+
 /// Elements of the hidden dimension per pass over the rows of a round: the tokens' slices of that length stay in L1.
 int64_t slice_length(int64_t tokens) { return tokens <= 2 ? 2048 : tokens <= 4 ? 1024 : tokens <= 8 ? 512 : 256; }
 
+/// The up products that somebody wants, row by row: out[r * kMaxTokens + j] for the j-th token wanting row r.
 template <class W>
-void batch_up(const CatsMlpParams& p, const CatsMlpScratch& s, Round& round) {
+void wanted_products(const CatsMlpParams& p, const CatsMlpScratch& s, const Round& round, const Rows<W>& rows,
+                     float* out) {
   using X = typename Input<W>::Type;
   Vec acc[kGroup * kMaxTokens];
   for (Vec& a : acc) a = vec_zero();
@@ -110,28 +119,45 @@ void batch_up(const CatsMlpParams& p, const CatsMlpScratch& s, Round& round) {
   for (int64_t k = 0; k < p.hidden; k += slice) {
     const int64_t length = p.hidden - k < slice ? p.hidden - k : slice;
     for (int r = 0; r < round.rows; ++r) {
-      const W* up = row<W>(p.w_up, round.neuron[r], p.ld_up) + k;
-      const W* next = k + length < p.hidden ? up + slice : p.neuron_major ? row<W>(p.w_down, round.neuron[r], p.ld_down) : up;
-      const X* x[kWide];
-      const int wanting = round.wanting[r];
-      for (int j = 0; j < wanting;) {
-        const int here = wanting - j >= kWide ? kWide : 1;
-        for (int t = 0; t < here; ++t) x[t] = row<X>(s.x, round.token[r][j + t], s.ld_hidden) + k;
-        Vec* sums = acc + r * kMaxTokens + j;
-        if (here == kWide) {
-          dot_tile<W, 1, kWide, true>(&up, &next, x, length, sums, 0);
-        } else {
-          dot_tile<W, 1, 1, true>(&up, &next, x, length, sums, 0);
-        }
-        j += here;
-      }
+      const W* up = rows.at[r] + k;
+      const W* next = k + length < p.hidden ? up + slice : rows.at[rows.ahead > 0 ? rows.count + r : r];
+      const int* wanting = round.token[r];
+      const auto tile = [&]<int T>(int j) {
+        const X* x[T];
+        for (int t = 0; t < T; ++t) x[t] = row<X>(s.x, wanting[j + t], s.ld_hidden) + k;
+        dot_tile<W, 1, T>(&up, &next, x, length, acc + r * kMaxTokens + j, 0);
+      };
+      in_tiles<kWide>(round.wanting[r], tile);
     }
+  }
+  for (int i = 0; i < round.rows * kMaxTokens; ++i) out[i] = vec_sum(acc[i]);
+}
+
+template <class W>
+void batch_up(const CatsMlpParams& p, const CatsMlpScratch& s, Round& round) {
+  const int tokens = static_cast<int>(p.tokens);
+  Rows<W> rows;
+  int wanted = 0;
+  rows.count = round.rows;
+  rows.ahead = p.neuron_major ? round.rows : 0;
+  for (int r = 0; r < round.rows; ++r) {
+    rows.at[r] = row<W>(p.w_up, round.neuron[r], p.ld_up);
+    rows.at[round.rows + r] = row<W>(p.w_down, p.neuron_major ? round.neuron[r] : 0, p.ld_down);
+    wanted += round.wanting[r];
+  }
+  // Tiles of rows and tokens need half the loads of a single row's: worth computing up to three times as many products.
+  const bool dense = 3 * wanted > round.rows * tokens;
+  float u[kGroup * kMaxTokens];
+  if (dense) {
+    dense_products(rows, row<typename Input<W>::Type>(s.x, 0, 0), s.ld_hidden, tokens, p.hidden, u);
+  } else {
+    wanted_products(p, s, round, rows, u);
   }
   for (int r = 0; r < round.rows; ++r) {
     const float offset = bias<W>(p.b_up, round.neuron[r]);
     for (int j = 0; j < round.wanting[r]; ++j) {
       const int t = round.token[r][j];
-      round.h[r][t] = round.activation[r][t] * (vec_sum(acc[r * kMaxTokens + j]) + offset);
+      round.h[r][t] = round.activation[r][t] * (u[r * kMaxTokens + (dense ? t : j)] + offset);
     }
   }
 }
@@ -140,6 +166,7 @@ void batch_up(const CatsMlpParams& p, const CatsMlpScratch& s, Round& round) {
 template <class W>
 void batch_down(const CatsMlpParams& p, const CatsMlpScratch& s, const Round& round, float* partial) {
   constexpr int64_t kTile = 256;
+  constexpr int kRun = 8;  // vectors of y in registers
   const int tokens = static_cast<int>(p.tokens);
   int rows_of[kMaxTokens] = {}, wanted[kMaxTokens][kGroup];
   float factor[kMaxTokens][kGroup], tile[kGroup * kTile];
@@ -153,19 +180,23 @@ void batch_down(const CatsMlpParams& p, const CatsMlpScratch& s, const Round& ro
   for (int64_t k = 0; k < p.hidden; k += kTile) {
     const int64_t length = p.hidden - k < kTile ? p.hidden - k : kTile;
     for (int r = 0; r < round.rows; ++r) {
-      const W* down = row<W>(p.w_down, round.neuron[r], p.ld_down) + k;
-      widen_row(down, length, tile + r * kTile);
-      for (int64_t i = 0; i < length; i += kBlock) prefetch_block(down + kTile, i);
+      widen_row(row<W>(p.w_down, round.neuron[r], p.ld_down) + k, length, tile + r * kTile);
     }
+    const int64_t ahead = p.hidden - k - length < kTile ? p.hidden - k - length : kTile;
     for (int t = 0; t < tokens; ++t) {
+      for (int r = t; r < round.rows; r += tokens) {  // fetches spread over the tokens, behind their arithmetic
+        const W* next = row<W>(p.w_down, round.neuron[r], p.ld_down) + k + length;
+        for (int64_t i = 0; i < ahead; i += kBlock) prefetch_block(next, i);
+      }
       float* y = partial + t * s.ld_hidden + k;
-      const float* rows[kRows];
-      for (int j = 0; j < rows_of[t];) {
-        const int here = rows_of[t] - j >= kRows ? kRows : 1;
-        for (int r = 0; r < here; ++r) rows[r] = tile + wanted[t][j + r] * kTile;
-        const int64_t n = round_up(length, kBlock);
-        here == kRows ? axpy_rows<float, kRows>(rows, rows, factor[t] + j, y, n) : axpy_rows<float, 1>(rows, rows, factor[t] + j, y, n);
-        j += here;
+      for (int64_t c = 0; c < length;) {
+        const bool wide = length - c >= kRun * Vec::kLanes;
+        if (wide) {
+          add_rows<kRun>(tile + c, kTile, wanted[t], factor[t], rows_of[t], y + c);
+        } else {
+          add_rows<2>(tile + c, kTile, wanted[t], factor[t], rows_of[t], y + c);
+        }
+        c += (wide ? kRun : 2) * Vec::kLanes;
       }
     }
   }
@@ -177,9 +208,8 @@ void batch_tokens(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin
   Round round;
   for (int64_t i = begin; i < end; i += kGroup) {
     const int count = static_cast<int>(end - i < kGroup ? end - i : kGroup);
-    const int following = static_cast<int>(end - i - count < kGroup ? end - i - count : kGroup);
-    dense_products(row<W>(p.w_gate, i, p.ld_gate), p.ld_gate, count, following,
-                   row<typename Input<W>::Type>(s.x, 0, 0), s.ld_hidden, static_cast<int>(p.tokens), p.hidden, z);
+    dense_products(Rows<W>::consecutive(p.w_gate, p.ld_gate, i, count, end), row<typename Input<W>::Type>(s.x, 0, 0),
+                   s.ld_hidden, static_cast<int>(p.tokens), p.hidden, z);
     collect<W>(p, i, count, z, round);
     batch_up<W>(p, s, round);
     if (p.neuron_major) {
@@ -251,7 +281,8 @@ float selected_sum(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t toke
   const W* down = row<W>(p.w_down, channel, p.ld_down);
   float sum = 0.0f;
   for (int64_t i = 0; i < p.intermediate; ++i) {
-    if (s.alive[token * p.intermediate + i]) sum += to_float(down[i]) * static_cast<const float*>(s.h)[token * s.ld_neurons + packed_index<W>(i)];
+    if (s.alive[token * p.intermediate + i])
+      sum += to_float(down[i]) * static_cast<const float*>(s.h)[token * s.ld_neurons + packed_index<W>(i)];
   }
   return sum;
 }
@@ -261,9 +292,8 @@ void down(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin, int64_
   float sums[kGroup * kMaxTokens];
   for (int64_t o = begin; o < end; o += kGroup) {
     const int count = static_cast<int>(end - o < kGroup ? end - o : kGroup);
-    const int following = static_cast<int>(end - o - count < kGroup ? end - o - count : kGroup);
-    dense_products(row<W>(p.w_down, o, p.ld_down), p.ld_down, count, following,
-                   row<float>(s.h, 0, 0), s.ld_neurons, static_cast<int>(p.tokens), p.intermediate, sums);
+    dense_products(Rows<W>::consecutive(p.w_down, p.ld_down, o, count, end), row<float>(s.h, 0, 0), s.ld_neurons,
+                   static_cast<int>(p.tokens), p.intermediate, sums);
     for (int r = 0; r < count; ++r) {
       for (int64_t t = 0; t < p.tokens; ++t) {
         float sum = sums[r * kMaxTokens + t];
@@ -276,7 +306,8 @@ void down(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin, int64_
 
 template <class W>
 constexpr CatsMlpKernels kernels() {
-  return {kBlock, sizeof(typename Input<W>::Type), pack<W>, chunk<W>, reduce<W>, down<W>, dense_hidden<W>, dense_down<W>};
+  return {kBlock,       sizeof(typename Input<W>::Type), pack<W>, chunk<W>, reduce<W>, down<W>, dense_hidden<W>,
+          dense_down<W>};
 }
 
 }  // namespace

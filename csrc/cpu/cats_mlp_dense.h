@@ -1,7 +1,7 @@
 // The dense path of the CATS MLP: all neurons, many tokens, the mask fused between the products. One instruction set.
 //
-// h is kept in the type the down product multiplies: float, or bf16 where the CPU has bf16 products (as a dense bf16 model
-// rounds it). Here 0 * w_down enters the sum, so a non-finite w_down reaches every token, as in any dense layer.
+// h is kept in the type the down product multiplies: float, or bf16 where the CPU has bf16 products (as a dense bf16
+// model rounds it). Here 0 * w_down enters the sum, so a non-finite w_down reaches every token, as in any dense layer.
 #pragma once
 
 #include "common/cats_math.h"
@@ -10,7 +10,8 @@
 
 namespace subquad::cpu::SUBQUAD_ISA {
 
-// The down product adds kOuterRows neurons at a time to kColumns output columns: y stays in L2, the weights' tile in L1.
+// The down product adds kOuterRows neurons at a time to kColumns output columns: y stays in L2, the weights' tile in
+// L1.
 constexpr int64_t kColumns = 256;
 constexpr int kOuterRows = 32;
 
@@ -47,8 +48,8 @@ inline void dense_gate(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t 
   float z[kGroup * kMaxTokens] = {};
   for (int64_t t = 0; t < p.tokens; t += kMaxTokens) {
     const int here = static_cast<int>(p.tokens - t < kMaxTokens ? p.tokens - t : kMaxTokens);
-    dense_products(row<W>(p.w_gate, i, p.ld_gate), p.ld_gate, count, 0, row<X>(s.x, t, s.ld_hidden), s.ld_hidden, here,
-                   p.hidden, z);
+    dense_products(Rows<W>::consecutive(p.w_gate, p.ld_gate, i, count, i + count), row<X>(s.x, t, s.ld_hidden),
+                   s.ld_hidden, here, p.hidden, z);
     for (int r = 0; r < count; ++r) {
       const float limit = p.threshold[(i + r) * p.threshold_stride];
       activate_block(p.activation, z + r * kMaxTokens, bias<W>(p.b_gate, i + r), a[r] + t);
@@ -76,7 +77,8 @@ inline void dense_hidden(const CatsMlpParams& p, const CatsMlpScratch& s, int64_
     dense_gate<W>(p, s, i, count, a, active);
     for (int64_t t = 0; t < p.tokens; t += kMaxTokens) {
       const int here = static_cast<int>(p.tokens - t < kMaxTokens ? p.tokens - t : kMaxTokens);
-      dense_products(row<W>(p.w_up, i, p.ld_up), p.ld_up, count, 0, row<X>(s.x, t, s.ld_hidden), s.ld_hidden, here, p.hidden, u);
+      dense_products(Rows<W>::consecutive(p.w_up, p.ld_up, i, count, i + count), row<X>(s.x, t, s.ld_hidden),
+                     s.ld_hidden, here, p.hidden, u);
       for (int r = 0; r < count; ++r) {
         const float offset = bias<W>(p.b_up, i + r);
         for (int j = 0; j < kMaxTokens; ++j) {
@@ -101,8 +103,8 @@ inline void dense_down_dots(const CatsMlpParams& p, const CatsMlpScratch& s, int
     const int count = static_cast<int>(end - o < kGroup ? end - o : kGroup);
     for (int64_t t = 0; t < p.tokens; t += kMaxTokens) {
       const int here = static_cast<int>(p.tokens - t < kMaxTokens ? p.tokens - t : kMaxTokens);
-      dense_products(row<W>(p.w_down, o, p.ld_down), p.ld_down, count, 0, row<X>(s.h, t, s.ld_neurons), s.ld_neurons, here,
-                     p.intermediate, sums);
+      dense_products(Rows<W>::consecutive(p.w_down, p.ld_down, o, count, o + count), row<X>(s.h, t, s.ld_neurons),
+                     s.ld_neurons, here, p.intermediate, sums);
       for (int r = 0; r < count; ++r) {
         const float offset = bias<W>(p.b_down, o + r);
         for (int j = 0; j < here; ++j)
@@ -149,7 +151,8 @@ template <>
 struct Outer<BFloat16> {
   static constexpr int kPairs = kOuterRows / 2;
 
-  /// Interleaving works inside 128-bit lanes: of every 8 columns, the first 4 go to the low vector, the others to the high one.
+  /// Interleaving works inside 128-bit lanes: of every 8 columns, the first 4 go to the low vector, the others to the
+  /// high one.
   static int64_t index(int64_t i) {
     const int64_t c = i % kBlock, eight = c / 8, four = c % 8 / 4;
     return i - c + four * Vec::kLanes + eight * 4 + c % 4;
@@ -180,8 +183,8 @@ struct Outer<BFloat16> {
       for (int v = 0; v < V; ++v) vec_store(y + t * ldy + v * Vec::kLanes, sum[t][v]);
   }
 
-  static void add(const BFloat16* const* rows, int count, int64_t columns, const BFloat16* h, int64_t ldh, float* y, int64_t ldy,
-                  int64_t tokens) {
+  static void add(const BFloat16* const* rows, int count, int64_t columns, const BFloat16* h, int64_t ldh, float* y,
+                  int64_t ldy, int64_t tokens) {
     BFloat16 tile[kOuterRows * kColumns];
     const int pairs = (count + 1) / 2;
     for (int j = 0; j < pairs; ++j) {
@@ -199,8 +202,12 @@ struct Outer<BFloat16> {
     }
     const int64_t n = round_up(columns, kBlock);
     int64_t k = 0;
-    const auto whole = [&]<int T>(int64_t t) { tile_pairs<4, T>(tile + 2 * k, pairs, h + t * ldh, ldh, y + t * ldy + k, ldy); };
-    const auto rest = [&]<int T>(int64_t t) { tile_pairs<2, T>(tile + 2 * k, pairs, h + t * ldh, ldh, y + t * ldy + k, ldy); };
+    const auto whole = [&]<int T>(int64_t t) {
+      tile_pairs<4, T>(tile + 2 * k, pairs, h + t * ldh, ldh, y + t * ldy + k, ldy);
+    };
+    const auto rest = [&]<int T>(int64_t t) {
+      tile_pairs<2, T>(tile + 2 * k, pairs, h + t * ldh, ldh, y + t * ldy + k, ldy);
+    };
     for (; k + 2 * kBlock <= n; k += 2 * kBlock) by_tokens<4>(tokens, whole);
     for (; k < n; k += kBlock) by_tokens<4>(tokens, rest);
   }
@@ -215,7 +222,8 @@ inline void dense_down_outer(const CatsMlpParams& p, const CatsMlpScratch& s, in
     const int64_t columns = end - o < kColumns ? end - o : kColumns;
     float* y = s.partial + o;
     const int64_t padded = round_up(columns, kBlock);
-    for (int64_t t = 0; t < p.tokens; ++t) std::memset(y + t * s.ld_hidden, 0, static_cast<size_t>(padded) * sizeof(float));
+    for (int64_t t = 0; t < p.tokens; ++t)
+      std::memset(y + t * s.ld_hidden, 0, static_cast<size_t>(padded) * sizeof(float));
     for (int64_t i = 0; i < p.intermediate; i += kOuterRows) {
       const int count = static_cast<int>(p.intermediate - i < kOuterRows ? p.intermediate - i : kOuterRows);
       const W* rows[kOuterRows];

@@ -43,20 +43,29 @@ inline void dot_block(const W* const (&w)[R], const BFloat16* const* x, int64_t 
 }
 #endif
 
+/// Which blocks of the rows ahead a tile fetches.
+struct Share {
+  int first, of;
+};
+
 /// acc[r * ld + t] += rows[r][0:n] . x[t][0:n]. `x` is padded with zeros to a whole block, `rows` is not padded.
 /// One accumulator per (row, token) whatever R and T are: a dot product has the same bits in every tile shape.
-/// With kPrefetch, next[r][0:n] is fetched into the cache meanwhile.
-template <class W, int R, int T, bool kPrefetch, class X>
-inline void dot_tile(const W* const* rows, const W* const* next, const X* const* x, int64_t n, Vec* acc, int ld) {
+/// Meanwhile next[r][0:n] is fetched into the cache: every `share.of`-th block of it from block `share.first` on, so
+/// that tiles which walk the same rows spread the fetches evenly over their arithmetic.
+template <class W, int R, int T, class X>
+inline void dot_tile(const W* const* rows, const W* const* next, const X* const* x, int64_t n, Vec* acc, int ld,
+                     Share share = {0, 1}) {
   Vec sum[R][T];
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) sum[r][t] = acc[r * ld + t];
   const W* w[R];
   int64_t k = 0;
+  int until_fetch = share.first;
   for (; k + kBlock <= n; k += kBlock) {
-    for (int r = 0; r < R; ++r) {
-      w[r] = rows[r] + k;
-      if (kPrefetch) prefetch_block(next[r], k);
+    for (int r = 0; r < R; ++r) w[r] = rows[r] + k;
+    if (until_fetch-- == 0) {
+      for (int r = 0; r < R; ++r) prefetch_block(next[r], k);
+      until_fetch = share.of - 1;
     }
     dot_block<W, R, T>(w, x, k, sum);
   }
@@ -107,6 +116,19 @@ inline void axpy_rows(const W* const* rows, const W* const* next, const float* h
     }
     block(w, k);
   }
+}
+
+/// y[0:V vectors] += sum over j < count, in order, of factor[j] * tile[list[j]]: rows already widened, ld apart.
+template <int V>
+inline void add_rows(const float* tile, int64_t ld, const int* list, const float* factor, int count, float* y) {
+  Vec sum[V];
+  for (int v = 0; v < V; ++v) sum[v] = vec_load(y + v * Vec::kLanes);
+  for (int j = 0; j < count; ++j) {
+    const float* w = tile + list[j] * ld;
+    const Vec f = vec_set(factor[j]);
+    for (int v = 0; v < V; ++v) sum[v] = vec_fma(vec_load(w + v * Vec::kLanes), f, sum[v]);
+  }
+  for (int v = 0; v < V; ++v) vec_store(y + v * Vec::kLanes, sum[v]);
 }
 
 /// y[t][0:V vectors] += sum over r < rows, in order, of h[t][r] * tile[r]: rows already widened, ld apart.

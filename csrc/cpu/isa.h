@@ -11,18 +11,18 @@ Isa current_isa();
 
 /// Calls the function of the level in use.
 #if defined(__x86_64__)
-#define SQ_DISPATCH_ISA(function, ...)                                \
-  ([&] {                                                              \
-    switch (::subquad::cpu::current_isa()) {                          \
-      case ::subquad::cpu::Isa::kV4Bf16:                              \
-        return ::subquad::cpu::v4_bf16::function(__VA_ARGS__);        \
-      case ::subquad::cpu::Isa::kV4:                                  \
-        return ::subquad::cpu::v4::function(__VA_ARGS__);             \
-      case ::subquad::cpu::Isa::kV3:                                  \
-        return ::subquad::cpu::v3::function(__VA_ARGS__);             \
-      default:                                                        \
-        return ::subquad::cpu::baseline::function(__VA_ARGS__);       \
-    }                                                                 \
+#define SQ_DISPATCH_ISA(function, ...)                          \
+  ([&] {                                                        \
+    switch (::subquad::cpu::current_isa()) {                    \
+      case ::subquad::cpu::Isa::kV4Bf16:                        \
+        return ::subquad::cpu::v4_bf16::function(__VA_ARGS__);  \
+      case ::subquad::cpu::Isa::kV4:                            \
+        return ::subquad::cpu::v4::function(__VA_ARGS__);       \
+      case ::subquad::cpu::Isa::kV3:                            \
+        return ::subquad::cpu::v3::function(__VA_ARGS__);       \
+      default:                                                  \
+        return ::subquad::cpu::baseline::function(__VA_ARGS__); \
+    }                                                           \
   }())
 #else
 #define SQ_DISPATCH_ISA(function, ...) ::subquad::cpu::baseline::function(__VA_ARGS__)

@@ -1,7 +1,9 @@
-// One vector of floats in the widest registers of the instruction set this file is compiled for, and loads that widen weights.
+// One vector of floats in the widest registers of the instruction set this file is compiled for, and loads that widen
+// weights.
 //
-// Included by *.isa.cpp only, once per instruction set; everything lives in a namespace of that name, and nothing from the
-// standard library with external linkage is used, so that no AVX-512 copy of a shared template can reach an older CPU.
+// Included by *.isa.cpp only, once per instruction set; everything lives in a namespace of that name, and nothing from
+// the standard library with external linkage is used, so that no AVX-512 copy of a shared template can reach an older
+// CPU.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +57,8 @@ inline void vec_sums(const Vec* a, float* out) {
     const __m512d u = _mm512_castps_pd(q[2 * i]), v = _mm512_castps_pd(q[2 * i + 1]);
     pair[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(u, v)), _mm512_castpd_ps(_mm512_unpackhi_pd(u, v)));
   }
-  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
+  const __m512 sums =
+      _mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, sums));
 }
@@ -134,8 +137,8 @@ inline void vec_sums(const Vec* a, float* out) {
 }
 #endif
 
-// Weights are consumed in blocks of two vectors. Narrow types are widened without shuffling lanes across registers, so the
-// float side (x, partial y) is kept in the matching order: see `packed_index`.
+// Weights are consumed in blocks of two vectors. Narrow types are widened without shuffling lanes across registers, so
+// the float side (x, partial y) is kept in the matching order: see `packed_index`.
 constexpr int kBlock = 2 * Vec::kLanes;
 
 inline void widen(const float* p, Vec& low, Vec& high) {
@@ -154,8 +157,8 @@ inline int64_t packed_index<BFloat16>(int64_t i) {
   return i - r + r / 2 + (r % 2) * Vec::kLanes;
 }
 
-/// What a row of weights W is multiplied with: floats in packed order, or bf16 pairs where the CPU multiplies those directly
-/// (exact products, float accumulators; bf16 subnormals count as zero).
+/// What a row of weights W is multiplied with: floats in packed order, or bf16 pairs where the CPU multiplies those
+/// directly (exact products, float accumulators; bf16 subnormals count as zero).
 template <class W>
 struct Input {
   using Type = float;

@@ -181,7 +181,8 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
   constexpr int K = kCatsColumns<T, NB>;
   constexpr int kTile = K * kWarp;
   constexpr int kInFlight = NB > 2 ? 4 : 8;
-  SQ_SHARED(float, sums, kCatsWarps* kTile);
+  constexpr int kSums = kCatsWarps * kTile;
+  SQ_SHARED(float, sums, kSums);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile;

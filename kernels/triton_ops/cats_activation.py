@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common.activations import activate, activate_grad, is_active
+from ._common.activations import activate, activate_grad, check_activation, is_active
 from ._common.aot import AotCase
 from ._common.numerics import cast
 
@@ -97,12 +97,15 @@ def _cats_glu_bwd_kernel(
     _store(du_ptr, offsets, tl.where(active, grad * s, 0.0), mask)
 
 
-def _shape(z: torch.Tensor, threshold: torch.Tensor, *same: torch.Tensor) -> tuple[tuple[int], int, int, int]:
+def _shape(
+    z: torch.Tensor, threshold: torch.Tensor, activation: int, **same: torch.Tensor
+) -> tuple[tuple[int], int, int, int]:
     """(grid, rows, columns, stride of the threshold), after the checks that keep the kernels inside their tensors."""
-    for tensor in (z, *same):
+    check_activation(activation)
+    for name, tensor in {"z": z, **same}.items():
         if tensor.shape != z.shape or not tensor.is_contiguous():
             got = f"{list(tensor.shape)} with strides {tensor.stride()}"
-            raise ValueError(f"expected contiguous tensors of shape {list(z.shape)}, got {got}")
+            raise ValueError(f"{name}: expected a contiguous tensor of shape {list(z.shape)}, got {got}")
     cols = z.shape[-1] if z.dim() else 1
     if threshold.dim() != 1 or threshold.numel() not in (1, cols) or threshold.dtype != torch.float32:
         raise ValueError(f"threshold: expected fp32 [1] or [{cols}], got {threshold.dtype} {list(threshold.shape)}")
@@ -126,7 +129,7 @@ def cats_activation_fwd(z: torch.Tensor, threshold: torch.Tensor, activation: in
     Raises:
         ValueError: for shapes or strides outside the above.
     """
-    grid, rows, cols, stride = _shape(z, threshold)
+    grid, rows, cols, stride = _shape(z, threshold, activation)
     a = torch.empty_like(z)
     _cats_activation_fwd_kernel[grid](
         z, threshold, stride, a, rows, cols, ACTIVATION=activation, INCLUSIVE=inclusive, **_LAUNCH
@@ -152,7 +155,7 @@ def cats_activation_bwd(
     Raises:
         ValueError: as `cats_activation_fwd`.
     """
-    grid, rows, cols, stride = _shape(z, threshold, grad_a)
+    grid, rows, cols, stride = _shape(z, threshold, activation, grad_a=grad_a)
     dz = torch.empty_like(z)
     _cats_activation_bwd_kernel[grid](
         grad_a, z, threshold, stride, dz, rows, cols,
@@ -174,7 +177,7 @@ def cats_glu_fwd(
     Raises:
         ValueError: as `cats_activation_fwd`.
     """
-    grid, rows, cols, stride = _shape(z, threshold, u)
+    grid, rows, cols, stride = _shape(z, threshold, activation, u=u)
     h = torch.empty_like(u)
     _cats_glu_fwd_kernel[grid](
         z, u, threshold, stride, h, rows, cols, ACTIVATION=activation, INCLUSIVE=inclusive, **_LAUNCH
@@ -201,7 +204,7 @@ def cats_glu_bwd(
     Raises:
         ValueError: as `cats_activation_fwd`.
     """
-    grid, rows, cols, stride = _shape(z, threshold, grad_h, u)
+    grid, rows, cols, stride = _shape(z, threshold, activation, grad_h=grad_h, u=u)
     dz, du = torch.empty_like(z), torch.empty_like(u)
     _cats_glu_bwd_kernel[grid](
         grad_h, z, u, threshold, stride, dz, du, rows, cols,

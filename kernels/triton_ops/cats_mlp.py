@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common.activations import activate, is_active
+from ._common.activations import activate, check_activation, is_active
 from ._common.aot import AotCase
 from ._common.numerics import INTERPRET, cast, is_finite, split_bf16, widen_if_interpreted
 
@@ -172,17 +172,30 @@ def _dot_fp32_by_16bit(h, w, acc):
 
 
 @triton.jit
-def _add_non_finite_terms(sums, lane, active, h, h_finite, w, w_finite):
-    """sums + the terms h * w that have a non-finite factor, active pairs only. They are inf or NaN: order is free."""
-    w = w.to(tl.float32)
-    for b in range(lane.shape[0]):
-        this = lane[:, None] == b
-        h_b = tl.sum(tl.where(this, h, 0.0), axis=0)
-        active_b = tl.sum((this & active).to(tl.int32), axis=0) != 0
-        h_finite_b = tl.sum((this & h_finite).to(tl.int32), axis=0) != 0
-        odd = active_b[:, None] & ((w_finite & h_finite_b[:, None]) == 0)
-        terms = tl.sum(tl.where(odd, h_b[:, None] * w, 0.0), axis=0)
-        sums = tl.where(this, sums + terms[None, :], sums)
+def _is_regular(h):
+    """Whether fp32 h stays finite as an operand of `_dot_fp32_by_16bit`."""
+    return is_finite(cast(h, tl.bfloat16).to(tl.float32))
+
+
+@triton.jit
+def _irregular_terms(
+    h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, begin, stop, inner, cols, in_cols,
+    UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """Sums [TOKENS, COLS] of the active terms h * w with an irregular h or a non-finite w. Runs rarely."""
+    sums = tl.zeros([lane.shape[0], cols.shape[0]], tl.float32)
+    for start in tl.range(begin, stop, 8, num_stages=1):
+        active, h, w = _down_operands(
+            h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + tl.arange(0, 8), stop, inner, cols,
+            in_cols, UNION, NEURON_MAJOR,
+        )  # fmt: skip
+        w = w.to(tl.float32)
+        for b in range(lane.shape[0]):
+            this = lane[:, None] == b
+            h_b = tl.sum(tl.where(this, h, 0.0), axis=0)[:, None]
+            active_b = tl.sum((this & active).to(tl.int32), axis=0)[:, None] != 0
+            terms = tl.where(active_b & ((_is_regular(h_b) & is_finite(w)) == 0), h_b * w, 0.0)
+            sums = tl.where(this, sums + tl.sum(terms, axis=0)[None, :], sums)
     return sums
 
 
@@ -217,17 +230,17 @@ def _cats_mlp_down_kernel(
         # 0 * inf is NaN: a non-finite weight shows in the sums of every token, so finite sums prove that none was met.
         if tl.min(tl.min(is_finite(acc).to(tl.int32), axis=1), axis=0) == 0:
             acc = tl.zeros([TOKENS, COLS], tl.float32)
-            odd = tl.zeros([TOKENS, COLS], tl.float32)
             for start in tl.range(begin, stop, BLOCK, num_stages=1):
                 active, h, w = _down_operands(
                     h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + block, stop, inner, cols,
                     in_cols, UNION, NEURON_MAJOR,
                 )  # fmt: skip
-                h_finite = is_finite(cast(h, tl.bfloat16).to(tl.float32))
-                w_finite = is_finite(w.to(tl.float32))
-                acc = _dot_fp32_by_16bit(tl.where(h_finite, h, 0.0), tl.where(w_finite, w, 0.0), acc)
-                odd = _add_non_finite_terms(odd, lane, active, h, h_finite, w, w_finite)
-            acc += odd
+                h = tl.where(_is_regular(h), h, 0.0)
+                acc = _dot_fp32_by_16bit(h, tl.where(is_finite(w.to(tl.float32)), w, 0.0), acc)
+            acc += _irregular_terms(
+                h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, begin, stop, inner, cols, in_cols,
+                UNION, NEURON_MAJOR,
+            )  # fmt: skip
     else:
         sums = tl.zeros([TOKENS, BLOCK, COLS], tl.float32)
         for start in range(begin, stop, BLOCK):
@@ -268,8 +281,8 @@ class _Plan:
     max_splits: int  # of down
     min_span: int  # neurons per split of down: a multiple of this
     warps: int
-    stages: int
-    predicated_stages: int  # neuron-major down reads predicates before weights, which takes half of the pipeline
+    stages: int  # of gate and up
+    down_stages: tuple[int, int]  # neuron-major (where predicates, read first, take half of the pipeline) and row-major
 
     def splits(self, inner: int) -> tuple[int, int]:
         """(splits of down, neurons per split), from the shape alone so that results do not vary."""
@@ -279,8 +292,8 @@ class _Plan:
 
 # 16-bit: 8 KiB of weights per step and program, copied asynchronously three steps ahead. fp32: one warp per program, so
 # that threads need not wait for each other before the final reduction; many splits, for enough warps.
-_DOT = _Plan(True, 16, 32, 128, 128, 32, max_splits=16, min_span=128, warps=4, stages=4, predicated_stages=8)
-_FMA = _Plan(False, 4, 4, 128, 128, 4, max_splits=64, min_span=32, warps=1, stages=1, predicated_stages=1)
+_DOT = _Plan(True, 16, 32, 128, 128, 32, max_splits=16, min_span=128, warps=4, stages=4, down_stages=(8, 5))
+_FMA = _Plan(False, 4, 4, 128, 128, 4, max_splits=64, min_span=32, warps=1, stages=1, down_stages=(1, 1))
 
 
 def cats_mlp_fwd(
@@ -317,7 +330,9 @@ def cats_mlp_fwd(
     Raises:
         ValueError: for shapes or strides outside the above.
     """
+    check_activation(activation)
     _check(x, w_gate, w_up, w_down, threshold)
+    _check_biases(x, w_gate.shape[0], b_gate=b_gate, b_up=b_up, b_down=b_down)
     (n, h), i = x.shape, w_gate.shape[0]
     plan = _FMA if x.dtype == torch.float32 else _DOT
     groups = triton.cdiv(n, plan.tokens)
@@ -340,7 +355,7 @@ def cats_mlp_fwd(
     _cats_mlp_down_kernel[(groups * triton.cdiv(h, plan.cols), splits)](
         act, w_down, w_down.stride(1 if neuron_major else 0), bits, partials, n, h, i, span,
         UNION=union_mask, NEURON_MAJOR=neuron_major, **tile, COLS=plan.cols, BLOCK=plan.block_i,
-        num_stages=plan.predicated_stages if neuron_major else plan.stages, **options,
+        num_stages=plan.down_stages[0 if neuron_major else 1], **options,
     )  # fmt: skip
     _cats_mlp_reduce_kernel[(triton.cdiv(h, plan.cols), n)](
         partials, b_down, y, h, splits, MAX_SPLITS=plan.max_splits, COLS=plan.cols, num_warps=4, enable_fp_fusion=False
@@ -362,10 +377,18 @@ def _check(
         ("w_up", w_up, (i, h), h <= 1 or w_up.stride(-1) == 1),
         ("w_down", w_down, (h, i), h <= 1 or i <= 1 or 1 in w_down.stride()),
     ):
-        if w.shape != shape or not ok:
-            raise ValueError(f"{name}: expected {shape} with a unit stride, got {tuple(w.shape)} strides {w.stride()}")
+        if w.shape != shape or not ok or w.dtype != x.dtype:
+            got = f"{w.dtype} {tuple(w.shape)} strides {w.stride()}"
+            raise ValueError(f"{name}: expected {x.dtype} {shape} with a unit stride, got {got}")
     if threshold.dim() != 1 or threshold.numel() not in (1, i) or threshold.dtype != torch.float32:
         raise ValueError(f"threshold: expected fp32 [1] or [{i}], got {threshold.dtype} {list(threshold.shape)}")
+
+
+def _check_biases(x: torch.Tensor, inner: int, **biases: torch.Tensor | None) -> None:
+    for name, bias in biases.items():
+        size = x.shape[1] if name == "b_down" else inner
+        if bias is not None and (bias.shape != (size,) or bias.dtype != x.dtype or not bias.is_contiguous()):
+            raise ValueError(f"{name}: expected contiguous {x.dtype} [{size}], got {bias.dtype} {list(bias.shape)}")
 
 
 def _aot_args(dtype: torch.dtype, neuron_major: bool, options: bool = False) -> tuple[Any, ...]:

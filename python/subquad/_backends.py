@@ -49,7 +49,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _override: str | None = None
 _from_env: str | None = _env.read().backend
 _choices: dict[tuple[str, str], str] = {}
-_ready: set[tuple[str, str]] = set()  # (backend, device) pairs known to run
+_ready: set[tuple[str, str, str]] = set()  # (stem, backend, device) known to run
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def _require(stem: str, backend: str, device: str) -> str:
     reason = unavailable(stem, backend, device, build=True)
     if reason is not None:
         raise ValueError(f"backend: got {backend!r} for {stem} on {device}, expected one that can run there: {reason}")
-    _ready.add((stem + backend, device))
+    _ready.add((stem, backend, device))
     if backend == "native":
         _choices.pop((stem, device), None)
     return backend
@@ -155,7 +155,7 @@ def resolve(stem: str, device: str, requested: str | None) -> str:
     if name is None:
         choice = _choices.get((stem, device))
         return choice if choice is not None else _choose(stem, device)
-    if (stem + name, device) in _ready:
+    if (stem, name, device) in _ready:
         return name
     return _require(stem, name, device)
 

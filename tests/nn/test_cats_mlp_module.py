@@ -17,6 +17,8 @@ from subquad.nn._gated import activation_name
 from subquad.nn.cats_mlp import GatedMLP
 from subquad.reference.cats_mlp import cats_mlp as oracle
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
+
 H, I = 24, 80  # noqa: E741
 LAYOUTS = ("auto", "strided", "copy", "keep")
 

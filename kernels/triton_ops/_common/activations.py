@@ -19,6 +19,12 @@ INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 GELU_CUBIC = tl.constexpr(0.044715)
 
 
+def check_activation(code: int) -> None:
+    """Raise ValueError for a code that no branch below stands for."""
+    if not 0 <= code <= 3:
+        raise ValueError(f"activation: expected 0 to 3, got {code}")
+
+
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """act(x). silu(-inf) is NaN as in torch; NaN stays NaN."""

@@ -45,7 +45,8 @@ def run(backends: list[str], arguments: list[str]) -> int:
     """Build, then run the tests in a process with the sanitizers loaded first."""
     for backend in backends:
         print(f"{backend}: {build(backend)}", flush=True)
-    settings = [f"LD_PRELOAD={' '.join(runtime(_env.cxx()))}", "ASAN_OPTIONS=detect_leaks=0", "TRITON_INTERPRET=1"]
+    settings = [f"LD_PRELOAD={' '.join(runtime(_env.cxx()))}", "ASAN_OPTIONS=detect_leaks=0"]
+    settings += ["UBSAN_OPTIONS=print_stacktrace=1", "TRITON_INTERPRET=1"]
     module = [sys.executable, "-m", "subquad._dev.sanitize", _CHILD, *backends]
     return subprocess.run(["env", *settings, *module, "--", *arguments]).returncode
 
@@ -59,7 +60,8 @@ def _run_tests(backends: list[str], arguments: list[str]) -> int:
         path = build(backend)
         torch.ops.load_library(str(path))
         _native._loaded[LIBRARIES[backend]] = path
-    return int(pytest.main(arguments))
+    # The sanitizers write to the file descriptor and abort: pytest must not hold that back.
+    return int(pytest.main(["--capture=sys", *arguments]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = set(backends) - set(LIBRARIES)
     if unknown:
         parser.error(f"BACKEND: expected any of {', '.join(LIBRARIES)}, got {', '.join(sorted(unknown))}")
-    arguments = rest or ["tests/ops", "-k", " or ".join(backends)]
+    arguments = rest or ["tests/ops", "-m", "not slow", "-k", " or ".join(backends)]
     return _run_tests(backends, arguments) if args.child else run(backends, arguments)
 
 

@@ -189,8 +189,7 @@ class CatsCalibrator:
     # --- using -------------------------------------------------------------------------------------------------------
 
     def thresholds(self, sparsity: Sparsity) -> dict[str, float]:
-        """Threshold per layer, by module name: the smallest t with at least `sparsity` of the magnitudes at or below
-        it.
+        """Threshold per layer, by module name: the smallest t that makes at least `sparsity` of the neurons inactive.
 
         Args:
             sparsity: share of inactive neurons, 0 to 1, for all layers; or a mapping from layer name or number; or a

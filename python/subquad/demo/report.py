@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -32,46 +33,44 @@ def environment() -> dict[str, Any]:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _ratio(value: float, base: float) -> str:
-    return f"{value / base:.2f}x"
+def _table(result: dict[str, Any]) -> Table:
+    rows = result["variants"]
+    base = rows[0]
+    title = f"{result['model']}, {result['dtype']} on {result['device']}, backend {result['backend']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0))
+    table.add_column("", no_wrap=True)
+    for heading in (
+        "sparsity, %\ntarget/text/decode",
+        "perplex-\nity",
+        "tokens\nper s",
+        "vs\ndense",
+        "all MLPs\n1 token",
+        "vs\ndense",
+        "bytes\nread, %",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        step, mlp = row["decode_step_seconds"]["median"], row["mlp_seconds"]["median"]
+        sparsity = (row["target_sparsity"], row["sparsity"], row["decode_sparsity"])
+        table.add_row(
+            row["name"],
+            "/".join(_percent(value) for value in sparsity),
+            f"{row['perplexity']:.2f}",
+            f"{1 / step:.1f}",
+            f"{base['decode_step_seconds']['median'] / step:.2f}x",
+            f"{1e3 * mlp:.1f} ms",
+            f"{base['mlp_seconds']['median'] / mlp:.2f}x",
+            _percent(row["mlp_bytes_ratio"]),
+        )
+    return table
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """Print the table, the check and the answers."""
-    rows = result["variants"]
-    base = rows[0]
-    table = Table(title=f"{result['model']}, {result['dtype']} on {result['device']}, backend {result['backend']}")
-    table.add_column("setting")
-    for heading in (
-        "sparsity\ntarget",
-        "held-out\ntext",
-        "held-out,\ndecoding",
-        "perplexity",
-        "decoding\ntokens/s",
-        "against\ndense",
-        "all MLPs,\none token",
-        "against\ndense",
-        "MLP bytes\nread",
-    ):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        step, mlp = row["decode_step_seconds"]["median"], row["mlp_seconds"]["median"]
-        table.add_row(
-            row["name"],
-            _percent(row["target_sparsity"]),
-            _percent(row["sparsity"]),
-            _percent(row["decode_sparsity"]),
-            f"{row['perplexity']:.2f}",
-            f"{row['tokens_per_second']:.1f}",
-            _ratio(base["decode_step_seconds"]["median"], step),
-            f"{1e3 * mlp:.2f} ms",
-            _ratio(base["mlp_seconds"]["median"], mlp),
-            _percent(row["mlp_bytes_ratio"]),
-        )
-    console.print(table)
+    console.print(_table(result))
     check = result["check"]
     verdict = "[green]agrees[/green]" if check["passed"] else "[bold red]DISAGREES[/bold red]"
     console.print(
@@ -84,7 +83,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
             f"[yellow]The native kernels are not in use: {result['native_unavailable']}[/yellow]", soft_wrap=True
         )
     console.print(Text(f"\nAnswers to: {result['question']}", style="bold"))
-    for row in rows:
+    for row in result["variants"]:
         console.print(Panel(Text(row["answer"] or "(nothing)"), title=row["name"], title_align="left"))
 
 
@@ -126,20 +125,22 @@ def write_plot(result: dict[str, Any], folder: Path) -> Path:
         x = [s + shift for s in sparsity]
         left.errorbar(x, middle, spread, label=label, color=color, marker=marker, capsize=3, elinewidth=1)
     ideal = [0, 20, 40, 60, 80]
-    left.plot(ideal, [1 / (1 - s / 150) for s in ideal], "--", color=_GREY, lw=1, label="MLPs if bytes read were all")
+    left.plot(
+        ideal, [1 / (1 - s / 150) for s in ideal], "--", color=_GREY, lw=1, label="MLPs if time followed bytes read"
+    )
     left.axhline(1, color=_GREY, lw=0.8)
     left.set(
         xlabel="MLP sparsity when decoding held-out text, %", ylabel="speed over dense", title="Speed, one token a step"
     )
-    left.set_ylim(bottom=0)
-    left.legend(loc="lower right", frameon=False)
+    left.set_ylim(0, 1.35 * max(left.get_ylim()[1], 1.8))  # room for the legend
+    left.legend(loc="upper left", frameon=False)
     right.plot(heldout, [row["perplexity"] for row in rows], color=_BLUE, marker="o")
     for x, row in zip(heldout, rows, strict=True):
-        note = f"{row['name']}: {row['perplexity']:.1f}"
-        side = ("left", 8) if x < 40 else ("right", -8)
-        right.annotate(note, (x, row["perplexity"]), (side[1], 4), textcoords="offset points", ha=side[0], fontsize=9)
+        label = f"{row['name']}: {row['perplexity']:.1f}"
+        place = {"xytext": (-8, 4), "ha": "right"} if x > 60 else {"xytext": (4, -16), "ha": "left"}
+        right.annotate(label, (x, row["perplexity"]), textcoords="offset points", fontsize=9, **place)
     right.set(xlabel="MLP sparsity on held-out text, %", ylabel="perplexity", title="Quality, held-out text")
-    right.set_yscale("log")
+    right.set_ylim(0, 1.15 * max(row["perplexity"] for row in rows))
     for axes in (left, right):
         axes.set_xlim(-4, 84)
         axes.grid(alpha=0.25)

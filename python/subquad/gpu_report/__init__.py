@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -129,10 +131,9 @@ def triton_entries(names: list[str], archs: list[int], console: Console) -> list
     with tempfile.TemporaryDirectory() as folder:
         with _progress(console, "Triton: compiling cases") as update:
             kernels = triton_side.compile_all(names, archs, Path(folder), update)
-        with _progress(console, "Triton: reading machine code") as update:
+        with _progress(console, "Triton: reading machine code") as update, ThreadPoolExecutor(os.cpu_count()) as pool:
             update(-len(kernels))
-            for kernel in kernels:
-                (code,) = cubin.read(kernel.cubin)
+            for kernel, (code,) in zip(kernels, pool.map(cubin.read, [k.cubin for k in kernels]), strict=True):
                 entries.append(
                     Entry(
                         backend="triton",

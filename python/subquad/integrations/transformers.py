@@ -25,8 +25,7 @@ def convert(
     layers: Iterable[int | str] | None = None,
     **options: Any,
 ) -> list[str]:
-    """Replace layers of a model by subquad's, in place, sharing the weights. All or nothing: on an error nothing has
-    changed.
+    """Replace layers of a model by subquad's, in place, sharing the weights. All or nothing: errors change nothing.
 
     A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. Layers that
         are

@@ -109,8 +109,7 @@ class CATSMLP(nn.Module):
         share_weights: bool = True,
         **options: Any,
     ) -> CATSMLP:
-        """Build from a dense gated MLP: anything with gate_proj, up_proj, down_proj and an activation, or a fused
-        gate_up_proj.
+        """Build from a dense gated MLP: gate_proj (or a fused gate_up_proj), up_proj, down_proj and an activation.
 
         Args:
             mlp: a LlamaMLP, MistralMLP, Qwen2MLP, GemmaMLP, Phi3MLP or a module shaped like one.
@@ -228,8 +227,7 @@ class CATSMLP(nn.Module):
         return w_gate, w_up, b_gate, b_up
 
     def lay_out(self) -> None:
-        """Bring the down projection into the layout asked for; needed only after replacing `down_proj.weight` by
-        hand."""
+        """Bring the down projection into its layout; needed only after replacing `down_proj.weight` by hand."""
         weight = self.down_proj.weight
         if self.down_layout in ("auto", "strided") and not weight.t().is_contiguous():
             weight.data = weight.data.t().contiguous().t()

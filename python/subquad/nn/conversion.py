@@ -74,10 +74,9 @@ def match_layer(names: Iterable[str], layer: int | str, argument: str = "layers"
 def convert_mlps(
     model: nn.Module, config: CatsConfig | None = None, layers: Iterable[int | str] | None = None
 ) -> list[str]:
-    """Replace the gated MLPs of a model by `CATSMLP`s that share their weights; those already converted stay as they
-    are.
+    """Replace the gated MLPs of a model by `CATSMLP`s that share their weights.
 
-    All or nothing: when one cannot be converted, the model is unchanged.
+    Those already converted stay as they are. All or nothing: when one cannot be converted, the model is unchanged.
 
     Returns:
         Names of the modules converted by this call.

@@ -10,6 +10,7 @@ from .. import _env
 from ..reference.cats_activation import ACTIVATIONS
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
 _DEBUG = _env.read().debug
 
 
@@ -18,6 +19,12 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> int:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return allowed.index(value)
+
+
+def flag(name: str, value: bool) -> None:
+    """`value` is a bool; a string would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def activation_code(name: str) -> int:
@@ -67,6 +74,8 @@ def threshold(value: float | torch.Tensor, channels: int, device: torch.device) 
         raise TypeError(f"threshold: expected a float or a float32 tensor, got {type(value).__name__}")
     if value != value:  # NaN; math.isnan cannot be traced when torch.compile makes the float dynamic
         raise ValueError("threshold: expected a number, got NaN")
+    if not -_LARGEST <= value <= _LARGEST:
+        value = math.inf if value > 0 else -math.inf
     return torch.full((1,), value, dtype=torch.float32, device=device)
 
 

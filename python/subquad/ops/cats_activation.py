@@ -51,6 +51,7 @@ def cats_activation(
     """
     _checks.tensor("z", z)
     code = _checks.activation_code(activation)
+    _checks.flag("inclusive", inclusive)
     straight_through = bool(_checks.choice("grad", grad, GRADS))
     if z.dim() == 0:
         raise ValueError("z: expected at least one dimension, got a scalar")

@@ -74,6 +74,7 @@ def cats_mlp(
         >>> subquad.cats_mlp(x, w, w, torch.randn(8, 32), 0.1).shape
         torch.Size([1, 8])
     """
+    _checks.flag("inclusive", inclusive)
     tokens, t, code, limit = _validate(
         x, w_gate, w_up, w_down, threshold, activation, mask_mode, prefill, max_sparse_tokens, grad, b_gate, b_up, b_down
     )
@@ -156,6 +157,8 @@ def _validate(
     _checks.choice("prefill", prefill, PREFILLS)
     _checks.choice("grad", grad, GRADS)
     limit = MAX_SPARSE_TOKENS if max_sparse_tokens is None else max_sparse_tokens
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"max_sparse_tokens: expected an int, got {type(limit).__name__}")
     if not 0 <= limit <= MAX_SPARSE_TOKENS:
         raise ValueError(f"max_sparse_tokens: expected 0 to {MAX_SPARSE_TOKENS}, got {max_sparse_tokens}")
     tokens = x.numel() // hidden if hidden else 0

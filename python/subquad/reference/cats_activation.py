@@ -39,6 +39,11 @@ def active_mask(s: torch.Tensor, threshold: torch.Tensor, inclusive: bool) -> to
     return ~(magnitude < threshold) if inclusive else ~(magnitude <= threshold)
 
 
+def _live(mask: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value` with dead entries set to 0 before it is used: after, their gradient would be 0 * Inf = NaN."""
+    return torch.where(mask, value, torch.zeros_like(value))
+
+
 def _select(mask: torch.Tensor, value: torch.Tensor, passed: torch.Tensor | None) -> torch.Tensor:
     """`value` where active, exactly 0 elsewhere; `passed` is what the dead entries let the gradient see, if anything."""
     if passed is None:
@@ -51,9 +56,10 @@ def cats_activation(
     z: torch.Tensor, threshold: torch.Tensor, *, activation: str = "silu", inclusive: bool = False, grad: str = "masked"
 ) -> torch.Tensor:
     """a = select(active, f(z), 0); z [..., I], threshold [] or [1] or [I]; result in z's dtype."""
-    s = activate(upcast(z), activation)
-    mask = active_mask(s.detach(), threshold, inclusive)
-    return _select(mask, s, s if grad == "ste" else None).to(z.dtype)
+    wide_z = upcast(z)
+    mask = active_mask(activate(wide_z.detach(), activation), threshold, inclusive)
+    a = activate(_live(mask, wide_z), activation)
+    return _select(mask, a, activate(wide_z, activation) if grad == "ste" else None).to(z.dtype)
 
 
 def cats_glu(
@@ -67,7 +73,8 @@ def cats_glu(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h = select(active, f(z) * u, 0); z, u [..., I]; result in u's dtype. `mask` replaces the threshold test."""
-    s, wide_u = activate(upcast(z), activation), upcast(u)
+    wide_z, wide_u = upcast(z), upcast(u)
     if mask is None:
-        mask = active_mask(s.detach(), threshold, inclusive)
-    return _select(mask, s * wide_u, s * wide_u.detach() if grad == "ste" else None).to(u.dtype)
+        mask = active_mask(activate(wide_z.detach(), activation), threshold, inclusive)
+    h = activate(_live(mask, wide_z), activation) * _live(mask, wide_u)
+    return _select(mask, h, activate(wide_z, activation) * wide_u.detach() if grad == "ste" else None).to(u.dtype)

@@ -33,8 +33,8 @@ def _transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _expanded(tensor: torch.Tensor) -> torch.Tensor:
-    """The first entry of the first dimension, repeated with stride 0. These are other values."""
-    return tensor[:1].expand(tensor.shape)
+    """The first entry of the first dimension, contiguous, repeated with stride 0. These are other values."""
+    return tensor[:1].contiguous().expand(tensor.shape)
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

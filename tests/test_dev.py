@@ -1,0 +1,99 @@
+"""The developers' tools: reading ptxas, judging spills, finding the sanitizers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from subquad import _build
+from subquad._dev import nvcc_check, sanitize
+from subquad._schemas import OPS
+
+LOG = """[1/2] nvcc -c toy.cu -o toy.o
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN3toyEf' for 'sm_80'
+ptxas info    : Function properties for _ZN3toyEf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN3toyEd' for 'sm_90a'
+ptxas info    : Function properties for _ZN3toyEd
+    24 bytes stack frame, 16 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 24 bytes cumulative stack size
+[2/2] nvcc -shared toy.o -o toy.so
+"""
+
+
+def check(monkeypatch: pytest.MonkeyPatch, log: str = LOG, missing: list[str] | None = None) -> int:
+    """The exit code of nvcc_check for a compilation that says `log`."""
+    monkeypatch.setattr(sys, "argv", ["nvcc_check"])
+    monkeypatch.setattr(_build, "find_nvcc", lambda home: "nvcc")
+    monkeypatch.setattr(nvcc_check, "compile_cuda", lambda nvcc, arches: (Path("toy.so"), nvcc_check.parse(log)))
+    monkeypatch.setattr(nvcc_check, "unregistered", lambda path: missing or [])
+    return nvcc_check.main()
+
+
+def test_ptxas_log_is_read() -> None:
+    assert nvcc_check.parse(LOG) == [
+        nvcc_check.Kernel("_ZN3toyEf", "sm_80", 40, 0, 0),
+        nvcc_check.Kernel("_ZN3toyEd", "sm_90a", 255, 24, 36),
+    ]
+
+
+def test_a_spill_fails_unless_it_is_declared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(monkeypatch) == 1
+    assert "SPILL sm_90a" in capsys.readouterr().out
+    names = {nvcc_check.template(name) for name in nvcc_check.demangle(["_ZN3toyEf", "_ZN3toyEd"]).values()}
+    monkeypatch.setattr(nvcc_check, "allowed_spills", lambda: dict.fromkeys(names, "a good reason"))
+    assert check(monkeypatch) == 0
+
+
+def test_a_missing_registration_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clean = LOG.replace("16 bytes spill stores, 20 bytes", "0 bytes spill stores, 0 bytes")
+    assert check(monkeypatch, clean) == 0
+    assert check(monkeypatch, clean, missing=["cats_mlp_fwd"]) == 1
+    assert "without a CUDA kernel: cats_mlp_fwd" in capsys.readouterr().out
+
+
+def test_no_kernels_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(monkeypatch, "nothing was compiled") == 1
+
+
+def test_without_nvcc_nothing_is_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["nvcc_check"])
+    monkeypatch.setattr(_build, "find_nvcc", lambda home: None)
+    assert nvcc_check.main() == 0
+    assert "nvcc not found" in capsys.readouterr().out
+
+
+def test_registrations_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: op != "subquad::cats_glu_fwd"
+    )
+    assert nvcc_check.unregistered(Path("toy.so")) == ["cats_glu_fwd"] and "cats_glu_fwd" in OPS
+
+
+def test_templates_are_named() -> None:
+    assert nvcc_check.template("subquad::cuda::cats_up_kernel<sq::bf16, 4, true>") == "cats_up_kernel"
+
+
+def test_sanitizer_runtime_is_found_or_named() -> None:
+    with pytest.raises(FileNotFoundError):
+        sanitize.runtime("no-such-compiler")
+    try:
+        paths = sanitize.runtime("g++")
+    except FileNotFoundError:
+        pytest.skip("g++ is not installed")
+    assert all(Path(path).exists() for path in paths) and "asan" in paths[0]
+
+
+def test_sanitize_rejects_unknown_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        sanitize.main(["fpga"])
+    assert stopped.value.code == 2 and "fpga" in capsys.readouterr().err
