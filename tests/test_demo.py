@@ -23,7 +23,6 @@ from rich.console import Console  # noqa: E402
 
 from subquad.demo import measure, run, variants  # noqa: E402
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
 
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,35 +23,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import cubin, cuda_side, triton_side
+from .entry import Entry
 from .occupancy import ARCHS, occupancy
+from .table import WIDTH, show
 
 SCHEMA = 1
 DEFAULT_ARCHS = (80, 90, 100)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One kernel for one architecture: where it comes from, what a launch gives it, what its code needs.
-
-    `shared` is in bytes: static, and for Triton dynamic too. `occupancy` is None when the block size is unknown.
-    """
-
-    backend: str
-    stem: str
-    kernel: str
-    cases: list[str]
-    arch: int
-    threads: int | None
-    grid: list[int] | None
-    shared: int
-    occupancy: float | None
-    code: cubin.Code
-    allow_spill: str | None
-
-    @property
-    def failed(self) -> bool:
-        """Spills, and nobody said why."""
-        return self.code.spills and not self.allow_spill
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_from_args(args: argparse.Namespace) -> int:
     """Entry point of the command line; returns the exit code."""
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     try:
         archs = [int(arch) for arch in args.arch.split(",")]
     except ValueError:
@@ -87,8 +66,6 @@ def run(family: str | None, archs: list[int], json_path: Path | None, console: C
     Returns:
         0; 1 when a kernel spills without a declared reason; 2 when nothing matches or something does not compile.
     """
-    from .table import show
-
     names = triton_side.modules(family)
     if not names:
         console.print(f"subquad gpu-report: FAMILY: no kernels are named {family!r} or {family}_*")

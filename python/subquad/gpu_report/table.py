@@ -1,78 +1,98 @@
-"""The table of `subquad gpu-report`: one row per kernel, one number per architecture in a cell."""
+"""The table of `subquad gpu-report`: a row per Triton case and per CUDA template, values per architecture in a cell.
+
+The instances of a CUDA template share a row that gives the range of each value; the JSON has them one by one.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
-from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 
-from . import Entry
+from .entry import Entry
 
-_NARROW = "narrow"
-
-
-def _per_arch(rows: list[Entry], value: Callable[[Entry], str]) -> str:
-    """One value when all architectures agree, else all of them."""
-    values = [value(entry) for entry in rows]
-    return values[0] if len(set(values)) == 1 else " / ".join(values)
+WIDTH = 160  # where the output is no terminal
 
 
-def _matrix(entry: Entry) -> str:
-    return " ".join(f"{count} {name}" for name, count in sorted(entry.code.matrix.items())) or "-"
+def _template(entry: Entry) -> str:
+    return entry.kernel.split("<")[0]
 
 
-def _loads(entry: Entry) -> str:
-    code = entry.code
-    text = "bulk" if code.bulk_loads else f"{code.widest_load}b" if code.widest_load else "-"
-    return f"{text} ({code.narrow_loads} {_NARROW})" if code.narrow_loads else text
+def _range(entries: list[Entry], value: Callable[[Entry], float], form: str = "{}") -> str:
+    values = [value(entry) for entry in entries]
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low}-{high}"
 
 
-def _spills(entry: Entry) -> str:
-    code = entry.code
-    if not code.spills:
+def _occupancy(entries: list[Entry]) -> str:
+    known = [entry for entry in entries if entry.occupancy is not None]
+    return _range(known, lambda entry: entry.occupancy or 0.0, "{:.0%}") if known else "?"
+
+
+def _spills(entries: list[Entry]) -> str:
+    spilling = [entry for entry in entries if entry.code.spills]
+    if not spilling:
         return "-"
-    text = f"{code.stack or code.local} B, {code.spill_stores}+{code.spill_loads}"
-    return text if entry.failed else f"{text} (declared)"
+    worst = max(max(entry.code.stack, entry.code.local) for entry in spilling)
+    count = sum(entry.code.spill_stores + entry.code.spill_loads for entry in spilling)
+    verdict = "" if any(entry.failed for entry in spilling) else " (declared)"
+    return f"{worst} B, {count} instructions{verdict}"
+
+
+def _matrix(entries: list[Entry]) -> str:
+    names = sorted({name for entry in entries for name in entry.code.matrix})
+    return " ".join(_range(entries, lambda entry: entry.code.matrix.get(name, 0)) + f" {name}" for name in names) or "-"
+
+
+def _loads(entries: list[Entry]) -> str:
+    bulk = " bulk" if any(entry.code.bulk_loads for entry in entries) else ""
+    narrow = " narrow" if any(entry.code.narrow_loads for entry in entries) else ""
+    return _range(entries, lambda entry: entry.code.widest_load) + bulk + narrow
+
+
+_COLUMNS: dict[str, Callable[[list[Entry]], str]] = {
+    "threads": lambda entries: _range(entries, lambda entry: entry.threads or 0),
+    "registers": lambda entries: _range(entries, lambda entry: entry.code.registers),
+    "shared": lambda entries: _range(entries, lambda entry: entry.shared),
+    "occupancy": _occupancy,
+    "spills": _spills,
+    "matrix": _matrix,
+    "widest load": _loads,
+}
 
 
 def show(entries: list[Entry], console: Console) -> None:
     """Print the table, the declared reasons and the verdict."""
     archs = sorted({entry.arch for entry in entries})
+    rows: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        rows[entry.backend, entry.stem, _template(entry), *entry.cases].append(entry)
     table = Table(title="GPU kernels, " + " / ".join(f"sm_{arch}" for arch in archs), title_justify="left")
-    for column in ("kernel", "launches"):
-        table.add_column(column, overflow="fold")
-    for column in ("threads", "registers", "shared", "occupancy", "spills", "matrix", "loads"):
-        table.add_column(column, justify="right")
-    order = sorted(entries, key=lambda entry: (_key(entry), entry.arch))
+    table.add_column("kernel", overflow="fold")
+    table.add_column("launches", overflow="fold")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
     previous = None
-    for key, group in groupby(order, key=_key):
-        rows = list(group)
+    for key, row in sorted(rows.items()):
         if previous is not None and previous != key[:2]:
             table.add_section()
         previous = key[:2]
-        table.add_row(
-            rows[0].kernel,
-            ", ".join(rows[0].cases) or "CUDA C++",
-            str(rows[0].threads or "?"),
-            _per_arch(rows, lambda entry: str(entry.code.registers)),
-            _per_arch(rows, lambda entry: f"{entry.shared}"),
-            _per_arch(rows, lambda entry: "?" if entry.occupancy is None else f"{entry.occupancy:.0%}"),
-            _per_arch(rows, _spills),
-            _per_arch(rows, _matrix),
-            _per_arch(rows, _loads),
-            style="red" if any(entry.failed for entry in rows) else None,
-        )
+        by_arch = [[entry for entry in row if entry.arch == arch] for arch in archs]
+        by_arch = [group for group in by_arch if group]
+        launches = ", ".join(key[3:]) or f"CUDA C++, {len(by_arch[0])} instances"
+        cells = [[value(group) for group in by_arch] for value in _COLUMNS.values()]
+        texts = [cell[0] if len(set(cell)) == 1 else " / ".join(cell) for cell in cells]
+        table.add_row(key[2], launches, *texts, style="red" if any(entry.failed for entry in row) else None)
     console.print(table)
-    for kernel, reason in sorted({(e.kernel, e.allow_spill) for e in entries if e.code.spills and e.allow_spill}):
-        console.print(f"{kernel} may spill: {reason}", markup=False)
+    for name, reason in sorted({(_template(e), e.allow_spill) for e in entries if e.code.spills and e.allow_spill}):
+        console.print(f"{name} may spill: {reason}", markup=False)
     failed = [entry for entry in entries if entry.failed]
+    for entry in failed:
+        where = f"{entry.kernel} ({', '.join(entry.cases)})" if entry.cases else entry.kernel
+        console.print(f"{where} spills on sm_{entry.arch}: {_spills([entry])}", markup=False, style="red")
     console.print(
-        f"{len(entries)} compiled kernels, {len(failed)} spill without a declared reason. Occupancy is theoretical:"
-        " from registers, block size and shared memory (of CUDA C++ kernels the static part)."
+        f"{len(entries)} compiled kernels, {len(failed)} spill without a declared reason. Loads are in bits per thread; "
+        "occupancy is theoretical (registers, block size, shared memory; of CUDA C++ the static part)."
     )
-
-
-def _key(entry: Entry) -> tuple[str, str, str, tuple[str, ...]]:
-    return entry.backend, entry.stem, entry.kernel, tuple(entry.cases)

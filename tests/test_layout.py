@@ -1,0 +1,265 @@
+"""The shape of the repository: every op has its files, every layer imports downwards only, and nothing lies about."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from subquad import _env
+from subquad._backends import BACKENDS, CAPABILITIES, PREFERENCE
+from subquad._schemas import OPS, STEMS
+from subquad.testing.checks import CHECKS
+from subquad.testing.specs import SPECS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE, TRITON, CSRC = ROOT / "python" / "subquad", ROOT / "kernels" / "triton_ops", ROOT / "csrc"
+TOP_LEVEL = {
+    ".ci", ".clang-format", ".clang-tidy", ".editorconfig", ".gitattributes", ".gitignore", ".pre-commit-config.yaml",
+    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "benchmarks", "csrc", "docs",
+    "kernels", "mkdocs.yml", "pyproject.toml", "python", "setup.py", "tests",
+}  # fmt: skip
+PLACES = {
+    "reference": ("python/subquad/reference/{}.py",),
+    "ops": ("python/subquad/ops/{}.py",),
+    "nn": ("python/subquad/nn/{}.py",),
+    "triton": ("kernels/triton_ops/{}.py",),
+    "cpu": ("csrc/cpu/{}.h", "csrc/cpu/{}.cpp", "csrc/cpu/{}.isa.cpp"),
+    "cuda": ("csrc/cuda/{}.cuh", "csrc/cuda/{}.cu"),
+    "spec": ("tests/specs/{}.py",),
+    "test": ("tests/ops/test_{}.py",),
+    "bench": ("benchmarks/{}.py",),
+}
+GENERATED = ("build", "dist", "site", "demo")
+TEXT = {".py", ".h", ".cuh", ".cpp", ".cu", ".md", ".toml", ".yml", ".yaml", ".cfg", ".in", ".json", ".sh", ""}
+
+
+def files() -> list[Path]:
+    """What belongs to the repository; in a copy without history, what a checkout would have."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True
+    )
+    if (ROOT / ".git").exists() and listed.returncode == 0:
+        return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).exists()]
+    walked = (p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file() or p.is_symlink())
+    hidden = re.compile(r"__pycache__|\.egg-info|^\.(?!ci|clang|git(ignore|attributes)|editor|pre-)|\.so$")
+    return [ROOT / p for p in walked if p.parts[0] not in GENERATED and not any(hidden.search(part) for part in p.parts)]
+
+
+FILES = [path for path in files() if path.is_file()]
+SOURCES = [path for path in FILES if path.suffix == ".py"]
+name_of = lambda path: path.relative_to(ROOT).as_posix()  # noqa: E731
+
+
+def below(folder: Path) -> list[Path]:
+    return [path for path in SOURCES if folder in path.parents]
+
+
+def imports(path: Path, module_level: bool = False) -> Iterator[str]:
+    """Names of imported modules: absolute as written, relative with their dots."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if module_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from (f"{base}.{alias.name}" if node.module else f"{base}{alias.name}" for alias in node.names)
+
+
+def importing(folder: Path, pattern: str, module_level: bool = False) -> list[str]:
+    """"file: module" for every import in the folder that matches."""
+    found = ((path, name) for path in below(folder) for name in imports(path, module_level))
+    return [f"{name_of(path)}: {name}" for path, name in found if re.search(pattern, name)]
+
+
+def missing(stem: str) -> dict[str, str]:
+    """What the specs of a stem declare missing."""
+    return {place: reason for spec in SPECS if spec.stem == stem for place, reason in spec.missing.items()}
+
+
+# --- one op, one stem, one set of places -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_op_has_its_files(stem: str, place: str) -> None:
+    existing = [(ROOT / name.format(stem)).exists() for name in PLACES[place]]
+    if place in missing(stem):
+        assert not any(existing), f"{place} of {stem} exists, although its spec declares it missing"
+    else:
+        assert all(existing), f"expected {[name.format(stem) for name in PLACES[place]]}; or declare {place!r} missing in the spec"
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern"),
+    [
+        (PACKAGE / "reference", "{}.py"),
+        (PACKAGE / "ops", "{}.py"),
+        (TRITON, "{}.py"),
+        (CSRC / "cuda", "{}.cu"),
+        (CSRC / "cpu", "{}.isa.cpp"),
+        (ROOT / "tests" / "specs", "{}.py"),
+        (ROOT / "tests" / "ops", "test_{}.py"),
+        (ROOT / "benchmarks", "{}.py"),
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, Path) else "",
+)
+def test_every_file_belongs_to_an_op(folder: Path, pattern: str) -> None:
+    prefix, suffix = pattern.split("{}")
+    own = [p.name for p in FILES if p.parent == folder and p.name.startswith(prefix) and p.name.endswith(suffix)]
+    public = [name for name in own if not name.startswith(("_", "conftest"))]
+    assert set(public) <= {pattern.format(stem) for stem in STEMS}
+
+
+def test_specs_cover_the_schemas() -> None:
+    assert {spec.stem for spec in SPECS} == set(STEMS) == {op.stem for op in OPS.values()}
+    assert len({spec.name for spec in SPECS}) == len(SPECS)
+    assert set(PREFERENCE) == set(STEMS)
+    assert set(CAPABILITIES) == {(stem, backend) for stem in STEMS for backend in BACKENDS}
+
+
+def test_declared_gaps_are_about_something() -> None:
+    known = {*PLACES, *BACKENDS, *(f"check:{name}" for name in CHECKS)}
+    for spec in SPECS:
+        assert set(spec.missing) <= known, spec.name
+        assert all(len(reason.split()) > 2 for reason in spec.missing.values()), f"{spec.name}: a gap needs a reason"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_operators_are_named_after_their_stem_or_family(name: str) -> None:
+    assert re.fullmatch(r"[a-z0-9_]+_(fwd|bwd)|[a-z0-9_]+_", name)
+    assert name.split("_")[0] == OPS[name].stem.split("_")[0]
+
+
+# --- layers ------------------------------------------------------------------------------------------------------------------
+
+
+def test_reference_stands_alone() -> None:
+    allowed = r"^(__future__|math|typing|collections|dataclasses|functools|torch)(\.|$)|^\.[a-z_]*(\.[a-z_]+)?$"
+    assert importing(PACKAGE / "reference", rf"^(?!{allowed})") == []
+
+
+def test_triton_kernels_can_be_shipped_alone() -> None:
+    for path in below(TRITON):
+        depth = len(path.relative_to(TRITON).parts)
+        for name in imports(path):
+            assert not name.startswith(("subquad", "kernels")), f"{name_of(path)}: {name}"
+            assert len(name) - len(name.lstrip(".")) <= depth, f"{name_of(path)} leaves its package: {name}"
+
+
+def test_ops_do_not_import_kernels() -> None:
+    assert importing(PACKAGE / "ops", r"(^|\.)(triton|kernels|_native)(\.|$)") == []
+    assert importing(PACKAGE / "ops", r"^\.\.(nn|integrations|testing|calibration)(\.|$)") == []
+
+
+def test_modules_do_not_reach_below_the_ops() -> None:
+    assert importing(PACKAGE / "nn", r"(^|\.)(triton|kernels|_native|_schemas)(\.|$)") == []
+
+
+def test_triton_is_imported_lazily() -> None:
+    assert importing(PACKAGE, r"^(triton|transformers|peft|safetensors|gguf|matplotlib|pytest)(\.|$)", module_level=True) == []
+
+
+def test_integrations_do_not_need_each_other() -> None:
+    for path in below(PACKAGE / "integrations"):
+        others = {p.stem for p in below(PACKAGE / "integrations") if p.stem != "__init__"} - {path.stem}
+        assert not [name for name in imports(path) if name.startswith(".") and name.split(".")[1] in others], name_of(path)
+
+
+def test_specs_do_not_need_pytest() -> None:
+    assert importing(ROOT / "tests" / "specs", r"^(pytest|_pytest|hypothesis|tests)(\.|$)") == []
+
+
+def test_csrc_uses_the_stable_interface_only() -> None:
+    pattern = re.compile(r'#\s*include\s*[<"](ATen|c10|pybind11|torch/extension|torch/all|torch/torch)', re.MULTILINE)
+    assert [name_of(p) for p in FILES if CSRC in p.parents and p.suffix != ".md" and pattern.search(p.read_text())] == []
+
+
+def test_csrc_kernels_do_not_know_torch() -> None:
+    """Kernels take raw pointers; only the bindings (<stem>.cpp, <stem>.cu, binding.h, dtype.h) include torch."""
+    bindings = {f"{stem}{suffix}" for stem in STEMS for suffix in (".cpp", ".cu")} | {"binding.h", "dtype.h", "module.cpp", "isa.cpp"}
+    including = [p for p in FILES if CSRC in p.parents and re.search(r"#\s*include\s*<torch/", p.read_text())]
+    assert [name_of(p) for p in including if p.name not in bindings and p.suffix != ".md"] == []
+
+
+def test_cxx_never_defines_schemas() -> None:
+    pattern = re.compile(r"STABLE_TORCH_LIBRARY(_FRAGMENT)?\(|\bm\.def\(")
+    assert [name_of(p) for p in FILES if CSRC in p.parents and p.suffix != ".md" and pattern.search(p.read_text())] == []
+
+
+# --- housekeeping --------------------------------------------------------------------------------------------------------------
+
+
+def test_environment_is_read_in_one_file() -> None:
+    shipped = [*below(PACKAGE), *below(TRITON), *below(ROOT / "benchmarks"), ROOT / "setup.py"]
+    pattern = re.compile(r"\bos\.(environ|getenv)\b|\bfrom os import\b")
+    offenders = [name_of(p) for p in shipped if p != PACKAGE / "_env.py" and pattern.search(p.read_text())]
+    assert offenders == []
+
+
+def test_environment_variables_are_few_and_described() -> None:
+    used = set(re.findall(r"\bSUBQUAD_[A-Z_]+\b", (PACKAGE / "_env.py").read_text()))
+    assert used == set(_env.VARIABLES) and len(used) <= 10
+    assert all(_env.VARIABLES.values())
+
+
+def test_no_native_march() -> None:
+    pattern = re.compile("-march=" + "native|-mtune=" + "native|ffast" + "-math")
+    assert [name_of(p) for p in FILES if p.suffix in TEXT and pattern.search(_text(p)) and p.suffix != ".md"] == []
+
+
+def test_kernels_is_no_package() -> None:
+    """With an __init__.py it would shadow the package of that name on the Hugging Face Hub."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "triton").exists()
+    assert {p.name for p in (ROOT / "kernels").iterdir() if p.name != "__pycache__"} == {"triton_ops"}
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("kernels", "../../kernels/triton_ops"), ("csrc", "../../csrc"), ("testing/specs", "../../../tests/specs")],
+)
+def test_symlinks(link: str, target: str) -> None:
+    path = PACKAGE / link
+    assert path.is_symlink() and path.readlink().as_posix() == target and path.is_dir()
+
+
+def test_top_level() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} - TOP_LEVEL == set()
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace")
+
+
+def test_files_are_short() -> None:
+    limit = 600
+    long = {name_of(p): n for p in FILES if p.suffix in TEXT - {".json", ""} and (n := len(_text(p).splitlines())) > limit}
+    assert long == {}
+
+
+def test_no_paths_of_a_machine() -> None:
+    pattern = re.compile(r"(?<![\w.}~>-])/(?:work|root|tmp|home/\w+)/\w")
+    assert [name_of(p) for p in FILES if p.suffix in TEXT and pattern.search(_text(p))] == []
+
+
+def test_no_leftovers() -> None:
+    pattern = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b|^(<{7}|>{7}) ", re.MULTILINE)
+    assert [name_of(p) for p in FILES if p.suffix in TEXT - {".md"} and pattern.search(_text(p))] == []
+
+
+def test_modules_start_alike() -> None:
+    """A docstring that says what the module is for, and postponed annotations."""
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        if not tree.body:
+            continue
+        assert ast.get_docstring(tree), f"{name_of(path)} has no docstring"
+        rest = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        if rest:
+            first = rest[0]
+            assert isinstance(first, ast.ImportFrom) and first.module == "__future__", f"{name_of(path)} lacks annotations"

@@ -1,0 +1,84 @@
+"""One schema per operator, the same in every namespace, implemented under every key, and reached by the specs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from subquad._schemas import HANDLES, NAMESPACES, OPS, STEMS
+from subquad.testing import backend_params
+from subquad.testing.case import Case
+from subquad.testing.checks.operators import recorded
+from subquad.testing.specs import SPECS
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+
+def arguments(name: str) -> list[str]:
+    """Argument names of an operator, in order."""
+    return [argument.name for argument in HANDLES["native"][name]._schema.arguments]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_same_schema_in_every_namespace(name: str) -> None:
+    schemas = {str(HANDLES[backend][name]._schema).split("::", 1)[1] for backend in NAMESPACES}
+    assert len(schemas) == 1
+    assert schemas.pop() == name + OPS[name].args
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_schemas_are_functional(name: str) -> None:
+    schema = HANDLES["native"][name]._schema
+    assert not schema.is_mutable and all(a.alias_info is None for a in (*schema.arguments, *schema.returns))
+    assert torch.Tag.pt2_compliant_tag in HANDLES["native"][name].tags
+
+
+@backend_params("cats_mlp", *NAMESPACES)
+@pytest.mark.parametrize("name", OPS)
+def test_implemented_for_the_cpu(name: str, backend: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACES[backend]}::{name}", "CPU")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_triton_registers_both_devices(name: str) -> None:
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"subquad_triton::{name}", key)
+
+
+@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+def test_cxx_implements_exactly_the_schemas(folder: str) -> None:
+    """Each operator in the binding of its stem, once."""
+    suffix = ".cpp" if folder == "cpu" else ".cu"
+    for stem in STEMS:
+        found = re.findall(r'm\.impl\("(\w+)"', (CSRC / folder / f"{stem}{suffix}").read_text())
+        assert sorted(found) == sorted(name for name, op in OPS.items() if op.stem == stem)
+
+
+@backend_params("cats_mlp", "triton")
+@pytest.mark.parametrize("name", OPS)
+def test_launchers_have_the_schema_as_signature(name: str, backend: str) -> None:
+    launcher = getattr(__import__(f"subquad.kernels.{OPS[name].stem}", fromlist=[name]), name)
+    assert list(inspect.signature(launcher).parameters) == arguments(name)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_cxx_parameters_are_named_as_in_the_schema(stem: str) -> None:
+    """Error messages quote C++ parameter names."""
+    for folder, suffix in (("cpu", ".cpp"), ("cuda", ".cu")):
+        text = (CSRC / folder / f"{stem}{suffix}").read_text()
+        for name in (name for name, op in OPS.items() if op.stem == stem):
+            declared = re.search(rf"\b{name}\(([^)]*)\)\s*{{", text)
+            assert declared, f"{folder}/{stem}{suffix} has no function {name}"
+            assert [p.split()[-1].lstrip("&*") for p in declared.group(1).split(",")] == arguments(name)
+
+
+@backend_params("cats_mlp", *NAMESPACES)
+@pytest.mark.parametrize("stem", STEMS)
+def test_specs_reach_every_operator(stem: str, backend: str) -> None:
+    """The generic checks judge what the samples call; an operator that none calls would go untested."""
+    reached = {call.name for spec in SPECS if spec.stem == stem for call in recorded(Case(spec, backend))}
+    assert reached >= {name for name, op in OPS.items() if op.stem == stem}
