@@ -1,4 +1,4 @@
-"""Settings for every test: Triton's interpreter, poisoned memory, few threads, fixed random numbers, backend demands."""
+"""Settings for every test: Triton's interpreter, poisoned memory, one thread, fixed random numbers, backend demands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "backend(stem, name): needs this backend of this op; skipped with its reason otherwise")
+    config.addinivalue_line(
+        "markers", "backend(stem, name): needs this backend of this op; skipped with its reason otherwise"
+    )
     settings.load_profile("subquad")
     torch.set_num_threads(1)  # the problems are tiny; what threads change has a check of its own
     if config.getoption("--device") == "cpu":

@@ -145,8 +145,9 @@ def test_environment_variable() -> None:
 
 def test_forbidden_build_is_said(tmp_path: Path) -> None:
     """Without a built library and with SUBQUAD_JIT=0 a forced native call names the variable."""
-    code = f"from subquad import _native; _native._prebuilt = lambda name: None\n{CALL.replace('0.1', '0.1, backend=NATIVE')}"
-    code = code.replace("NATIVE", "'native'")
+    code = "from subquad import _native; _native._prebuilt = lambda name: None\n" + CALL.replace(
+        "0.1", "0.1, backend='native'"
+    )
     result = _run(code, SUBQUAD_JIT="0", SUBQUAD_CACHE_DIR=str(tmp_path / "cache"))
     assert "SUBQUAD_JIT=0" in result.stderr, result.stderr
 

@@ -21,7 +21,7 @@ from subquad.nn.conversion import CatsConfig, convert_mlps, revert_mlps
 pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
 
 H, I = 16, 48  # noqa: E741
-SHARES = (0.3, 0.4, 0.5, 0.7, 0.9, 0.99)
+SHARES = (0.1, 0.3, 0.4, 0.5, 0.7, 0.9, 0.99)
 
 
 def sketch_of(values: torch.Tensor) -> MagnitudeSketch:
@@ -41,7 +41,7 @@ def test_sketch_is_58_kilobytes() -> None:
     assert BINS == 7296 and MagnitudeSketch().counts.nbytes == 8 * SLOTS < 58 * 1024
 
 
-@pytest.mark.parametrize("scale", [1e-6, 5e-4, 0.01, 0.3, 3.0, 100.0])
+@pytest.mark.parametrize("scale", [1e-6, 5e-4, 0.01, 0.3, 3.0, 30.0, 100.0])
 def test_achieved_equals_target_at_every_scale(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     values = F.silu(torch.randn(1_000_000, generator=generator) * scale)
@@ -49,7 +49,8 @@ def test_achieved_equals_target_at_every_scale(scale: float) -> None:
     for part in values.split(300_000):
         sketch.update(part)
     for share in SHARES:
-        assert abs(achieved(values, sketch.threshold(share)) - share) < 2e-4
+        target = max(share, achieved(values, 0.0))  # exact zeros are inactive at any threshold
+        assert abs(achieved(values, sketch.threshold(share)) - target) < 2e-4
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.01, 3.0, 100.0])

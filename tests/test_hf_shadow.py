@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(code: str, *path: Path) -> str:
     """Standard output of Python started in the checkout, with these folders first on its path."""
     environment = {"PYTHONPATH": ":".join(map(str, path)), "PATH": "/usr/bin:/bin"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 

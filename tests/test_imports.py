@@ -27,7 +27,11 @@ def run(code: str, blocked: tuple[str, ...] = ()) -> str:
     environment = {"PYTHONPATH": str(ROOT / "python"), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
     prefix = BLOCK.format(blocked=blocked) if blocked else ""
     result = subprocess.run(
-        [sys.executable, "-W", "always", "-c", prefix + code], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "always", "-c", prefix + code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
@@ -55,7 +59,9 @@ def test_kernel_package_does_not_import_triton() -> None:
     assert run("import sys, subquad.kernels; print('triton' in sys.modules)").strip() == "False"
 
 
-@pytest.mark.parametrize("module", ["nn", "ops", "reference", "testing", "testing.specs", "integrations", "calibration"])
+@pytest.mark.parametrize(
+    "module", ["nn", "ops", "reference", "testing", "testing.specs", "integrations", "calibration"]
+)
 def test_optional_packages_are_optional(module: str) -> None:
     """Every part can be imported without what only some users have."""
     blocked = ("triton", "transformers", "pytest", "hypothesis", "rich", "matplotlib", "safetensors", "gguf")

@@ -59,10 +59,10 @@ def test_1_all_inactive(backend: str, dtype: torch.dtype, tokens: int) -> None:
     assert positive_zero(case.call(sample)[0])
     biased = new(case, tokens, threshold=1e9, bias=True)
     y = case.call(biased)[0]
-    assert_same_bits(y, biased.args["b_down"].expand_as(y).contiguous())  # type: ignore[union-attr]
+    assert_same_bits(y, biased["b_down"].expand_as(y).contiguous())
     if tokens > 1:  # dead rows among live ones
         mixed = new(case, tokens, threshold=0.05)
-        x = mixed.args["x"].clone()  # type: ignore[union-attr]
+        x = mixed["x"].clone()
         x[::2] *= 1e-3
         y = right(case, mixed, x=x)
         assert positive_zero(y[::2]) and bool(y[1::2].count_nonzero(1).all())
@@ -75,7 +75,7 @@ def test_2_all_active(backend: str, dtype: torch.dtype, tokens: int) -> None:
     sample = new(case, tokens, neurons=neurons, threshold=-1.0)
     y = right(case, sample)
     assert_same_bits(case.call(sample.with_options(threshold=-math.inf))[0], y)
-    x, gate, up, down = (sample.args[n].double() for n in ("x", "w_gate", "w_up", "w_down"))  # type: ignore[union-attr]
+    x, gate, up, down = (sample[n].double() for n in ("x", "w_gate", "w_up", "w_down"))
     dense = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
     assert_close(y, dense, SPEC.tol.forward[dtype])
 
@@ -84,14 +84,14 @@ def test_2_all_active(backend: str, dtype: torch.dtype, tokens: int) -> None:
 def test_3_zero_threshold_skips_exact_zeros(backend: str, dtype: torch.dtype, tokens: int) -> None:
     case = Case(SPEC, backend, dtype)
     sample = new(case, tokens, threshold=0.0)
-    gate, up = sample.args["w_gate"].clone(), sample.args["w_up"].clone()  # type: ignore[union-attr]
+    gate, up = sample["w_gate"].clone(), sample["w_up"].clone()
     gate[3] = 0.0
     up[3] = math.nan  # shows whether neuron 3 was computed
     y = right(case, sample, w_gate=gate, w_up=up)
     assert bool(y.isfinite().all())
     kept = case.call(sample.with_options(inclusive=True), w_gate=gate, w_up=up)[0]
     assert bool(kept.isnan().all())
-    x = torch.zeros_like(sample.args["x"])  # type: ignore[arg-type]
+    x = torch.zeros_like(sample["x"])
     assert positive_zero(case.call(sample, x=x, w_gate=gate, w_up=up)[0])
 
 
@@ -105,11 +105,13 @@ def test_4_odd_thresholds(backend: str, dtype: torch.dtype, tokens: int) -> None
     for everything in (-math.inf, -1e300):
         assert_same_bits(case.call(sample.with_options(threshold=everything))[0], dense)
     for equal in (0.1, torch.tensor(0.1), torch.tensor([0.1])):
-        assert_same_bits(case.call(sample.with_options(threshold=equal))[0], case.call(sample.with_options(threshold=0.1))[0])
-    for nan in (math.nan, torch.tensor(math.nan), torch.full((sample.args["w_gate"].shape[0],), math.nan)):  # type: ignore[union-attr]
-        with pytest.raises(ValueError, match="^threshold: expected .*got NaN"):
+        assert_same_bits(
+            case.call(sample.with_options(threshold=equal))[0], case.call(sample.with_options(threshold=0.1))[0]
+        )
+    for nan in (math.nan, torch.tensor(math.nan), torch.full((sample["w_gate"].shape[0],), math.nan)):
+        with pytest.raises(ValueError, match=r"^threshold: expected .*got NaN"):
             case.call(sample.with_options(threshold=nan))
-    with pytest.raises(ValueError, match="^threshold: expected device cpu"):
+    with pytest.raises(ValueError, match=r"^threshold: expected device cpu"):
         case.call(sample.with_options(threshold=torch.tensor(0.1, device="meta")))
 
 
@@ -135,7 +137,7 @@ def test_6_non_finite(backend: str, dtype: torch.dtype, tokens: int) -> None:
     case = Case(SPEC, backend, dtype)
     sample = new(case, tokens, threshold=0.02)
     dead = 5
-    gate, up, down = (sample.args[n].clone() for n in ("w_gate", "w_up", "w_down"))  # type: ignore[union-attr]
+    gate, up, down = (sample[n].clone() for n in ("w_gate", "w_up", "w_down"))
     gate[dead] = 0.0
     clean = right(case, sample, w_gate=gate)
     for value in (math.inf, math.nan):  # nothing of a dead neuron may leak: 0 * inf is NaN
@@ -144,7 +146,7 @@ def test_6_non_finite(backend: str, dtype: torch.dtype, tokens: int) -> None:
             down[:, dead] = value
         assert_same_bits(case.call(sample, w_gate=gate, w_up=up, w_down=down)[0], clean)
     if tokens > 1:
-        x = sample.args["x"].clone()  # type: ignore[union-attr]
+        x = sample["x"].clone()
         x[1, 2] = math.nan
         y = case.call(sample, x=x, w_gate=gate)[0]
         others = [n for n in range(tokens) if n != 1]
@@ -170,10 +172,10 @@ def test_7_ragged_sizes(backend: str, dtype: torch.dtype, tokens: int) -> None:
 def test_8_thresholds_per_channel(backend: str, dtype: torch.dtype, tokens: int) -> None:
     case = Case(SPEC, backend, dtype)
     sample = new(case, tokens, threshold="channel")
-    t = sample.args["threshold"]
-    assert t is not None and t[0] < 0 and t[-1] == math.inf
+    t = sample["threshold"]
+    assert t[0] < 0 and t[-1] == math.inf
     y = right(case, sample)
-    up = sample.args["w_up"].clone()  # type: ignore[union-attr]
+    up = sample["w_up"].clone()
     up[-1] = math.nan
     assert_same_bits(case.call(sample, w_up=up)[0], y)  # +inf kills its channel for good
     spaced = torch.full((2 * t.numel(),), math.nan)[::2].copy_(t)
@@ -199,10 +201,10 @@ def test_9_rows_of_a_batch(backend: str, dtype: torch.dtype, tokens: int) -> Non
     together = right(case, sample.with_options(mask_mode="union"), x=x, w_gate=gate, b_gate=shifted)
     assert torch.equal(alone, together) == (tokens < 2)
     if tokens > 1:
-        twins = sample.args["x"][:1].expand(tokens, -1).contiguous()  # type: ignore[index]
+        twins = sample["x"][:1].expand(tokens, -1).contiguous()
         y = case.call(sample, x=twins)[0]
         same(case, y, y[:1].expand_as(y).contiguous())
-        dead = sample.args["x"].clone()  # type: ignore[union-attr]
+        dead = sample["x"].clone()
         dead[1] = 0.0
         y = right(case, sample, x=dead)
         assert positive_zero(y[1])
@@ -214,8 +216,7 @@ def test_9_rows_of_a_batch(backend: str, dtype: torch.dtype, tokens: int) -> Non
 def test_10_layouts_and_ranges(backend: str, dtype: torch.dtype, tokens: int) -> None:
     case = Case(SPEC, backend, dtype)
     sample = new(case, tokens, threshold="tensor")
-    x = sample.args["x"]
-    assert x is not None
+    x = sample["x"]
     y = right(case, sample)
     for variant in (x.repeat_interleave(2, 1)[:, ::2], x.t().contiguous().t(), x[None], x[:, None]):
         same(case, case.call(sample, x=variant)[0].reshape(y.shape), y)
@@ -223,8 +224,7 @@ def test_10_layouts_and_ranges(backend: str, dtype: torch.dtype, tokens: int) ->
         same(case, case.call(sample, x=x[0])[0], y[0])
     odd = {}
     for name in ("x", "w_gate", "w_up", "w_down"):  # one element behind an aligned address
-        value = sample.args[name]
-        assert value is not None
+        value = sample[name]
         shape = value.t().shape if name == "w_down" else value.shape
         flat = torch.empty(value.numel() + 1, dtype=dtype)[1:].view(shape)
         odd[name] = (flat.t() if name == "w_down" else flat).copy_(value)
@@ -235,8 +235,8 @@ def test_10_layouts_and_ranges(backend: str, dtype: torch.dtype, tokens: int) ->
     assert_same_bits(x, before)
     large = torch.full_like(x, 16.0)  # h = silu(300) * 300 exceeds the largest float16, y does not
     hidden = x.shape[1]
-    heavy = {n: torch.full_like(sample.args[n], 300.0 / 16 / hidden) for n in ("w_gate", "w_up")}  # type: ignore[arg-type]
-    down = torch.full_like(sample.args["w_down"], 1 / 1024)  # type: ignore[arg-type]
+    heavy = {n: torch.full_like(sample[n], 300.0 / 16 / hidden) for n in ("w_gate", "w_up")}
+    down = torch.full_like(sample["w_down"], 1 / 1024)
     right(case, sample, x=large, w_down=down, **heavy)
 
 
@@ -259,8 +259,11 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
     expected = right(case, sample)
     torch.use_deterministic_algorithms(False)  # poisoning would touch it
     for name in ("w_gate", "w_up", "w_down"):
-        value = sample.args[name]
-        assert value is not None
+        value = sample[name]
         rows = value.t() if name == "w_down" else value
-        far = torch.empty(2 * stride + hidden, dtype=torch.bfloat16).as_strided((neurons, hidden), (stride, 1)).copy_(rows)
+        far = (
+            torch.empty(2 * stride + hidden, dtype=torch.bfloat16)
+            .as_strided((neurons, hidden), (stride, 1))
+            .copy_(rows)
+        )
         assert_same_bits(case.call(sample, **{name: far.t() if name == "w_down" else far})[0], expected, name)

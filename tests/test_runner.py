@@ -1,4 +1,4 @@
-"""The generic checks, tried on a toy op: a right one passes all of them, and every planted fault fails the check made for it."""
+"""The generic checks, tried on a toy op: a right one passes all; every planted fault fails the check made for it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
 
 def _linear(case: Case) -> None:
     sample = case.first()
-    x = sample.args["x"]
+    x = sample["x"]
     assert x is not None
     torch.testing.assert_close(case.call(sample, x=2 * x)[0], 2 * case.call(sample)[0])
 
@@ -217,10 +217,12 @@ def test_run_all_reports_instead_of_raising(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_run_all_skips_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "unavailable", lambda *_, **__: "no such machine")
-    assert {(o.status, o.detail) for o in run_all(SPEC, "native", checks=("forward",))} == {("skipped", "no such machine")}
+    assert {(o.status, o.detail) for o in run_all(SPEC, "native", checks=("forward",))} == {
+        ("skipped", "no such machine")
+    }
     assert run_all(SPEC, "reference", checks=("switching",))[0].detail == SPEC.missing["check:switching"]
 
 
 def test_run_all_refuses_unknown_checks() -> None:
-    with pytest.raises(ValueError, match="checks: expected some of .* got nonsense"):
+    with pytest.raises(ValueError, match=r"checks: expected some of .* got nonsense"):
         run_all(SPEC, "reference", checks=("nonsense",))

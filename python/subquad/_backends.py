@@ -99,7 +99,9 @@ def _triton_unavailable(device: str) -> str | None:
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     if device == "cpu" and not triton.knobs.runtime.interpret:
-        return "Triton on CPU tensors needs its interpreter: set TRITON_INTERPRET=1 before importing subquad (tests only)"
+        return (
+            "Triton on CPU tensors needs its interpreter: set TRITON_INTERPRET=1 before importing subquad (tests only)"
+        )
     return None
 
 
@@ -133,8 +135,10 @@ def _choose(stem: str, device: str) -> str:
             _choices[stem, device] = backend
             return backend
         if backend == "native":
-            _warn_once(f"{stem} on {device}: the native kernels are not in use ({reason}). Install a build that has them, or call"
-                       f' once with backend="native" to compile them now.')
+            _warn_once(
+                f"{stem} on {device}: the native kernels are not in use ({reason}). Install a build that has them, or call"
+                f' once with backend="native" to compile them now.'
+            )
     raise AssertionError("reference is always available")
 
 

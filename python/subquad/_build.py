@@ -102,7 +102,16 @@ def _link(cxx: str, torch: Path, *extra: str) -> tuple[str, ...]:
 def native_library(root: Path, torch: Path, cxx: str, sanitize: bool = False) -> Library:
     """`_C`: the CPU kernels (files named *.isa.cpp once per instruction set) and their bindings."""
     extra = SANITIZE if sanitize else ()
-    base = (cxx, "-std=c++20", "-O1" if sanitize else "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *extra)
+    base: tuple[str, ...] = (
+        cxx,
+        "-std=c++20",
+        "-O1" if sanitize else "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        *extra,
+    )
     base += ("-fno-math-errno", "-fno-trapping-math")
     base += (f"-ffile-prefix-map={root}=csrc", *_defines(), *_includes(root, torch))
     units = []
@@ -124,7 +133,17 @@ def cuda_library(root: Path, torch: Path, cxx: str, nvcc: str, arches: tuple[int
         name = CUDA_ARCHES[arch]
         gencode += ["-gencode", f"arch=compute_{name},code=sm_{name}"]
     gencode += ["-gencode", f"arch=compute_{max(arches)},code=compute_{max(arches)}"]
-    base = (nvcc, "-std=c++20", "-O3", "-ccbin", cxx, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
+    base: tuple[str, ...] = (
+        nvcc,
+        "-std=c++20",
+        "-O3",
+        "-ccbin",
+        cxx,
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-Xptxas",
+        "-v",
+    )
     base += ("-lineinfo", *gencode, *_defines(), *_includes(root, torch))
     units = tuple(Unit(source, f"{source.stem}.o", base) for source in sorted((root / "cuda").glob("*.cu")))
     # nvcc links, so that it finds its own static runtime.
@@ -135,7 +154,15 @@ def cuda_library(root: Path, torch: Path, cxx: str, nvcc: str, arches: tuple[int
 def simt_library(root: Path, torch: Path, cxx: str, sanitize: bool = False) -> Library:
     """`_C_simt`: the CUDA sources compiled for the host against the emulator; tests only."""
     extra = SANITIZE if sanitize else ()
-    base = (cxx, "-std=c++20", "-O1" if sanitize else "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", *extra)
+    base: tuple[str, ...] = (
+        cxx,
+        "-std=c++20",
+        "-O1" if sanitize else "-O2",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        *extra,
+    )
     base += (f"-ffile-prefix-map={root}=csrc", "-DSUBQUAD_SIMT", *_defines(), *_includes(root, torch))
     cuda = [Unit(s, f"{s.stem}.cu.o", (*base, "-x", "c++")) for s in sorted((root / "cuda").glob("*.cu"))]
     runtime = [Unit(s, f"simt_{s.stem}.o", base) for s in sorted((root / "simt").glob("*.cpp"))]
@@ -164,7 +191,9 @@ def compile_library(library: Library, folder: Path, output: Path, verbose: bool 
     """Compile and link into `output` with ninja, in `folder`. Returns the build log; raises BuildError with it."""
     compiler = library.units[0].command[0] if library.units else "c++"
     if shutil.which(compiler) is None:
-        raise BuildError(f"no C++ compiler: {compiler!r} was not found; install one (Debian: apt install g++) or set CXX")
+        raise BuildError(
+            f"no C++ compiler: {compiler!r} was not found; install one (Debian: apt install g++) or set CXX"
+        )
     ninja = find_ninja()
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -178,8 +207,18 @@ def compile_library(library: Library, folder: Path, output: Path, verbose: bool 
 def _write_ninja(library: Library, folder: Path, output: Path) -> None:
     quote = lambda text: str(text).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")  # noqa: E731
     join = lambda parts: shlex.join(map(str, parts)).replace("$", "$$")  # noqa: E731
-    lines = ["ninja_required_version = 1.5", "rule cc", "  command = $cmd -MD -MF $out.d -c $in -o $out", "  depfile = $out.d"]
-    lines += ["  deps = gcc", "rule link", f"  command = {join(library.link[:1])} $in {join(library.link[1:])} -o $out", ""]
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule cc",
+        "  command = $cmd -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+    ]
+    lines += [
+        "  deps = gcc",
+        "rule link",
+        f"  command = {join(library.link[:1])} $in {join(library.link[1:])} -o $out",
+        "",
+    ]
     for unit in library.units:
         lines += [f"build {quote(unit.obj)}: cc {quote(unit.source.resolve())}", f"  cmd = {join(unit.command)}"]
     objects = " ".join(quote(unit.obj) for unit in library.units)
@@ -223,7 +262,11 @@ def cached_library(library: Library, cache: Path, announce: bool = True) -> Path
     with _locked(folder / "lock"):
         if not output.exists():
             if announce:
-                print(f"subquad: compiling {library.name} ({len(library.units)} files, once) ...", file=sys.stderr, flush=True)
+                print(
+                    f"subquad: compiling {library.name} ({len(library.units)} files, once) ...",
+                    file=sys.stderr,
+                    flush=True,
+                )
             partial = folder / f"{library.name}.partial.so"
             compile_library(library, folder, partial)
             partial.replace(output)

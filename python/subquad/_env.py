@@ -74,7 +74,16 @@ def without_triton_interpreter() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
-__all__ = ["VARIABLES", "Env", "as_dict", "cuda_home", "cxx", "read", "triton_interpreted", "without_triton_interpreter"]
+__all__ = [
+    "VARIABLES",
+    "Env",
+    "as_dict",
+    "cuda_home",
+    "cxx",
+    "read",
+    "triton_interpreted",
+    "without_triton_interpreter",
+]
 
 
 if __name__ == "__main__":

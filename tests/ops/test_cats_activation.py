@@ -49,10 +49,9 @@ def test_random_problems(backend: str, spec: OpSpec) -> None:
     @settings(max_examples=EXAMPLES[backend])
     @given(problems(spec))
     def run(sample: Sample) -> None:
-        assert sample.args["z"] is not None
         fixed = dataclasses.replace(spec, samples=lambda _: [sample])
         for check in ("forward", "gradients"):
-            Task(fixed, CHECKS[check], backend, sample.args["z"].dtype).run()
+            Task(fixed, CHECKS[check], backend, sample["z"].dtype).run()
 
     run()
 
@@ -86,12 +85,9 @@ def test_dead_entries_are_positive_zero(backend: str, spec: OpSpec) -> None:
 def test_gated_unit_takes_a_wider_gate(backend: str) -> None:
     """z in float32 beside u in bfloat16, as the training path passes them."""
     sample = draw(Sampler(), "mixed", 3, 37, gated=True)
-    z, u = sample.args["z"], sample.args["u"].bfloat16()  # type: ignore[union-attr]
-    assert z is not None
+    z, u = sample["z"], sample["u"].bfloat16()
     leaves = z.clone().requires_grad_(), u.clone().requires_grad_()
     h = GLU.fn(*leaves, **sample.kwargs, backend=backend)
     grads = torch.autograd.grad(h, leaves, torch.ones_like(h))
     assert [t.dtype for t in (h, *grads)] == [torch.bfloat16, torch.float32, torch.bfloat16]
     torch.testing.assert_close(h, GLU.reference(z, u, **sample.kwargs))
-
-

@@ -49,7 +49,7 @@ def problems(draw_: st.DrawFn, backend: str) -> Sample:
         grad=draw_(st.sampled_from(("masked", "ste"))),
     )
     chosen = {n: draw_(strategies.layouts(SPEC, n)) for n, a in sample.args.items() if a is not None}
-    laid_out = {n: lay_out(sample.args[n], layout) for n, layout in chosen.items() if layout != "contiguous"}  # type: ignore[arg-type]
+    laid_out = {n: lay_out(sample[n], layout) for n, layout in chosen.items() if layout != "contiguous"}
     kind = draw_(st.sampled_from(("scalar", "tensor", "channel")))
     try:
         return with_threshold(sample.replace(**laid_out), sampler, kind, draw_(st.floats(0.0, 0.95)))
@@ -62,8 +62,7 @@ def test_random_problems(backend: str) -> None:
     @settings(max_examples=EXAMPLES[backend])
     @given(problems(backend))
     def run(sample: Sample) -> None:
-        assert sample.args["x"] is not None
-        case = Case(dataclasses.replace(SPEC, samples=lambda _: [sample]), backend, sample.args["x"].dtype)
+        case = Case(dataclasses.replace(SPEC, samples=lambda _: [sample]), backend, sample["x"].dtype)
         Task(case.spec, CHECKS["forward"], backend, case.dtype).run()
         if backend != "triton":
             Task(case.spec, CHECKS["gradients"], backend, case.dtype).run()
@@ -72,7 +71,7 @@ def test_random_problems(backend: str) -> None:
 
 
 def _visible(case: Case, tokens: int, activation: str, n: int) -> tuple[Sample, torch.Tensor, torch.Tensor]:
-    """A problem whose result is the thresholded activation itself, its scores in float64, and sum |x w| of each score."""
+    """A problem whose result is the thresholded activation, its scores in float64, and sum |x w| of each score."""
     sampler = Sampler(case.dtype, seed=11)
     x, gate = sampler.normal(tokens, n), sampler.normal(n, n, std=n**-0.5)
     ones, eye = torch.ones(n, dtype=case.dtype), torch.eye(n, dtype=case.dtype)
@@ -133,7 +132,7 @@ def test_dead_neurons_get_no_gradient(backend: str) -> None:
     for name, dim in (("w_gate", 1), ("w_up", 1), ("w_down", 0)):
         assert torch.equal(grads[name].count_nonzero(dim) > 0, awake), name
     learnable = torch.tensor(t, requires_grad=True)
-    y = case.call(sample.with_options(threshold=learnable), x=sample.args["x"].clone().requires_grad_())[0]  # type: ignore[union-attr]
+    y = case.call(sample.with_options(threshold=learnable), x=sample["x"].clone().requires_grad_())[0]
     assert torch.autograd.grad(y.sum(), learnable, allow_unused=True) == (None,)
 
 

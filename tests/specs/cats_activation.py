@@ -25,17 +25,20 @@ def oracle(z: torch.Tensor, *, threshold: float | torch.Tensor, **options: Any) 
     return reference.cats_activation.cats_activation(z, t, **options)
 
 
-def draw(sampler: Sampler, name: str, *shape: int, threshold: str | float = "scalar", gated: bool = False, **options: Any) -> Sample:
+def draw(
+    sampler: Sampler, name: str, *shape: int, threshold: str | float = "scalar", gated: bool = False, **options: Any
+) -> Sample:
     """Random input whose decisions are clear: `threshold` is "scalar", "tensor" or "channel", or a number."""
     if sampler.tokens is not None:
         shape = (sampler.tokens, *shape[1:])
-    args: dict[str, torch.Tensor | None] = {"z": sampler.normal(*shape, std=2.0)}
+    z = sampler.normal(*shape, std=2.0)
+    args: dict[str, torch.Tensor | None] = {"z": z}
     if gated:
         args["u"] = sampler.normal(*shape)
     sample = Sample(name, args, options, len(shape) == 2, options.get("grad") != "ste")
     if not isinstance(threshold, str):
         return sample.with_options(threshold=threshold)
-    scores = activate(args["z"].double(), options.get("activation", "silu")).abs()  # type: ignore[union-attr]
+    scores = activate(sample["z"].double(), options.get("activation", "silu")).abs()
     if threshold == "channel":
         return sample.replace(threshold=channel_thresholds(scores.reshape(-1, shape[-1]), sampler))
     t = threshold_in_gap(scores, 0.5)
@@ -63,8 +66,7 @@ def samples(sampler: Sampler, gated: bool = False) -> Iterator[Sample]:
 
 
 def _peer(sample: Sample) -> Callable[[], torch.Tensor]:
-    z, t = sample.args["z"], sample.kwargs["threshold"]
-    assert z is not None
+    z, t = sample["z"], sample.kwargs["threshold"]
 
     def call() -> torch.Tensor:
         s = F.silu(z)
@@ -74,7 +76,7 @@ def _peer(sample: Sample) -> Callable[[], torch.Tensor]:
 
 
 def _gated_peer(sample: Sample) -> Callable[[], torch.Tensor]:
-    activation, u = _peer(sample), sample.args["u"]
+    activation, u = _peer(sample), sample["u"]
     return lambda: activation() * u
 
 
@@ -161,7 +163,9 @@ GLU = OpSpec(
     peers={"torch": _gated_peer},
     missing={
         "nn": ACTIVATION.missing["nn"],
-        **{f"check:{name}": _RAW for name in ("dtypes", "layouts", "gradient_layouts", "vmap", "autocast", "switching")},
+        **{
+            f"check:{name}": _RAW for name in ("dtypes", "layouts", "gradient_layouts", "vmap", "autocast", "switching")
+        },
     },
 )
 SPECS = (ACTIVATION, GLU)

@@ -19,28 +19,33 @@ from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, threshold_i
 WEIGHTS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
 
 
-def oracle(x: torch.Tensor, *weights: torch.Tensor, threshold: float | torch.Tensor, **options: Any) -> torch.Tensor:
+def oracle(
+    x: torch.Tensor,
+    *,
+    threshold: float | torch.Tensor,
+    prefill: str = "masked",
+    max_sparse_tokens: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
     """The reference with the arguments of the public function."""
-    limit = options.pop("max_sparse_tokens", None)
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    limit = MAX_SPARSE_TOKENS if max_sparse_tokens is None else max_sparse_tokens
+    flat = x.reshape(x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1])
     t = torch.as_tensor(threshold, dtype=torch.float32, device=x.device).reshape(-1)
-    if options.pop("prefill", "masked") == "dense" and tokens > (MAX_SPARSE_TOKENS if limit is None else limit):
+    if prefill == "dense" and len(flat) > limit:
         t = torch.full_like(t, -1.0)
-    names = ("w_gate", "w_up", "w_down")[: len(weights)]
-    flat = x.reshape(tokens, x.shape[-1])
-    return reference.cats_mlp.cats_mlp(flat, threshold=t, **dict(zip(names, weights, strict=True)), **options).view(x.shape)
+    return reference.cats_mlp.cats_mlp(flat, threshold=t, **options).view(x.shape)
 
 
 def gate_scores(sample: Sample) -> torch.Tensor:
     """|f(x Wg^T + b)| in float64, one row per token: what the threshold is compared with."""
-    x, w_gate, b_gate = (None if (a := sample.args[n]) is None else a.double() for n in ("x", "w_gate", "b_gate"))
-    assert x is not None and w_gate is not None
-    z = F.linear(x.reshape(-1, w_gate.shape[1]), w_gate, b_gate)
+    bias = sample.args.get("b_gate")
+    wide_bias = None if bias is None else bias.double()
+    z = F.linear(sample["x"].reshape(-1, sample["x"].shape[-1]).double(), sample["w_gate"].double(), wide_bias)
     return activate(z, sample.kwargs.get("activation", "silu")).abs()
 
 
 def channel_thresholds(scores: torch.Tensor, sampler: Sampler) -> torch.Tensor:
-    """One threshold per neuron, between two neighbouring scores of its column; the first is negative, the last infinite."""
+    """One threshold per neuron, between neighbouring scores of its column; the first is negative, the last infinite."""
     tokens, neurons = scores.shape
     ordered = scores.sort(0).values if tokens else scores.new_ones(1, neurons)
     edges = torch.cat([torch.zeros_like(ordered[:1]), ordered, ordered[-1:] + 1])
@@ -157,11 +162,9 @@ def _bench_tensors(tokens: int, hidden: int, neurons: int, dtype: torch.dtype, d
 
 def bench_sample(case: BenchCase, device: str) -> Sample:
     p = case.params
-    args = {**_bench_tensors(p["tokens"], p["hidden"], p["neurons"], p["dtype"], device), "b_gate": None}
-    sample = Sample(case.id, args)
-    scores = gate_scores(sample)
-    t = threshold_in_gap(scores, p["sparsity"], reach=0.002) if p["sparsity"] else -1.0
-    return Sample(case.id, {n: a for n, a in args.items() if a is not None}, {"threshold": t})
+    sample = Sample(case.id, _bench_tensors(p["tokens"], p["hidden"], p["neurons"], p["dtype"], device))
+    t = threshold_in_gap(gate_scores(sample), p["sparsity"], reach=0.002) if p["sparsity"] else -1.0
+    return sample.with_options(threshold=t)
 
 
 def flops(case: BenchCase) -> float:
@@ -179,12 +182,12 @@ def traffic(case: BenchCase) -> float:
 
 
 def _torch_dense(sample: Sample) -> Callable[[], torch.Tensor]:
-    x, gate, up, down = (sample.args[n].contiguous() for n in ("x", "w_gate", "w_up", "w_down"))  # type: ignore[union-attr]
+    x, gate, up, down = (sample[n].contiguous() for n in ("x", "w_gate", "w_up", "w_down"))
     return lambda: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def _torch_masked(sample: Sample) -> Callable[[], torch.Tensor]:
-    x, gate, up, down = (sample.args[n].contiguous() for n in ("x", "w_gate", "w_up", "w_down"))  # type: ignore[union-attr]
+    x, gate, up, down = (sample[n].contiguous() for n in ("x", "w_gate", "w_up", "w_down"))
     t = sample.kwargs["threshold"]
 
     def call() -> torch.Tensor:

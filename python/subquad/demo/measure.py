@@ -168,7 +168,8 @@ def mlp_times(variants: Sequence[Variant], prompt: torch.Tensor, repeats: int, t
 @torch.no_grad()
 def answer(variant: Variant, prompt: torch.Tensor, tokenizer: Any, tokens: int, tick: Tick) -> str:
     """Greedy answer to a chat prompt, up to the end-of-sequence token."""
-    decoder, out = Decoder(variant, prompt), []
+    decoder = Decoder(variant, prompt)
+    out: list[int] = []
     while len(out) < tokens and int(decoder.token) != tokenizer.eos_token_id:
         out.append(int(decoder.token))
         decoder.step()

@@ -71,11 +71,12 @@ def load(device: str, dtype: str) -> Subject:
         raise DemoError("--device cuda: this torch sees no CUDA device")
     import transformers
 
-    source = {"gguf_file": file.name, "local_files_only": True}
+    source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     with redirect_stderr(io.StringIO()):  # progress bars of the loader would tear ours
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, dtype), **source)
-    return Subject(file.name.split(".")[0], model.to(device).eval().requires_grad_(False), tokenizer)
+    torch.nn.Module.to(model, device)
+    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer)
 
 
 def texts() -> tuple[str, str]:

@@ -135,10 +135,10 @@ def write_plot(result: dict[str, Any], folder: Path) -> Path:
     left.set_ylim(0, 1.35 * max(left.get_ylim()[1], 1.8))  # room for the legend
     left.legend(loc="upper left", frameon=False)
     right.plot(heldout, [row["perplexity"] for row in rows], color=_BLUE, marker="o")
-    for x, row in zip(heldout, rows, strict=True):
+    for achieved, row in zip(heldout, rows, strict=True):
         label = f"{row['name']}: {row['perplexity']:.1f}"
-        place = {"xytext": (-8, 4), "ha": "right"} if x > 60 else {"xytext": (4, -16), "ha": "left"}
-        right.annotate(label, (x, row["perplexity"]), textcoords="offset points", fontsize=9, **place)
+        place = {"xytext": (-8, 4), "ha": "right"} if achieved > 60 else {"xytext": (4, -16), "ha": "left"}
+        right.annotate(label, (achieved, row["perplexity"]), textcoords="offset points", fontsize=9, **place)
     right.set(xlabel="MLP sparsity on held-out text, %", ylabel="perplexity", title="Quality, held-out text")
     right.set_ylim(0, 1.15 * max(row["perplexity"] for row in rows))
     for axes in (left, right):

@@ -108,25 +108,22 @@ def triton_entries(names: list[str], archs: list[int], console: Console) -> list
     with tempfile.TemporaryDirectory() as folder:
         with _progress(console, "Triton: compiling cases") as update:
             kernels = triton_side.compile_all(names, archs, Path(folder), update)
-        with _progress(console, "Triton: reading machine code") as update, ThreadPoolExecutor(os.cpu_count()) as pool:
-            update(-len(kernels))
-            for kernel, (code,) in zip(kernels, pool.map(cubin.read, [k.cubin for k in kernels]), strict=True):
-                entries.append(
-                    Entry(
-                        backend="triton",
-                        stem=kernel.stem,
-                        kernel=kernel.kernel,
-                        cases=kernel.cases,
-                        arch=kernel.arch,
-                        threads=kernel.threads,
-                        grid=kernel.grid,
-                        shared=kernel.shared,
-                        occupancy=occupancy(kernel.arch, kernel.threads, code.registers, kernel.shared),
-                        code=code,
-                        allow_spill=kernel.allow_spill,
-                    )
+        for kernel, (code,) in zip(kernels, _read([k.cubin for k in kernels], "Triton", console), strict=True):
+            entries.append(
+                Entry(
+                    backend="triton",
+                    stem=kernel.stem,
+                    kernel=kernel.kernel,
+                    cases=kernel.cases,
+                    arch=kernel.arch,
+                    threads=kernel.threads,
+                    grid=kernel.grid,
+                    shared=kernel.shared,
+                    occupancy=occupancy(kernel.arch, kernel.threads, code.registers, kernel.shared),
+                    code=code,
+                    allow_spill=kernel.allow_spill,
                 )
-                update(1)
+            )
     return entries
 
 
@@ -135,34 +132,50 @@ def _cuda_entries(family: str | None, archs: list[int], console: Console) -> lis
     if reason is not None:
         console.print(f"CUDA sources left out: {reason}")
         return []
-    entries = []
     allowed = cuda_side.allowed_spills()
-    with tempfile.TemporaryDirectory() as folder, _progress(console, "CUDA: compiling sources") as update:
-        for stem, path in cuda_side.compile_all(family, archs, update).items():
-            for arch, binary in sorted(cubin.extract(path, Path(folder)).items()):
-                codes = cubin.read(binary) if arch in archs else []
-                names = cubin.demangle([code.name for code in codes])
-                for code in codes:
-                    name = names[code.name]
-                    known = code.threads is not None
-                    entries.append(
-                        Entry(
-                            backend="cuda",
-                            stem=stem,
-                            kernel=name,
-                            cases=[],
-                            arch=arch,
-                            threads=code.threads,
-                            grid=None,
-                            shared=code.shared,
-                            occupancy=occupancy(arch, code.threads or 0, code.registers, code.shared)
-                            if known
-                            else None,
-                            code=code,
-                            allow_spill=allowed.get(name.split("<")[0]),
-                        )
+    entries = []
+    with tempfile.TemporaryDirectory() as folder:
+        with _progress(console, "CUDA: compiling sources") as update:
+            objects = cuda_side.compile_all(family, archs, update)
+        binaries = [
+            (stem, arch, path)
+            for stem, compiled in objects.items()
+            for arch, path in sorted(cubin.extract(compiled, Path(folder)).items())
+            if arch in archs
+        ]
+        for (stem, arch, _), codes in zip(
+            binaries, _read([path for *_, path in binaries], "CUDA", console), strict=True
+        ):
+            names = cubin.demangle([code.name for code in codes])
+            for code in codes:
+                known = code.threads is not None
+                entries.append(
+                    Entry(
+                        backend="cuda",
+                        stem=stem,
+                        kernel=names[code.name],
+                        cases=[],
+                        arch=arch,
+                        threads=code.threads,
+                        grid=None,
+                        shared=code.shared,
+                        occupancy=occupancy(arch, code.threads or 0, code.registers, code.shared) if known else None,
+                        code=code,
+                        allow_spill=allowed.get(names[code.name].split("<")[0]),
                     )
+                )
     return entries
+
+
+def _read(paths: list[Path], label: str, console: Console) -> list[list[cubin.Code]]:
+    """`cubin.read` of every path, in parallel: disassembly is what takes the time."""
+    with _progress(console, f"{label}: reading machine code") as update, ThreadPoolExecutor(os.cpu_count()) as pool:
+        update(-len(paths))
+        results = []
+        for result in pool.map(cubin.read, paths):
+            results.append(result)
+            update(1)
+    return results
 
 
 def _document(entries: list[Entry]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The instances of a CUDA template share a row that gives the range of each value;
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from rich.console import Console
 from rich.table import Table
@@ -20,15 +20,15 @@ def _template(entry: Entry) -> str:
     return entry.kernel.split("<")[0]
 
 
-def _range(entries: list[Entry], value: Callable[[Entry], float], form: str = "{}") -> str:
-    values = [value(entry) for entry in entries]
-    low, high = form.format(min(values)), form.format(max(values))
+def _between(values: Iterable[float], form: str = "{}") -> str:
+    ordered = sorted(values)
+    low, high = form.format(ordered[0]), form.format(ordered[-1])
     return low if low == high else f"{low}-{high}"
 
 
 def _occupancy(entries: list[Entry]) -> str:
-    known = [entry for entry in entries if entry.occupancy is not None]
-    return _range(known, lambda entry: entry.occupancy or 0.0, "{:.0%}") if known else "?"
+    known = [entry.occupancy for entry in entries if entry.occupancy is not None]
+    return _between(known, "{:.0%}") if known else "?"
 
 
 def _spills(entries: list[Entry]) -> str:
@@ -43,19 +43,20 @@ def _spills(entries: list[Entry]) -> str:
 
 def _matrix(entries: list[Entry]) -> str:
     names = sorted({name for entry in entries for name in entry.code.matrix})
-    return " ".join(_range(entries, lambda entry: entry.code.matrix.get(name, 0)) + f" {name}" for name in names) or "-"
+    counts = {name: [entry.code.matrix.get(name, 0) for entry in entries] for name in names}
+    return " ".join(f"{_between(values)} {name}" for name, values in counts.items()) or "-"
 
 
 def _loads(entries: list[Entry]) -> str:
     bulk = " bulk" if any(entry.code.bulk_loads for entry in entries) else ""
     narrow = " narrow" if any(entry.code.narrow_loads for entry in entries) else ""
-    return _range(entries, lambda entry: entry.code.widest_load) + bulk + narrow
+    return _between(entry.code.widest_load for entry in entries) + bulk + narrow
 
 
 _COLUMNS: dict[str, Callable[[list[Entry]], str]] = {
-    "threads": lambda entries: _range(entries, lambda entry: entry.threads or 0),
-    "registers": lambda entries: _range(entries, lambda entry: entry.code.registers),
-    "shared": lambda entries: _range(entries, lambda entry: entry.shared),
+    "threads": lambda entries: _between(entry.threads or 0 for entry in entries),
+    "registers": lambda entries: _between(entry.code.registers for entry in entries),
+    "shared": lambda entries: _between(entry.shared for entry in entries),
     "occupancy": _occupancy,
     "spills": _spills,
     "matrix": _matrix,
@@ -68,9 +69,9 @@ def show(entries: list[Entry], console: Console) -> None:
     archs = sorted({entry.arch for entry in entries})
     rows: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
-        rows[entry.backend, entry.stem, _template(entry), *entry.cases].append(entry)
+        rows[(entry.backend, entry.stem, _template(entry), *entry.cases)].append(entry)
     table = Table(title="GPU kernels, " + " / ".join(f"sm_{arch}" for arch in archs), title_justify="left")
-    table.add_column("kernel", overflow="fold")
+    table.add_column("kernel", no_wrap=True)
     table.add_column("launches", overflow="fold")
     for name in _COLUMNS:
         table.add_column(name, justify="right")
@@ -93,6 +94,6 @@ def show(entries: list[Entry], console: Console) -> None:
         where = f"{entry.kernel} ({', '.join(entry.cases)})" if entry.cases else entry.kernel
         console.print(f"{where} spills on sm_{entry.arch}: {_spills([entry])}", markup=False, style="red")
     console.print(
-        f"{len(entries)} compiled kernels, {len(failed)} spill without a declared reason. Loads are in bits per thread; "
-        "occupancy is theoretical (registers, block size, shared memory; of CUDA C++ the static part)."
+        f"{len(entries)} compiled kernels, {len(failed)} spill without a declared reason. Loads are in bits per thread;"
+        " occupancy is theoretical (registers, block size, shared memory; of CUDA C++ the static part)."
     )

@@ -92,8 +92,7 @@ def convert_mlps(
     converted: dict[int, CATSMLP] = {}
     for name, mlp in dense.items():
         try:
-            if id(mlp) not in converted:
-                converted[id(mlp)] = CATSMLP.from_llama_mlp(mlp, **options)
+            converted[id(mlp)] = CATSMLP.from_llama_mlp(mlp, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     try:

@@ -72,7 +72,9 @@ def cats_activation(
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, t: torch.Tensor, code: int, inclusive: bool, ste: bool, backend: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, z: torch.Tensor, t: torch.Tensor, code: int, inclusive: bool, ste: bool, backend: str
+    ) -> torch.Tensor:
         ctx.save_for_backward(z, t)
         ctx.options = (code, inclusive, ste)
         ctx.backend = backend

@@ -76,15 +76,28 @@ def cats_mlp(
     """
     _checks.flag("inclusive", inclusive)
     tokens, t, code, limit = _validate(
-        x, w_gate, w_up, w_down, threshold, activation, mask_mode, prefill, max_sparse_tokens, grad, b_gate, b_up, b_down
+        x,
+        w_gate,
+        w_up,
+        w_down,
+        threshold,
+        activation,
+        mask_mode,
+        prefill,
+        max_sparse_tokens,
+        grad,
+        b_gate,
+        b_up,
+        b_down,
     )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        cast = [None if w is None else w.to(dtype) for w in (x, w_gate, w_up, w_down, b_gate, b_up, b_down)]
+        b_gate, b_up, b_down = (None if b is None else b.to(dtype) for b in (b_gate, b_up, b_down))
         with torch.autocast(x.device.type, enabled=False):
             return cats_mlp(
-                *cast[:4], threshold, activation=activation, inclusive=inclusive, mask_mode=mask_mode, prefill=prefill,
-                max_sparse_tokens=max_sparse_tokens, grad=grad, b_gate=cast[4], b_up=cast[5], b_down=cast[6], backend=backend,
+                x.to(dtype), w_gate.to(dtype), w_up.to(dtype), w_down.to(dtype), threshold, activation=activation,
+                inclusive=inclusive, mask_mode=mask_mode, prefill=prefill, max_sparse_tokens=max_sparse_tokens, grad=grad,
+                b_gate=b_gate, b_up=b_up, b_down=b_down, backend=backend,
             )  # fmt: skip
     name = resolve("cats_mlp", x.device.type, backend)
     flat = x if x.dim() == 2 else x.reshape(tokens, x.shape[-1])
@@ -100,13 +113,24 @@ def cats_mlp(
     _checks.not_double("x", x, name)
     union = mask_mode == "union"
     if torch.is_grad_enabled() and _needs_grad(x, weights):
-        options = (activation, code, inclusive, union, grad == "ste", resolve("cats_activation", x.device.type, backend))
+        options = (
+            activation,
+            code,
+            inclusive,
+            union,
+            grad == "ste",
+            resolve("cats_activation", x.device.type, backend),
+        )
         return _CATSMLP.apply(flat, *weights, t, options).view(x.shape)
     fused = name == "native" and x.device.type == "cpu" and not (union and tokens > MAX_UNION_TOKENS)
     if tokens > limit and not fused:  # the CPU kernel has a dense path of its own
         activation_backend = resolve("cats_activation", x.device.type, backend)
         return _dense(flat, *weights, t, activation, code, inclusive, union, activation_backend)[0].view(x.shape)
-    biases = weights[3:] if b_gate is b_up is b_down is None else [None if b is None else b.contiguous() for b in weights[3:]]
+    biases = (
+        weights[3:]
+        if b_gate is b_up is b_down is None
+        else [None if b is None else b.contiguous() for b in weights[3:]]
+    )
     y = HANDLES[name]["cats_mlp_fwd"](flat.contiguous(), w_gate, w_up, w_down, t, *biases, code, inclusive, union)
     return y if flat is x else y.view(x.shape)
 

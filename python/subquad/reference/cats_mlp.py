@@ -35,16 +35,15 @@ def cats_mlp(
 
     `mask` [N, I] replaces the threshold test, so that a kernel can be judged with the mask it took itself.
     """
-    wide = [None if w is None else upcast(w) for w in (x, w_gate, w_up, w_down, b_gate, b_up, b_down)]
-    wide_x, gate, up, down, bias_gate, bias_up, bias_down = wide
-    z = F.linear(wide_x, gate, bias_gate)
-    u = F.linear(wide_x, up, bias_up)
+    bias_gate, bias_up, bias_down = (None if b is None else upcast(b) for b in (b_gate, b_up, b_down))
+    z = F.linear(upcast(x), upcast(w_gate), bias_gate)
+    u = F.linear(upcast(x), upcast(w_up), bias_up)
     if mask is None:
         mask = active_mask(activate(z.detach(), activation), threshold, inclusive)
         if mask_mode == "union":
             mask = mask.any(0, keepdim=True).expand_as(mask)
     h = cats_glu(z, u, threshold, activation=activation, inclusive=inclusive, grad=grad, mask=mask)
-    return _down(h, down, bias_down, mask).to(x.dtype)
+    return _down(h, upcast(w_down), bias_down, mask).to(x.dtype)
 
 
 def _down(h: torch.Tensor, w_down: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Case:
     def leaves(self, sample: Sample, names: tuple[str, ...] | None = None) -> dict[str, torch.Tensor]:
         """Copies of the differentiable tensors with the same strides, which require gradients."""
         chosen = self.float_args(sample) if names is None else names
-        return {n: same_layout(a).requires_grad_() for n in chosen if (a := sample.args[n]) is not None}
+        return {n: same_layout(sample[n]).requires_grad_() for n in chosen}
 
     def upstream(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Gradients to feed back, the same numbers for every backend."""
@@ -78,7 +78,9 @@ class Case:
         """Gradient of every named tensor, by autograd through the op."""
         leaves = self.leaves(sample, names)
         outputs = self.call(sample, **leaves)
-        return dict(zip(leaves, torch.autograd.grad(outputs, tuple(leaves.values()), self.upstream(outputs)), strict=True))
+        return dict(
+            zip(leaves, torch.autograd.grad(outputs, tuple(leaves.values()), self.upstream(outputs)), strict=True)
+        )
 
     def judge(
         self,
@@ -103,4 +105,6 @@ def same_layout(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, when no two elements share memory."""
     if tensor.numel() == 0 or 0 in tensor.stride():
         return tensor.detach().clone()
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+        tensor.detach()
+    )

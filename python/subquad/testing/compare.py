@@ -79,7 +79,7 @@ def assert_three_way(
 def assert_rounded(
     actual: torch.Tensor, oracle: torch.Tensor, ulps: float = 1.0, slack: float = 1e-5, what: str = "result"
 ) -> None:
-    """Every finite element within `ulps` units in the last place of its dtype, plus `slack` times the largest element."""
+    """Every finite element within `ulps` units in the last place, plus `slack` times the largest element."""
     finite = torch.isfinite(oracle)
     if not bool(finite.any()):
         return
@@ -91,5 +91,6 @@ def assert_rounded(
     worst = int(excess.argmax())
     if excess[worst] > 0:
         raise AssertionError(
-            f"{what}: an element is {float(wide[worst])!r}, expected {float(expected[worst])!r} within {float(allowed[worst]):.1e}"
+            f"{what}: an element is {float(wide[worst])!r}, expected {float(expected[worst])!r} "
+            f"within {float(allowed[worst]):.1e}"
         )

@@ -55,7 +55,7 @@ def record_ops(backend: str | None = None) -> Iterator[list[OpCall]]:
 
 
 class Guards:
-    """Tensors inside larger buffers: margins must stay as they are, and copies of inputs must stay as they are throughout."""
+    """Tensors inside larger buffers: their margins must stay as they are, and inputs as a whole."""
 
     def __init__(self) -> None:
         self._allocated: list[tuple[str, torch.Tensor, int, int]] = []
@@ -71,7 +71,9 @@ class Guards:
 
     def copy(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """A guarded input with the values and strides of `tensor`; NaN also between its rows if they are apart."""
-        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        extent = (
+            1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        )
         inside = self.allocate((extent,), tensor.dtype, name).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
         raw = self._allocated[-1][1]
         self._inputs.append((name, raw, raw.clone()))
@@ -83,9 +85,9 @@ class Guards:
             touched = (raw != _PATTERN).nonzero().flatten()
             outside = touched[(touched < start) | (touched >= end)]
             if outside.numel():
-                distance = (start - outside[outside < start], outside[outside >= end] - end + 1)
+                distance = int(torch.cat((start - outside[outside < start], outside[outside >= end] - end + 1)).max())
                 raise AssertionError(
-                    f"{name} of {end - start} bytes: {outside.numel()} bytes written outside, up to {int(torch.cat(distance).max())} away"
+                    f"{name} of {end - start} bytes: {outside.numel()} bytes written outside, up to {distance} away"
                 )
         for name, raw, before in self._inputs:
             if not torch.equal(raw, before):

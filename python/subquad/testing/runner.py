@@ -120,4 +120,6 @@ def backend_params(stem: str, *names: str) -> Any:
     import pytest
 
     chosen = names or _backends.BACKENDS
-    return pytest.mark.parametrize("backend", [pytest.param(n, id=n, marks=pytest.mark.backend(stem, n)) for n in chosen])
+    return pytest.mark.parametrize(
+        "backend", [pytest.param(n, id=n, marks=pytest.mark.backend(stem, n)) for n in chosen]
+    )

@@ -34,7 +34,14 @@ class Sample:
     rows_independent: bool = False
     true_gradient: bool = True
 
-    def replace(self, **args: torch.Tensor | None) -> Sample:
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A tensor that is not left out."""
+        tensor = self.args[name]
+        if tensor is None:
+            raise KeyError(f"{name} is left out of {self.id}")
+        return tensor
+
+    def replace(self, **args: Any) -> Sample:
         """The same call with some tensors exchanged."""
         return dataclasses.replace(self, args={**self.args, **args})
 
@@ -109,7 +116,7 @@ class Tolerance:
     Attributes:
         forward, grad: largest relative L2 error by dtype of the result.
         factor, eps: three-way rule, err(kernel) <= factor * err(reference in the same dtype) + eps.
-        ulps: elements may also differ by so many units in the last place (after `elementwise` times the largest element).
+        ulps: units in the last place that one element may be off, besides `elementwise` times the largest element.
     """
 
     forward: Mapping[torch.dtype, float] = field(
@@ -159,8 +166,8 @@ class OpSpec:
         autocast: "cast" when the op runs in the autocast dtype, "keep" when autocast leaves it alone.
         tokens: row counts under which compiled code must not be specialised again.
         dtypes: what kernels support.
-        bench, bench_sample, flops, bytes, peers: benchmark cases, the call of a case, its arithmetic, its least traffic, and
-            other implementations of the same call by name.
+        bench, bench_sample, flops, bytes, peers: benchmark cases, the call of a case, its arithmetic, its least traffic,
+            and other implementations of the same call by name.
         missing: what this op does not have, and why, by backend ("simt"), place ("nn") or check ("check:vmap").
     """
 

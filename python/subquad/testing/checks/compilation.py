@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from ..._backends import BACKENDS, use_backend
 from ..._backends import unavailable as why_unavailable
@@ -18,6 +16,13 @@ from ..case import Case
 from ..compare import assert_close
 from ..spec import Sample
 from .registry import check
+
+
+def _counter() -> Any:
+    """A compiler that counts its graphs. Dynamo is imported when it is needed: that takes seconds."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend("aot_eager")
 
 
 def _function(case: Case, sample: Sample, names: Sequence[str]) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -35,14 +40,16 @@ def _same(case: Case, actual: Sequence[torch.Tensor], expected: Sequence[torch.T
         assert a.dtype is b.dtype and a.stride() == b.stride(), f"{what}: output {i} has other metadata than eager"
 
 
-def _compare(case: Case, compiled: Callable[..., Any], sample: Sample, names: Sequence[str], grad: bool, what: str) -> None:
+def _compare(
+    case: Case, compiled: Callable[..., Any], sample: Sample, names: Sequence[str], grad: bool, what: str
+) -> None:
     """Compiled against eager, with gradients if asked."""
-    tensors = [sample.args[n] for n in names]
+    tensors = [sample[n] for n in names]
     if not grad:
         _same(case, compiled(*tensors), case.call(sample), what)
         return
     leaves = case.leaves(sample)
-    outputs = compiled(*(leaves.get(n, sample.args[n]) for n in names))
+    outputs = compiled(*(leaves.get(n, sample[n]) for n in names))
     _same(case, outputs, case.call(sample), what)
     grads = torch.autograd.grad(outputs, tuple(leaves.values()), case.upstream(outputs))
     for (name, expected), actual in zip(case.gradients(sample).items(), grads, strict=True):
@@ -59,7 +66,7 @@ def compile_static(case: Case) -> None:
     for sample in case.samples("small"):
         for grad in (False, True):
             torch._dynamo.reset()
-            counter = CompileCounterWithBackend("aot_eager")
+            counter = _counter()
             names = _names(sample)
             compiled = torch.compile(_function(case, sample, names), fullgraph=True, dynamic=False, backend=counter)
             _compare(case, compiled, sample, names, grad, f"{sample.id}, grad {grad}")
@@ -72,14 +79,16 @@ def compile_dynamic(case: Case) -> None:
     for dynamic, graphs in ((True, 1), (None, 2)):
         for grad in (False, True):
             torch._dynamo.reset()
-            counter = CompileCounterWithBackend("aot_eager")
+            counter = _counter()
             base = case.first(tokens=case.spec.tokens[0])
             names, first = _names(base), None
             compiled = torch.compile(_function(case, base, names), fullgraph=True, dynamic=dynamic, backend=counter)
             for tokens in case.spec.tokens:
-                sample = base.replace(**{n: case.first(tokens=tokens).args[n] for n in case.spec.rows})
+                sample = base.replace(**{n: case.first(tokens=tokens)[n] for n in case.spec.rows})
                 _compare(case, compiled, sample, names, grad, f"{tokens} rows, dynamic {dynamic}, grad {grad}")
-                first = counter.frame_count if first is None else first  # may be 2: Dynamo starts over for a dynamic float
+                first = (
+                    counter.frame_count if first is None else first
+                )  # may be 2: Dynamo starts over for a dynamic float
             count = counter.frame_count - first + 1
             assert count <= graphs, f"{count} graphs for {case.spec.tokens} rows, dynamic {dynamic}, grad {grad}"
 
@@ -92,7 +101,7 @@ class _Exported(nn.Module):
         self._case, self._sample = case, sample
         self._fixed = tuple(n for n in _names(sample) if n not in case.spec.rows)
         for name in self._fixed:
-            self.register_buffer(name, sample.args[name])
+            self.register_buffer(name, sample[name])
 
     def forward(self, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         fixed = {name: getattr(self, name) for name in self._fixed}
@@ -103,11 +112,11 @@ class _Exported(nn.Module):
 def export(case: Case) -> None:
     """torch.export with a dynamic number of rows, saved and loaded."""
     base = case.first(tokens=case.spec.tokens[0])
-    rows = tuple(base.args[n] for n in case.spec.rows)
+    rows = tuple(base[n] for n in case.spec.rows)
     tokens = torch.export.Dim("tokens", min=2, max=max(case.spec.tokens))
     program = torch.export.export(
         _Exported(case, base),
-        rows,  # type: ignore[arg-type]
+        rows,
         dynamic_shapes={"rows": tuple({0: tokens} for _ in rows)},
     )
     buffer = io.BytesIO()
@@ -115,8 +124,8 @@ def export(case: Case) -> None:
     buffer.seek(0)
     module = torch.export.load(buffer).module()
     for count in case.spec.tokens:
-        sample = base.replace(**{n: case.first(tokens=count).args[n] for n in case.spec.rows})
-        _same(case, module(*(sample.args[n] for n in case.spec.rows)), case.call(sample), f"exported, {count} rows")
+        sample = base.replace(**{n: case.first(tokens=count)[n] for n in case.spec.rows})
+        _same(case, module(*(sample[n] for n in case.spec.rows)), case.call(sample), f"exported, {count} rows")
 
 
 @check(("reference",))
@@ -126,7 +135,9 @@ def switching(case: Case) -> None:
     available = [b for b in BACKENDS if b not in spec.missing and why_unavailable(spec.stem, b, case.device) is None]
     sample = case.first()
     names = _names(sample)
-    executed: list[set[str]] = []
+    executed: list[set[str | None]] = []
+
+    from torch._dynamo.backends.registry import lookup_backend
 
     def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         inner = lookup_backend("aot_eager")(module, inputs)
@@ -140,11 +151,13 @@ def switching(case: Case) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda *tensors: spec.fn(**dict(zip(names, tensors, strict=True)), **sample.kwargs), fullgraph=True, backend=backend
+        lambda *tensors: spec.fn(**dict(zip(names, tensors, strict=True)), **sample.kwargs),
+        fullgraph=True,
+        backend=backend,
     )
     for name in (*available, *reversed(available)):
         with use_backend(name):
-            result = compiled(*(sample.args[n] for n in names))
+            result = compiled(*(sample[n] for n in names))
         assert_close(result, case.reference(sample)[0], spec.tol.forward[result.dtype], f"use_backend({name!r})")
         expected = {NAMESPACES[name]} if name in NAMESPACES else set()
         assert executed[-1] == expected, f"use_backend({name!r}) ran operators of {executed[-1] or 'no backend'}"

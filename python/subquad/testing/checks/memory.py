@@ -9,7 +9,7 @@ import torch
 from ... import _native
 from ..case import Case
 from ..compare import assert_close, assert_same_bits
-from ..instruments import Guards, guarded_allocations, record_ops
+from ..instruments import guarded_allocations, record_ops
 from ..layouts import LAYOUTS, changes_strides, lay_out
 from ..spec import Sample
 from .registry import KERNELS, check
@@ -54,13 +54,14 @@ def gradient_layouts(case: Case) -> None:
     for layout in ("transposed", "sliced", "strided", "offset"):
         variants = {}
         for name in case.float_args(sample):
-            value = sample.args[name]
-            if value is not None and layout not in case.spec.refuses.get(name, ()):
-                variants[name] = lay_out(value, layout).requires_grad_()
+            if layout not in case.spec.refuses.get(name, ()):
+                variants[name] = lay_out(sample[name], layout).requires_grad_()
         outputs = case.call(sample, **variants)
         grads = torch.autograd.grad(outputs, tuple(variants.values()), case.upstream(outputs))
         for name, grad in zip(variants, grads, strict=True):
-            assert_close(grad, expected[name], case.spec.tol.grad[grad.dtype], f"gradient of {name}, arguments {layout}")
+            assert_close(
+                grad, expected[name], case.spec.tol.grad[grad.dtype], f"gradient of {name}, arguments {layout}"
+            )
 
 
 @check(KERNELS, per_dtype=True)
@@ -72,7 +73,7 @@ def guards(case: Case) -> None:
         expected = (*case.call(sample), *case.gradients(sample).values())
         with guarded_allocations() as guards:
             inside = sample.replace(**{n: guards.copy(a, n) for n, a in sample.args.items() if a is not None})
-            leaves = {n: inside.args[n].detach().requires_grad_() for n in case.float_args(inside)}  # type: ignore[union-attr]
+            leaves = {n: inside[n].detach().requires_grad_() for n in case.float_args(inside)}
             results = case.call(inside)
             outputs = case.call(inside, **leaves)
             results += torch.autograd.grad(outputs, tuple(leaves.values()), case.upstream(outputs))
@@ -124,7 +125,7 @@ def _tuple(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tenso
 
 @check(("simt",), per_dtype=True)
 def schedules(case: Case) -> None:
-    """Every emulated kernel gives the same bits in whatever order blocks, warps and lanes run: a missing barrier shows here."""
+    """The same bits in whatever order blocks, warps and lanes of the emulator run: a missing barrier shows here."""
     emulator = ctypes.CDLL(str(_native.loaded()["_C_simt"]))
     set_seed = emulator.subquad_simt_set_seed
     set_seed.argtypes = [ctypes.c_uint64]
@@ -147,19 +148,21 @@ def row_independence(case: Case) -> None:
     """A row's result has the same bits alone, in any order, and beside rows of NaN, where the sample promises it."""
     samples = [s for s in case.samples() if s.rows_independent and _rows(case, s) > 1]
     if not samples:
-        raise AssertionError("no sample with several rows promises independence; declare check:row_independence missing")
+        raise AssertionError(
+            "no sample with several rows promises independence; declare check:row_independence missing"
+        )
     for sample in samples:
         count = _rows(case, sample)
         together = case.call(sample)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
-        moved = case.call(sample, **{n: sample.args[n][order] for n in case.spec.rows})  # type: ignore[index]
+        moved = case.call(sample, **{n: sample[n][order] for n in case.spec.rows})
         for a, b in zip(moved, together, strict=True):
             assert_same_bits(a, b[order], f"{sample.id}: rows in another order")
         for row in {0, count // 2, count - 1}:
-            alone = case.call(sample, **{n: sample.args[n][row : row + 1] for n in case.spec.rows})  # type: ignore[index]
-            beside_nan = {n: torch.full_like(sample.args[n], float("nan")) for n in case.spec.rows}  # type: ignore[arg-type]
+            alone = case.call(sample, **{n: sample[n][row : row + 1] for n in case.spec.rows})
+            beside_nan = {n: torch.full_like(sample[n], float("nan")) for n in case.spec.rows}
             for name, tensor in beside_nan.items():
-                tensor[row] = sample.args[name][row]  # type: ignore[index]
+                tensor[row] = sample[name][row]
             poisoned = case.call(sample, **beside_nan)
             for a, b, c in zip(alone, poisoned, together, strict=True):
                 assert_same_bits(a[0], c[row], f"{sample.id}: row {row} alone")
@@ -167,4 +170,4 @@ def row_independence(case: Case) -> None:
 
 
 def _rows(case: Case, sample: Sample) -> int:
-    return sample.args[case.spec.rows[0]].shape[0]  # type: ignore[union-attr]
+    return sample[case.spec.rows[0]].shape[0]

@@ -44,7 +44,7 @@ def fakes(case: Case) -> None:
     """The fake of a raw operator has the shape, dtype, device, strides and storage offset of the real result."""
     for call in recorded(case):
         with FakeTensorMode() as mode:
-            fake = call.op(*tree_map(lambda a: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a, call.args))  # noqa: B023
+            fake = call.op(*tree_map(lambda a: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a, call.args))
         for promised, real in zip(tree_leaves(fake), tree_leaves(call.result), strict=True):
             for attribute in ("shape", "dtype", "device", "stride", "storage_offset"):
                 a, b = getattr(promised, attribute), getattr(real, attribute)
@@ -54,7 +54,7 @@ def fakes(case: Case) -> None:
 
 @check(KERNELS)
 def checkpointing(case: Case) -> None:
-    """Selective checkpointing sees the operators: saving forward results runs them once instead of twice, same gradients."""
+    """Selective checkpointing sees the operators: what it saves runs once instead of twice, same gradients."""
     sample = case.first()
     expected = case.gradients(sample)
 
@@ -82,7 +82,9 @@ def checkpointing(case: Case) -> None:
         return sum(call.name.endswith("_fwd") for call in calls)
 
     recomputed, saved = count(False), count(True)
-    assert recomputed == 2 * saved and saved > 0, f"forward operators ran {recomputed} times recomputed, {saved} times saved"
+    assert recomputed == 2 * saved and saved > 0, (
+        f"forward operators ran {recomputed} times recomputed, {saved} times saved"
+    )
 
 
 @check()
@@ -90,7 +92,7 @@ def vmap(case: Case) -> None:
     """torch.vmap over the rows' tensors equals a loop, and so do per-sample gradients."""
     samples = [case.first(tokens=case.spec.tokens[0], seed=seed) for seed in range(3)]
     base, rows = samples[0], case.spec.rows
-    stacked = tuple(torch.stack([s.args[n] for s in samples]) for n in rows)  # type: ignore[misc]
+    stacked = tuple(torch.stack([s[n] for s in samples]) for n in rows)
     shared = {n: a for n, a in case.leaves(base).items() if n not in rows}
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -98,7 +100,7 @@ def vmap(case: Case) -> None:
 
     batched = torch.vmap(run)(*stacked)
     for k, sample in enumerate(samples):
-        looped = run(*(sample.args[n] for n in rows))  # type: ignore[arg-type]
+        looped = run(*(sample[n] for n in rows))
         for a, b in zip(batched, looped, strict=True):
             assert_close(a[k], b, case.spec.tol.forward[b.dtype], f"sample {k} of vmap")
 
@@ -110,7 +112,7 @@ def vmap(case: Case) -> None:
         stacked, {n: w.detach() for n, w in shared.items()}
     )
     for k, sample in enumerate(samples):
-        tensors = tuple(sample.args[n].detach().requires_grad_() for n in rows)  # type: ignore[union-attr]
+        tensors = tuple(sample[n].detach().requires_grad_() for n in rows)
         expected = torch.autograd.grad(loss(tensors, shared), (*tensors, *shared.values()))
         for name, a, b in zip((*rows, *shared), tree_leaves(per_sample), expected, strict=True):
             assert_close(a[k], b, case.spec.tol.grad[b.dtype], f"gradient of {name}, sample {k} of vmap(grad)")
