@@ -29,6 +29,7 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "initializer_range": 0.2,
 }
 FAMILIES = {
     "Llama": ("LlamaConfig", {"mlp_bias": True}),
@@ -83,7 +84,7 @@ def test_convert_keeps_the_function_and_revert_the_objects(family: str, ids: tor
 def test_threshold_acts_like_a_masked_model(family: str, ids: torch.Tensor) -> None:
     model = build(family)
     plain = copy.deepcopy(model)
-    threshold = 0.004
+    threshold = 0.3
 
     def mask(module: nn.Module, args: object, s: torch.Tensor) -> torch.Tensor:
         return torch.where(s.abs() > threshold, s, 0)
@@ -94,10 +95,15 @@ def test_threshold_acts_like_a_masked_model(family: str, ids: torch.Tensor) -> N
     convert(model, mlp="cats", threshold=threshold)
     row = subquad.sparsity_report(model, [{"input_ids": ids}])[0]
     assert 0.05 < row.active_mean < 0.95
-    want = plain(ids).logits
-    torch.testing.assert_close(model(ids).logits, want)
-    short = model(ids[:1, :6]).logits  # the sparse path
-    torch.testing.assert_close(short, plain(ids[:1, :6]).logits)
+    for tokens in (ids, ids[:1, :6]):  # the dense and the sparse path
+        want = plain(tokens).logits
+        error = (model(tokens).logits - want).norm()
+        assert error < 3e-3 * want.norm()  # rounding may move a neuron across the threshold
+        for name in NAMES:
+            model.get_submodule(name).enabled = False
+        assert (model(tokens).logits - want).norm() > 20 * error
+        for name in NAMES:
+            model.get_submodule(name).enabled = True
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi3"])
@@ -142,7 +148,7 @@ def test_skipping_first_tokens_works_with_a_cache(ids: torch.Tensor) -> None:
 
 def test_left_padded_batch_equals_single_rows(ids: torch.Tensor) -> None:
     model = build()
-    convert(model, mlp="cats", threshold=0.004)
+    convert(model, mlp="cats", threshold=0.3)
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = 0
     batch = model(ids[:2, :8], attention_mask=mask).logits
@@ -261,13 +267,13 @@ def test_checkpoints_go_both_ways(ids: torch.Tensor) -> None:
 def test_save_pretrained_round_trip(family: str, ids: torch.Tensor, tmp_path) -> None:
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     model = build(family)
-    convert(model, mlp="cats", threshold=0.004)
+    convert(model, mlp="cats", threshold=0.3)
     want = model(ids).logits
     model.save_pretrained(tmp_path)
     from safetensors.torch import load_file
 
     saved = load_file(tmp_path / "model.safetensors")
-    assert saved["model.layers.0.mlp.threshold"] == torch.tensor(0.004)
+    assert saved["model.layers.0.mlp.threshold"] == torch.tensor(0.3)
     dense = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path
     ).eval()  # the thresholds are unexpected: a warning
@@ -290,7 +296,7 @@ def test_half_keeps_the_thresholds() -> None:
 
 def test_training_through_a_converted_model(ids: torch.Tensor) -> None:
     model = build().train().requires_grad_(True)
-    convert(model, mlp="cats", threshold=0.004)
+    convert(model, mlp="cats", threshold=0.3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for _ in range(4):

