@@ -283,6 +283,7 @@ class _Plan:
     warps: int
     stages: int  # of gate and up
     down_stages: tuple[int, int]  # neuron-major (where predicates, read first, take half of the pipeline) and row-major
+    down_registers: int | None  # a limit above the need: without one, ptxas may spill to fit another block
 
     def splits(self, inner: int) -> tuple[int, int]:
         """(splits of down, neurons per split), from the shape alone so that results do not vary."""
@@ -292,8 +293,12 @@ class _Plan:
 
 # 16-bit: 8 KiB of weights per step and program, copied asynchronously three steps ahead. fp32: one warp per program, so
 # that threads need not wait for each other before the final reduction; many splits, for enough warps.
-_DOT = _Plan(True, 16, 32, 128, 128, 32, max_splits=16, min_span=128, warps=4, stages=4, down_stages=(8, 5))
-_FMA = _Plan(False, 4, 4, 128, 128, 4, max_splits=64, min_span=32, warps=1, stages=1, down_stages=(1, 1))
+_DOT = _Plan(
+    True, 16, 32, 128, 128, 32, max_splits=16, min_span=128, warps=4, stages=4, down_stages=(8, 5), down_registers=168
+)
+_FMA = _Plan(
+    False, 4, 4, 128, 128, 4, max_splits=64, min_span=32, warps=1, stages=1, down_stages=(1, 1), down_registers=None
+)
 
 
 def cats_mlp_fwd(
@@ -355,7 +360,7 @@ def cats_mlp_fwd(
     _cats_mlp_down_kernel[(groups * triton.cdiv(h, plan.cols), splits)](
         act, w_down, w_down.stride(1 if neuron_major else 0), bits, partials, n, h, i, span,
         UNION=union_mask, NEURON_MAJOR=neuron_major, **tile, COLS=plan.cols, BLOCK=plan.block_i,
-        num_stages=plan.down_stages[0 if neuron_major else 1], **options,
+        num_stages=plan.down_stages[0 if neuron_major else 1], maxnreg=plan.down_registers, **options,
     )  # fmt: skip
     _cats_mlp_reduce_kernel[(triton.cdiv(h, plan.cols), n)](
         partials, b_down, y, h, splits, MAX_SPLITS=plan.max_splits, COLS=plan.cols, num_warps=4, enable_fp_fusion=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,7 +81,10 @@ def draw(
     args: dict[str, torch.Tensor | None] = {"x": x, **dict(zip(WEIGHTS, weights, strict=True))}
     sparse = isinstance(count, int) and count <= options.get("max_sparse_tokens", MAX_SPARSE_TOKENS)
     exact = sparse and options.get("mask_mode", "token") == "token"
-    sample = Sample(name, args, options, rows_independent=exact, true_gradient=options.get("grad") != "ste")
+    # Where a CPU multiplies bf16 natively, the dense path rounds h to bf16, as a dense bf16 layer does.
+    once = math.prod(x.shape[:-1]) <= MAX_SPARSE_TOKENS
+    true_gradient = options.get("grad") != "ste"
+    sample = Sample(name, args, options, rows_independent=exact, true_gradient=true_gradient, rounded_once=once)
     return with_threshold(sample, sampler, threshold, fraction)
 
 

@@ -36,8 +36,9 @@ def cats_mlp(
     `mask` [N, I] replaces the threshold test, so that a kernel can be judged with the mask it took itself.
     """
     bias_gate, bias_up, bias_down = (None if b is None else upcast(b) for b in (b_gate, b_up, b_down))
-    z = F.linear(upcast(x), upcast(w_gate), bias_gate)
-    u = F.linear(upcast(x), upcast(w_up), bias_up)
+    wide_x = upcast(x)  # once: two casts would round x's gradient twice
+    z = F.linear(wide_x, upcast(w_gate), bias_gate)
+    u = F.linear(wide_x, upcast(w_up), bias_up)
     if mask is None:
         mask = active_mask(activate(z.detach(), activation), threshold, inclusive)
         if mask_mode == "union":

@@ -26,6 +26,7 @@ class Sample:
         kwargs: everything else.
         rows_independent: whether a row of the result must not depend, to the bit, on the other rows of the call.
         true_gradient: whether the gradient is the derivative (a straight-through estimator is not).
+        rounded_once: whether every element must be the oracle's, rounded once; else the norms of the errors decide alone.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Sample:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     rows_independent: bool = False
     true_gradient: bool = True
+    rounded_once: bool = True
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A tensor that is not left out."""

@@ -19,7 +19,8 @@ def forward(case: Case) -> None:
         oracle = case.reference(case.wide(sample))
         pairs = zip(case.call(sample), case.reference(sample), oracle, strict=True)
         for i, (actual, reference, expected) in enumerate(pairs):
-            case.judge(actual, reference, expected, case.spec.tol.forward, f"{sample.id}: output {i}")
+            what = f"{sample.id}: output {i}"
+            case.judge(actual, reference, expected, case.spec.tol.forward, what, rounded=sample.rounded_once)
 
 
 @check(per_dtype=True)
