@@ -92,7 +92,8 @@ def _bench_cases(prefix: str) -> tuple[BenchCase, ...]:
 
 def _bench_sample(case: BenchCase, device: str, gated: bool = False) -> Sample:
     p = case.params
-    return draw(Sampler(p["dtype"], device), case.id, p["rows"], p["width"], threshold=0.2571, gated=gated)
+    sample = draw(Sampler(p["dtype"], device), case.id, p["rows"], p["width"], threshold=0.2571, gated=gated)
+    return sample.replace(z=sample["z"].bfloat16().to(p["dtype"]))  # few distinct scores, so none is near the threshold
 
 
 ACTIVATION = OpSpec(

@@ -167,7 +167,7 @@ def _bench_tensors(tokens: int, hidden: int, neurons: int, dtype: torch.dtype, d
 def bench_sample(case: BenchCase, device: str) -> Sample:
     p = case.params
     sample = Sample(case.id, _bench_tensors(p["tokens"], p["hidden"], p["neurons"], p["dtype"], device))
-    t = threshold_in_gap(gate_scores(sample), p["sparsity"], reach=0.002) if p["sparsity"] else -1.0
+    t = threshold_in_gap(gate_scores(sample), p["sparsity"], reach=0.002, width=1e-6) if p["sparsity"] else -1.0
     return sample.with_options(threshold=t)
 
 
