@@ -132,6 +132,12 @@ def test_without_nvcc_the_report_goes_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cuda_side.nvcc_version() is None
 
 
+def test_with_nothing_to_compile(output: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_side, "unavailable", lambda: "not here")
+    assert _run(output) == 2
+    assert "Triton kernels left out: not here" in output.getvalue()
+
+
 def test_cuda_architectures_that_the_extension_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_build, "find_nvcc", lambda home=None: "nvcc")
     assert "only" in str(cuda_side.unavailable([86, 120]))

@@ -51,7 +51,7 @@ def run_from_args(args: argparse.Namespace) -> int:
     if not archs or not set(archs) <= set(ARCHS):
         console.print(f"subquad gpu-report: --arch: expected a list out of {sorted(ARCHS)}, got {args.arch!r}")
         return 2
-    return run(args.family, archs, args.json, console)
+    return run(args.family, sorted(set(archs)), args.json, console)
 
 
 def run(family: str | None, archs: list[int], json_path: Path | None, console: Console) -> int:
@@ -64,7 +64,7 @@ def run(family: str | None, archs: list[int], json_path: Path | None, console: C
         console: where to print.
 
     Returns:
-        0; 1 when a kernel spills without a declared reason; 2 when nothing matches or something does not compile.
+        0; 1 when a kernel spills without a declared reason; 2 when nothing could be compiled, or something did not compile.
     """
     names = triton_side.modules(family)
     if not names:
@@ -73,8 +73,10 @@ def run(family: str | None, archs: list[int], json_path: Path | None, console: C
     try:
         entries = triton_entries(names, archs, console)
         entries += _cuda_entries(family, archs, console)
-    except (triton_side.TritonError, cuda_side.CudaError) as error:
+    except (triton_side.TritonError, cuda_side.CudaError, FileNotFoundError) as error:
         console.print(str(error), markup=False)
+        return 2
+    if not entries:
         return 2
     show(entries, console)
     if json_path is not None:
@@ -84,9 +86,11 @@ def run(family: str | None, archs: list[int], json_path: Path | None, console: C
 
 @contextmanager
 def _progress(console: Console, label: str) -> Iterator[Callable[[int], None]]:
-    """A bar; the callback takes minus the total once, then steps."""
+    """A bar, or a line where there is no terminal; the callback takes minus the total once, then steps."""
+    if not console.is_terminal:
+        console.print(f"{label} ...")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=None)
 
         def update(steps: int) -> None:
@@ -99,11 +103,15 @@ def _progress(console: Console, label: str) -> Iterator[Callable[[int], None]]:
 
 
 def triton_entries(names: list[str], archs: list[int], console: Console) -> list[Entry]:
-    """Entries of the `AOT` cases of these modules.
+    """Entries of the `AOT` cases of these modules; none, and a line that says so, where Triton is not installed.
 
     Raises:
         triton_side.TritonError: if a case does not compile.
     """
+    reason = triton_side.unavailable()
+    if reason is not None:
+        console.print(f"Triton kernels left out: {reason}")
+        return []
     entries = []
     with tempfile.TemporaryDirectory() as folder:
         with _progress(console, "Triton: compiling cases") as update:

@@ -6,6 +6,7 @@ may need the interpreter.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pkgutil
 import subprocess
@@ -37,6 +38,11 @@ class Compiled:
 
 class TritonError(RuntimeError):
     """A case did not compile; the message carries Triton's own."""
+
+
+def unavailable() -> str | None:
+    """Why Triton kernels cannot be compiled here, or None."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def modules(family: str | None) -> list[str]:
