@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <new>
 #include <optional>
 
 #include "cpu/dtype.h"
@@ -48,17 +49,33 @@ inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
 }
 
+/// worker(next) on each of torch's threads, at most n of them; `next()` hands out 0 .. n - 1, each once, then n or
+/// more.
+template <class Worker>
+void parallel_workers(int64_t n, bool small, const Worker& worker) {
+  const int64_t workers = small ? 1 : std::min<int64_t>(n, torch::stable::get_num_threads());
+  std::atomic<int64_t> counter{0};
+  const auto next = [&] { return counter.fetch_add(1); };
+  if (workers <= 1) return worker(next);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(next); });
+}
+
 /// body(i) for i in [0, n), each exactly once, taken in turn by torch's threads; on one thread when the work is small.
 template <class Body>
 void parallel_items(int64_t n, bool small, const Body& body) {
-  const int64_t workers = small ? 1 : std::min<int64_t>(n, torch::stable::get_num_threads());
-  if (workers <= 1) {
-    for (int64_t i = 0; i < n; ++i) body(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) body(i);
+  parallel_workers(n, small, [&](const auto& next) {
+    for (int64_t i = next(); i < n; i = next()) body(i);
+  });
+}
+
+/// body(i, scratch) likewise; each thread has `bytes` of its own, aligned to a cache line.
+template <class Body>
+void parallel_items_with_scratch(int64_t n, int64_t bytes, const Body& body) {
+  constexpr std::align_val_t kCacheLine{64};
+  parallel_workers(n, false, [&](const auto& next) {
+    void* scratch = ::operator new(static_cast<size_t>(bytes), kCacheLine);
+    for (int64_t i = next(); i < n; i = next()) body(i, scratch);
+    ::operator delete(scratch, kCacheLine);
   });
 }
 

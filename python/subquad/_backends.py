@@ -40,6 +40,7 @@ _TESTS_ONLY = "the emulator runs CUDA sources on CPU tensors; it exists for test
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cats_mlp": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
     "cats_activation": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "interval_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
 }
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     (stem, backend): REFERENCE if backend == "reference" else Capability() for stem in STEMS for backend in BACKENDS
@@ -149,6 +150,11 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(f"subquad: {message}", SubquadWarning, stacklevel=4)
+
+
+def is_automatic(requested: str | None) -> bool:
+    """Whether nobody asked for a backend: neither the call, nor `use_backend`, nor the environment."""
+    return requested is None and _override is None and _from_env is None
 
 
 def resolve(stem: str, device: str, requested: str | None) -> str:

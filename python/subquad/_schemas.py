@@ -19,11 +19,12 @@ NAMESPACES = {"native": "subquad", "triton": "subquad_triton", "simt": "subquad_
 
 @dataclass(frozen=True)
 class Op:
-    """One op: the stem names its files, `args` its schema, `fake` its output metadata."""
+    """One op: the stem names its files, `args` its schema, `fake` its output metadata; `cuda` whether CUDA C++ has it."""
 
     stem: str
     args: str
     fake: Callable[..., Any]
+    cuda: bool = True
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,31 @@ _CATS_MLP = (
     "int activation, bool inclusive, bool union_mask"
 )
 _THRESHOLD = "Tensor threshold, int activation, bool inclusive"
+_INTERVAL_ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? ends, Tensor? key_start, Tensor? key_stop, int sink_tokens, "
+    "int window, bool causal, Tensor? key_bias, Tensor? sink_logits, float scale, Tensor[] plan"
+)
+
+
+def _interval_attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    b, t, h = q.shape[:3]
+    return q.new_empty((b, t, h, v.shape[3])), q.new_empty((b, t, h), dtype=torch.float32)
+
+
+def _interval_attention_bwd(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *mask: Any,
+) -> tuple[torch.Tensor, ...]:
+    key_bias = mask[7]
+    dkey_bias = (q.shape[0], q.shape[2], k.shape[1]) if key_bias is not None else (0,)
+    return (*map(_like, (q, k, v)), lse.new_empty(dkey_bias), _like(lse))
+
 
 OPS: dict[str, Op] = {
     "cats_mlp_fwd": Op("cats_mlp", f"({_CATS_MLP}) -> Tensor", lambda x, *_: _like(x)),
@@ -49,6 +75,16 @@ OPS: dict[str, Op] = {
         "cats_activation",
         f"(Tensor grad_h, Tensor z, Tensor u, {_THRESHOLD}, bool straight_through) -> (Tensor, Tensor)",
         lambda grad_h, z, u, *_: (_like(z), _like(u)),
+    ),
+    "interval_attention_fwd": Op(
+        "interval_attention", f"({_INTERVAL_ATTENTION}) -> (Tensor, Tensor)", _interval_attention_fwd
+    ),
+    "interval_attention_bwd": Op(
+        "interval_attention",
+        f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, {_INTERVAL_ATTENTION}) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _interval_attention_bwd,
+        cuda=False,
     ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))
