@@ -60,7 +60,7 @@ inline float scale_scores(float* x, int64_t begin, int64_t end, float scale2, co
     Vec s = vec_mul(vec_load(x + j), factor);
     if (bias != nullptr) {
       float b[kLanes] = {};
-      for (int64_t i = 0; i < kLanes && j + i < live; ++i) b[i] = bias[j + i];
+      std::memcpy(b, bias + j, static_cast<size_t>(smaller(kLanes, larger(0, live - j))) * sizeof(float));
       s = vec_fma(vec_load(b), vec_set(kLog2e), s);
     }
     vec_store(x + j, s);

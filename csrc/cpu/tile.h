@@ -5,6 +5,8 @@
 // words of its left operand one at a time and those of its right operand a vector at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/vec.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
@@ -19,15 +21,23 @@ constexpr int64_t kTileCols = kTileVecs * kLanes;  // the columns they hold
 inline Vec vec_mul(Vec a, Vec b);
 /// max(a, b); b where either is NaN.
 inline Vec vec_max(Vec a, Vec b);
+/// The largest element; any of them when one is NaN.
+inline float vec_max_all(Vec a);
 /// 2^x to two ulp; 0 below -150, NaN kept. x <= 126.
 inline Vec vec_exp2(Vec x);
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 inline Vec vec_mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec vec_max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float vec_max_all(Vec a) { return _mm512_reduce_max_ps(a.v); }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 inline Vec vec_mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec vec_max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline float vec_max_all(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
 #else
 inline Vec vec_mul(Vec a, Vec b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
@@ -37,16 +47,11 @@ inline Vec vec_max(Vec a, Vec b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return a;
 }
-#endif
-
-/// The largest element; any of them when one is NaN.
 inline float vec_max_all(Vec a) {
-  float x[kLanes];
-  vec_store(x, a);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) x[i] = x[i] > x[i + step] ? x[i] : x[i + step];
-  return x[0];
+  const float low = a.v[0] > a.v[1] ? a.v[0] : a.v[1], high = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
+  return low > high ? low : high;
 }
+#endif
 
 // Coefficients of (2^r - 1) / r on [-1/2, 1/2], relative error 2e-9.
 constexpr float kExp2[] = {0.6931472f, 0.24022648f, 0.055503324f, 0.009618437f, 0.0013398875f, 0.0001535336f};
@@ -198,28 +203,39 @@ inline int64_t padded_words(int64_t n) {
 
 inline bool is_finite_bits(float x) { return (float_to_bits(x) & 0x7f800000u) != 0x7f800000u; }
 
-/// One row of `n` elements into words, the rest of `words` words zero. Returns whether all are finite.
-template <class Words, class T>
-inline bool load_row(const T* src, int64_t n, float* dst, int64_t words) {
-  auto* out = reinterpret_cast<typename Words::Element*>(dst);
-  uint32_t bad = 0;
-  if constexpr (Words::kDepth == 1) {
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = to_float(src[i]);
-      bad |= !is_finite_bits(out[i]);
-    }
-    for (int64_t i = n; i < words; ++i) out[i] = 0.0f;
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      out[i] = src[i];
-      bad |= (src[i].bits & 0x7f80u) == 0x7f80u;
-    }
-    for (int64_t i = n; i < words * Words::kDepth; ++i) out[i] = {0};
+inline bool all_finite(const float* x, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
   }
-  return bad == 0;
+  return largest < 0x7f800000u;
+}
+
+inline bool all_finite(const BFloat16* x, int64_t n) {
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint16_t magnitude = x[i].bits & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < 0x7f80;
 }
 
 inline void zero_words(float* dst, int64_t words) { std::memset(dst, 0, static_cast<size_t>(words) * sizeof(float)); }
+
+/// One row of `n` elements into words, the rest of `words` words zero. Returns whether all are finite.
+template <class Words, class T>
+inline bool load_row(const T* __restrict src, int64_t n, float* __restrict dst, int64_t words) {
+  auto* out = reinterpret_cast<typename Words::Element*>(dst);
+  if constexpr (std::is_same_v<T, typename Words::Element>) {
+    std::memcpy(out, src, static_cast<size_t>(n) * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i] = to_float(src[i]);
+  }
+  const int64_t all = words * Words::kDepth;
+  if (n < all) std::memset(out + n, 0, static_cast<size_t>(all - n) * sizeof(*out));
+  return all_finite(out, n);
+}
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 constexpr int kTransposed = 16;
