@@ -10,12 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._backends import SubquadWarning, backends, use_backend
+from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
+from .ops.interval_attention import interval_attention
+from .rope import RopeSpec
 
 if TYPE_CHECKING:
     from . import integrations as integrations
     from . import nn as nn
+    from . import recipes as recipes
     from .calibration import CatsCalibrator, sparsity_report, track_sparsity
 
 __version__ = "0.1.0"
@@ -25,7 +29,7 @@ _LAZY = {
     "sparsity_report": "subquad.calibration",
     "track_sparsity": "subquad.calibration",
 }
-_LAZY_MODULES = ("integrations", "kernels", "nn", "ops", "reference", "testing")
+_LAZY_MODULES = ("integrations", "kernels", "nn", "ops", "recipes", "reference", "testing")
 
 
 def __getattr__(name: str) -> Any:
@@ -38,11 +42,14 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CatsCalibrator",
+    "IntervalMask",
+    "RopeSpec",
     "SubquadWarning",
     "__version__",
     "backends",
     "cats_activation",
     "cats_mlp",
+    "interval_attention",
     "sparsity_report",
     "track_sparsity",
     "use_backend",

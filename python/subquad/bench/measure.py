@@ -44,6 +44,11 @@ class Result:
         return self.times[OURS].median / self.times[peer].median
 
     @property
+    def gigaflops_per_second(self) -> float | None:
+        """Useful arithmetic of the case over our time."""
+        return None if self.flops is None or OURS not in self.times else self.flops / self.times[OURS].median / 1e9
+
+    @property
     def gigabytes_per_second(self) -> float | None:
         """Least traffic of the case over our time."""
         return None if self.bytes is None or OURS not in self.times else self.bytes / self.times[OURS].median / 1e9
@@ -65,6 +70,7 @@ class Result:
             "bytes_ratio": self.bytes_ratio,
             "baseline": self.baseline,
             "gigabytes_per_second": self.gigabytes_per_second,
+            "gigaflops_per_second": self.gigaflops_per_second,
         }
 
 
@@ -92,7 +98,11 @@ def _ours(spec: OpSpec, sample: Sample, backend: str) -> Candidate:
 def check(spec: OpSpec, sample: Sample, backend: str) -> tuple[float, float, str | None]:
     """Relative L2 error against the float64 oracle, the tolerance, and why it failed (None: it did not)."""
     case = Case(spec, backend, device=sample_device(sample))
-    result, oracle = case.call(sample)[0], case.reference(case.wide(sample))[0]
+    result = case.call(sample)[0]
+    if spec.bench_oracle is None:
+        oracle = case.reference(case.wide(sample))[0]
+    else:
+        result, oracle = spec.bench_oracle(case.wide(sample), result)
     tolerance = spec.tol.forward[result.dtype]
     error = relative_l2(result, oracle)
     try:
@@ -102,11 +112,26 @@ def check(spec: OpSpec, sample: Sample, backend: str) -> tuple[float, float, str
     return error, tolerance, None
 
 
+def with_gradients(call: Candidate, sample: Sample) -> Candidate:
+    """`call` followed by its backward pass, when tensors of the sample require gradients; else `call`."""
+    leaves = [a for a in sample.args.values() if a is not None and a.requires_grad]
+    upstream: list[torch.Tensor] = []
+
+    def run() -> Any:
+        with torch.enable_grad():
+            result = call()
+            output = result[0] if isinstance(result, tuple) else result
+            if not upstream:
+                upstream.append(torch.randn_like(output))
+            return torch.autograd.grad(output, leaves, upstream[0])
+
+    return run if leaves else call
+
+
 def run_case(spec: OpSpec, case: BenchCase, device: str, backend: str, plan: Plan) -> Result:
     """Check one case and, when it is right, time it against the spec's peers."""
     assert spec.bench_sample is not None
     sample = spec.bench_sample(case, device)
-    call = _ours(spec, sample, backend)
     with torch.no_grad():
         error, tolerance, failure = check(spec, sample, backend)
         result = Result(spec.name, case.id, case.params, backend, error, tolerance, failure)
@@ -117,8 +142,11 @@ def run_case(spec: OpSpec, case: BenchCase, device: str, backend: str, plan: Pla
             result.baseline = twin.id
             result.bytes_ratio = spec.bytes(case) / spec.bytes(twin) if spec.bytes else None
         if failure is None:
-            peers = {name: build(sample) for name, build in spec.peers.items()}
-            result.times = interleaved({OURS: call, **peers}, plan, device)
+            if case.params.get("backward"):
+                sample = sample.replace(**{n: sample[n].requires_grad_() for n in spec.grad_args if n in sample.args})
+            calls = {OURS: _ours(spec, sample, backend)}
+            calls |= {name: peer for name, build in spec.peers.items() if (peer := build(sample)) is not None}
+            result.times = interleaved({n: with_gradients(call, sample) for n, call in calls.items()}, plan, device)
     return result
 
 
@@ -174,7 +202,9 @@ def benchmark_calls(specs: Sequence[OpSpec], device: str = "cpu") -> list[tuple[
             assert spec.bench_sample is not None
             sample = spec.bench_sample(case, device)
             if name != OURS:
-                return spec.peers[name](sample)
+                peer = spec.peers[name](sample)
+                assert peer is not None, f"{name} has no case {case.id}"
+                return peer
             backend = default_backend(spec.stem, device)
             failure = check(spec, sample, backend)[2]
             if failure is not None:

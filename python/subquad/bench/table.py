@@ -42,7 +42,7 @@ def op_table(op: str, results: Sequence[Result], changes: Mapping[tuple[str, str
     peers = list(dict.fromkeys(name for result in results for name in result.times if name != OURS))
     table = Table(title=f"{op}: median milliseconds per call, ± half the range from 20 to 80 %", title_justify="left")
     table.add_column("case", no_wrap=True)
-    columns = [OURS, *peers, *(f"/ {name}" for name in peers), "/ own dense", "GB/s", "error", "samples (preempted)"]
+    columns = [OURS, *peers, *(f"/ {name}" for name in peers), "/ own dense", "GB/s", "GFLOP/s", "error", "samples (preempted)"]
     for name in columns + (["against earlier"] if changes is not None else []):
         table.add_column(name, justify="right")
     for result in results:
@@ -54,7 +54,9 @@ def op_table(op: str, results: Sequence[Result], changes: Mapping[tuple[str, str
         cells += [_against(result.ratio(name), target if i == 0 else None) for i, name in enumerate(peers)]
         cells.append(_against(*against_baseline(result, results)))
         bandwidth = result.gigabytes_per_second
-        cells += ["-" if bandwidth is None else f"{bandwidth:.1f}", f"{result.error:.1e}"]
+        arithmetic = result.gigaflops_per_second
+        cells += ["-" if bandwidth is None else f"{bandwidth:.1f}", "-" if arithmetic is None else f"{arithmetic:.0f}"]
+        cells.append(f"{result.error:.1e}")
         ours = result.times[OURS]
         cells.append(f"{ours.rounds} ({ours.preempted})")
         if changes is not None:

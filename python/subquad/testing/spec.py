@@ -169,7 +169,10 @@ class OpSpec:
         tokens: row counts under which compiled code must not be specialised again.
         dtypes: what kernels support.
         bench, bench_sample, flops, bytes, peers: benchmark cases, the call of a case, its arithmetic, its least traffic,
-            and other implementations of the same call by name.
+            and other implementations of the same call by name (a peer may be None for a case it does not have). A case
+            with the parameter `backward` is timed with its gradients.
+        bench_oracle: takes the sample in float64 and a result; returns a part of the result and the oracle of that part.
+            For cases too large for the whole reference.
         missing: what this op does not have, and why, by backend ("simt"), place ("nn") or check ("check:vmap").
     """
 
@@ -190,5 +193,6 @@ class OpSpec:
     bench_sample: Callable[[BenchCase, str], Sample] | None = None
     flops: Callable[[BenchCase], float] | None = None
     bytes: Callable[[BenchCase], float] | None = None
-    peers: Mapping[str, Callable[[Sample], Callable[[], Any]]] = field(default_factory=dict)
+    bench_oracle: Callable[[Sample, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    peers: Mapping[str, Callable[[Sample], Callable[[], Any] | None]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,604 @@
+"""`IntervalMask`: which keys each query row sees, as a few intervals per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .. import _env
+from . import algebra, builders, interop
+from .algebra import Intervals
+from .builders import Span
+from .plan import tile_plan
+
+_DEBUG = _env.read().debug
+_ANY = "tq, tk: expected sizes, for the mask has none of its own"
+
+
+class IntervalMask:
+    """A union of at most m key intervals for every query row, and optionally a lifetime for every key.
+
+    Everything in it is O(Tq m); no [Tq, Tk] tensor exists unless `to_dense` is asked for one. A mask may be used for any
+    number of calls, layers and batches; what kernels need of it is computed once and kept.
+
+    The plain masks (`causal`, `full`, `sliding`, `sink`) are three numbers and no tensors. Without sizes of their own they take
+    those of each call. Query row t stands at the absolute position t + Tk - Tq: the last query sees up to the last key.
+
+    Args:
+        starts: int32 [B|1, H|1, Tq, m]: interval r of a row is [starts[r], ends[r]), sorted, disjoint, inside [0, tk];
+            unused intervals are (tk, tk) and come last.
+        ends: as starts.
+        tk: number of keys.
+        key_start: int32 [B|1, H|1, tk]: row t may see key j only if key_start[j] <= t < key_stop[j].
+        key_stop: as key_start; both or neither.
+        shift: int32, as starts: how many positions the query is rotated for each interval (PINE, arXiv 2407.01100).
+
+    Attributes:
+        plain_causal, sink_tokens, window: the plain form, where `starts` is None: row i sees [0, min(sink_tokens, i + 1)) and
+            [i - window + 1, i + 1) (window -1: [0, i + 1)) if causal, every key if not.
+        tq, tk: sizes, or None.
+
+    Raises:
+        TypeError: an index tensor that is not int32.
+        ValueError: shapes that do not fit; intervals out of range, unsorted or overlapping (checked on the CPU, and on a GPU
+            under SUBQUAD_DEBUG=1, since that waits for the device).
+    """
+
+    def __init__(
+        self,
+        starts: torch.Tensor,
+        ends: torch.Tensor,
+        *,
+        tk: int,
+        key_start: torch.Tensor | None = None,
+        key_stop: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> None:
+        _check_tensor("starts", starts, 4)
+        _check_tensor("ends", ends, 4, starts)
+        if tk < 0 or starts.shape[3] < 1:
+            raise ValueError(f"starts: expected tk >= 0 and at least one interval, got {tk} and {list(starts.shape)}")
+        _check_lifetime(key_start, key_stop, tk)
+        if shift is not None:
+            _check_tensor("shift", shift, 4)
+            if shift.shape[2:] != starts.shape[2:]:
+                raise ValueError(f"shift: expected shape [B|1, H|1, *{list(starts.shape[2:])}], got {list(shift.shape)}")
+        if starts.device.type == "cpu" or _DEBUG:
+            _check_values(starts, ends, tk)
+        self._set(starts, ends, tk, key_start, key_stop, shift)
+
+    def _set(
+        self,
+        starts: torch.Tensor,
+        ends: torch.Tensor,
+        tk: int,
+        key_start: torch.Tensor | None = None,
+        key_stop: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> None:
+        if shift is not None:
+            lead = torch.broadcast_shapes(starts.shape[:2], shift.shape[:2])
+            starts, ends, shift = (x.expand(*lead, *x.shape[2:]).contiguous() for x in (starts, ends, shift))
+        self.starts: torch.Tensor | None = starts.contiguous()
+        self.ends: torch.Tensor | None = ends.contiguous()
+        self.key_start, self.key_stop, self.shift = key_start, key_stop, shift
+        self.tq: int | None = starts.shape[2]
+        self.tk: int | None = tk
+        self.plain_causal, self.sink_tokens, self.window = False, 0, -1
+        self._plans: dict[bool, list[torch.Tensor]] = {}
+
+    @classmethod
+    def _plain(
+        cls, causal: bool, sink_tokens: int, window: int, tq: int | None, tk: int | None
+    ) -> IntervalMask:
+        for name, size in (("tq", tq), ("tk", tk)):
+            if size is not None:
+                _check_size(name, size)
+        mask = cls.__new__(cls)
+        mask.starts = mask.ends = mask.key_start = mask.key_stop = mask.shift = None
+        mask.tq, mask.tk = tq, tq if tk is None else tk
+        mask.plain_causal, mask.sink_tokens, mask.window = causal, sink_tokens, window
+        mask._plans = {}
+        return mask
+
+    @classmethod
+    def _of(cls, intervals: Intervals, tk: int, **more: torch.Tensor | None) -> IntervalMask:
+        """From intervals [..., Tq, k] in any order."""
+        starts, ends = algebra.trimmed(algebra.canonical(*intervals, tk), tk)
+        return cls._raw(starts, ends, tk, **more)
+
+    @classmethod
+    def _raw(cls, starts: torch.Tensor, ends: torch.Tensor, tk: int, **more: torch.Tensor | None) -> IntervalMask:
+        mask = cls.__new__(cls)
+        wide = [x.reshape(*(1,) * (4 - x.dim()), *x.shape) for x in (starts, ends)]
+        mask._set(wide[0], wide[1], tk, **more)
+        return mask
+
+    # --- the plain masks ----------------------------------------
+
+    @classmethod
+    def causal(cls, tq: int | None = None, tk: int | None = None) -> IntervalMask:
+        """Row i sees [0, i + 1)."""
+        return cls._plain(True, 0, -1, tq, tk)
+
+    @classmethod
+    def full(cls, tq: int | None = None, tk: int | None = None) -> IntervalMask:
+        """Every row sees every key."""
+        return cls._plain(False, 0, -1, tq, tk)
+
+    @classmethod
+    def sliding(cls, window: int, tq: int | None = None, tk: int | None = None) -> IntervalMask:
+        """Row i sees the `window` keys [i - window + 1, i + 1), its own included."""
+        return cls.sink(0, window, tq, tk)
+
+    @classmethod
+    def sink(cls, sink_tokens: int, window: int, tq: int | None = None, tk: int | None = None) -> IntervalMask:
+        """Row i sees the first `sink_tokens` keys and the last `window` up to its own (StreamingLLM, arXiv 2309.17453)."""
+        _check_size("sink_tokens", sink_tokens)
+        _check_size("window", window)
+        return cls._plain(True, sink_tokens, window, tq, tk)
+
+    # --- builders ----------------------------------------
+
+    @classmethod
+    def prefix_lm(cls, prefix: int | torch.Tensor, tq: int, tk: int | None = None) -> IntervalMask:
+        """Every row sees the prefix, and all keys up to its own. `prefix` is an int, or an int tensor [B]."""
+        tk = tq if tk is None else tk
+        return cls._of(builders.prefix_lm(prefix, tq, tk), tk)
+
+    @classmethod
+    def packed(
+        cls,
+        cu_seqlens: torch.Tensor,
+        cu_seqlens_k: torch.Tensor | None = None,
+        *,
+        causal: bool = True,
+        sink_tokens: int = 0,
+        window: int = -1,
+    ) -> IntervalMask:
+        """Sequences one after the other, each attending within itself.
+
+        Args:
+            cu_seqlens: int [N + 1], where each sequence of queries begins: from 0, not decreasing; the last is Tq.
+            cu_seqlens_k: the same of the keys; None for the same.
+            causal: whether rows see only keys up to their own, the last row of a sequence its last key.
+            sink_tokens: with a window, also the first keys of the sequence.
+            window: keys up to the row's own that it sees, -1 for all.
+        """
+        _check_cu("cu_seqlens", cu_seqlens)
+        cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        _check_cu("cu_seqlens_k", cu_k)
+        if cu_k.shape != cu_seqlens.shape:
+            raise ValueError(f"cu_seqlens_k: expected shape {list(cu_seqlens.shape)}, got {list(cu_k.shape)}")
+        return cls._of(builders.packed(cu_seqlens, cu_k, causal, sink_tokens, window), int(cu_k[-1]))
+
+    @classmethod
+    def mma(cls, tq: int, images: Sequence[Span], questions: Sequence[Span]) -> IntervalMask:
+        """Modality-mutual attention (AKI, arXiv 2503.02597): causal, and rows of an image also see its question.
+
+        Args:
+            tq: length of the sequence.
+            images: spans [start, stop) of image tokens.
+            questions: the span of the question of each image, or one for all.
+        """
+        for name, spans in (("images", images), ("questions", questions)):
+            _check_spans(name, spans, tq)
+        if len(questions) == 1:
+            questions = list(questions) * len(images)
+        if len(questions) != len(images):
+            raise ValueError(f"questions: expected 1 or {len(images)} spans, as many as images, got {len(questions)}")
+        return cls._of(builders.mma(tq, images, questions), tq)
+
+    @classmethod
+    def pine(
+        cls, prefix: int, lengths: Sequence[int], suffix: int, shift: torch.Tensor | None = None
+    ) -> IntervalMask:
+        """Documents between a causal prefix and a causal suffix that see each other fully (PINE, arXiv 2407.01100).
+
+        Args:
+            prefix, lengths, suffix: numbers of tokens; `lengths` of the documents.
+            shift: int [B|1, H|1, n + 1, n]: by how many positions a query of document i (or, last, of the suffix) is rotated for
+                document j. Without it the mask has no `shift`.
+        """
+        for name, size in (("prefix", prefix), ("suffix", suffix), *(("lengths", n) for n in lengths)):
+            _check_size(name, size)
+        tk = prefix + sum(lengths) + suffix
+        if shift is None:
+            return cls._of(builders.pine(prefix, lengths, suffix), tk)
+        n = len(lengths)
+        if shift.dim() != 4 or shift.shape[2:] != (n + 1, n) or shift.is_floating_point():
+            raise ValueError(f"shift: expected integers [B|1, H|1, {n + 1}, {n}], got {shift.dtype} {list(shift.shape)}")
+        (starts, ends), turns = builders.pine_shifted(prefix, lengths, suffix, shift)
+        starts, ends = (x.to(torch.int32).to(shift.device) for x in (starts, ends))
+        return cls._raw(starts, ends, tk, shift=turns)
+
+    @classmethod
+    def cca(cls, height: int, width: int, before: int = 0, after: int = 0) -> IntervalMask:
+        """Concentric causal attention (arXiv 2410.15926): an image token sees the tokens of its ring and of the rings outside.
+
+        The image tokens must be sorted by ring, `cca_permutation`; then one interval per row is enough.
+
+        Args:
+            height, width: of the image, in tokens.
+            before, after: tokens of text around it.
+        """
+        return cls._of(builders.cca(height, width, before, after), before + height * width + after)
+
+    @staticmethod
+    def cca_permutation(height: int, width: int, before: int = 0, after: int = 0) -> torch.Tensor:
+        """int64 [T]: which token of the raster order stands at each place of the sequence that `cca` masks."""
+        ring = builders.rings(height, width).sort(stable=True).indices + before
+        last = before + height * width
+        return torch.cat([torch.arange(before), ring, torch.arange(last, last + after)])
+
+    @staticmethod
+    def cca_positions(height: int, width: int, before: int = 0, after: int = 0) -> torch.Tensor:
+        """int64 [T]: position ids in the order of `cca_permutation`: those of a ring are equal, text goes on behind."""
+        ring = builders.rings(height, width).sort(stable=True).values
+        count = (min(height, width) + 1) // 2
+        return torch.cat([torch.arange(before), before + ring, before + count + torch.arange(after)])
+
+    @classmethod
+    def easycontrol(cls, main: int, conditions: Sequence[int]) -> IntervalMask:
+        """Main tokens see everything, each block of condition tokens only itself (EasyControl, arXiv 2503.07027)."""
+        return cls._of(builders.easycontrol(main, conditions), main + sum(conditions))
+
+    @classmethod
+    def frame_sink(
+        cls,
+        frames: int,
+        frame_tokens: int,
+        sink_frames: int,
+        local_frames: int,
+        block_frames: int = 1,
+        pinned: Span | None = None,
+    ) -> IntervalMask:
+        """Video frames that see the first frames and a window of frames, both ways inside a block (LongLive, arXiv 2509.22622).
+
+        Args:
+            frames, frame_tokens: number of frames, and of tokens in each.
+            sink_frames: frames that are always seen.
+            local_frames: frames that are seen in all, `sink_frames` included: the window is the difference, and ends with the
+                row's block.
+            block_frames: frames that are generated together.
+            pinned: a further span of frames, seen once it has left the window.
+        """
+        if not 0 <= sink_frames <= local_frames:
+            raise ValueError(f"sink_frames: expected at most local_frames = {local_frames}, got {sink_frames}")
+        intervals = builders.frame_sink(frames, frame_tokens, sink_frames, local_frames, block_frames, pinned)
+        return cls._of(intervals, frames * frame_tokens)
+
+    @classmethod
+    def lookahead(cls, ahead: torch.Tensor, left: int | None = None) -> IntervalMask:
+        """Row i sees [i - left, i + 1 + ahead[i]) (ANCAT). `ahead` is an int tensor [Tq] or [B, H, Tq]; left None: all before."""
+        return cls._of(builders.lookahead(ahead, left, ahead.shape[-1]), ahead.shape[-1])
+
+    @classmethod
+    def spans(
+        cls, start: torch.Tensor, stop: torch.Tensor, tk: int, *, window: int | None = None
+    ) -> IntervalMask:
+        """Row i sees the spans [start, stop) [B|1, H|1, Tq, k], in any order, overlapping or empty (negative: none).
+
+        Args:
+            start, stop: int tensors.
+            tk: number of keys.
+            window: also the `window` keys up to the row's own.
+        """
+        if start.dim() != 4 or start.shape != stop.shape:
+            raise ValueError(f"start: expected [B|1, H|1, Tq, k] as stop, got {list(start.shape)}, {list(stop.shape)}")
+        stop = torch.where(start < 0, start, stop)
+        spans = algebra.canonical(start.long(), stop.long(), tk)
+        if window is not None:
+            local = builders.sink(start.shape[2], tk, 0, window)
+            spans = algebra.union(spans, (local[0].to(start.device), local[1].to(start.device)), tk)
+        return cls._of(spans, tk)
+
+    @classmethod
+    def from_dense(cls, mask: torch.Tensor) -> IntervalMask:
+        """From a bool tensor [Tq, Tk], [B|1, Tq, Tk] or [B|1, H|1, Tq, Tk]; True where a row sees a key."""
+        if mask.dtype is not torch.bool:
+            raise TypeError(f"mask: expected bool, got {mask.dtype}")
+        if mask.dim() not in (2, 3, 4):
+            raise ValueError(f"mask: expected [Tq, Tk], [B, Tq, Tk] or [B, H, Tq, Tk], got {list(mask.shape)}")
+        wide = mask[:, None] if mask.dim() == 3 else mask
+        return cls._raw(*algebra.from_dense(wide), mask.shape[-1])
+
+    @classmethod
+    def concat(cls, masks: Sequence[IntervalMask]) -> IntervalMask:
+        """Sequences one after the other, each under its own mask; all with sizes, without lifetimes."""
+        parts, offset = [], 0
+        for mask in masks:
+            starts, ends, tk = mask._intervals("masks")
+            parts.append((starts + offset, ends + offset))
+            offset += tk
+        m = max(starts.shape[-1] for starts, _ in parts)
+        lead = torch.broadcast_shapes(*(starts.shape[:2] for starts, _ in parts))
+        wide = [
+            [torch.nn.functional.pad(x, (0, m - x.shape[-1])).expand(*lead, -1, -1) for x in part] for part in parts
+        ]
+        return cls._of((torch.cat([p[0] for p in wide], 2), torch.cat([p[1] for p in wide], 2)), offset)
+
+    # --- algebra ----------------------------------------
+
+    def __or__(self, other: IntervalMask) -> IntervalMask:
+        """Keys that either mask shows. Sizes must be known and equal; lifetimes cannot be joined."""
+        return self._combined(other, algebra.union, lifetimes=False)
+
+    def __and__(self, other: IntervalMask) -> IntervalMask:
+        """Keys that both masks show."""
+        return self._combined(other, algebra.intersection, lifetimes=True)
+
+    def __invert__(self) -> IntervalMask:
+        """Keys that the mask hides."""
+        starts, ends, tk = self._intervals("mask")
+        return self._of(algebra.complement((starts, ends), tk), tk)
+
+    def _combined(self, other: IntervalMask, operation: Callable[..., Intervals], lifetimes: bool) -> IntervalMask:
+        if not isinstance(other, IntervalMask):
+            return NotImplemented
+        a = self if self.tq is not None else self.bound(other.tq, other.tk)
+        b = other if other.tq is not None else other.bound(self.tq, self.tk)
+        starts, ends, tk = a._intervals("mask", lifetimes)
+        other_starts, other_ends, other_tk = b._intervals("other", lifetimes)
+        if (a.tq, tk) != (b.tq, other_tk):
+            raise ValueError(f"other: expected a mask of {a.tq} x {tk}, got {b.tq} x {other_tk}")
+        pair = (other_starts.to(starts.device), other_ends.to(starts.device))
+        return self._of(operation((starts, ends), pair, tk), tk, **_joined_lifetimes(a, b))
+
+    def permute(self, query: torch.Tensor | None = None, key: torch.Tensor | None = None) -> IntervalMask:
+        """The mask of permuted sequences: new row t is old row query[t], new key j old key key[j].
+
+        Permuting keys splits intervals anew; that is done for some rows at a time.
+        """
+        starts, ends, tk = self._intervals("mask")
+        if query is not None:
+            starts, ends = starts[:, :, query], ends[:, :, query]
+        if key is None:
+            return self._raw(starts, ends, tk)
+        rows = [
+            algebra.from_dense(algebra.contains(s, e, tk)[..., key])
+            for s, e in zip(starts.split(256, 2), ends.split(256, 2), strict=True)
+        ]
+        m = max(s.shape[-1] for s, _ in rows)
+        padded = [[torch.nn.functional.pad(x, (0, m - x.shape[-1]), value=tk) for x in row] for row in rows]
+        return self._raw(torch.cat([p[0] for p in padded], 2), torch.cat([p[1] for p in padded], 2), tk)
+
+    def with_key_lifetime(self, key_start: torch.Tensor, key_stop: torch.Tensor) -> IntervalMask:
+        """The same mask where row t sees key j only if key_start[j] <= t < key_stop[j]; int32 [B|1, H|1, Tk]."""
+        if self.tk is None:
+            raise ValueError(_ANY)
+        _check_lifetime(key_start, key_stop, self.tk)
+        mask = self._copy()
+        mask.key_start, mask.key_stop = key_start.contiguous(), key_stop.contiguous()
+        return mask
+
+    def with_shift(self, shift: torch.Tensor) -> IntervalMask:
+        """The same mask with a rotation of the query for every interval: int32, shaped as `starts` up to broadcasting."""
+        starts, ends, tk = self._intervals("mask", lifetimes=True)
+        return IntervalMask(starts, ends, tk=tk, key_start=self.key_start, key_stop=self.key_stop, shift=shift)
+
+    # --- for kernels ----------------------------------------
+
+    def bound(self, tq: int | None, tk: int | None) -> IntervalMask:
+        """The mask with these sizes; itself if it has them.
+
+        Raises:
+            ValueError: if it has others.
+        """
+        if tq is None or tk is None:
+            raise ValueError(_ANY)
+        if self.tq is None:
+            return self._plain(self.plain_causal, self.sink_tokens, self.window, tq, tk)  # type: ignore[arg-type]
+        if (self.tq, self.tk) != (tq, tk):
+            raise ValueError(f"mask: expected {tq} rows and {tk} keys, as q and k have, got {self.tq} and {self.tk}")
+        return self
+
+    def lower(self, tq: int, tk: int) -> tuple[Any, ...]:
+        """(starts, ends, key_start, key_stop, sink_tokens, window, causal), as the operators take them.
+
+        Raises:
+            ValueError: if the mask has other sizes.
+        """
+        if self.tq is not None and (self.tq != tq or self.tk != tk):
+            raise ValueError(f"mask: expected {tq} rows and {tk} keys, as q and k have, got {self.tq} and {self.tk}")
+        return (self.starts, self.ends, self.key_start, self.key_stop, self.sink_tokens, self.window, self.plain_causal)
+
+    def plan(self, per_slot: bool = False) -> list[torch.Tensor]:
+        """Which tiles the kernels visit; see `tile_plan`. Computed once. `per_slot`: for each interval alone [.., m, ..]."""
+        starts, ends = self.starts, self.ends
+        if starts is None or ends is None or self.tk is None:
+            raise ValueError("mask: expected one of intervals, got a plain one, which needs no plan")
+        plan = self._plans.get(per_slot)
+        if plan is None:
+            if per_slot:
+                starts, ends = (x.transpose(-1, -2).unsqueeze(-1) for x in (starts, ends))
+            plan = tile_plan(starts, ends, self.tk)
+            if not torch.compiler.is_compiling():
+                self._plans[per_slot] = plan
+        return plan
+
+    def materialize(
+        self, tq: int | None = None, tk: int | None = None, device: torch.device | str | None = None
+    ) -> IntervalMask:
+        """The mask as intervals in tensors; itself if it is that already."""
+        if self.starts is not None:
+            return self if device is None else self.to(device)
+        bound = self if self.tq is not None else self.bound(tq, tk)
+        assert bound.tq is not None and bound.tk is not None
+        if self.plain_causal:
+            intervals = builders.sink(bound.tq, bound.tk, self.sink_tokens, self.window)
+        else:
+            intervals = builders.stack((torch.zeros(bound.tq, dtype=torch.int64), bound.tk))
+        mask = self._of(intervals, bound.tk, key_start=self.key_start, key_stop=self.key_stop)
+        return mask if device is None else mask.to(device)
+
+    def to(self, device: torch.device | str) -> IntervalMask:
+        """The mask with its tensors on another device."""
+        mask = self._copy()
+        for name in ("starts", "ends", "key_start", "key_stop", "shift"):
+            tensor = getattr(self, name)
+            setattr(mask, name, None if tensor is None else tensor.to(device))
+        return mask
+
+    def _copy(self) -> IntervalMask:
+        mask = IntervalMask.__new__(IntervalMask)
+        mask.__dict__.update(self.__dict__)
+        mask._plans = {}
+        return mask
+
+    def _intervals(self, name: str, lifetimes: bool = False) -> tuple[torch.Tensor, torch.Tensor, int]:
+        if self.tq is None:
+            raise ValueError(f"{name}: expected a mask with sizes; give tq and tk to its builder")
+        if self.key_start is not None and not lifetimes:
+            raise ValueError(f"{name}: expected a mask without key lifetimes, which are not intervals of rows")
+        mask = self.materialize()
+        assert mask.starts is not None and mask.ends is not None and mask.tk is not None
+        return mask.starts, mask.ends, mask.tk
+
+    # --- questions ----------------------------------------
+
+    @property
+    def num_intervals(self) -> int:
+        """Intervals per row, m."""
+        if self.starts is not None:
+            return self.starts.shape[3]
+        return 2 if self.sink_tokens > 0 and self.window >= 0 else 1
+
+    def to_dense(self, tq: int | None = None, tk: int | None = None) -> torch.Tensor:
+        """bool [B|1, H|1, Tq, Tk], True where a row sees a key. Sizes are needed where the mask has none."""
+        mask = self.materialize(tq, tk)
+        assert mask.starts is not None and mask.ends is not None and mask.tk is not None
+        dense = algebra.contains(mask.starts, mask.ends, mask.tk)
+        if mask.key_start is not None and mask.key_stop is not None:
+            t = torch.arange(dense.shape[2], device=dense.device)[:, None]
+            dense = dense & (t >= mask.key_start[:, :, None]) & (t < mask.key_stop[:, :, None])
+        return dense
+
+    def is_causal(self) -> bool:
+        """Whether no row sees a key behind its own position."""
+        if self.starts is None or self.ends is None:
+            return self.plain_causal or self.tk == 0
+        assert self.tq is not None and self.tk is not None
+        stop = torch.arange(self.tq, device=self.ends.device)[:, None] + 1 + self.tk - self.tq
+        return bool(((self.starts >= self.ends) | (self.ends <= stop)).all())
+
+    def is_closed(self, lo: int, hi: int) -> bool:
+        """Whether tokens [lo, hi) see only each other.
+
+        Then, by induction over the layers, their hidden states do not depend on any other token, and their keys and values may be
+        kept whatever happens to the rest. For self attention, Tq = Tk.
+
+        Raises:
+            ValueError: if the mask has no sizes, Tq != Tk, or lo, hi are out of range.
+        """
+        starts, ends, tk = self._intervals("mask", lifetimes=True)
+        if self.tq != tk:
+            raise ValueError(f"mask: expected one of self attention, as many rows as keys, got {self.tq} and {tk}")
+        if not 0 <= lo <= hi <= tk:
+            raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= {tk}, got {lo} and {hi}")
+        if self.key_start is not None:
+            seen = self.to_dense()[:, :, lo:hi]
+            return not bool(seen[..., :lo].any() or seen[..., hi:].any())
+        rows, stops = starts[:, :, lo:hi], ends[:, :, lo:hi]
+        return bool(((rows >= stops) | ((rows >= lo) & (stops <= hi))).all())
+
+    def to_mask_mod(self) -> Callable[..., torch.Tensor]:
+        """The mask as `mask_mod(b, h, q, kv)` of FlexAttention. Needs sizes."""
+        starts, ends, _ = self._intervals("mask", lifetimes=True)
+        return interop.mask_mod(starts, ends, self.key_start, self.key_stop)
+
+    def to_flashmask(self) -> torch.Tensor:
+        """The mask as FlashMask's startend_row_indices (arXiv 2410.01359): int32 [B|1, H|1, Tk, 4], for causal=False.
+
+        For every key (LTS, LTE, UTS, UTE): rows [LTS, LTE) and [UTS, UTE) do not see it.
+
+        Raises:
+            ValueError: if some key is hidden from more than two runs of rows.
+        """
+        if self.tq is None:
+            raise ValueError(_ANY)
+        return interop.flashmask(self)
+
+    def __repr__(self) -> str:
+        sizes = f"tq={self.tq}, tk={self.tk}"
+        if self.starts is None:
+            kind = f"sink_tokens={self.sink_tokens}, window={self.window}, " if self.window >= 0 else ""
+            text = f"causal={self.plain_causal}, {kind}{sizes}"
+        else:
+            text = f"{sizes}, intervals={list(self.starts.shape)}"
+        more = [n for n in ("key_start", "shift") if getattr(self, n) is not None]
+        return f"IntervalMask({', '.join([text, *more])})"
+
+
+# --- checks ----------------------------------------
+
+
+def _check_size(name: str, size: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+    if size < 0:
+        raise ValueError(f"{name}: expected >= 0, got {size}")
+
+
+def _check_tensor(name: str, value: torch.Tensor, dims: int, like: torch.Tensor | None = None) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype is not torch.int32:
+        raise TypeError(f"{name}: expected int32, got {value.dtype}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(value.shape)}")
+    if like is not None and value.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+
+
+def _check_lifetime(key_start: torch.Tensor | None, key_stop: torch.Tensor | None, tk: int) -> None:
+    if (key_start is None) != (key_stop is None):
+        raise ValueError("key_stop: expected together with key_start")
+    if key_start is None or key_stop is None:
+        return
+    _check_tensor("key_start", key_start, 3)
+    _check_tensor("key_stop", key_stop, 3, key_start)
+    if key_start.shape[2] != tk:
+        raise ValueError(f"key_start: expected shape [B|1, H|1, {tk}], got {list(key_start.shape)}")
+
+
+def _check_values(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> None:
+    wrong = (starts < 0) | (ends > tk) | (starts > ends)
+    if bool(wrong.any()):
+        at = tuple(wrong.nonzero()[0].tolist())
+        got = f"[{int(starts[at])}, {int(ends[at])}) at {list(at)}"
+        raise ValueError(f"starts: expected intervals with 0 <= start <= end <= {tk}, got {got}")
+    bad = (starts[..., 1:] < ends[..., :-1]) & (starts[..., 1:] < ends[..., 1:])
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"starts: expected sorted intervals that do not overlap, got others in row {list(at[:3])}")
+
+
+def _check_cu(name: str, cu: torch.Tensor) -> None:
+    if not isinstance(cu, torch.Tensor) or cu.is_floating_point() or cu.dtype is torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {getattr(cu, 'dtype', type(cu).__name__)}")
+    if cu.dim() != 1 or cu.numel() < 1:
+        raise ValueError(f"{name}: expected shape [N + 1], got {list(cu.shape)}")
+    if int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
+        raise ValueError(f"{name}: expected to begin with 0 and not to decrease, got {cu.tolist()[:8]}")
+
+
+def _check_spans(name: str, spans: Sequence[Span], length: int) -> None:
+    for start, stop in spans:
+        if not 0 <= start <= stop <= length:
+            raise ValueError(f"{name}: expected spans inside [0, {length}], got ({start}, {stop})")
+
+
+def _joined_lifetimes(a: IntervalMask, b: IntervalMask) -> dict[str, torch.Tensor | None]:
+    if a.key_start is None or a.key_stop is None:
+        return {"key_start": b.key_start, "key_stop": b.key_stop}
+    if b.key_start is None or b.key_stop is None:
+        return {"key_start": a.key_start, "key_stop": a.key_stop}
+    return {
+        "key_start": torch.maximum(a.key_start, b.key_start),
+        "key_stop": torch.minimum(a.key_stop, b.key_stop),
+    }
