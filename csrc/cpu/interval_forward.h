@@ -52,10 +52,8 @@ inline bool masks_by_bias(const IntervalAttentionParams& p, const RowTile& rows,
 }
 
 /// x = scale * x + bias in units of log2, over columns [begin, end), multiples of kLanes; `live` keys have a bias.
-/// Returns the largest.
-inline float scale_scores(float* x, int64_t begin, int64_t end, float scale2, const float* bias, int64_t live) {
+inline void scale_scores(float* x, int64_t begin, int64_t end, float scale2, const float* bias, int64_t live) {
   const Vec factor = vec_set(scale2);
-  Vec top = vec_set(-__builtin_inff());
   for (int64_t j = begin; j < end; j += kLanes) {
     Vec s = vec_mul(vec_load(x + j), factor);
     if (bias != nullptr) {
@@ -64,8 +62,13 @@ inline float scale_scores(float* x, int64_t begin, int64_t end, float scale2, co
       s = vec_fma(vec_load(b), vec_set(kLog2e), s);
     }
     vec_store(x + j, s);
-    top = vec_max(top, s);
   }
+}
+
+/// The largest of columns [begin, end); NaN is passed over.
+inline float largest(const float* x, int64_t begin, int64_t end) {
+  Vec top = vec_set(-__builtin_inff());
+  for (int64_t j = begin; j < end; j += kLanes) top = vec_max(vec_load(x + j), top);
   return vec_max_all(top);
 }
 
@@ -112,7 +115,7 @@ class ForwardTile {
     for (int64_t row = 0; row < rows.padded(); ++row) {
       const bool sink = p_.sink_logits != nullptr && row < rows.count;
       top_[row] = sink ? p_.sink_logits[rows.head(row)] * kLog2e : -__builtin_inff();
-      sum_[row] = sink && top_[row] != -__builtin_inff() ? 1.0f : 0.0f;
+      sum_[row] = top_[row] == -__builtin_inff() ? 0.0f : 1.0f + (top_[row] - top_[row]);  // NaN beside infinity
     }
     zero_words(out_, rows.padded() * out_cols_);
     for (int64_t slot = 0; slot < p_.slots; ++slot) {
@@ -158,8 +161,10 @@ class ForwardTile {
     product<Words>(rows, end - begin, q_words(), {q_ + row * q_words_, q_words_, 1}, {kt_ + begin, kKeys},
                    {scores + begin, kKeys}, false);
     for (int64_t i = 0; i < rows; ++i) {
-      if (!hull.full || end > live) seen.fill_hidden(row + i, key, begin, end, -__builtin_inff(), scores + i * kKeys);
-      soften(row + i, key, live, begin, end);
+      float* x = scores + i * kKeys;
+      scale_scores(x, begin, end, p_.scale * kLog2e, bias_row(p_, *rows_, row + i, key), live);
+      if (!hull.full || end > live) seen.fill_hidden(row + i, key, begin, end, -__builtin_inff(), x);
+      soften(row + i, x, begin, end);
     }
     if (direct) {
       const int64_t from = hull.begin / Words::kDepth, depth = ceil_div(hull.end, Words::kDepth) - from;
@@ -173,10 +178,9 @@ class ForwardTile {
   /// Words of the summed dimension that are not padding.
   int64_t q_words() const { return ceil_div(p_.d, Words::kDepth); }
 
-  /// The scores of a row become weights; what was summed before is scaled to the new maximum.
-  void soften(int64_t row, int64_t key, int64_t live, int64_t begin, int64_t end) {
-    float* x = scores_ + row * kKeys;
-    const float found = scale_scores(x, begin, end, p_.scale * kLog2e, bias_row(p_, *rows_, row, key), live);
+  /// The scores x of a row become weights; what was summed before is scaled to the new maximum.
+  void soften(int64_t row, float* x, int64_t begin, int64_t end) {
+    const float found = largest(x, begin, end);
     const float top = found > top_[row] ? found : top_[row];
     const float shift = top == -__builtin_inff() ? 0.0f : top;
     if (top != top_[row]) {

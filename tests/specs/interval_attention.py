@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import subquad
 from subquad import IntervalMask, RopeSpec, reference
-from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler
+from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, Tolerance
 
 INPUTS = ("q", "k", "v", "key_bias", "sink_logits")
 
@@ -79,8 +79,10 @@ def draw(
         args["key_bias"] = sampler.normal(*bias)
     if sinks:
         args["sink_logits"] = sampler.normal(heads)
-    # A product of weights that are rounded to 16 bits is not rounded once.
-    return Sample(name, args, {"mask": mask, **options}, rows_independent=True, rounded_once=sampler.dtype is torch.float32)
+    shared = mask.starts is None or mask.starts.shape[0] == 1
+    # Weights are rounded to 16 bits before they are multiplied, so 16-bit results are not rounded once.
+    exact = sampler.dtype is torch.float32
+    return Sample(name, args, {"mask": mask, **options}, rows_independent=shared, rounded_once=exact)
 
 
 def samples(sampler: Sampler) -> Iterator[Sample]:
@@ -201,6 +203,8 @@ SPEC = OpSpec(
     samples=samples,
     grad_args=INPUTS,
     rows=("q", "k", "v"),
+    # delta = dO . O of a rounded O: its error does not shrink where the terms cancel.
+    tol=Tolerance(grad={torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}, factor=3.0),
     bench=tuple(_bench_cases()),
     bench_sample=bench_sample,
     bench_oracle=bench_oracle,

@@ -78,9 +78,10 @@ class Case:
         """Gradient of every named tensor, by autograd through the op."""
         leaves = self.leaves(sample, names)
         outputs = self.call(sample, **leaves)
-        return dict(
-            zip(leaves, torch.autograd.grad(outputs, tuple(leaves.values()), self.upstream(outputs)), strict=True)
-        )
+        pairs = zip(outputs, self.upstream(outputs), strict=True)
+        reached = [(y, g) for y, g in pairs if y.requires_grad]  # one leaf alone need not reach every output
+        grads = torch.autograd.grad([y for y, _ in reached], tuple(leaves.values()), [g for _, g in reached])
+        return dict(zip(leaves, grads, strict=True))
 
     def judge(
         self,

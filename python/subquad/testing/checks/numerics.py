@@ -32,7 +32,7 @@ def gradients(case: Case) -> None:
         for name, grad in actual.items():
             what = f"{sample.id}: gradient of {name}"
             assert grad.shape == sample[name].shape, f"{what}: shape {list(grad.shape)}"
-            case.judge(grad, reference[name], oracle[name], case.spec.tol.grad, what)
+            case.judge(grad, reference[name], oracle[name], case.spec.tol.grad, what, rounded=sample.rounded_once)
 
 
 def _reference_gradients(case: Case, sample: Sample, wide: bool = False) -> dict[str, torch.Tensor]:
