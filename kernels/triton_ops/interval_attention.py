@@ -23,119 +23,22 @@ import triton
 import triton.language as tl
 
 from ._common.aot import AotCase
-from ._common.numerics import cast, is_finite, widen_if_interpreted
+from ._common.intervals import (
+    LOG2E,
+    PLAN_K,
+    PLAN_Q,
+    add_product,
+    dot,
+    load_bias,
+    load_lse2,
+    load_rows,
+    visible,
+    visited,
+    visits,
+)
+from ._common.numerics import cast
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-PLAN_Q, PLAN_K = tl.constexpr(128), tl.constexpr(64)
-
-
-@triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in fp32; operands in the input dtype."""
-    return tl.dot(widen_if_interpreted(a), widen_if_interpreted(b), input_precision=PRECISION)
-
-
-@triton.jit
-def _add_product(acc, weights, x, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + weights @ x. With MASKED, weights is 0 where keep is not set, and x counts only where it is."""
-    w = cast(weights, x.dtype)
-    if not MASKED:
-        return acc + _dot(w, x, PRECISION)
-    wide = x.to(tl.float32)
-    finite = is_finite(wide)
-    acc += _dot(w, cast(tl.where(finite, wide, 0.0), x.dtype), PRECISION)
-    if tl.max(tl.where(finite, 0, 1)) > 0:
-        seen = tl.where(keep, 1.0, 0.0)
-        up = tl.dot(seen, tl.where(wide == float("inf"), 1.0, 0.0), input_precision="tf32")
-        down = tl.dot(seen, tl.where(wide == float("-inf"), 1.0, 0.0), input_precision="tf32")
-        none = tl.dot(seen, tl.where(wide != wide, 1.0, 0.0), input_precision="tf32")
-        acc = tl.where(up > 0, acc + float("inf"), acc)
-        acc = tl.where(down > 0, acc - float("inf"), acc)
-        acc = tl.where(none > 0, float("nan"), acc)
-    return acc
-
-
-@triton.jit
-def _visible(
-    rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
-    PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
-    LIFETIME: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """bool [rows, cols]: which pairs the mask, the lifetimes and biases of -inf leave."""
-    live = rows < tq
-    keep = live[:, None] & (cols < tk)[None, :]
-    if PLANNED:
-        at = rows.to(tl.int64) * M
-        inside = tl.zeros([rows.shape[0], cols.shape[0]], tl.int1)
-        if SLOTS > 1:
-            s = tl.load(starts_ptr + at + slot, live, other=0)
-            e = tl.load(ends_ptr + at + slot, live, other=0)
-            inside = (cols[None, :] >= s[:, None]) & (cols[None, :] < e[:, None])
-        else:
-            for r in range(M):
-                s = tl.load(starts_ptr + at + r, live, other=0)
-                e = tl.load(ends_ptr + at + r, live, other=0)
-                inside = inside | ((cols[None, :] >= s[:, None]) & (cols[None, :] < e[:, None]))
-        keep = keep & inside
-    elif CAUSAL:
-        i = rows + (tk - tq)
-        keep = keep & (cols[None, :] <= i[:, None])
-        if WINDOWED:
-            keep = keep & ((cols < sink_tokens)[None, :] | (i[:, None] - cols[None, :] < window))
-    if LIFETIME:
-        first = tl.load(life_ptr + cols, cols < tk, other=0)
-        last = tl.load(death_ptr + cols, cols < tk, other=0)
-        keep = keep & (rows[:, None] >= first[None, :]) & (rows[:, None] < last[None, :])
-    if BIAS:
-        keep = keep & (bias > float("-inf"))[None, :]
-    return keep
-
-
-@triton.jit
-def _load_rows(ptr, rows, stride, count, cols, width):
-    """[rows, cols] of a matrix whose rows are `stride` apart; 0 outside."""
-    offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    return tl.load(ptr + offsets, (rows < count)[:, None] & (cols < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_bias(bias_ptr, cols, tk, BIAS: tl.constexpr):
-    """Biases of keys in units of log2; 0 without."""
-    if BIAS:
-        return tl.load(bias_ptr + cols, cols < tk, other=0.0) * LOG2E
-    return tl.zeros([cols.shape[0]], tl.float32)
-
-
-@triton.jit
-def _key_tiles(
-    first_row, last_row, tq, tk, sink_tokens, window,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Tiles of keys that rows [first_row, last_row] see under a plain mask: [0, sinks), [low, high), of the latter
-    [full_low, full_high) wholly (none without PLAIN)."""
-    tiles = tl.cdiv(tk, BN)
-    whole = tk // BN
-    sinks = 0
-    low = 0
-    high = tiles
-    full_low = 0
-    full_high = whole
-    if CAUSAL:
-        i0 = first_row + (tk - tq)
-        i1 = last_row + (tk - tq)
-        high = tl.minimum(tiles, tl.cdiv(tl.maximum(i1 + 1, 0), BN))
-        full_high = tl.minimum(whole, tl.maximum(i0 + 1, 0) // BN)
-        if WINDOWED:
-            sinks = tl.minimum(tl.cdiv(sink_tokens, BN), high)
-            low = tl.maximum(sinks, tl.maximum(i0 - window + 1, 0) // BN)
-            low = tl.minimum(low, high)
-            full_low = tl.cdiv(tl.maximum(i1 - window + 1, 0), BN)
-    full_low = tl.minimum(tl.maximum(full_low, low), high)
-    full_high = tl.minimum(tl.maximum(full_high, full_low), high)
-    if not PLAIN:
-        full_high = full_low
-    return sinks, low, full_low, full_high, high
 
 
 @triton.jit
@@ -147,15 +50,15 @@ def _fwd_tile(
     BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, BN)
-    k = _load_rows(k_ptr, cols, k_stride, tk, tl.arange(0, BD), d)
-    v = _load_rows(v_ptr, cols, v_stride, tk, tl.arange(0, BDV), dv)
-    scores = _dot(q, tl.trans(k), PRECISION) * scale2
-    bias = _load_bias(bias_ptr, cols, tk, BIAS)
+    k = load_rows(k_ptr, cols, k_stride, tk, tl.arange(0, BD), d)
+    v = load_rows(v_ptr, cols, v_stride, tk, tl.arange(0, BDV), dv)
+    scores = dot(q, tl.trans(k), PRECISION) * scale2
+    bias = load_bias(bias_ptr, cols, tk, BIAS)
     if BIAS:
         scores += bias[None, :]
     keep = scores == scores
     if MASKED:
-        keep = _visible(
+        keep = visible(
             rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
             PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
         )  # fmt: skip
@@ -164,7 +67,7 @@ def _fwd_tile(
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - shift[:, None])
     factor = tl.exp2(top - shift)
-    acc = _add_product(acc * factor[:, None], weights, v, keep, MASKED, PRECISION)
+    acc = add_product(acc * factor[:, None], weights, v, keep, MASKED, PRECISION)
     return acc, new_top, total * factor + tl.sum(weights, 1)
 
 
@@ -181,7 +84,8 @@ def _interval_attention_fwd_kernel(
     PLAIN: tl.constexpr = not (LIFETIME or BIAS)
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = tl.program_id(1) % heads
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    first = tl.program_id(0) * BM
+    rows = first + tl.arange(0, BM)
     k_ptr += b * k_b + (h // GROUP) * k_h
     v_ptr += b * v_b + (h // GROUP) * v_h
     bias_ptr += b * bias_b + h * bias_h
@@ -198,49 +102,436 @@ def _interval_attention_fwd_kernel(
         top = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
     for slot in range(SLOTS):
-        q = _load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, rows, q_t, tq, tl.arange(0, BD), d)
-        if PLANNED:
-            at = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + tl.program_id(0) * BM // PLAN_Q
-            parts = tl.load(count_ptr + 2 * at) * (PLAN_K // BN)
-            both = parts + tl.load(count_ptr + 2 * at + 1) * (PLAN_K // BN)
-            for n in range(parts):
-                start = tl.load(list_ptr + at * nk + n // (PLAN_K // BN)) * PLAN_K + n % (PLAN_K // BN) * BN
-                acc, top, total = _fwd_tile(
-                    acc, top, total, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
-                    rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
-                    True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
-                )  # fmt: skip
-            for n in range(parts, both):
-                start = tl.load(list_ptr + at * nk + n // (PLAN_K // BN)) * PLAN_K + n % (PLAN_K // BN) * BN
-                acc, top, total = _fwd_tile(
-                    acc, top, total, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
-                    rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
-                    not PLAIN, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
-                )  # fmt: skip
-        else:
-            first = tl.program_id(0) * BM
-            sinks, low, full_low, full_high, high = _key_tiles(
-                first, tl.minimum(first + BM, tq) - 1, tq, tk, sink_tokens, window, CAUSAL, WINDOWED, PLAIN, BN
-            )
-            masked = sinks + (full_low - low) + (high - full_high)
-            for n in range(masked):
-                tile = tl.where(n < sinks, n, n - sinks + low)
-                tile = tl.where(tile >= full_low, tl.where(n < sinks, tile, tile + full_high - full_low), tile)
-                acc, top, total = _fwd_tile(
-                    acc, top, total, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
-                    rows, tile * BN, tq, tk, d, dv, sink_tokens, window, slot, scale2,
-                    True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
-                )  # fmt: skip
-            for tile in range(full_low, full_high):
-                acc, top, total = _fwd_tile(
-                    acc, top, total, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
-                    rows, tile * BN, tq, tk, d, dv, sink_tokens, window, slot, scale2,
-                    False, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
-                )  # fmt: skip
+        q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, rows, q_t, tq, tl.arange(0, BD), d)
+        entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + first // PLAN_Q
+        masked, both, sinks, low, full_low, full_high = visits(
+            count_ptr + 2 * entry, first, tl.minimum(first + BM, tq) - 1, tq, tk, sink_tokens, window,
+            True, PLANNED, CAUSAL, WINDOWED, PLAIN, BN,
+        )  # fmt: skip
+        for n in range(masked):
+            start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
+            acc, top, total = _fwd_tile(
+                acc, top, total, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+                rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
+                True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
+            )  # fmt: skip
+        for n in range(masked, both):
+            start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
+            acc, top, total = _fwd_tile(
+                acc, top, total, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+                rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
+                not PLAIN, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
+            )  # fmt: skip
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
     row = (b * tq + rows) * heads + h
-    tl.store(lse_ptr + row, tl.where(empty, float("-inf"), (tl.where(empty, 0.0, top) + tl.log2(safe)) * LN2), rows < tq)
+    tl.store(
+        lse_ptr + row, tl.where(empty, float("-inf"), (tl.where(empty, 0.0, top) + tl.log2(safe)) * LN2), rows < tq
+    )
     cols = tl.arange(0, BDV)
     out = cast(acc / safe[:, None], out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * dv + cols[None, :], out, (rows < tq)[:, None] & (cols < dv)[None, :])
+
+
+@triton.jit
+def _pair(
+    q, k, grad, v, lse2, delta, bias, keep, scale2,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(weights, gradients of the scores) of a tile, keys down and rows across: [BN, BM]."""
+    scores = dot(k, tl.trans(q), PRECISION) * scale2
+    if BIAS:
+        scores += bias[:, None]
+    weights = tl.exp2(scores - lse2[None, :])
+    d = weights * (dot(v, tl.trans(grad), PRECISION) - delta[None, :])
+    if MASKED:
+        weights = tl.where(keep, weights, 0.0)
+        d = tl.where(keep, d, 0.0)
+    return weights, d
+
+
+@triton.jit
+def _dq_tile(
+    dq, q, grad, lse2, delta, k_ptr, v_ptr, k_stride, v_stride, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+    rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
+    MASKED: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr,
+    SLOTS: tl.constexpr, LIFETIME: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    cols = start + tl.arange(0, BN)
+    k = load_rows(k_ptr, cols, k_stride, tk, tl.arange(0, BD), d)
+    v = load_rows(v_ptr, cols, v_stride, tk, tl.arange(0, BDV), dv)
+    bias = load_bias(bias_ptr, cols, tk, BIAS)
+    scores = dot(q, tl.trans(k), PRECISION) * scale2
+    if BIAS:
+        scores += bias[None, :]
+    weights = tl.exp2(scores - lse2[:, None])
+    ds = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+    keep = scores == scores
+    if MASKED:
+        keep = visible(
+            rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
+            PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
+        )  # fmt: skip
+        ds = tl.where(keep, ds, 0.0)
+    return add_product(dq, ds, k, keep, MASKED, PRECISION)
+
+
+@triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window", "nq", "nk"])
+def _interval_attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr, bias_ptr, count_ptr, list_ptr,
+    grad_ptr, grad_lse_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    q_b, q_t, q_h, q_s, k_b, k_t, k_h, v_b, v_t, v_h, mask_b, mask_h, life_b, life_h, bias_b, bias_h,
+    heads, tq, tk, nq, nk, d, dv, sink_tokens, window, scale,
+    GROUP: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr,
+    SLOTS: tl.constexpr, LIFETIME: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    PLAIN: tl.constexpr = not (LIFETIME or BIAS)
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = tl.program_id(1) % heads
+    first = tl.program_id(0) * BM
+    rows = first + tl.arange(0, BM)
+    k_ptr += b * k_b + (h // GROUP) * k_h
+    v_ptr += b * v_b + (h // GROUP) * v_h
+    bias_ptr += b * bias_b + h * bias_h
+    life_ptr += b * life_b + h * life_h
+    death_ptr += b * life_b + h * life_h
+    starts_ptr += (b * mask_b + h * mask_h) * tq * M
+    ends_ptr += (b * mask_b + h * mask_h) * tq * M
+    scale2 = scale * LOG2E
+    live = rows < tq
+    row = (b * tq + rows) * heads + h
+    values = tl.arange(0, BDV)
+    at = row[:, None] * dv + values[None, :]
+    inside = live[:, None] & (values < dv)[None, :]
+    grad = tl.load(grad_ptr + at, inside, other=0.0)
+    out = tl.load(out_ptr + at, inside, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1) - tl.load(grad_lse_ptr + row, live, other=0.0)
+    tl.store(delta_ptr + row, delta, live)
+    lse2 = load_lse2(lse_ptr, row, live)
+    for slot in range(SLOTS):
+        q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, rows, q_t, tq, tl.arange(0, BD), d)
+        dq = tl.zeros([BM, BD], tl.float32)
+        entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + first // PLAN_Q
+        masked, both, sinks, low, full_low, full_high = visits(
+            count_ptr + 2 * entry, first, tl.minimum(first + BM, tq) - 1, tq, tk, sink_tokens, window,
+            True, PLANNED, CAUSAL, WINDOWED, PLAIN, BN,
+        )  # fmt: skip
+        for n in range(masked):
+            start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
+            dq = _dq_tile(
+                dq, q, grad, lse2, delta, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+                rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
+                True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
+            )  # fmt: skip
+        for n in range(masked, both):
+            start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
+            dq = _dq_tile(
+                dq, q, grad, lse2, delta, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+                rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
+                not PLAIN, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
+            )  # fmt: skip
+        cols = tl.arange(0, BD)
+        dq_at = (row[:, None] * SLOTS + slot) * d + cols[None, :]
+        tl.store(dq_ptr + dq_at, cast(dq * scale, dq_ptr.dtype.element_ty), live[:, None] & (cols < d)[None, :])
+
+
+@triton.jit
+def _dkdv_tile(
+    dk, dv_sum, dbias, k, v, bias, q_ptr, q_stride, grad_ptr, lse_ptr, delta_ptr, heads,
+    starts_ptr, ends_ptr, life_ptr, death_ptr, cols, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
+    MASKED: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr,
+    SLOTS: tl.constexpr, LIFETIME: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    rows = start + tl.arange(0, BM)
+    q = load_rows(q_ptr, rows, q_stride, tq, tl.arange(0, BD), d)
+    grad = load_rows(grad_ptr, rows, heads * dv, tq, tl.arange(0, BDV), dv)
+    live = rows < tq
+    lse2 = load_lse2(lse_ptr, rows * heads, live)
+    delta = tl.load(delta_ptr + rows * heads, live, other=0.0)
+    if MASKED:
+        keep = visible(
+            rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
+            PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
+        )  # fmt: skip
+        keep = tl.trans(keep)
+    else:
+        keep = tl.zeros([cols.shape[0], BM], tl.int1)
+    weights, ds = _pair(q, k, grad, v, lse2, delta, bias, keep, scale2, MASKED, BIAS, PRECISION)
+    dv_sum = add_product(dv_sum, weights, grad, keep, MASKED, PRECISION)
+    dk = add_product(dk, ds, q, keep, MASKED, PRECISION)
+    if BIAS:
+        dbias += tl.sum(ds, 1)
+    return dk, dv_sum, dbias
+
+
+@triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window", "nq", "nk"])
+def _interval_attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr, bias_ptr, count_ptr, list_ptr,
+    grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr,
+    q_b, q_t, q_h, q_s, k_b, k_t, k_h, v_b, v_t, v_h, mask_b, mask_h, life_b, life_h, bias_b, bias_h,
+    heads, tq, tk, nq, nk, d, dv, sink_tokens, window, scale,
+    GROUP: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr,
+    SLOTS: tl.constexpr, LIFETIME: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    PLAIN: tl.constexpr = not (LIFETIME or BIAS)
+    kv_heads = heads // GROUP
+    b = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = tl.program_id(1) % kv_heads
+    first = tl.program_id(0) * BN
+    cols = first + tl.arange(0, BN)
+    scale2 = scale * LOG2E
+    k = load_rows(k_ptr + b * k_b + kv_head * k_h, cols, k_t, tk, tl.arange(0, BD), d)
+    v = load_rows(v_ptr + b * v_b + kv_head * v_h, cols, v_t, tk, tl.arange(0, BDV), dv)
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv_sum = tl.zeros([BN, BDV], tl.float32)
+    for g in range(GROUP):
+        h = kv_head * GROUP + g
+        bias = load_bias(bias_ptr + b * bias_b + h * bias_h, cols, tk, BIAS)
+        dbias = tl.zeros([BN], tl.float32)
+        head = b * tq * heads + h
+        life = b * life_b + h * life_h
+        mask = (b * mask_b + h * mask_h) * tq * M
+        for slot in range(SLOTS):
+            q_head = q_ptr + b * q_b + h * q_h + slot * q_s
+            entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nk + first // PLAN_K
+            masked, both, sinks, low, full_low, full_high = visits(
+                count_ptr + 2 * entry, first, first + BN - 1, tq, tk, sink_tokens, window,
+                False, PLANNED, CAUSAL, WINDOWED, PLAIN, BM,
+            )  # fmt: skip
+            for n in range(masked):
+                start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nq, False, PLANNED, BM)
+                dk, dv_sum, dbias = _dkdv_tile(
+                    dk, dv_sum, dbias, k, v, bias, q_head, q_t, grad_ptr + head * dv, lse_ptr + head, delta_ptr + head,
+                    heads, starts_ptr + mask, ends_ptr + mask, life_ptr + life, death_ptr + life, cols, start,
+                    tq, tk, d, dv, sink_tokens, window, slot, scale2,
+                    True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BM, BD, BDV,
+                )  # fmt: skip
+            for n in range(masked, both):
+                start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nq, False, PLANNED, BM)
+                dk, dv_sum, dbias = _dkdv_tile(
+                    dk, dv_sum, dbias, k, v, bias, q_head, q_t, grad_ptr + head * dv, lse_ptr + head, delta_ptr + head,
+                    heads, starts_ptr + mask, ends_ptr + mask, life_ptr + life, death_ptr + life, cols, start,
+                    tq, tk, d, dv, sink_tokens, window, slot, scale2,
+                    not PLAIN, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BM, BD, BDV,
+                )  # fmt: skip
+        if BIAS:
+            tl.store(dbias_ptr + (b * heads + h) * tk + cols, dbias, cols < tk)
+    key = ((b * tk + cols) * kv_heads + kv_head)[:, None]
+    width, values = tl.arange(0, BD), tl.arange(0, BDV)
+    inside = (cols < tk)[:, None]
+    tl.store(
+        dk_ptr + key * d + width[None, :], cast(dk * scale, dk_ptr.dtype.element_ty), inside & (width < d)[None, :]
+    )
+    tl.store(
+        dv_ptr + key * dv + values[None, :], cast(dv_sum, dv_ptr.dtype.element_ty), inside & (values < dv)[None, :]
+    )
+
+
+class _Call(NamedTuple):
+    """What the three kernels share: pointers of the mask, strides and sizes, constants."""
+
+    tensors: tuple[torch.Tensor, ...]  # starts, ends, key_start, key_stop, key_bias
+    sizes: tuple[Any, ...]
+    constants: dict[str, Any]
+    plan: list[torch.Tensor]
+
+
+def _broadcast_strides(x: torch.Tensor, batch_unit: int, head_unit: int) -> tuple[int, int]:
+    """Steps of batch and head, in units of a head or an element; 0 where broadcast."""
+    return (batch_unit * x.shape[1] if x.shape[0] > 1 else 0, head_unit if x.shape[1] > 1 else 0)
+
+
+def _call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    key_stop: torch.Tensor | None,
+    sink_tokens: int,
+    window: int,
+    causal: bool,
+    key_bias: torch.Tensor | None,
+    scale: float,
+    plan: list[torch.Tensor],
+) -> _Call:
+    tq, heads, slots, d = q.shape[1:]
+    tk, kv_heads, dv = k.shape[1], k.shape[2], v.shape[3]
+    mask_b = mask_h = life_b = life_h = bias_b = bias_h = 0
+    m = 1
+    if starts is not None and ends is not None:
+        if len(plan) != 4:
+            raise ValueError(
+                f"plan: expected the 4 tensors of IntervalMask.plan for a mask of tensors, got {len(plan)}"
+            )
+        m = starts.shape[3]
+        mask_b, mask_h = _broadcast_strides(starts, 1, 1)
+    if slots not in (1, m):
+        raise ValueError(f"q: expected one slot, or one for each of {m} intervals, got {slots}")
+    if key_start is not None:
+        life_b, life_h = _broadcast_strides(key_start, tk, tk)
+    if key_bias is not None:
+        bias_b, bias_h = _broadcast_strides(key_bias, tk, tk)
+    nq, nk = triton.cdiv(tq, PLAN_Q.value), triton.cdiv(tk, PLAN_K.value)
+    sizes = (
+        *q.stride()[:4], *k.stride()[:3], *v.stride()[:3], mask_b, mask_h, life_b, life_h, bias_b, bias_h,
+        heads, tq, tk, nq, nk, d, dv, sink_tokens, window, scale,
+    )  # fmt: skip
+    constants = {
+        "GROUP": heads // kv_heads, "PLANNED": starts is not None, "CAUSAL": causal, "WINDOWED": causal and window >= 0,
+        "M": m, "SLOTS": slots, "LIFETIME": key_start is not None, "BIAS": key_bias is not None,
+        "PRECISION": "tf32x3" if q.dtype is torch.float32 else "tf32",
+        "BD": max(16, triton.next_power_of_2(d)), "BDV": max(16, triton.next_power_of_2(dv)),
+    }  # fmt: skip
+    # A pointer that no branch uses must still be one: q stands in for what is missing.
+    tensors = tuple(q if x is None else x for x in (starts, ends, key_start, key_stop, key_bias))
+    return _Call(tensors, sizes, constants, plan or [q] * 4)
+
+
+def _launch_options(constants: dict[str, Any], dtype: torch.dtype, kind: str) -> dict[str, int]:
+    """Tiles, warps and stages by the larger head dimension; see docs/performance.md."""
+    width = max(constants["BD"], constants["BDV"])
+    if dtype is torch.float32:
+        return {"BM": 64 if width <= 64 else 32, "BN": 32, "num_warps": 4, "num_stages": 1}
+    if kind == "fwd":
+        if width <= 64:
+            return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}
+        return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2 if width <= 128 else 1}
+    return {"BM": 64, "BN": 64, "num_warps": 4 if width <= 64 else 8, "num_stages": 2 if width <= 64 else 1}
+
+
+def interval_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    key_stop: torch.Tensor | None,
+    sink_tokens: int,
+    window: int,
+    causal: bool,
+    key_bias: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    scale: float,
+    plan: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of softmax attention over the intervals.
+
+    Args:
+        q: `[B, Tq, Hq, R, D]`, R = 1 or the number of intervals; k `[B, Tk, Hkv, D]`; v `[B, Tk, Hkv, Dv]`; last dimension
+            contiguous.
+        starts, ends: int32 `[B|1, Hq|1, Tq, m]` or None for the plain mask of `sink_tokens`, `window` (-1: none), `causal`.
+        key_start, key_stop: int32 `[B|1, Hq|1, Tk]` or None.
+        key_bias: fp32 `[B|1, Hq|1, Tk]` or None; sink_logits: fp32 `[Hq]` or None.
+        plan: of the mask, where `starts` is given; per interval when R > 1.
+
+    Returns:
+        out `[B, Tq, Hq, Dv]` like q, lse fp32 `[B, Tq, Hq]`, contiguous.
+
+    Raises:
+        ValueError: a mask without its plan, or slots that do not fit it.
+    """
+    batch, tq, heads = q.shape[:3]
+    c = _call(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, scale, plan)
+    out = q.new_empty((batch, tq, heads, v.shape[3]))
+    lse = q.new_empty((batch, tq, heads), dtype=torch.float32)
+    options = _launch_options(c.constants, q.dtype, "fwd")
+    if lse.numel():
+        _interval_attention_fwd_kernel[(triton.cdiv(tq, options["BM"]), batch * heads)](
+            q, k, v, *c.tensors, q if sink_logits is None else sink_logits, c.plan[0], c.plan[1], out, lse, *c.sizes,
+            SINKS=sink_logits is not None, **c.constants, **options,
+        )  # fmt: skip
+    return out, lse
+
+
+def interval_attention_bwd(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    key_stop: torch.Tensor | None,
+    sink_tokens: int,
+    window: int,
+    causal: bool,
+    key_bias: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    scale: float,
+    plan: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v and key_bias, and delta = rowsum(grad_out * out) - grad_lse.
+
+    Args: as `interval_attention_fwd`, its results, and their gradients, contiguous.
+
+    Returns:
+        dq, dk, dv like q, k, v; dkey_bias fp32 `[B, Hq, Tk]` (`[0]` without key_bias); delta fp32 `[B, Tq, Hq]`.
+
+    Raises:
+        ValueError: as `interval_attention_fwd`.
+    """
+    batch, tq, heads = q.shape[:3]
+    tk, kv_heads = k.shape[1:3]
+    c = _call(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, scale, plan)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dkey_bias = lse.new_empty((0,) if key_bias is None else (batch, heads, tk))
+    delta = torch.empty_like(lse)
+    options = _launch_options(c.constants, q.dtype, "bwd")
+    if lse.numel():
+        _interval_attention_dq_kernel[(triton.cdiv(tq, options["BM"]), batch * heads)](
+            q, k, v, *c.tensors, c.plan[0], c.plan[1], grad_out, grad_lse, out, lse, dq, delta, *c.sizes,
+            **c.constants, **options,
+        )  # fmt: skip
+    if batch * tk * kv_heads:
+        _interval_attention_dkdv_kernel[(triton.cdiv(tk, options["BN"]), batch * kv_heads)](
+            q, k, v, *c.tensors, c.plan[2], c.plan[3], grad_out, lse, delta, dk, dv, dkey_bias, *c.sizes,
+            **c.constants, **options,
+        )  # fmt: skip
+    return dq, dk, dv, dkey_bias, delta
+
+
+def _aot_args(dtype: torch.dtype, d: int, kind: str, backward: bool = False) -> tuple[Any, ...]:
+    """A prefill of 4096 tokens with 8 key heads of 32."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    t, heads, kv_heads = 4096, 32, 8
+    index = partial(empty, dtype=torch.int32)
+    nq, nk = t // PLAN_Q.value, t // PLAN_K.value
+    mask: tuple[Any, ...] = (None, None, None, None, 4 if kind == "sink" else 0, 1020 if kind == "sink" else -1, True)
+    plan: list[torch.Tensor] = []
+    if kind == "planned":
+        mask = (index(1, 1, t, 2), index(1, 1, t, 2), None, None, 0, -1, False)
+        plan = [index(1, 1, nq, 2), index(1, 1, nq, nk), index(1, 1, nk, 2), index(1, 1, nk, nq)]
+    q, k, v = empty(1, t, heads, 1, d), empty(1, t, kv_heads, d), empty(1, t, kv_heads, d)
+    call = (q, k, v, *mask, None, None, 0.125, plan)
+    if not backward:
+        return call
+    out, lse = empty(1, t, heads, d), empty(1, t, heads, dtype=torch.float32)
+    return (out, lse, out, lse, *call)
+
+
+AOT = [
+    AotCase(f"{name} D{d} {kind}", launcher, partial(_aot_args, dtype, d, kind, backward))
+    for name, dtype, d, kind in (
+        ("bf16", torch.bfloat16, 64, "causal"),
+        ("bf16", torch.bfloat16, 64, "sink"),
+        ("bf16", torch.bfloat16, 128, "causal"),
+        ("bf16", torch.bfloat16, 128, "planned"),
+        ("fp32", torch.float32, 64, "causal"),
+    )
+    for launcher, backward in ((interval_attention_fwd, False), (interval_attention_bwd, True))
+]
+
+__all__ = ["AOT", "interval_attention_bwd", "interval_attention_fwd"]

@@ -15,26 +15,19 @@ def tile_plan(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> list[torch.T
         tk: number of keys.
 
     Returns:
-        q_count [..., nq], q_list [..., nq, nk], k_count [..., nk], k_list [..., nk, nq], int32. The first `count` entries
-        of a list are valid, ascending; an entry is 2 * tile + full, and full says that every row of the tile sees every key
-        of the tile with one interval. Tiles that no row touches are left out.
+        q_count [..., nq, 2], q_list [..., nq, nk], k_count [..., nk, 2], k_list [..., nk, nq], int32. A list begins with the
+        tiles that are seen in part, then come those that every row sees wholly with one interval, each ascending; the counts
+        are of these two kinds. Tiles that no row touches follow and mean nothing.
     """
-    tq, m = starts.shape[-2:]
-    lead = starts.shape[:-2]
+    tq = starts.shape[-2]
     nq, nk = -(-tq // PLAN_Q), -(-tk // PLAN_K)
     starts, ends = starts.clamp(0, tk).long(), ends.clamp(0, tk).long()
     live = starts < ends
-    touched = _covered(starts // PLAN_K, -(-ends // PLAN_K), live, nq, nk)
-    last = torch.where(ends == tk, nk, ends // PLAN_K)
-    first = -(-starts // PLAN_K)
-    full = _covered(first, last, live & (first < last), nq, nk)
+    touched = _covered(starts // PLAN_K, -(-ends // PLAN_K), live, nq, nk) > 0
+    first, last = -(-starts // PLAN_K), ends // PLAN_K  # a tile beyond the last key is never whole: kernels need its bound
     rows = (tq - torch.arange(nq, device=starts.device) * PLAN_Q).clamp(max=PLAN_Q)
-    full = full == rows[:, None]
-    touched = touched > 0
-    q_count, q_list = _lists(touched, full)
-    k_count, k_list = _lists(touched.transpose(-1, -2), full.transpose(-1, -2))
-    assert q_list.shape == (*lead, nq, nk) and m >= 0
-    return [q_count, q_list, k_count, k_list]
+    full = _covered(first, last, live & (first < last), nq, nk) == rows[:, None]
+    return [*_lists(touched, full), *_lists(touched.transpose(-1, -2), full.transpose(-1, -2))]
 
 
 def _covered(first: torch.Tensor, last: torch.Tensor, live: torch.Tensor, nq: int, nk: int) -> torch.Tensor:
@@ -50,11 +43,8 @@ def _covered(first: torch.Tensor, last: torch.Tensor, live: torch.Tensor, nq: in
 
 
 def _lists(touched: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(count, entries) along the last dimension."""
-    n = touched.shape[-1]
-    tile = torch.arange(n, device=touched.device)
-    order = torch.where(touched, tile, tile + n).sort(-1).values
-    valid = order < n
-    at = torch.where(valid, order, 0)
-    entries = torch.where(valid, 2 * at + full.gather(-1, at), 0)
-    return touched.sum(-1).int(), entries.int().contiguous()
+    """(counts, tiles) along the last dimension: those in part, those seen wholly, the rest."""
+    kind = torch.where(full, 1, torch.where(touched, 0, 2))
+    tiles = kind.sort(dim=-1, stable=True).indices
+    counts = torch.stack([(kind == 0).sum(-1), (kind == 1).sum(-1)], -1)
+    return counts.int().contiguous(), tiles.int().contiguous()

@@ -1,0 +1,217 @@
+"""What the kernels of interval attention share: which tiles and pairs a mask leaves, and products that hide the rest.
+
+Tiles are visited in one order: those seen in part first, then those that every row sees wholly. Plain masks find them in closed
+form; masks in tensors bring them in a plan.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numerics import cast, is_finite, widen_if_interpreted
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+PLAN_Q, PLAN_K = tl.constexpr(128), tl.constexpr(64)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b in fp32; operands in the input dtype."""
+    return tl.dot(widen_if_interpreted(a), widen_if_interpreted(b), input_precision=PRECISION)
+
+
+@triton.jit
+def add_product(acc, weights, x, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + weights @ x. With MASKED, weights is 0 where keep is not set, and x counts only where it is."""
+    w = cast(weights, x.dtype)
+    if not MASKED:
+        return acc + dot(w, x, PRECISION)
+    wide = x.to(tl.float32)
+    finite = is_finite(wide)
+    acc += dot(w, cast(tl.where(finite, wide, 0.0), x.dtype), PRECISION)
+    if tl.max(tl.where(finite, 0, 1)) > 0:
+        seen = tl.where(keep, 1.0, 0.0)
+        up = tl.dot(seen, tl.where(wide == float("inf"), 1.0, 0.0), input_precision="tf32")
+        down = tl.dot(seen, tl.where(wide == float("-inf"), 1.0, 0.0), input_precision="tf32")
+        none = tl.dot(seen, tl.where(wide != wide, 1.0, 0.0), input_precision="tf32")
+        acc = tl.where(up > 0, acc + float("inf"), acc)
+        acc = tl.where(down > 0, acc - float("inf"), acc)
+        acc = tl.where(none > 0, float("nan"), acc)
+    return acc
+
+
+@triton.jit
+def visible(
+    rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
+    PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
+    LIFETIME: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """bool [rows, cols]: which pairs the mask, the lifetimes and biases of -inf leave."""
+    live = rows < tq
+    keep = live[:, None] & (cols < tk)[None, :]
+    if PLANNED:
+        at = rows.to(tl.int64) * M
+        inside = tl.zeros([rows.shape[0], cols.shape[0]], tl.int1)
+        if SLOTS > 1:
+            s = tl.load(starts_ptr + at + slot, live, other=0)
+            e = tl.load(ends_ptr + at + slot, live, other=0)
+            inside = (cols[None, :] >= s[:, None]) & (cols[None, :] < e[:, None])
+        else:
+            for r in range(M):
+                s = tl.load(starts_ptr + at + r, live, other=0)
+                e = tl.load(ends_ptr + at + r, live, other=0)
+                inside = inside | ((cols[None, :] >= s[:, None]) & (cols[None, :] < e[:, None]))
+        keep = keep & inside
+    elif CAUSAL:
+        i = rows + (tk - tq)
+        keep = keep & (cols[None, :] <= i[:, None])
+        if WINDOWED:
+            keep = keep & ((cols < sink_tokens)[None, :] | (i[:, None] - cols[None, :] < window))
+    if LIFETIME:
+        first = tl.load(life_ptr + cols, cols < tk, other=0)
+        last = tl.load(death_ptr + cols, cols < tk, other=0)
+        keep = keep & (rows[:, None] >= first[None, :]) & (rows[:, None] < last[None, :])
+    if BIAS:
+        keep = keep & (bias > float("-inf"))[None, :]
+    return keep
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, count, cols, width):
+    """[rows, cols] of a matrix whose rows are `stride` apart; 0 outside."""
+    offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    return tl.load(ptr + offsets, (rows < count)[:, None] & (cols < width)[None, :], other=0.0)
+
+
+@triton.jit
+def load_bias(bias_ptr, cols, tk, BIAS: tl.constexpr):
+    """Biases of keys in units of log2; 0 without."""
+    if BIAS:
+        return tl.load(bias_ptr + cols, cols < tk, other=0.0) * LOG2E
+    return tl.zeros([cols.shape[0]], tl.float32)
+
+
+@triton.jit
+def key_tiles(
+    first_row, last_row, tq, tk, sink_tokens, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys that rows [first_row, last_row] see under a plain mask: [0, sinks), [low, high), of the latter
+    [full_low, full_high) wholly (none without PLAIN)."""
+    tiles = tl.cdiv(tk, BN)
+    whole = tk // BN
+    sinks = 0
+    low = 0
+    high = tiles
+    full_low = 0
+    full_high = whole
+    if CAUSAL:
+        i0 = first_row + (tk - tq)
+        i1 = last_row + (tk - tq)
+        high = tl.minimum(tiles, tl.cdiv(tl.maximum(i1 + 1, 0), BN))
+        full_high = tl.minimum(whole, tl.maximum(i0 + 1, 0) // BN)
+        if WINDOWED:
+            sinks = tl.minimum(tl.cdiv(sink_tokens, BN), high)
+            low = tl.maximum(sinks, tl.maximum(i0 - window + 1, 0) // BN)
+            low = tl.minimum(low, high)
+            full_low = tl.cdiv(tl.maximum(i1 - window + 1, 0), BN)
+    full_low = tl.minimum(tl.maximum(full_low, low), high)
+    full_high = tl.minimum(tl.maximum(full_high, full_low), high)
+    if not PLAIN:
+        full_high = full_low
+    return sinks, low, full_low, full_high, high
+
+
+@triton.jit
+def masked_tile(n, sinks, low, full_low, full_high):
+    """The n-th tile of [0, sinks), [low, full_low), [full_high, high)."""
+    tile = n - sinks + low
+    tile = tl.where(tile >= full_low, tile + full_high - full_low, tile)
+    return tl.where(n < sinks, n, tile)
+
+
+@triton.jit
+def row_tiles(
+    first_key, last_key, tq, tk, sink_tokens, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Tiles of rows [low, high) that see keys [first_key, last_key] under a plain mask, [full_low, full_high) wholly."""
+    tiles = tl.cdiv(tq, BM)
+    low = 0
+    high = tiles
+    full_low = 0
+    full_high = tiles
+    if CAUSAL:
+        first_row = tl.maximum(first_key - (tk - tq), 0)  # of the rows that see some key
+        all_row = tl.maximum(last_key - (tk - tq), 0)  # of the rows behind all keys
+        low = tl.minimum(first_row // BM, tiles)
+        full_low = tl.cdiv(all_row, BM)
+        if WINDOWED:
+            if first_key >= sink_tokens:
+                last = last_key + window - 1 - (tk - tq)
+                high = tl.minimum(tiles, tl.maximum(last, -1) // BM + 1)
+                whole = first_key + window - (tk - tq)  # rows below see all keys
+                full_high = tl.maximum(whole, 0) // BM
+            else:
+                full_high = tl.where(last_key < sink_tokens, tiles, 0)
+    if last_key >= tk:
+        full_high = 0
+    low = tl.minimum(low, high)
+    full_low = tl.minimum(tl.maximum(full_low, low), high)
+    full_high = tl.minimum(tl.maximum(full_high, full_low), high)
+    if not PLAIN:
+        full_high = full_low
+    return low, full_low, full_high, high
+
+
+@triton.jit
+def visits(
+    count_ptr, first, last, tq, tk, sink_tokens, window,
+    KEYS: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many tiles are seen in part, how many in all, and four numbers for `visited`: tiles of keys for rows [first, last]
+    with KEYS, else tiles of rows for keys [first, last]."""
+    sinks = 0
+    low = 0
+    full_low = 0
+    full_high = 0
+    if PLANNED:
+        SUB: tl.constexpr = (PLAN_K if KEYS else PLAN_Q) // BLOCK
+        masked = tl.load(count_ptr) * SUB
+        both = masked + tl.load(count_ptr + 1) * SUB
+    elif KEYS:
+        sinks, low, full_low, full_high, high = key_tiles(
+            first, last, tq, tk, sink_tokens, window, CAUSAL, WINDOWED, PLAIN, BLOCK
+        )
+        both = sinks + high - low
+        masked = both - (full_high - full_low)
+    else:
+        low, full_low, full_high, high = row_tiles(
+            first, last, tq, tk, sink_tokens, window, CAUSAL, WINDOWED, PLAIN, BLOCK
+        )
+        both = high - low
+        masked = both - (full_high - full_low)
+    return masked, both, sinks, low, full_low, full_high
+
+
+@triton.jit
+def visited(
+    n, masked, sinks, low, full_low, full_high, list_ptr, KEYS: tl.constexpr, PLANNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where the n-th tile begins."""
+    if PLANNED:
+        PLAN: tl.constexpr = PLAN_K if KEYS else PLAN_Q
+        SUB: tl.constexpr = PLAN // BLOCK
+        return tl.load(list_ptr + n // SUB) * PLAN + (n - n // SUB * SUB) * BLOCK
+    else:
+        return tl.where(n < masked, masked_tile(n, sinks, low, full_low, full_high), n - masked + full_low) * BLOCK
+
+
+@triton.jit
+def load_lse2(lse_ptr, at, live):
+    """lse in units of log2; +inf, which makes every weight 0, for rows that see nothing or do not exist."""
+    lse = tl.load(lse_ptr + at, live, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
