@@ -223,18 +223,24 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
 
   const int64_t width = p.dv + 2;
-  for (int i = 0; i < rows.count; ++i) {
-    const int64_t row = (rows.b * p.mask.tq + rows.position(i)) * p.heads + rows.head(i);
-    float* out = scratch + (row * splits + split) * width;
+  const auto part_of = [&](int i) {
+    return scratch + (((rows.b * p.mask.tq + rows.position(i)) * p.heads + rows.head(i)) * splits + split) * width;
+  };
+  SQ_UNROLL
+  for (int i = 0; i < kAttentionRows; ++i) {
+    if (i >= rows.count) continue;
     SQ_UNROLL
     for (int n = 0; n < kCols; ++n) {
       const int64_t c = thread + n * kAttentionThreads;
-      if (c < p.dv) sq::store(out + c, acc[i][n]);
+      if (c < p.dv) sq::store(part_of(i) + c, acc[i][n]);
     }
-    if (lane == 0 && i % kAttentionWarps == warp) {
-      sq::store(out + p.dv, top[i / kAttentionWarps]);
-      sq::store(out + p.dv + 1, sum[i / kAttentionWarps]);
-    }
+  }
+  SQ_UNROLL
+  for (int i = 0; i < kAttentionRows / kAttentionWarps; ++i) {
+    const int row = warp + i * kAttentionWarps;
+    if (lane != 0 || row >= rows.count) continue;
+    sq::store(part_of(row) + p.dv, top[i]);
+    sq::store(part_of(row) + p.dv + 1, sum[i]);
   }
 }
 

@@ -60,14 +60,14 @@ def _fwd_tile(
     if MASKED:
         keep = visible(
             rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
-            PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
+            False, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
         )  # fmt: skip
         scores = tl.where(keep, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - shift[:, None])
     factor = tl.exp2(top - shift)
-    acc = add_product(acc * factor[:, None], weights, v, keep, MASKED, PRECISION)
+    acc = add_product(acc * factor[:, None], weights, v, keep, v_ptr, start, v_stride, tk, dv, MASKED, PRECISION)
     return acc, new_top, total * factor + tl.sum(weights, 1)
 
 
@@ -171,10 +171,10 @@ def _dq_tile(
     if MASKED:
         keep = visible(
             rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
-            PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
+            False, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
         )  # fmt: skip
         ds = tl.where(keep, ds, 0.0)
-    return add_product(dq, ds, k, keep, MASKED, PRECISION)
+    return add_product(dq, ds, k, keep, k_ptr, start, k_stride, tk, d, MASKED, PRECISION)
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window", "nq", "nk"])
@@ -254,14 +254,13 @@ def _dkdv_tile(
     if MASKED:
         keep = visible(
             rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
-            PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
+            True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
         )  # fmt: skip
-        keep = tl.trans(keep)
     else:
         keep = tl.zeros([cols.shape[0], BM], tl.int1)
     weights, ds = _pair(q, k, grad, v, lse2, delta, bias, keep, scale2, MASKED, BIAS, PRECISION)
-    dv_sum = add_product(dv_sum, weights, grad, keep, MASKED, PRECISION)
-    dk = add_product(dk, ds, q, keep, MASKED, PRECISION)
+    dv_sum = add_product(dv_sum, weights, grad, keep, grad_ptr, start, heads * dv, tq, dv, MASKED, PRECISION)
+    dk = add_product(dk, ds, q, keep, q_ptr, start, q_stride, tq, d, MASKED, PRECISION)
     if BIAS:
         dbias += tl.sum(ds, 1)
     return dk, dv_sum, dbias
@@ -399,9 +398,7 @@ def _launch_options(constants: dict[str, Any], dtype: torch.dtype, kind: str) ->
     if dtype is torch.float32:
         return {"BM": 64 if width <= 64 else 32, "BN": 32, "num_warps": 4, "num_stages": 1}
     if kind == "fwd":
-        if width <= 64:
-            return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}
-        return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2 if width <= 128 else 1}
+        return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3 if width <= 64 else 2 if width <= 128 else 1}
     return {"BM": 64, "BN": 64, "num_warps": 4 if width <= 64 else 8, "num_stages": 2 if width <= 64 else 1}
 
 

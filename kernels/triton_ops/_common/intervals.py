@@ -23,58 +23,69 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_product(acc, weights, x, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + weights @ x. With MASKED, weights is 0 where keep is not set, and x counts only where it is."""
-    w = cast(weights, x.dtype)
+def add_product(
+    acc, weights, x, keep, x_ptr, first, stride, count, width, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc + weights @ x, where x [BLOCK, W] are rows [first, first + BLOCK) of the matrix at x_ptr.
+
+    With MASKED, weights is 0 where keep is not set, and x must count only where it is: 0 * NaN is NaN. A tile that holds NaN or
+    infinity is therefore added row by row, by select.
+    """
     if not MASKED:
-        return acc + dot(w, x, PRECISION)
-    wide = x.to(tl.float32)
-    finite = is_finite(wide)
-    acc += dot(w, cast(tl.where(finite, wide, 0.0), x.dtype), PRECISION)
-    if tl.max(tl.where(finite, 0, 1)) > 0:
-        seen = tl.where(keep, 1.0, 0.0)
-        up = tl.dot(seen, tl.where(wide == float("inf"), 1.0, 0.0), input_precision="tf32")
-        down = tl.dot(seen, tl.where(wide == float("-inf"), 1.0, 0.0), input_precision="tf32")
-        none = tl.dot(seen, tl.where(wide != wide, 1.0, 0.0), input_precision="tf32")
-        acc = tl.where(up > 0, acc + float("inf"), acc)
-        acc = tl.where(down > 0, acc - float("inf"), acc)
-        acc = tl.where(none > 0, float("nan"), acc)
+        return acc + dot(cast(weights, x.dtype), x, PRECISION)
+    if tl.max(tl.where(is_finite(x.to(tl.float32)), 0, 1)) == 0:
+        acc += dot(cast(weights, x.dtype), x, PRECISION)
+    else:
+        cols = tl.arange(0, acc.shape[1])
+        place = tl.arange(0, x.shape[0])
+        for j in range(x.shape[0]):
+            row = tl.load(
+                x_ptr + (first + j).to(tl.int64) * stride + cols, (cols < width) & (first + j < count), other=0.0
+            )
+            here = (place == j)[None, :]
+            weight = tl.sum(tl.where(here, weights, 0.0), 1)
+            seen = tl.max(tl.where(here & keep, 1, 0), 1) > 0
+            acc = tl.where(seen[:, None], acc + weight[:, None] * row.to(tl.float32)[None, :], acc)
     return acc
 
 
 @triton.jit
 def visible(
     rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
-    PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr, SLOTS: tl.constexpr,
-    LIFETIME: tl.constexpr, BIAS: tl.constexpr,
+    KEYS_DOWN: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr,
+    SLOTS: tl.constexpr, LIFETIME: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """bool [rows, cols]: which pairs the mask, the lifetimes and biases of -inf leave."""
+    """bool [rows, cols], or [cols, rows] with KEYS_DOWN: which pairs the mask, the lifetimes and biases of -inf leave."""
+    R: tl.constexpr = 0 if KEYS_DOWN else 1  # the dimension in which rows are repeated
+    C: tl.constexpr = 1 - R
+    t = tl.expand_dims(rows, R)
+    j = tl.expand_dims(cols, C)
     live = rows < tq
-    keep = live[:, None] & (cols < tk)[None, :]
+    keep = (t < tq) & (j < tk)
     if PLANNED:
         at = rows.to(tl.int64) * M
-        inside = tl.zeros([rows.shape[0], cols.shape[0]], tl.int1)
         if SLOTS > 1:
-            s = tl.load(starts_ptr + at + slot, live, other=0)
-            e = tl.load(ends_ptr + at + slot, live, other=0)
-            inside = (cols[None, :] >= s[:, None]) & (cols[None, :] < e[:, None])
+            s = tl.expand_dims(tl.load(starts_ptr + at + slot, live, other=0), R)
+            e = tl.expand_dims(tl.load(ends_ptr + at + slot, live, other=0), R)
+            keep = keep & (j >= s) & (j < e)
         else:
+            inside = keep & (j < 0)
             for r in range(M):
-                s = tl.load(starts_ptr + at + r, live, other=0)
-                e = tl.load(ends_ptr + at + r, live, other=0)
-                inside = inside | ((cols[None, :] >= s[:, None]) & (cols[None, :] < e[:, None]))
-        keep = keep & inside
+                s = tl.expand_dims(tl.load(starts_ptr + at + r, live, other=0), R)
+                e = tl.expand_dims(tl.load(ends_ptr + at + r, live, other=0), R)
+                inside = inside | ((j >= s) & (j < e))
+            keep = keep & inside
     elif CAUSAL:
-        i = rows + (tk - tq)
-        keep = keep & (cols[None, :] <= i[:, None])
+        i = t + (tk - tq)
+        keep = keep & (j <= i)
         if WINDOWED:
-            keep = keep & ((cols < sink_tokens)[None, :] | (i[:, None] - cols[None, :] < window))
+            keep = keep & ((j < sink_tokens) | (i - j < window))
     if LIFETIME:
-        first = tl.load(life_ptr + cols, cols < tk, other=0)
-        last = tl.load(death_ptr + cols, cols < tk, other=0)
-        keep = keep & (rows[:, None] >= first[None, :]) & (rows[:, None] < last[None, :])
+        first = tl.expand_dims(tl.load(life_ptr + cols, cols < tk, other=0), C)
+        last = tl.expand_dims(tl.load(death_ptr + cols, cols < tk, other=0), C)
+        keep = keep & (t >= first) & (t < last)
     if BIAS:
-        keep = keep & (bias > float("-inf"))[None, :]
+        keep = keep & (tl.expand_dims(bias, C) > float("-inf"))
     return keep
 
 

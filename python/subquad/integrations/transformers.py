@@ -1,20 +1,24 @@
-"""Converting models of the transformers library, or any `nn.Module` built like them.
+"""Models of the transformers library: `convert` their layers, or `register` our attention for all of them.
 
-The library itself is never imported: modules are recognised by their attributes.
+Converting recognises modules by their attributes and never imports the library; `register` imports it when it is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..masks import IntervalMask
 from ..nn.cats_mlp import dense_state_dict
 from ..nn.conversion import CatsConfig, convert_mlps, revert_mlps
+from ..ops.interval_attention import interval_attention
 
 MLPS = ("cats",)
+NAME = "subquad"  # the value of attn_implementation
 
 
 def convert(
@@ -79,4 +83,229 @@ def revert(model: nn.Module) -> list[str]:
     return revert_mlps(model)
 
 
-__all__ = ["CatsConfig", "convert", "dense_state_dict", "revert"]
+# --- attn_implementation="subquad" ----------------------------------------
+
+
+def register() -> None:
+    """Make `attn_implementation="subquad"` known to transformers: its models then run `subquad.interval_attention`.
+
+    Causal, sliding and padded attention, with or without a cache, need no [T, T] mask; other patterns (packed sequences, prefixes
+    of images, masks given in four dimensions) are exact too, through their dense mask. May be called any number of times.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 4.57.
+
+    Example:
+        >>> register()  # doctest: +SKIP
+        >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="subquad")  # doctest: +SKIP
+    """
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(f"subquad: attn_implementation={NAME!r} needs transformers >= 4.57: {error}") from error
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> IntervalMask:
+    """transformers' mask function: the mask of one forward pass, made once and shared by the layers of its kind.
+
+    Args:
+        batch_size, q_length, kv_length: sizes of the attention.
+        q_offset, kv_offset: positions of the first query and of the first key.
+        mask_function: transformers' predicate (b, h, q, kv). Causal, sliding and full ones are recognised.
+        attention_mask: bool [B, positions], False where a token is padding.
+        device: where the mask is used.
+        kwargs: `cache_position` in transformers 4.57, which has no `q_length` and `q_offset`.
+
+    Returns:
+        The mask. Rows at padding see nothing, so that their output is 0.
+    """
+    if q_length is None or isinstance(q_length, torch.Tensor):  # 4.57: positions of the queries
+        cache_position = kwargs.pop("cache_position", q_length)
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
+    padding = None
+    if attention_mask is not None:
+        missing = kv_length + kv_offset - attention_mask.shape[-1]
+        padding = nn.functional.pad(attention_mask.bool(), (0, max(0, missing)))[:, kv_offset : kv_offset + kv_length]
+        if not torch.compiler.is_compiling() and bool(padding.all()):
+            padding = None
+    window = _recognised(mask_function)
+    if window is None:
+        return _from_predicate(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, kwargs
+        )
+    bidirectional, width = window
+    mask = _plain(bidirectional, width, q_length, kv_length, q_offset, kv_offset, device)
+    if padding is not None:
+        keys = IntervalMask.from_dense(padding[:, None, None].expand(-1, -1, q_length, -1))
+        mask = mask & keys.to(device)
+    mask.window = width  # says to the layers that their sliding window is in it already
+    return mask
+
+
+def _plain(
+    bidirectional: bool,
+    width: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    device: torch.device | str,
+) -> IntervalMask:
+    """Full, causal or sliding attention of queries that need not stand at the end of the keys (a preallocated cache)."""
+    if bidirectional:
+        return IntervalMask.full(q_length, kv_length)
+    if not isinstance(q_offset, torch.Tensor) and q_offset + q_length == kv_length + kv_offset:
+        return IntervalMask.sink(0, width, q_length, kv_length) if width >= 0 else IntervalMask.causal(q_length, kv_length)
+    stop = torch.arange(q_length, device=device) + (q_offset - kv_offset + 1)
+    start = stop - width if width >= 0 else torch.zeros_like(stop)
+    return IntervalMask.spans(start.clamp_min(0)[None, None, :, None], stop[None, None, :, None], kv_length)
+
+
+def _recognised(function: Callable[..., Any] | None) -> tuple[bool, int] | None:
+    """(both ways, window or -1) of a mask function of transformers; None when it is another one."""
+    from transformers import masking_utils
+
+    if function is None or function is masking_utils.causal_mask_function:
+        return False, -1
+    if function is getattr(masking_utils, "bidirectional_mask_function", None):
+        return True, -1
+    cells = _closure(function)
+    parts = cells.get("mask_functions", ())
+    if function.__qualname__.startswith("and_masks.") and len(parts) == 2 and parts[1] is masking_utils.causal_mask_function:
+        if parts[0].__qualname__.startswith("sliding_window_overlay."):
+            return False, _closure(parts[0])["sliding_window"]
+    return None
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    code = getattr(function, "__code__", None)
+    cells = getattr(function, "__closure__", None) or ()
+    return {} if code is None else {n: c.cell_contents for n, c in zip(code.co_freevars, cells, strict=True)}
+
+
+def _from_predicate(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    function: Callable[..., Any] | None,
+    padding: torch.Tensor | None,
+    device: torch.device | str,
+    kwargs: dict[str, Any],
+) -> IntervalMask:
+    """The mask of any predicate, through transformers' own dense one."""
+    from transformers.masking_utils import sdpa_mask
+
+    more = {name: value for name, value in kwargs.items() if name == "use_vmap"}
+    dense = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=function,
+        attention_mask=padding,
+        allow_is_causal_skip=False,
+        device=device,
+        **more,
+    )
+    return IntervalMask.from_dense(dense)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: IntervalMask | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function.
+
+    Args:
+        module: the attention layer.
+        query: [B, Hq, Tq, D]; key and value [B, Hkv, Tk, D], as many heads as the model has.
+        attention_mask: what `attention_mask` made, or a mask [B|1, H|1, Tq, Tk] that the user gave: bool, or float of 0 and very
+            negative numbers. None: causal where the layer is.
+        scaling: of the scores.
+        dropout: 0, or the model is not training.
+        is_causal: where there is no mask; None for `module.is_causal`.
+        sliding_window: keys up to the row's own that it sees.
+        s_aux: [Hq] sink logits (gpt-oss), with gradients.
+        kwargs: what other models pass; those that would change the result are refused.
+
+    Returns:
+        (out [B, Tq, Hq, D], None).
+
+    Raises:
+        ValueError: dropout in training, `softcap`, `head_mask`, `position_bias`, a paged cache, `output_attentions`, or a float
+            mask with biases: what this attention does not have.
+    """
+    if dropout and module.training:
+        raise ValueError(f"dropout: expected 0 in training with attn_implementation={NAME!r}, got {dropout}; set it in the config")
+    for name in ("softcap", "head_mask", "position_bias", "cache", "output_attentions"):
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}: attn_implementation={NAME!r} has no such thing; use 'eager' for this model")
+    tq, tk = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        attention_mask = IntervalMask.causal(tq, tk) if causal else IntervalMask.full(tq, tk)
+    elif isinstance(attention_mask, torch.Tensor):
+        attention_mask = _from_tensor(attention_mask, tk)
+    if sliding_window is not None and attention_mask.window != sliding_window:
+        attention_mask = attention_mask & IntervalMask.sliding(sliding_window, tq, tk).materialize(device=query.device)
+    out = interval_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        scale=scaling,
+        sink_logits=s_aux,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out, None
+
+
+def _from_tensor(mask: torch.Tensor, tk: int) -> IntervalMask:
+    """A mask in four dimensions, bool or additive."""
+    if mask.dim() != 4 or mask.shape[-1] < tk:
+        raise ValueError(f"attention_mask: expected [B, H, Tq, {tk}] or [B, T], got {list(mask.shape)}")
+    mask = mask[..., :tk]
+    if mask.dtype is torch.bool:
+        return IntervalMask.from_dense(mask)
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not bool(((mask == 0) | hidden).all()):
+        raise ValueError(
+            "attention_mask: expected bool, or 0 and very negative numbers, got other biases; use 'eager' for this model"
+        )
+    return IntervalMask.from_dense(~hidden)
+
+
+__all__ = [
+    "CatsConfig",
+    "attention_forward",
+    "attention_mask",
+    "convert",
+    "dense_state_dict",
+    "register",
+    "revert",
+]

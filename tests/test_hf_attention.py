@@ -1,0 +1,207 @@
+"""attn_implementation="subquad": every model, mask and cache gives what the eager implementation gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from subquad import IntervalMask
+from subquad.integrations.transformers import attention_forward, register
+from subquad.testing import backend_params
+
+transformers = pytest.importorskip("transformers", minversion="4.57")
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "gpt-oss": ("GptOss", {"sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    register()
+
+
+def models(name: str) -> tuple[Any, Any]:
+    """The same random weights under both implementations."""
+    torch.manual_seed(0)
+    family, more = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**TINY, **more)
+    config._attn_implementation = "eager"
+    eager = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    if name == "gpt-oss":
+        for layer in eager.model.layers:
+            torch.nn.init.normal_(layer.self_attn.sinks)
+    ours = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    ours.load_state_dict(eager.state_dict())
+    ours.set_attn_implementation("subquad")
+    assert ours.config._attn_implementation == "subquad"
+    return eager, ours
+
+
+def tokens(batch: int = 2, length: int = 17) -> torch.Tensor:
+    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@backend_params("interval_attention", "native", "reference")
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients(name: str, backend: str) -> None:
+    from subquad import use_backend
+
+    eager, ours = models(name)
+    ids = tokens()
+    results = []
+    for model in (eager, ours):
+        with use_backend(backend):
+            output = model(input_ids=ids, labels=ids)
+            output.loss.backward()
+        results.append((output.logits, {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=2e-5, rtol=1e-4)
+    for parameter, grad in results[0][1].items():
+        other = results[1][1][parameter]
+        assert (grad is None) == (other is None), parameter
+        if grad is not None:
+            torch.testing.assert_close(other, grad, atol=2e-5, rtol=1e-3, msg=lambda m, p=parameter: f"{p}: {m}")
+    if name == "gpt-oss":
+        assert results[1][1]["model.layers.0.self_attn.sinks"].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_padding(name: str, side: str) -> None:
+    eager, ours = models(name)
+    ids, mask = tokens(), torch.ones(2, 17, dtype=torch.long)
+    mask[1, slice(0, 6) if side == "left" else slice(11, None)] = 0
+    with torch.no_grad():
+        a, b = (model(input_ids=ids, attention_mask=mask).logits for model in (eager, ours))
+    torch.testing.assert_close(b[mask.bool()], a[mask.bool()], atol=2e-5, rtol=1e-4)
+    assert b.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_packed_sequences(name: str) -> None:
+    """Position ids that begin anew: sequences of one row that do not see each other."""
+    eager, ours = models(name)
+    ids = tokens(1, 20)
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    with torch.no_grad():
+        a, b = (model(input_ids=ids, position_ids=positions, use_cache=False).logits for model in (eager, ours))
+        alone = ours(input_ids=ids[:, 8:], use_cache=False).logits
+    torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(b[:, 8:], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", MODELS)
+def test_generation(name: str, cache: str | None) -> None:
+    """Greedy text with a growing and with a preallocated cache, one prompt padded on the left."""
+    eager, ours = models(name)
+    ids, mask = tokens(), torch.ones(2, 17, dtype=torch.long)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    a, b = (model.generate(input_ids=ids, attention_mask=mask, **options) for model in (eager, ours))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_in_four_dimensions(kind: str) -> None:
+    """A prefix mask that the user made."""
+    eager, ours = models("llama")
+    visible = torch.ones(17, 17, dtype=torch.bool).tril()
+    visible[:, :5] = True
+    mask = visible.expand(2, 1, 17, 17)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        a = eager(input_ids=tokens(), attention_mask=additive).logits
+        b = ours(input_ids=tokens(), attention_mask=mask if kind == "bool" else additive).logits
+    torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4)
+
+
+def test_an_encoder_sees_both_ways() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    model = transformers.BertModel(config).eval()
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[1, 12:] = 0
+    with torch.no_grad():
+        a = model(input_ids=tokens(), attention_mask=mask).last_hidden_state
+        model.set_attn_implementation("subquad")
+        b = model(input_ids=tokens(), attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(b[mask.bool()], a[mask.bool()], atol=2e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing() -> None:
+    _, model = models("mistral")
+    model.train()
+    grads = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b, a)
+
+
+def test_no_quadratic_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal, sliding and padded masks are never dense."""
+    _, model = models("mistral")
+    monkeypatch.setattr(transformers.masking_utils, "sdpa_mask", None)
+    seen: list[Any] = []
+    original = attention_forward
+
+    def spy(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        seen.append(attention_mask)
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    transformers.AttentionInterface.register("subquad", spy)
+    mask = torch.ones(2, 17, dtype=torch.long)
+    for padded in (False, True):
+        mask[1, :4] = 0 if padded else 1
+        model(input_ids=tokens(), attention_mask=mask)
+    assert all(isinstance(m, IntervalMask) for m in seen) and seen[0].starts is None and seen[2].num_intervals == 1
+    assert seen[0] is seen[1] and seen[2] is seen[3]  # one mask for all layers
+
+
+def refused(**options: Any) -> None:
+    module = torch.nn.Module().train()
+    x = torch.zeros(1, 2, 4, 8)
+    attention_forward(module, x, x, x, options.pop("attention_mask", None), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dropout", {"dropout": 0.1}),
+        ("softcap", {"softcap": 30.0}),
+        ("output_attentions", {"output_attentions": True}),
+        ("position_bias", {"position_bias": torch.zeros(1)}),
+        ("attention_mask", {"attention_mask": torch.full((1, 1, 4, 4), -1.5)}),
+        ("attention_mask", {"attention_mask": torch.zeros(1, 4)}),
+    ],
+)
+def test_what_would_be_ignored_is_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        refused(**options)
