@@ -8,7 +8,7 @@ Plain masks (causal, sink + window, full) find their tiles in closed form. Masks
 rows the tiles of PLAN_K keys, those seen in part before those seen wholly, and the transpose for dK and dV.
 
 Hidden pairs have weight 0, but 0 * NaN is NaN: where a tile is seen in part, non-finite elements are taken out of the product,
-and what they do to the rows that do see them is added afterwards.
+and put where they are seen after the last tile.
 
 Sources: FlashAttention (arXiv 2205.14135) for the running softmax and its backward; the plan is this project's.
 """
@@ -27,8 +27,9 @@ from ._common.intervals import (
     LOG2E,
     PLAN_K,
     PLAN_Q,
-    add_product,
+    add_nonfinite,
     dot,
+    finite_part,
     load_bias,
     load_lse2,
     load_rows,
@@ -43,7 +44,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _fwd_tile(
-    acc, top, total, q, k_ptr, v_ptr, k_stride, v_stride, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+    acc, top, total, bad, q, k_ptr, v_ptr, k_stride, v_stride, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
     rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
     MASKED: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr,
     SLOTS: tl.constexpr, LIFETIME: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
@@ -56,7 +57,6 @@ def _fwd_tile(
     bias = load_bias(bias_ptr, cols, tk, BIAS)
     if BIAS:
         scores += bias[None, :]
-    keep = scores == scores
     if MASKED:
         keep = visible(
             rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
@@ -67,8 +67,9 @@ def _fwd_tile(
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - shift[:, None])
     factor = tl.exp2(top - shift)
-    acc = add_product(acc * factor[:, None], weights, v, keep, v_ptr, start, v_stride, tk, dv, MASKED, PRECISION)
-    return acc, new_top, total * factor + tl.sum(weights, 1)
+    values, bad = finite_part(v, bad, MASKED)
+    acc = acc * factor[:, None] + dot(cast(weights, v.dtype), values, PRECISION)
+    return acc, new_top, total * factor + tl.sum(weights, 1), bad
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window", "nq", "nk"])
@@ -102,6 +103,7 @@ def _interval_attention_fwd_kernel(
         top = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
     for slot in range(SLOTS):
+        bad = 0
         q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, rows, q_t, tq, tl.arange(0, BD), d)
         entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + first // PLAN_Q
         masked, both, sinks, low, full_low, full_high = visits(
@@ -110,18 +112,28 @@ def _interval_attention_fwd_kernel(
         )  # fmt: skip
         for n in range(masked):
             start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
-            acc, top, total = _fwd_tile(
-                acc, top, total, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+            acc, top, total, bad = _fwd_tile(
+                acc, top, total, bad, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
                 rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
                 True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
             )  # fmt: skip
         for n in range(masked, both):
             start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
-            acc, top, total = _fwd_tile(
-                acc, top, total, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+            acc, top, total, bad = _fwd_tile(
+                acc, top, total, bad, q, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
                 rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
                 not PLAIN, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
             )  # fmt: skip
+        if bad > 0:
+            for n in range(masked if PLAIN else both):
+                start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
+                for j in range(BN):
+                    key = start + j + tl.arange(0, 1)
+                    keep = visible(
+                        rows, key, starts_ptr, ends_ptr, life_ptr, death_ptr, load_bias(bias_ptr, key, tk, BIAS),
+                        tq, tk, sink_tokens, window, slot, False, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
+                    )  # fmt: skip
+                    acc = add_nonfinite(acc, keep, v_ptr + (start + j).to(tl.int64) * v_t, start + j < tk, dv)
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
     row = (b * tq + rows) * heads + h
@@ -152,7 +164,7 @@ def _pair(
 
 @triton.jit
 def _dq_tile(
-    dq, q, grad, lse2, delta, k_ptr, v_ptr, k_stride, v_stride, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+    dq, bad, q, grad, lse2, delta, k_ptr, v_ptr, k_stride, v_stride, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
     rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
     MASKED: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr,
     SLOTS: tl.constexpr, LIFETIME: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
@@ -167,14 +179,14 @@ def _dq_tile(
         scores += bias[None, :]
     weights = tl.exp2(scores - lse2[:, None])
     ds = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
-    keep = scores == scores
     if MASKED:
         keep = visible(
             rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
             False, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
         )  # fmt: skip
         ds = tl.where(keep, ds, 0.0)
-    return add_product(dq, ds, k, keep, k_ptr, start, k_stride, tk, d, MASKED, PRECISION)
+    keys, bad = finite_part(k, bad, MASKED)
+    return dq + dot(cast(ds, k.dtype), keys, PRECISION), bad
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window", "nq", "nk"])
@@ -211,6 +223,7 @@ def _interval_attention_dq_kernel(
     tl.store(delta_ptr + row, delta, live)
     lse2 = load_lse2(lse_ptr, row, live)
     for slot in range(SLOTS):
+        bad = 0
         q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, rows, q_t, tq, tl.arange(0, BD), d)
         dq = tl.zeros([BM, BD], tl.float32)
         entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + first // PLAN_Q
@@ -220,18 +233,28 @@ def _interval_attention_dq_kernel(
         )  # fmt: skip
         for n in range(masked):
             start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
-            dq = _dq_tile(
-                dq, q, grad, lse2, delta, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+            dq, bad = _dq_tile(
+                dq, bad, q, grad, lse2, delta, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
                 rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
                 True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
             )  # fmt: skip
         for n in range(masked, both):
             start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
-            dq = _dq_tile(
-                dq, q, grad, lse2, delta, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
+            dq, bad = _dq_tile(
+                dq, bad, q, grad, lse2, delta, k_ptr, v_ptr, k_t, v_t, bias_ptr, starts_ptr, ends_ptr, life_ptr, death_ptr,
                 rows, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
                 not PLAIN, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BN, BD, BDV,
             )  # fmt: skip
+        if bad > 0:
+            for n in range(masked if PLAIN else both):
+                start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nk, True, PLANNED, BN)
+                for j in range(BN):
+                    key = start + j + tl.arange(0, 1)
+                    keep = visible(
+                        rows, key, starts_ptr, ends_ptr, life_ptr, death_ptr, load_bias(bias_ptr, key, tk, BIAS),
+                        tq, tk, sink_tokens, window, slot, False, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
+                    )  # fmt: skip
+                    dq = add_nonfinite(dq, keep, k_ptr + (start + j).to(tl.int64) * k_t, start + j < tk, d)
         cols = tl.arange(0, BD)
         dq_at = (row[:, None] * SLOTS + slot) * d + cols[None, :]
         tl.store(dq_ptr + dq_at, cast(dq * scale, dq_ptr.dtype.element_ty), live[:, None] & (cols < d)[None, :])
@@ -239,7 +262,7 @@ def _interval_attention_dq_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv_sum, dbias, k, v, bias, q_ptr, q_stride, grad_ptr, lse_ptr, delta_ptr, heads,
+    dk, dv_sum, dbias, bad, k, v, bias, q_ptr, q_stride, grad_ptr, lse_ptr, delta_ptr, heads,
     starts_ptr, ends_ptr, life_ptr, death_ptr, cols, start, tq, tk, d, dv, sink_tokens, window, slot, scale2,
     MASKED: tl.constexpr, PLANNED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, M: tl.constexpr,
     SLOTS: tl.constexpr, LIFETIME: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
@@ -259,11 +282,13 @@ def _dkdv_tile(
     else:
         keep = tl.zeros([cols.shape[0], BM], tl.int1)
     weights, ds = _pair(q, k, grad, v, lse2, delta, bias, keep, scale2, MASKED, BIAS, PRECISION)
-    dv_sum = add_product(dv_sum, weights, grad, keep, grad_ptr, start, heads * dv, tq, dv, MASKED, PRECISION)
-    dk = add_product(dk, ds, q, keep, q_ptr, start, q_stride, tq, d, MASKED, PRECISION)
+    grads, bad = finite_part(grad, bad, MASKED)
+    queries, bad = finite_part(q, bad, MASKED)
+    dv_sum += dot(cast(weights, grad.dtype), grads, PRECISION)
+    dk += dot(cast(ds, q.dtype), queries, PRECISION)
     if BIAS:
         dbias += tl.sum(ds, 1)
-    return dk, dv_sum, dbias
+    return dk, dv_sum, dbias, bad
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window", "nq", "nk"])
@@ -296,6 +321,7 @@ def _interval_attention_dkdv_kernel(
         mask = (b * mask_b + h * mask_h) * tq * M
         for slot in range(SLOTS):
             q_head = q_ptr + b * q_b + h * q_h + slot * q_s
+            bad = 0
             entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nk + first // PLAN_K
             masked, both, sinks, low, full_low, full_high = visits(
                 count_ptr + 2 * entry, first, first + BN - 1, tq, tk, sink_tokens, window,
@@ -303,20 +329,34 @@ def _interval_attention_dkdv_kernel(
             )  # fmt: skip
             for n in range(masked):
                 start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nq, False, PLANNED, BM)
-                dk, dv_sum, dbias = _dkdv_tile(
-                    dk, dv_sum, dbias, k, v, bias, q_head, q_t, grad_ptr + head * dv, lse_ptr + head, delta_ptr + head,
+                dk, dv_sum, dbias, bad = _dkdv_tile(
+                    dk, dv_sum, dbias, bad, k, v, bias, q_head, q_t, grad_ptr + head * dv, lse_ptr + head, delta_ptr + head,
                     heads, starts_ptr + mask, ends_ptr + mask, life_ptr + life, death_ptr + life, cols, start,
                     tq, tk, d, dv, sink_tokens, window, slot, scale2,
                     True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BM, BD, BDV,
                 )  # fmt: skip
             for n in range(masked, both):
                 start = visited(n, masked, sinks, low, full_low, full_high, list_ptr + entry * nq, False, PLANNED, BM)
-                dk, dv_sum, dbias = _dkdv_tile(
-                    dk, dv_sum, dbias, k, v, bias, q_head, q_t, grad_ptr + head * dv, lse_ptr + head, delta_ptr + head,
+                dk, dv_sum, dbias, bad = _dkdv_tile(
+                    dk, dv_sum, dbias, bad, k, v, bias, q_head, q_t, grad_ptr + head * dv, lse_ptr + head, delta_ptr + head,
                     heads, starts_ptr + mask, ends_ptr + mask, life_ptr + life, death_ptr + life, cols, start,
                     tq, tk, d, dv, sink_tokens, window, slot, scale2,
                     not PLAIN, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS, PRECISION, BM, BD, BDV,
                 )  # fmt: skip
+            if bad > 0:
+                for n in range(masked if PLAIN else both):
+                    start = visited(
+                        n, masked, sinks, low, full_low, full_high, list_ptr + entry * nq, False, PLANNED, BM
+                    )
+                    for j in range(BM):
+                        row = start + j + tl.arange(0, 1)
+                        keep = visible(
+                            row, cols, starts_ptr + mask, ends_ptr + mask, life_ptr + life, death_ptr + life, bias,
+                            tq, tk, sink_tokens, window, slot, True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
+                        )  # fmt: skip
+                        at = (start + j).to(tl.int64)
+                        dk = add_nonfinite(dk, keep, q_head + at * q_t, start + j < tq, d)
+                        dv_sum = add_nonfinite(dv_sum, keep, grad_ptr + (head + at * heads) * dv, start + j < tq, dv)
         if BIAS:
             tl.store(dbias_ptr + (b * heads + h) * tk + cols, dbias, cols < tk)
     key = ((b * tk + cols) * kv_heads + kv_head)[:, None]

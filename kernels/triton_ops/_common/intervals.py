@@ -23,30 +23,23 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_product(
-    acc, weights, x, keep, x_ptr, first, stride, count, width, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """acc + weights @ x, where x [BLOCK, W] are rows [first, first + BLOCK) of the matrix at x_ptr.
-
-    With MASKED, weights is 0 where keep is not set, and x must count only where it is: 0 * NaN is NaN. A tile that holds NaN or
-    infinity is therefore added row by row, by select.
-    """
+def finite_part(x, bad, MASKED: tl.constexpr):
+    """x for a product with weights, some of which are 0 because the mask hides the pair: 0 * NaN is NaN, so NaN and infinity
+    are taken out, and `bad` remembers that `add_nonfinite` must put them where they are seen. Without MASKED, x as it is."""
     if not MASKED:
-        return acc + dot(cast(weights, x.dtype), x, PRECISION)
-    if tl.max(tl.where(is_finite(x.to(tl.float32)), 0, 1)) == 0:
-        acc += dot(cast(weights, x.dtype), x, PRECISION)
-    else:
-        cols = tl.arange(0, acc.shape[1])
-        place = tl.arange(0, x.shape[0])
-        for j in range(x.shape[0]):
-            row = tl.load(
-                x_ptr + (first + j).to(tl.int64) * stride + cols, (cols < width) & (first + j < count), other=0.0
-            )
-            here = (place == j)[None, :]
-            weight = tl.sum(tl.where(here, weights, 0.0), 1)
-            seen = tl.max(tl.where(here & keep, 1, 0), 1) > 0
-            acc = tl.where(seen[:, None], acc + weight[:, None] * row.to(tl.float32)[None, :], acc)
-    return acc
+        return x, bad
+    wide = x.to(tl.float32)
+    finite = is_finite(wide)
+    return cast(tl.where(finite, wide, 0.0), x.dtype), bad | tl.max(tl.where(finite, 0, 1))
+
+
+@triton.jit
+def add_nonfinite(acc, keep, row_ptr, valid, width):
+    """acc plus what is not finite in one row of x [width], where keep [rows of acc, 1] says that it is seen."""
+    cols = tl.arange(0, acc.shape[1])
+    row = tl.load(row_ptr + cols, (cols < width) & valid, other=0.0).to(tl.float32)
+    poison = keep & (is_finite(row) == 0)[None, :]
+    return tl.where(poison, acc + row[None, :], acc)
 
 
 @triton.jit

@@ -115,7 +115,7 @@ def attention_mask(
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | IntervalMask | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> IntervalMask:
@@ -132,6 +132,8 @@ def attention_mask(
     Returns:
         The mask. Rows at padding see nothing, so that their output is 0.
     """
+    if isinstance(attention_mask, IntervalMask):  # made before, by `generate`
+        return attention_mask
     if q_length is None or isinstance(q_length, torch.Tensor):  # 4.57: positions of the queries
         cache_position = kwargs.pop("cache_position", q_length)
         q_length, q_offset = cache_position.shape[0], cache_position[0]
@@ -152,7 +154,22 @@ def attention_mask(
         keys = IntervalMask.from_dense(padding[:, None, None].expand(-1, -1, q_length, -1))
         mask = mask & keys.to(device)
     mask.window = width  # says to the layers that their sliding window is in it already
-    return mask
+    return _ModelMask.of(mask)
+
+
+class _ModelMask(IntervalMask):
+    """A mask on its way through a model: `generate` asks it, as a tensor, for its rank and for a contiguous copy."""
+
+    ndim = 4
+
+    @classmethod
+    def of(cls, mask: IntervalMask) -> _ModelMask:
+        model_mask = cls.__new__(cls)
+        model_mask.__dict__.update(mask.__dict__)
+        return model_mask
+
+    def contiguous(self) -> _ModelMask:
+        return self
 
 
 def _plain(
@@ -223,7 +240,7 @@ def _from_predicate(
         device=device,
         **more,
     )
-    return IntervalMask.from_dense(dense)
+    return _ModelMask.of(IntervalMask.from_dense(dense))
 
 
 def attention_forward(
