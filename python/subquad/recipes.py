@@ -1,0 +1,197 @@
+"""Attention systems that are a few calls of `interval_attention`: iLLaMA's soft causal mask, and PINE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .masks import IntervalMask
+from .ops.interval_attention import interval_attention
+from .rope import RopeSpec
+
+NORMS = ("masked", "full")
+
+
+def soft_causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha: float,
+    *,
+    norm: str = "masked",
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Causal attention in which the future counts by a factor alpha, from full (1) to causal (0) attention.
+
+    Both forms are exact mixes of two calls through their log-sum-exp, without a [T, T] tensor, and differentiable.
+
+    Args:
+        q, k, v: as in `interval_attention`, of equal length.
+        alpha: in [0, 1].
+        norm: "masked" adds log(alpha) to the scores of future keys: a softmax, causal at alpha = 0. "full" is what the released
+            code of iLLaMA computes: softmax over all keys, then future weights times alpha. Its denominators see the future
+            even at alpha = 0, so it is never causal and its keys cannot be cached; use it for checkpoints trained so.
+        scale, backend: as in `interval_attention`.
+
+    Returns:
+        [B, T, H, Dv] in q's dtype.
+
+    Raises:
+        ValueError: alpha outside [0, 1], an unknown norm, unequal lengths.
+
+    Source: iLLaMA, arXiv 2403.01234, for the mask; the mixes are this project's.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"k: expected {q.shape[1]} tokens as q has, got {k.shape[1]}")
+    t = q.shape[1]
+    causal, lse_causal = _with_lse(q, k, v, IntervalMask.causal(), scale, backend)
+    if norm == "full":
+        full, lse_full = _with_lse(q, k, v, IntervalMask.full(), scale, backend)
+        past = (1.0 - alpha) * torch.exp(lse_causal - lse_full)
+        return (alpha * full.to(past.dtype) + past[..., None] * causal.to(past.dtype)).to(q.dtype)
+    if alpha == 0.0 or t == 0:
+        return causal
+    future, lse_future = _with_lse(q, k, v, ~IntervalMask.causal(t, t).materialize(device=q.device), scale, backend)
+    weight = torch.sigmoid(lse_future + torch.log(torch.tensor(alpha)).item() - lse_causal)  # the last row has no future
+    return (causal + weight[..., None] * (future.to(weight.dtype) - causal)).to(q.dtype)
+
+
+def _with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: IntervalMask, scale: float | None, backend: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    result = interval_attention(q, k, v, mask, scale=scale, return_lse=True, backend=backend)
+    assert isinstance(result, tuple)
+    return result
+
+
+def segment_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    edges: Sequence[int],
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """log sum_j exp(scale q . k_j) over each segment of keys [edges[s], edges[s + 1]): [B, Tq, H, S] float32.
+
+    softmax over the last dimension gives the attention mass of the segments.
+
+    Raises:
+        ValueError: edges that decrease or leave [0, Tk].
+    """
+    tk = k.shape[1]
+    if any(a > b for a, b in zip(edges, edges[1:], strict=False)) or not edges or edges[0] < 0 or edges[-1] > tk:
+        raise ValueError(f"edges: expected numbers that do not decrease, in [0, {tk}], got {list(edges)}")
+    narrow = k.new_zeros((*k.shape[:3], 1))  # the values do not matter, so they are one column
+    parts = [
+        _with_lse(q, k[:, a:b], narrow[:, a:b], IntervalMask.full(), scale, backend)[1]
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    return torch.stack(parts, -1)
+
+
+def pine_importance(
+    q: torch.Tensor, k: torch.Tensor, prefix: int, lengths: Sequence[int], *, scale: float | None = None, backend: str | None = None
+) -> torch.Tensor:
+    """How important each document is to each document and to the suffix: float32 [B, H, n + 1, n].
+
+    For document i the mean over its tokens, for the suffix the mean over its tokens, of the attention mass that goes to document
+    j per token of j; queries and keys without rotation, so that order does not count. A document is the most important to itself.
+    """
+    n = len(lengths)
+    edges = _edges(prefix, lengths)
+    lse = segment_lse(q[:, prefix:], k, edges, scale=scale, backend=backend)
+    per_token = 1.0 / torch.tensor(lengths, dtype=lse.dtype, device=lse.device).clamp_min(1)
+    rows = []
+    for i in range(n + 1):
+        begin = edges[i] - prefix
+        end = edges[i + 1] - prefix if i < n else lse.shape[1]
+        group = lse[:, begin:end]
+        if i < n:
+            own = torch.arange(n, device=lse.device) == i
+            group = group.masked_fill(own, -torch.inf)
+        mass = group.softmax(-1).nan_to_num() * per_token  # one document alone has no others
+        mean = mass.mean(1) if end > begin else mass.new_zeros((mass.shape[0], *mass.shape[2:]))
+        rows.append(mean.masked_fill(own, torch.inf) if i < n else mean)
+    return torch.stack(rows, 2)
+
+
+def pine_shift(importance: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Position shifts int32 [B, H, n + 1, n] from `pine_importance`: the tokens of the documents ranked before each.
+
+    The most important document stands last, next to the query. Equal importance keeps the order of the documents: then, and only
+    then, the result depends on that order.
+    """
+    order = importance.argsort(dim=-1, descending=True, stable=True)
+    ordered = torch.tensor(lengths, device=importance.device)[order]
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(order).scatter(-1, order, before).int()
+
+
+def pine_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prefix: int,
+    lengths: Sequence[int],
+    rope: RopeSpec,
+    *,
+    importance: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention that does not depend on the order of documents (PINE, arXiv 2407.01100).
+
+    Documents between a causal prefix and a causal suffix see each other; every query has them ordered by importance to it, its own
+    last. Keys are rotated once; the other order is a rotation of the query for every document.
+
+    Args:
+        q, k, v: [B, T, H, D] without rotary embedding, T = prefix + sum(lengths) + suffix.
+        prefix: tokens before the documents.
+        lengths: tokens of each document.
+        rope: the rotary embedding.
+        importance: [B|1, H|1, n + 1, n], the order in which each document (last: the suffix) sees the documents; None for
+            `pine_importance`. The order is not differentiable.
+        scale, backend: as in `interval_attention`.
+
+    Returns:
+        [B, T, H, Dv] in q's dtype.
+
+    Raises:
+        ValueError: lengths that do not fit T, or an importance of another shape.
+    """
+    t, n, total = q.shape[1], len(lengths), prefix + sum(lengths)
+    if total > t or k.shape[1] != t:
+        raise ValueError(f"lengths: expected prefix and documents within the {t} tokens of q and k, got {total}")
+    if importance is None:
+        with torch.no_grad():
+            importance = pine_importance(q, k, prefix, lengths, scale=scale, backend=backend)
+    if importance.dim() != 4 or importance.shape[2:] != (n + 1, n):
+        raise ValueError(f"importance: expected shape [B|1, H|1, {n + 1}, {n}], got {list(importance.shape)}")
+    mask = IntervalMask.pine(prefix, lengths, t - total, shift=pine_shift(importance, lengths))
+    positions = _pine_positions(prefix, lengths, t).to(q.device)[:, None]
+    out = interval_attention(
+        rope.rotate(q, positions), rope.rotate(k, positions), v, mask, scale=scale, q_shift=rope, backend=backend
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _edges(prefix: int, lengths: Sequence[int]) -> list[int]:
+    return torch.tensor([prefix, *lengths]).cumsum(0).tolist()
+
+
+def _pine_positions(prefix: int, lengths: Sequence[int], t: int) -> torch.Tensor:
+    """int64 [T]: every document ends where the suffix begins."""
+    total = prefix + sum(lengths)
+    documents = [torch.arange(total - length, total) for length in lengths]
+    return torch.cat([torch.arange(prefix), *documents, torch.arange(total, t)])
+
+
+__all__ = ["pine_attention", "pine_importance", "pine_shift", "segment_lse", "soft_causal_attention"]
