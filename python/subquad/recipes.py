@@ -41,7 +41,7 @@ def soft_causal_attention(
     Raises:
         ValueError: alpha outside [0, 1], an unknown norm, unequal lengths.
 
-    Source: iLLaMA, arXiv 2403.01234, for the mask; the mixes are this project's.
+    Source: iLLaMA, arXiv 2404.06773, for the mask; the mixes are this project's.
     """
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {norm!r}")

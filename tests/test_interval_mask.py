@@ -1,0 +1,335 @@
+"""IntervalMask: every builder against a predicate, the algebra against bool matrices, the plan against tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from subquad import IntervalMask
+from subquad.masks.plan import PLAN_K, PLAN_Q
+
+Predicate = Callable[[int, int], bool]
+
+
+def dense(rows: int, keys: int, sees: Predicate) -> torch.Tensor:
+    """The definition, pair by pair."""
+    return torch.tensor([[sees(t, j) for j in range(keys)] for t in range(rows)], dtype=torch.bool).reshape(rows, keys)
+
+
+def random_cases() -> list[tuple[str, IntervalMask, torch.Tensor]]:
+    """(name, mask, its dense definition)"""
+    cases = []
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for n in range(6):
+        tq, tk = draw(1, 30), draw(1, 30)
+        off, w, s = tk - tq, draw(0, 12), draw(0, 6)
+        sink: Predicate = lambda t, j, off=off, w=w, s=s: j <= t + off and (j < s or t + off - j < w)
+        cases += [
+            (f"causal-{n}", IntervalMask.causal(tq, tk), dense(tq, tk, lambda t, j, off=off: j <= t + off)),
+            (f"full-{n}", IntervalMask.full(tq, tk), torch.ones(tq, tk, dtype=torch.bool)),
+            (f"sink-{n}", IntervalMask.sink(s, w, tq, tk), dense(tq, tk, sink)),
+            (
+                f"sliding-{n}",
+                IntervalMask.sliding(w, tq, tk),
+                dense(tq, tk, lambda t, j, off=off, w=w: 0 <= t + off - j < w),
+            ),
+            (
+                f"prefix-{n}",
+                IntervalMask.prefix_lm(s, tq, max(tk, s)),
+                dense(tq, max(tk, s), lambda t, j, off=max(tk, s) - tq, s=s: j < s or j <= t + off),
+            ),
+        ]
+        lengths = torch.randint(0, 9, (4,), generator=generator)
+        more = lengths + torch.randint(0, 4, (4,), generator=generator)
+        cu, cu_k = (torch.nn.functional.pad(x.cumsum(0), (1, 0)) for x in (lengths, more))
+        document = torch.repeat_interleave(torch.arange(4), lengths).tolist()
+
+        def packed(
+            t: int, j: int, causal: bool, w: int, s: int,
+            cu: Any = cu.tolist(), cu_k: Any = cu_k.tolist(), document: Any = document,
+        ) -> bool:  # fmt: skip
+            d = document[t]
+            low, high = cu_k[d], cu_k[d + 1]
+            i = t - cu[d] + (high - low) - (cu[d + 1] - cu[d])  # position within the keys of the document
+            here = low <= j < high
+            if not causal:
+                return here
+            return here and j - low <= i and (w < 0 or j - low < s or i - (j - low) < w)
+
+        rows, keys = int(cu[-1]), int(cu_k[-1])
+        for causal, width, sinks in ((True, -1, 0), (False, -1, 0), (True, w, s)):
+            mask = IntervalMask.packed(cu, cu_k, causal=causal, window=width, sink_tokens=sinks)
+            definition = dense(rows, keys, lambda t, j, c=causal, w=width, s=sinks, f=packed: f(t, j, c, w, s))
+            cases.append((f"packed-{causal}-{width}-{n}", mask, definition))
+        a, b, c, d = sorted(draw(0, 30) for _ in range(4))
+        cases.append((
+            f"mma-{n}",
+            IntervalMask.mma(31, [(a, b), (b, c)], [(c, d)]),
+            dense(31, 31, lambda t, j, a=a, c=c, d=d: j <= t or (a <= t < c and c <= j < d)),
+        ))  # fmt: skip
+        prefix, sizes, suffix = draw(0, 5), [draw(0, 6) for _ in range(3)], draw(0, 5)
+        edges = [prefix + sum(sizes[:i]) for i in range(4)]
+        owner = [-1] * prefix + [i for i in range(3) for _ in range(sizes[i])] + [-1] * suffix
+        cases.append((
+            f"pine-{n}",
+            IntervalMask.pine(prefix, sizes, suffix),
+            dense(len(owner), len(owner), lambda t, j, o=owner, e=edges: j <= t or (
+                o[t] >= 0 and e[0] <= j < e[3] and o[j] != o[t]
+            )),
+        ))  # fmt: skip
+        h, w2, before, after = draw(1, 5), draw(1, 5), draw(0, 3), draw(0, 3)
+        places = IntervalMask.cca_permutation(h, w2, before, after).tolist()
+        image = range(before, before + h * w2)
+
+        def ring(token: int, h: int = h, w: int = w2, before: int = before) -> int:
+            y, x = divmod(token - before, w)
+            return min(y, x, h - 1 - y, w - 1 - x)
+
+        def cca(t: int, j: int, places: Any = places, image: Any = image, ring: Any = ring) -> bool:
+            a, b = places[t], places[j]
+            if a in image and b in image:
+                return ring(b) <= ring(a)
+            return b <= a
+
+        cases.append((f"cca-{n}", IntervalMask.cca(h, w2, before, after), dense(len(places), len(places), cca)))
+        main, conditions = draw(1, 6), [draw(1, 5) for _ in range(2)]
+        block = [0] * main + [i + 1 for i in range(2) for _ in range(conditions[i])]
+        cases.append((
+            f"easycontrol-{n}",
+            IntervalMask.easycontrol(main, conditions),
+            dense(len(block), len(block), lambda t, j, b=block: b[t] == 0 or b[t] == b[j]),
+        ))  # fmt: skip
+        frames, f, sinks, local, together = draw(1, 7), draw(1, 3), draw(0, 2), draw(2, 5), draw(1, 3)
+        pin = (1, 2)
+
+        def frame(t: int, j: int, n: int = frames, f: int = f, s: int = sinks, w: int = local - sinks, b: int = together,
+                  pin: Any = pin) -> bool:  # fmt: skip
+            last = min(t // f // b * b + b - 1, n - 1)
+            first, key = last - w + 1, j // f
+            return key <= last and (key < s or key >= first or (pin[0] <= key < pin[1] and pin[1] <= max(first, 0)))
+
+        cases.append((
+            f"frames-{n}",
+            IntervalMask.frame_sink(frames, f, sinks, local, together, pin),
+            dense(frames * f, frames * f, frame),
+        ))  # fmt: skip
+        ahead = torch.randint(0, 5, (20,), generator=generator)
+        left = draw(0, 6)
+        cases.append((
+            f"lookahead-{n}",
+            IntervalMask.lookahead(ahead, left),
+            dense(20, 20, lambda t, j, a=ahead.tolist(), n=left: t - n <= j <= t + a[t]),
+        ))  # fmt: skip
+        start = torch.randint(-3, 30, (1, 1, 12, 4), generator=generator)
+        stop = start + torch.randint(0, 8, start.shape, generator=generator)
+        cases.append((
+            f"spans-{n}",
+            IntervalMask.spans(start, stop, 30, window=w or None),
+            dense(12, 30, lambda t, j, a=start[0, 0].tolist(), b=stop[0, 0].tolist(), w=w: any(
+                0 <= x <= j < y for x, y in zip(a[t], b[t], strict=True)
+            ) or 0 <= t + 18 - j < w),
+        ))  # fmt: skip
+    return cases
+
+
+CASES = random_cases()
+
+
+@pytest.mark.parametrize(("mask", "definition"), [pytest.param(m, d, id=n) for n, m, d in CASES])
+def test_builders(mask: IntervalMask, definition: torch.Tensor) -> None:
+    assert torch.equal(mask.to_dense()[0, 0], definition)
+    wide = mask.materialize()
+    assert wide.starts is not None and wide.ends is not None
+    IntervalMask(wide.starts, wide.ends, tk=definition.shape[1])  # canonical: passes the checks of the constructor
+    touching = (wide.starts[..., 1:] == wide.ends[..., :-1]) & (wide.starts[..., 1:] < wide.ends[..., 1:])
+    assert not touching.any()
+    rows, keys = definition.shape
+    after = torch.arange(keys)[None] > torch.arange(rows)[:, None] + keys - rows
+    if mask.starts is not None:
+        assert mask.is_causal() == (not (definition & after).any())
+    b, h = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    if definition.numel():
+        mod = mask.to_mask_mod()
+        grid = torch.stack([mod(b, h, t.expand(keys), torch.arange(keys)) for t in torch.arange(rows)])
+        assert torch.equal(grid, definition)
+
+
+def random_dense(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    flips = torch.rand(shape, generator=generator) < 0.02 + 0.2 * torch.rand((), generator=generator)
+    x = (flips.cumsum(-1) + torch.randint(0, 2, (*shape[:-1], 1), generator=generator)) % 2 == 0
+    x[..., shape[-2] // 2 :, :] &= torch.rand((), generator=generator) < 0.8  # sometimes rows that see nothing
+    if torch.rand((), generator=generator) < 0.5:
+        x[..., : shape[-2] // 2 + 1, shape[-1] // 4 : shape[-1]] = True
+    return x
+
+
+def test_algebra() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(60):
+        tq, tk = torch.randint(1, 40, (2,), generator=generator).tolist()
+        a, b = random_dense(generator, 1, 2, tq, tk), random_dense(generator, 2, 1, tq, tk)
+        x, y = IntervalMask.from_dense(a), IntervalMask.from_dense(b)
+        assert torch.equal(x.to_dense(), a) and torch.equal((~x).to_dense(), ~a)
+        assert torch.equal((x | y).to_dense(), a | b) and torch.equal((x & y).to_dense(), a & b)
+        assert (x & y).num_intervals <= x.num_intervals + y.num_intervals - 1
+        assert (~x).num_intervals <= x.num_intervals + 1
+        query, key = torch.randperm(tq, generator=generator), torch.randperm(tk, generator=generator)
+        assert torch.equal(x.permute(query, key).to_dense(), a[:, :, query][..., key])
+        both = IntervalMask.concat([x, y]).to_dense()
+        assert torch.equal(both[:, :, :tq, :tk], a.expand(2, -1, -1, -1))
+        assert torch.equal(both[:, :, tq:, tk:], b.expand(-1, 2, -1, -1)) and not both[:, :, :tq, tk:].any()
+        first = torch.randint(0, tq + 1, (1, 1, tk), generator=generator).int()
+        last = first + torch.randint(0, tq + 1, (1, 1, tk), generator=generator).int()
+        t = torch.arange(tq)[:, None]
+        alive = (t >= first[:, :, None]) & (t < last[:, :, None])
+        assert torch.equal((x.with_key_lifetime(first, last) & y).to_dense(), a & b & alive)
+        low, high = sorted(torch.randint(0, tk + 1, (2,), generator=generator).tolist())
+        square = random_dense(generator, 1, 1, tk, tk)
+        seen = square[0, 0, low:high]
+        closed = not (seen[:, :low].any() or seen[:, high:].any())
+        assert IntervalMask.from_dense(square).is_closed(low, high) is closed
+
+
+def test_plan_against_dense() -> None:
+    """300 random masks: which tiles are listed, in what order, and which count as whole."""
+    generator = torch.Generator().manual_seed(2)
+    for case in range(300):
+        tq, tk = (int(torch.randint(1, n, (), generator=generator)) for n in (290, 200))
+        a = random_dense(generator, 1, 1 + case % 2, tq, tk)
+        mask = IntervalMask.from_dense(a)
+        nq, nk = -(-tq // PLAN_Q), -(-tk // PLAN_K)
+        padded = torch.nn.functional.pad(a, (0, nk * PLAN_K - tk, 0, nq * PLAN_Q - tq))
+        tiles = padded.unflatten(3, (nk, PLAN_K)).unflatten(2, (nq, PLAN_Q)).transpose(3, 4)
+        rows = (tq - torch.arange(nq) * PLAN_Q).clamp(max=PLAN_Q)
+        touched = tiles.any(-1).any(-1)
+        whole = tiles.sum((-1, -2)) == rows[:, None] * PLAN_K  # a tile beyond the last key never is
+        q_count, q_list, k_count, k_list = mask.plan()
+        for counts, lists, hit, full in (
+            (q_count, q_list, touched, whole),
+            (k_count, k_list, touched.transpose(2, 3), whole.transpose(2, 3)),
+        ):
+            for h in range(a.shape[1]):
+                for i in range(hit.shape[2]):
+                    parts, wholes = counts[0, h, i].tolist()
+                    expected = (hit & ~full)[0, h, i].nonzero().flatten().tolist(), full[0, h, i].nonzero().flatten().tolist()
+                    assert lists[0, h, i, : parts + wholes].tolist() == [*expected[0], *expected[1]]
+                    assert (parts, wholes) == (len(expected[0]), len(expected[1]))
+        assert mask.plan() is mask.plan()
+    each = mask.plan(per_slot=True)
+    assert each[0].shape == (1, a.shape[1], mask.num_intervals, nq, 2)
+
+
+def test_worked_example_of_modality_mutual_attention() -> None:
+    mask = IntervalMask.mma(9, [(2, 5)], [(5, 8)])
+    assert mask.starts is not None and mask.ends is not None
+    rows = [
+        [(s, e) for s, e in zip(a, b, strict=True) if s < e]
+        for a, b in zip(mask.starts[0, 0].tolist(), mask.ends[0, 0].tolist(), strict=True)
+    ]
+    assert rows[2] == [(0, 3), (5, 8)] and rows[3] == [(0, 4), (5, 8)] and rows[4] == [(0, 8)] and rows[8] == [(0, 9)]
+    assert mask.is_closed(0, 8) and not mask.is_closed(0, 5)
+
+
+def test_worked_example_of_concentric_attention() -> None:
+    mask = IntervalMask.cca(4, 4, 1, 1)
+    assert mask.num_intervals == 1 and mask.ends is not None
+    assert mask.ends.flatten().tolist() == [1, *[13] * 12, *[17] * 4, 18]
+    assert IntervalMask.cca_positions(4, 4, 1, 1).tolist() == [0, *[1] * 12, *[2] * 4, 3]
+    raster = mask.permute(*(IntervalMask.cca_permutation(4, 4, 1, 1).argsort(),) * 2)
+    assert raster.num_intervals > 1 and raster.is_closed(0, 17)
+
+
+def test_flashmask() -> None:
+    generator = torch.Generator().manual_seed(3)
+    masks = [m for _, m, d in CASES if d.numel()] + [
+        IntervalMask.from_dense(random_dense(generator, 1, 1, 25, 30)) for _ in range(20)
+    ]
+    refused = 0
+    for mask in masks:
+        a = mask.to_dense()[0, 0]
+        columns = torch.nn.functional.pad(~a.T, (1, 0))
+        runs = int((columns[:, 1:] & ~columns[:, :-1]).sum(-1).max())
+        if runs > 2:
+            refused += 1
+            with pytest.raises(ValueError, match="^mask: .*two runs"):
+                mask.to_flashmask()
+            continue
+        lts, lte, uts, ute = mask.to_flashmask()[0, 0].unbind(-1)
+        t = torch.arange(a.shape[0])[:, None]
+        hidden = ((t >= lts) & (t < lte)) | ((t >= uts) & (t < ute))
+        assert torch.equal(hidden, ~a)
+    assert 0 < refused < len(masks)
+
+
+def intervals(*rows: tuple[int, int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32)[None, None]
+
+
+WRONG: dict[str, tuple[str, type[Exception], Callable[[], Any]]] = {
+    "int64": ("starts", TypeError, lambda: IntervalMask(intervals((0, 2)).long(), intervals((1, 3)), tk=4)),
+    "a list": ("starts", TypeError, lambda: IntervalMask([[0]], intervals((1, 3)), tk=4)),  # type: ignore[arg-type]
+    "two dimensions": ("starts", ValueError, lambda: IntervalMask(intervals((0, 2))[0, 0], intervals((1, 3))[0, 0], tk=4)),
+    "other shape": ("ends", ValueError, lambda: IntervalMask(intervals((0, 2)), intervals((1, 3), (1, 3)), tk=4)),
+    "beyond": ("starts", ValueError, lambda: IntervalMask(intervals((0, 2)), intervals((1, 5)), tk=4)),
+    "negative": ("starts", ValueError, lambda: IntervalMask(intervals((-1, 2)), intervals((1, 3)), tk=4)),
+    "reversed": ("starts", ValueError, lambda: IntervalMask(intervals((3, 4)), intervals((1, 4)), tk=4)),
+    "unsorted": ("starts", ValueError, lambda: IntervalMask(intervals((2, 0)), intervals((3, 1)), tk=4)),
+    "overlapping": ("starts", ValueError, lambda: IntervalMask(intervals((0, 1)), intervals((2, 3)), tk=4)),
+    "half a lifetime": (
+        "key_stop",
+        ValueError,
+        lambda: IntervalMask(intervals((0, 2)), intervals((1, 3)), tk=4, key_start=torch.zeros(1, 1, 4, dtype=torch.int32)),
+    ),
+    "short lifetime": (
+        "key_start",
+        ValueError,
+        lambda: IntervalMask.causal(4, 4).with_key_lifetime(*(torch.zeros(1, 1, 3, dtype=torch.int32),) * 2),
+    ),
+    "shift of another shape": ("shift", ValueError, lambda: IntervalMask.from_dense(torch.ones(3, 4) > 0).with_shift(
+        torch.zeros(1, 1, 3, 2, dtype=torch.int32))),
+    "negative window": ("window", ValueError, lambda: IntervalMask.sliding(-1)),
+    "window is a float": ("window", TypeError, lambda: IntervalMask.sliding(2.0)),  # type: ignore[arg-type]
+    "negative size": ("tq", ValueError, lambda: IntervalMask.causal(-1)),
+    "dense is a float": ("mask", TypeError, lambda: IntervalMask.from_dense(torch.ones(3, 4))),
+    "dense has one dimension": ("mask", ValueError, lambda: IntervalMask.from_dense(torch.ones(3) > 0)),
+    "cu_seqlens from 1": ("cu_seqlens", ValueError, lambda: IntervalMask.packed(torch.tensor([1, 3]))),
+    "cu_seqlens decreases": ("cu_seqlens", ValueError, lambda: IntervalMask.packed(torch.tensor([0, 3, 2]))),
+    "cu_seqlens is float": ("cu_seqlens", TypeError, lambda: IntervalMask.packed(torch.tensor([0.0, 3.0]))),
+    "cu_seqlens_k is longer": (
+        "cu_seqlens_k",
+        ValueError,
+        lambda: IntervalMask.packed(torch.tensor([0, 3]), torch.tensor([0, 3, 4])),
+    ),
+    "image outside": ("images", ValueError, lambda: IntervalMask.mma(9, [(2, 10)], [(5, 8)])),
+    "questions missing": ("questions", ValueError, lambda: IntervalMask.mma(9, [(0, 1), (2, 3), (4, 5)], [(5, 6), (6, 7)])),
+    "more sinks than frames": ("sink_frames", ValueError, lambda: IntervalMask.frame_sink(4, 2, 3, 2)),
+    "dense without sizes": ("tq, tk", ValueError, lambda: IntervalMask.causal().to_dense()),
+    "complement without sizes": ("mask", ValueError, lambda: ~IntervalMask.causal()),
+    "union of other sizes": ("other", ValueError, lambda: IntervalMask.causal(4) | IntervalMask.causal(5)),
+    "closed outside": ("lo, hi", ValueError, lambda: IntervalMask.causal(4).is_closed(0, 5)),
+    "closed of a rectangle": ("mask", ValueError, lambda: IntervalMask.causal(4, 5).is_closed(0, 2)),
+    "plan of a plain mask": ("mask", ValueError, lambda: IntervalMask.causal(4).plan()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_named(case: str) -> None:
+    name, kind, call = WRONG[case]
+    with pytest.raises(kind, match=f"^{name}: "):
+        call()
+
+
+def test_plain_masks_take_the_sizes_of_the_call() -> None:
+    mask = IntervalMask.sink(2, 3)
+    assert mask.to_dense(4, 6).shape == (1, 1, 4, 6) and mask.tq is None
+    assert (mask | IntervalMask.full(4, 6)).to_dense().all()
+    assert "sink_tokens=2" in repr(mask) and "intervals" in repr(mask.materialize(4, 6))
+    with pytest.raises(ValueError, match="^mask: expected 5 rows"):
+        IntervalMask.causal(4, 6).lower(5, 6)
