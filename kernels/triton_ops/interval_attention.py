@@ -51,8 +51,8 @@ def _fwd_tile(
     BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, BN)
-    k = load_rows(k_ptr, cols, k_stride, tk, tl.arange(0, BD), d)
-    v = load_rows(v_ptr, cols, v_stride, tk, tl.arange(0, BDV), dv)
+    k = load_rows(k_ptr, start, k_stride, tk, d, BN, BD)
+    v = load_rows(v_ptr, start, v_stride, tk, dv, BN, BDV)
     scores = dot(q, tl.trans(k), PRECISION) * scale2
     bias = load_bias(bias_ptr, cols, tk, BIAS)
     if BIAS:
@@ -104,7 +104,7 @@ def _interval_attention_fwd_kernel(
         total = tl.zeros([BM], tl.float32)
     for slot in range(SLOTS):
         bad = 0
-        q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, rows, q_t, tq, tl.arange(0, BD), d)
+        q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, first, q_t, tq, d, BM, BD)
         entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + first // PLAN_Q
         masked, both, sinks, low, full_low, full_high = visits(
             count_ptr + 2 * entry, first, tl.minimum(first + BM, tq) - 1, tq, tk, sink_tokens, window,
@@ -171,8 +171,8 @@ def _dq_tile(
     BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, BN)
-    k = load_rows(k_ptr, cols, k_stride, tk, tl.arange(0, BD), d)
-    v = load_rows(v_ptr, cols, v_stride, tk, tl.arange(0, BDV), dv)
+    k = load_rows(k_ptr, start, k_stride, tk, d, BN, BD)
+    v = load_rows(v_ptr, start, v_stride, tk, dv, BN, BDV)
     bias = load_bias(bias_ptr, cols, tk, BIAS)
     scores = dot(q, tl.trans(k), PRECISION) * scale2
     if BIAS:
@@ -224,7 +224,7 @@ def _interval_attention_dq_kernel(
     lse2 = load_lse2(lse_ptr, row, live)
     for slot in range(SLOTS):
         bad = 0
-        q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, rows, q_t, tq, tl.arange(0, BD), d)
+        q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, first, q_t, tq, d, BM, BD)
         dq = tl.zeros([BM, BD], tl.float32)
         entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + first // PLAN_Q
         masked, both, sinks, low, full_low, full_high = visits(
@@ -269,8 +269,8 @@ def _dkdv_tile(
     BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     rows = start + tl.arange(0, BM)
-    q = load_rows(q_ptr, rows, q_stride, tq, tl.arange(0, BD), d)
-    grad = load_rows(grad_ptr, rows, heads * dv, tq, tl.arange(0, BDV), dv)
+    q = load_rows(q_ptr, start, q_stride, tq, d, BM, BD)
+    grad = load_rows(grad_ptr, start, heads * dv, tq, dv, BM, BDV)
     live = rows < tq
     lse2 = load_lse2(lse_ptr, rows * heads, live)
     delta = tl.load(delta_ptr + rows * heads, live, other=0.0)
@@ -308,8 +308,8 @@ def _interval_attention_dkdv_kernel(
     first = tl.program_id(0) * BN
     cols = first + tl.arange(0, BN)
     scale2 = scale * LOG2E
-    k = load_rows(k_ptr + b * k_b + kv_head * k_h, cols, k_t, tk, tl.arange(0, BD), d)
-    v = load_rows(v_ptr + b * v_b + kv_head * v_h, cols, v_t, tk, tl.arange(0, BDV), dv)
+    k = load_rows(k_ptr + b * k_b + kv_head * k_h, first, k_t, tk, d, BN, BD)
+    v = load_rows(v_ptr + b * v_b + kv_head * v_h, first, v_t, tk, dv, BN, BDV)
     dk = tl.zeros([BN, BD], tl.float32)
     dv_sum = tl.zeros([BN, BDV], tl.float32)
     for g in range(GROUP):
@@ -417,6 +417,9 @@ def _call(
     if key_bias is not None:
         bias_b, bias_h = _broadcast_strides(key_bias, tk, tk)
     nq, nk = triton.cdiv(tq, PLAN_Q.value), triton.cdiv(tk, PLAN_K.value)
+    for name, stride in (("q", q.stride(1)), ("k", k.stride(1)), ("v", v.stride(1)), ("v", heads * dv)):
+        if stride * PLAN_Q.value >= 2**31:
+            raise ValueError(f"{name}: expected rows less than 2^24 elements apart, got {stride}; make it contiguous")
     sizes = (
         *q.stride()[:4], *k.stride()[:3], *v.stride()[:3], mask_b, mask_h, life_b, life_h, bias_b, bias_h,
         heads, tq, tk, nq, nk, d, dv, sink_tokens, window, scale,

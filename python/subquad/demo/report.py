@@ -68,15 +68,25 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _verdict(passed: bool) -> str:
+    return "[green]agrees[/green]" if passed else "[bold red]DISAGREES[/bold red]"
+
+
 def show(console: Console, result: dict[str, Any]) -> None:
     """Print the table, the check and the answers."""
     console.print(_table(result))
     check = result["check"]
-    verdict = "[green]agrees[/green]" if check["passed"] else "[bold red]DISAGREES[/bold red]"
+    attention = check["attention"]
+    largest = max(check["prefill_max_difference"], check["decode_max_difference"])
     console.print(
-        f"Converted model with threshold -1 {verdict} with the dense one: largest logit difference "
+        f"Converted model with threshold -1 {_verdict(largest <= check['tolerance'])} with the dense one: largest logit difference "
         f"{check['prefill_max_difference']:.1e} (whole text), {check['decode_max_difference']:.1e} (one token); "
         f"allowed {check['tolerance']:.1e}, logits up to {check['max_logit']:.1f}."
+    )
+    console.print(
+        f"Model with attn_implementation='subquad' {_verdict(attention['passed'])} with the stock one: log-likelihood per token "
+        f"differs by {attention['log_likelihood_difference']:.1e}, allowed {attention['tolerance']:.0e}; greedy text "
+        f"{'is the same' if attention['same_text'] else 'differs'}."
     )
     if result["native_unavailable"] is not None:
         console.print(
@@ -100,7 +110,7 @@ def write_plot(result: dict[str, Any], folder: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = result["variants"]
+    rows = [row for row in result["variants"] if row["family"] in ("dense", "cats")]
     base = rows[0]
     sparsity = [100 * (row["decode_sparsity"] or 0.0) for row in rows]
     heldout = [100 * (row["sparsity"] or 0.0) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from . import measure, model, report
 from .variants import CALIBRATED, FAMILIES, Variant
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
+LIKELIHOOD_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # nats per token
 _PROMPT = 64  # tokens of held-out text before decoding starts
 
 
@@ -70,7 +72,8 @@ class _Stages:
 
 def _prepare_native(device: str) -> str | None:
     """Make the native kernels ready, compiling them when they are not there yet. Returns why they cannot be used."""
-    return _backends.unavailable("cats_mlp", "native", device, build=True)
+    reasons = (_backends.unavailable(op, "native", device, build=True) for op in ("cats_mlp", "interval_attention"))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def run(
@@ -91,7 +94,7 @@ def run(
         console: where to show progress and results; the terminal by default.
 
     Returns:
-        0, or 1 when the converted model with thresholds off disagrees with the dense one.
+        0, or 1 when the converted model with thresholds off, or the model with our attention, disagrees with the stock one.
     """
     console = console or Console()
     with _Stages(console) as stages:
@@ -114,7 +117,8 @@ def run(
         check, rows = _measure(stages, subject, variants, heldout, settings)
     largest = max(check["prefill_max_difference"], check["decode_max_difference"])
     check["tolerance"] = TOLERANCE[dtype] * check["max_logit"]
-    check["passed"] = largest <= check["tolerance"]
+    check["attention"] = attention = _attention_check(rows, dtype)
+    check["passed"] = largest <= check["tolerance"] and attention["passed"]
     result: dict[str, Any] = {
         "schema": report.SCHEMA,
         "model": subject.name,
@@ -131,6 +135,19 @@ def run(
     for path in (report.write_json(result, output), report.write_plot(result, output)):
         console.print(f"written: {path}")
     return 0 if check["passed"] else 1
+
+
+def _attention_check(rows: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
+    """Whether the model with our attention is the stock model: its likelihood per token, and in float32 its greedy text."""
+    stock, ours = rows[0], next(row for row in rows if row["family"] == "attention")
+    difference = abs(math.log(ours["perplexity"] / stock["perplexity"]))
+    same_text = ours["answer"] == stock["answer"]
+    return {
+        "log_likelihood_difference": difference,
+        "tolerance": LIKELIHOOD_TOLERANCE[dtype],
+        "same_text": same_text,
+        "passed": difference <= LIKELIHOOD_TOLERANCE[dtype] and (same_text or dtype != "float32"),
+    }
 
 
 def _measure(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..calibration import CatsCalibrator
-from ..integrations.transformers import convert
+from ..integrations.transformers import convert, register
 from ..nn.cats_mlp import CATSMLP
 from ..nn.conversion import find_mlps
 
@@ -49,7 +49,7 @@ Builder = Callable[[nn.Module, Sequence[torch.Tensor], Callable[[], None]], list
 
 def dense(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
     """The model as it is."""
-    return [Variant("dense", "dense", model)]
+    return [Variant("dense", "dense", model, activate=_switch(model, model.config._attn_implementation))]  # type: ignore
 
 
 def cats(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
@@ -75,5 +75,15 @@ def cats(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], N
     return [variant(target) for target in CATS_TARGETS]
 
 
-FAMILIES: dict[str, Builder] = {"dense": dense, "cats": cats}
+def _switch(model: nn.Module, implementation: str) -> Callable[[], None]:
+    return lambda: model.set_attn_implementation(implementation)  # type: ignore[operator]
+
+
+def attention(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+    """The very model, its attention computed by `subquad.interval_attention`."""
+    register()
+    return [Variant("our attention", "attention", model, activate=_switch(model, "subquad"))]
+
+
+FAMILIES: dict[str, Builder] = {"dense": dense, "cats": cats, "attention": attention}
 CALIBRATED = ("cats",)  # families that run every calibration batch once
