@@ -84,7 +84,7 @@ __device__ __forceinline__ bool sees(const IntervalAttentionParams& p, const Row
 
 /// One share of the keys for one group of rows.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 3)
     interval_attention_split_kernel(const IntervalAttentionParams p, float* __restrict__ scratch, int64_t splits) {
   constexpr int kChunk = kVecElems<T>;
   constexpr int kCols = kMaxHeadDim / kAttentionThreads;  // columns of the values per thread

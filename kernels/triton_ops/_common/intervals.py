@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import cast, is_finite, widen_if_interpreted
+from .numerics import INTERPRET, cast, is_finite, widen_if_interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -84,15 +84,11 @@ def visible(
 
 @triton.jit
 def load_rows(ptr, first, stride, count, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, COLS] of a matrix from row `first` on, rows `stride` apart; 0 outside [count, width].
-
-    Only the beginning of the tile needs a 64-bit offset: 32-bit ones inside it halve the registers of addresses.
-    """
-    rows = tl.arange(0, ROWS)
+    """[ROWS, COLS] of a matrix from row `first` on, rows `stride` apart; 0 outside [count, width]."""
+    rows = first + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
-    inside = (first + rows < count)[:, None] & (cols < width)[None, :]
-    start = tl.cast(first, tl.int64) * stride
-    return tl.load(ptr + start + (rows[:, None] * stride + cols[None, :]), inside, other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    return tl.load(ptr + offsets, (rows < count)[:, None] & (cols < width)[None, :], other=0.0)
 
 
 @triton.jit
@@ -225,3 +221,35 @@ def load_lse2(lse_ptr, at, live):
     """lse in units of log2; +inf, which makes every weight 0, for rows that see nothing or do not exist."""
     lse = tl.load(lse_ptr + at, live, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+# (BM, BN, warps, stages) by kernel, of bf16 and fp16 up to a head dimension of 64, of 128 and beyond, and of fp32, where a
+# product is three. The largest tiles that need no spills, with the matrix units of each generation (8: mma, 9: wgmma, 10:
+# tcgen05), as `subquad gpu-report` shows; not measured on a GPU.
+TILES = {
+    "fwd": {"any": ((128, 32, 8, 2), (64, 64, 8, 1), (32, 32, 4, 1))},
+    "dq": {
+        "any": ((64, 32, 8, 1), (64, 32, 8, 1), (16, 32, 4, 1)),
+        10: ((64, 32, 8, 1), (64, 64, 8, 1), (16, 32, 4, 1)),
+    },
+    "dkdv": {
+        "any": ((32, 64, 8, 1), (32, 64, 8, 1), (16, 16, 4, 1)),
+        8: ((64, 32, 8, 1), (64, 32, 8, 1), (16, 16, 4, 1)),
+        9: ((32, 64, 8, 1), (16, 64, 8, 2), (16, 16, 4, 1)),
+    },
+}
+
+
+def _generation() -> int:
+    """Major compute capability of the GPU in use; 9 in the interpreter."""
+    if INTERPRET.value:
+        return 9
+    return int(triton.runtime.driver.active.get_current_target().arch) // 10
+
+
+def launch_options(width: int, wide_floats: bool, kernel: str) -> dict[str, int]:
+    """Tile sizes, warps and stages for the larger head dimension `width`."""
+    by_generation = TILES[kernel]
+    small, large, fp32 = by_generation.get(_generation(), by_generation["any"])
+    tiles = fp32 if wide_floats else small if width <= 64 else large
+    return dict(zip(("BM", "BN", "num_warps", "num_stages"), tiles, strict=True))
