@@ -1,3 +1,4 @@
+# ruff: noqa: B008, E731 - predicates take what they close over as defaults, for they are made in a loop
 """IntervalMask: every builder against a predicate, the algebra against bool matrices, the plan against tiles."""
 
 from __future__ import annotations
@@ -218,7 +219,10 @@ def test_plan_against_dense() -> None:
             for h in range(a.shape[1]):
                 for i in range(hit.shape[2]):
                     parts, wholes = counts[0, h, i].tolist()
-                    expected = (hit & ~full)[0, h, i].nonzero().flatten().tolist(), full[0, h, i].nonzero().flatten().tolist()
+                    expected = (
+                        (hit & ~full)[0, h, i].nonzero().flatten().tolist(),
+                        full[0, h, i].nonzero().flatten().tolist(),
+                    )
                     assert lists[0, h, i, : parts + wholes].tolist() == [*expected[0], *expected[1]]
                     assert (parts, wholes) == (len(expected[0]), len(expected[1]))
         assert mask.plan() is mask.plan()
@@ -258,7 +262,7 @@ def test_flashmask() -> None:
         runs = int((columns[:, 1:] & ~columns[:, :-1]).sum(-1).max())
         if runs > 2:
             refused += 1
-            with pytest.raises(ValueError, match="^mask: .*two runs"):
+            with pytest.raises(ValueError, match=r"^mask: .*two runs"):
                 mask.to_flashmask()
             continue
         lts, lte, uts, ute = mask.to_flashmask()[0, 0].unbind(-1)
@@ -331,5 +335,5 @@ def test_plain_masks_take_the_sizes_of_the_call() -> None:
     assert mask.to_dense(4, 6).shape == (1, 1, 4, 6) and mask.tq is None
     assert (mask | IntervalMask.full(4, 6)).to_dense().all()
     assert "sink_tokens=2" in repr(mask) and "intervals" in repr(mask.materialize(4, 6))
-    with pytest.raises(ValueError, match="^mask: expected 5 rows"):
+    with pytest.raises(ValueError, match=r"^mask: expected 5 rows"):
         IntervalMask.causal(4, 6).lower(5, 6)

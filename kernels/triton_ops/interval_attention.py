@@ -134,7 +134,7 @@ def _interval_attention_fwd_kernel(
                         rows, key, starts_ptr, ends_ptr, life_ptr, death_ptr, load_bias(bias_ptr, key, tk, BIAS),
                         tq, tk, sink_tokens, window, slot, False, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
                     )  # fmt: skip
-                    acc = add_nonfinite(acc, keep, v_ptr + (start + j).to(tl.int64) * v_t, start + j < tk, dv)
+                    acc = add_nonfinite(acc, keep, v_ptr, start + j, v_t, tk, dv)
     empty = total == 0.0
     safe = tl.where(empty, 1.0, total)
     row = (b * tq + rows) * heads + h
@@ -255,7 +255,7 @@ def _interval_attention_dq_kernel(
                         rows, key, starts_ptr, ends_ptr, life_ptr, death_ptr, load_bias(bias_ptr, key, tk, BIAS),
                         tq, tk, sink_tokens, window, slot, False, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
                     )  # fmt: skip
-                    dq = add_nonfinite(dq, keep, k_ptr + (start + j).to(tl.int64) * k_t, start + j < tk, d)
+                    dq = add_nonfinite(dq, keep, k_ptr, start + j, k_t, tk, d)
         cols = tl.arange(0, BD)
         dq_at = (row[:, None] * SLOTS + slot) * d + cols[None, :]
         tl.store(dq_ptr + dq_at, cast(dq * scale, dq_ptr.dtype.element_ty), live[:, None] & (cols < d)[None, :])
@@ -355,9 +355,8 @@ def _interval_attention_dkdv_kernel(
                             row, cols, starts_ptr + mask, ends_ptr + mask, life_ptr + life, death_ptr + life, bias,
                             tq, tk, sink_tokens, window, slot, True, PLANNED, CAUSAL, WINDOWED, M, SLOTS, LIFETIME, BIAS,
                         )  # fmt: skip
-                        at = (start + j).to(tl.int64)
-                        dk = add_nonfinite(dk, keep, q_head + at * q_t, start + j < tq, d)
-                        dv_sum = add_nonfinite(dv_sum, keep, grad_ptr + (head + at * heads) * dv, start + j < tq, dv)
+                        dk = add_nonfinite(dk, keep, q_head, start + j, q_t, tq, d)
+                        dv_sum = add_nonfinite(dv_sum, keep, grad_ptr + head * dv, start + j, heads * dv, tq, dv)
         if BIAS:
             tl.store(dbias_ptr + (b * heads + h) * tk + cols, dbias, cols < tk)
     key = ((b * tk + cols) * kv_heads + kv_head)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -58,7 +59,9 @@ def soft_causal_attention(
     if alpha == 0.0 or t == 0:
         return causal
     future, lse_future = _with_lse(q, k, v, ~IntervalMask.causal(t, t).materialize(device=q.device), scale, backend)
-    weight = torch.sigmoid(lse_future + torch.log(torch.tensor(alpha)).item() - lse_causal)  # the last row has no future
+    weight = torch.sigmoid(
+        lse_future + torch.log(torch.tensor(alpha)).item() - lse_causal
+    )  # the last row has no future
     return (causal + weight[..., None] * (future.to(weight.dtype) - causal)).to(q.dtype)
 
 
@@ -86,18 +89,23 @@ def segment_lse(
         ValueError: edges that decrease or leave [0, Tk].
     """
     tk = k.shape[1]
-    if any(a > b for a, b in zip(edges, edges[1:], strict=False)) or not edges or edges[0] < 0 or edges[-1] > tk:
+    if any(a > b for a, b in pairwise(edges)) or not edges or edges[0] < 0 or edges[-1] > tk:
         raise ValueError(f"edges: expected numbers that do not decrease, in [0, {tk}], got {list(edges)}")
     narrow = k.new_zeros((*k.shape[:3], 1))  # the values do not matter, so they are one column
     parts = [
-        _with_lse(q, k[:, a:b], narrow[:, a:b], IntervalMask.full(), scale, backend)[1]
-        for a, b in zip(edges, edges[1:], strict=False)
+        _with_lse(q, k[:, a:b], narrow[:, a:b], IntervalMask.full(), scale, backend)[1] for a, b in pairwise(edges)
     ]
     return torch.stack(parts, -1)
 
 
 def pine_importance(
-    q: torch.Tensor, k: torch.Tensor, prefix: int, lengths: Sequence[int], *, scale: float | None = None, backend: str | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    prefix: int,
+    lengths: Sequence[int],
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """How important each document is to each document and to the suffix: float32 [B, H, n + 1, n].
 
@@ -148,8 +156,8 @@ def pine_attention(
 ) -> torch.Tensor:
     """Attention that does not depend on the order of documents (PINE, arXiv 2407.01100).
 
-    Documents between a causal prefix and a causal suffix see each other; every query has them ordered by importance to it, its own
-    last. Keys are rotated once; the other order is a rotation of the query for every document.
+    Documents between a causal prefix and a causal suffix see each other; every query has them ordered by importance to it,
+    its own last. Keys are rotated once; the other order is a rotation of the query for every document.
 
     Args:
         q, k, v: [B, T, H, D] without rotary embedding, T = prefix + sum(lengths) + suffix.

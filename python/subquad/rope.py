@@ -35,7 +35,9 @@ class RopeSpec:
         attention_scaling: float = 1.0,
     ) -> None:
         if not isinstance(inv_freq, torch.Tensor) or not inv_freq.is_floating_point():
-            raise TypeError(f"inv_freq: expected a float tensor, got {getattr(inv_freq, 'dtype', type(inv_freq).__name__)}")
+            raise TypeError(
+                f"inv_freq: expected a float tensor, got {getattr(inv_freq, 'dtype', type(inv_freq).__name__)}"
+            )
         if rotary_dim < 2 or rotary_dim % 2 or inv_freq.shape != (rotary_dim // 2,):
             raise ValueError(
                 f"inv_freq: expected shape [rotary_dim / 2] with an even rotary_dim, got {list(inv_freq.shape)} for {rotary_dim}"
@@ -58,7 +60,9 @@ class RopeSpec:
         """
         if hasattr(source, "inv_freq"):
             return cls(
-                source.inv_freq, 2 * source.inv_freq.shape[0], attention_scaling=getattr(source, "attention_scaling", 1.0)
+                source.inv_freq,
+                2 * source.inv_freq.shape[0],
+                attention_scaling=getattr(source, "attention_scaling", 1.0),
             )
         parameters = getattr(source, "rope_parameters", None) or getattr(source, "rope_scaling", None) or {}
         kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -74,7 +78,9 @@ class RopeSpec:
         elif kind == "llama3":
             inv_freq = _llama3(inv_freq, parameters)
         elif kind != "default":
-            raise ValueError(f"source: expected rope type default, linear or llama3, got {kind!r}; pass the rotary module")
+            raise ValueError(
+                f"source: expected rope type default, linear or llama3, got {kind!r}; pass the rotary module"
+            )
         return cls(inv_freq.float(), dim)
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -91,7 +97,9 @@ class RopeSpec:
         if positions.is_floating_point() or positions.dtype is torch.bool:
             raise TypeError(f"positions: expected integers, got {positions.dtype}")
         if x.shape[-1] < self.rotary_dim:
-            raise ValueError(f"x: expected at least {self.rotary_dim} elements in the last dimension, got {x.shape[-1]}")
+            raise ValueError(
+                f"x: expected at least {self.rotary_dim} elements in the last dimension, got {x.shape[-1]}"
+            )
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         phase = positions.long()[..., None] * self._step.to(x.device)  # wraps modulo one turn
         angle = (phase >> 11).double() * (2 * math.pi / 2.0**53)

@@ -35,10 +35,12 @@ def oracle(
         turns = turns.expand(*q.shape[:3], turns.shape[-1])
         queries = q_shift.rotate(queries.expand(*turns.shape, q.shape[3]), turns)
     if key_bias is not None:
-        key_bias = key_bias[None, None] if key_bias.dim() == 1 else key_bias[:, None] if key_bias.dim() == 2 else key_bias
-    out, lse = reference.interval_attention.interval_attention(
-        queries, k, v, *mask.lower(q.shape[1], k.shape[1]), key_bias, sink_logits, scale or q.shape[3] ** -0.5
-    )
+        key_bias = (
+            key_bias[None, None] if key_bias.dim() == 1 else key_bias[:, None] if key_bias.dim() == 2 else key_bias
+        )
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    rest: tuple[Any, ...] = (*mask.lower(q.shape[1], k.shape[1]), key_bias, sink_logits, factor)
+    out, lse = reference.interval_attention.interval_attention(queries, k, v, *rest)
     return (out, lse) if return_lse else out
 
 
@@ -171,7 +173,9 @@ def visible_pairs(case: BenchCase) -> int:
 
 def flops(case: BenchCase) -> float:
     """Two products per visible pair forward, five more backward."""
-    return (14.0 if case.params.get("backward") else 4.0) * case.params["heads"] * case.params["d"] * visible_pairs(case)
+    return (
+        (14.0 if case.params.get("backward") else 4.0) * case.params["heads"] * case.params["d"] * visible_pairs(case)
+    )
 
 
 def _sdpa_causal(sample: Sample) -> Callable[[], torch.Tensor]:

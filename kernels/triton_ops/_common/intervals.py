@@ -34,12 +34,14 @@ def finite_part(x, bad, MASKED: tl.constexpr):
 
 
 @triton.jit
-def add_nonfinite(acc, keep, row_ptr, valid, width):
-    """acc plus what is not finite in one row of x [width], where keep [rows of acc, 1] says that it is seen."""
+def add_nonfinite(acc, keep, x_ptr, row, stride, count, width):
+    """acc plus what is not finite in row `row` of the matrix [count, width] at x_ptr, where keep [rows of acc, 1] says that it is
+    seen."""
     cols = tl.arange(0, acc.shape[1])
-    row = tl.load(row_ptr + cols, (cols < width) & valid, other=0.0).to(tl.float32)
-    poison = keep & (is_finite(row) == 0)[None, :]
-    return tl.where(poison, acc + row[None, :], acc)
+    inside = (cols < width) & (cols * 0 + row < count)
+    x = tl.load(x_ptr + tl.cast(row, tl.int64) * stride + cols, inside, other=0.0).to(tl.float32)
+    poison = keep & (is_finite(x) == 0)[None, :]
+    return tl.where(poison, acc + x[None, :], acc)
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def visible(
         last = tl.expand_dims(tl.load(death_ptr + cols, cols < tk, other=0), C)
         keep = keep & (t >= first) & (t < last)
     if BIAS:
-        keep = keep & (tl.expand_dims(bias, C) > float("-inf"))
+        keep = keep & (tl.expand_dims(bias, C) != float("-inf"))
     return keep
 
 
@@ -226,11 +228,11 @@ def load_lse2(lse_ptr, at, live):
 # (BM, BN, warps, stages) by kernel, of bf16 and fp16 up to a head dimension of 64, of 128 and beyond, and of fp32, where a
 # product is three. The largest tiles that need no spills, with the matrix units of each generation (8: mma, 9: wgmma, 10:
 # tcgen05), as `subquad gpu-report` shows; not measured on a GPU.
-TILES = {
+TILES: dict[str, dict[int | str, tuple[tuple[int, ...], ...]]] = {
     "fwd": {"any": ((128, 32, 8, 2), (64, 64, 8, 1), (32, 32, 4, 1))},
     "dq": {
-        "any": ((64, 32, 8, 1), (64, 32, 8, 1), (16, 32, 4, 1)),
-        10: ((64, 32, 8, 1), (64, 64, 8, 1), (16, 32, 4, 1)),
+        "any": ((64, 32, 8, 1), (64, 32, 8, 1), (16, 16, 4, 1)),
+        10: ((64, 32, 8, 1), (64, 64, 8, 1), (16, 16, 4, 1)),
     },
     "dkdv": {
         "any": ((32, 64, 8, 1), (32, 64, 8, 1), (16, 16, 4, 1)),
@@ -240,16 +242,12 @@ TILES = {
 }
 
 
-def _generation() -> int:
-    """Major compute capability of the GPU in use; 9 in the interpreter."""
-    if INTERPRET.value:
-        return 9
-    return int(triton.runtime.driver.active.get_current_target().arch) // 10
-
-
 def launch_options(width: int, wide_floats: bool, kernel: str) -> dict[str, int]:
     """Tile sizes, warps and stages for the larger head dimension `width`."""
-    by_generation = TILES[kernel]
-    small, large, fp32 = by_generation.get(_generation(), by_generation["any"])
-    tiles = fp32 if wide_floats else small if width <= 64 else large
+    if INTERPRET.value:
+        tiles: tuple[int, ...] = (64, 32, 4, 1)
+    else:
+        generation = int(triton.runtime.driver.active.get_current_target().arch) // 10
+        small, large, fp32 = TILES[kernel].get(generation, TILES[kernel]["any"])
+        tiles = fp32 if wide_floats else small if width <= 64 else large
     return dict(zip(("BM", "BN", "num_warps", "num_stages"), tiles, strict=True))

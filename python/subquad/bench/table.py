@@ -42,7 +42,16 @@ def op_table(op: str, results: Sequence[Result], changes: Mapping[tuple[str, str
     peers = list(dict.fromkeys(name for result in results for name in result.times if name != OURS))
     table = Table(title=f"{op}: median milliseconds per call, ± half the range from 20 to 80 %", title_justify="left")
     table.add_column("case", no_wrap=True)
-    columns = [OURS, *peers, *(f"/ {name}" for name in peers), "/ own dense", "GB/s", "GFLOP/s", "error", "samples (preempted)"]
+    columns = [
+        OURS,
+        *peers,
+        *(f"/ {name}" for name in peers),
+        "/ own dense",
+        "GB/s",
+        "GFLOP/s",
+        "error",
+        "samples (preempted)",
+    ]
     for name in columns + (["against earlier"] if changes is not None else []):
         table.add_column(name, justify="right")
     for result in results:

@@ -79,13 +79,13 @@ def show(console: Console, result: dict[str, Any]) -> None:
     attention = check["attention"]
     largest = max(check["prefill_max_difference"], check["decode_max_difference"])
     console.print(
-        f"Converted model with threshold -1 {_verdict(largest <= check['tolerance'])} with the dense one: largest logit difference "
-        f"{check['prefill_max_difference']:.1e} (whole text), {check['decode_max_difference']:.1e} (one token); "
+        f"Converted model with threshold -1 {_verdict(largest <= check['tolerance'])} with the dense one: largest logit "
+        f"difference {check['prefill_max_difference']:.1e} (whole text), {check['decode_max_difference']:.1e} (one token); "
         f"allowed {check['tolerance']:.1e}, logits up to {check['max_logit']:.1f}."
     )
     console.print(
-        f"Model with attn_implementation='subquad' {_verdict(attention['passed'])} with the stock one: log-likelihood per token "
-        f"differs by {attention['log_likelihood_difference']:.1e}, allowed {attention['tolerance']:.0e}; greedy text "
+        f"Model with attn_implementation='subquad' {_verdict(attention['passed'])} with the stock one: log-likelihood "
+        f"per token differs by {attention['log_likelihood_difference']:.1e}, allowed {attention['tolerance']:.0e}; greedy text "
         f"{'is the same' if attention['same_text'] else 'differs'}."
     )
     if result["native_unavailable"] is not None:

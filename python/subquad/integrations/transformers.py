@@ -185,7 +185,9 @@ def _plain(
     if bidirectional:
         return IntervalMask.full(q_length, kv_length)
     if not isinstance(q_offset, torch.Tensor) and q_offset + q_length == kv_length + kv_offset:
-        return IntervalMask.sink(0, width, q_length, kv_length) if width >= 0 else IntervalMask.causal(q_length, kv_length)
+        return (
+            IntervalMask.sink(0, width, q_length, kv_length) if width >= 0 else IntervalMask.causal(q_length, kv_length)
+        )
     stop = torch.arange(q_length, device=device) + (q_offset - kv_offset + 1)
     start = stop - width if width >= 0 else torch.zeros_like(stop)
     return IntervalMask.spans(start.clamp_min(0)[None, None, :, None], stop[None, None, :, None], kv_length)
@@ -201,10 +203,13 @@ def _recognised(function: Callable[..., Any] | None) -> tuple[bool, int] | None:
         return True, -1
     cells = _closure(function)
     parts = cells.get("mask_functions", ())
-    if function.__qualname__.startswith("and_masks.") and len(parts) == 2 and parts[1] is masking_utils.causal_mask_function:
-        if parts[0].__qualname__.startswith("sliding_window_overlay."):
-            return False, _closure(parts[0])["sliding_window"]
-    return None
+    sliding = (
+        function.__qualname__.startswith("and_masks.")
+        and len(parts) == 2
+        and parts[1] is masking_utils.causal_mask_function
+        and parts[0].__qualname__.startswith("sliding_window_overlay.")
+    )
+    return (False, _closure(parts[0])["sliding_window"]) if sliding else None
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
@@ -228,13 +233,13 @@ def _from_predicate(
     from transformers.masking_utils import sdpa_mask
 
     more = {name: value for name, value in kwargs.items() if name == "use_vmap"}
-    dense = sdpa_mask(
+    dense: Any = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=q_offset,  # type: ignore[arg-type]
         kv_offset=kv_offset,
-        mask_function=function,
+        mask_function=function,  # type: ignore[arg-type]
         attention_mask=padding,
         allow_is_causal_skip=False,
         device=device,
@@ -278,7 +283,9 @@ def attention_forward(
             mask with biases: what this attention does not have.
     """
     if dropout and module.training:
-        raise ValueError(f"dropout: expected 0 in training with attn_implementation={NAME!r}, got {dropout}; set it in the config")
+        raise ValueError(
+            f"dropout: expected 0 in training with attn_implementation={NAME!r}, got {dropout}; set it in the config"
+        )
     for name in ("softcap", "head_mask", "position_bias", "cache", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: attn_implementation={NAME!r} has no such thing; use 'eager' for this model")

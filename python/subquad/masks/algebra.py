@@ -36,15 +36,14 @@ def trimmed(intervals: Intervals, tk: int) -> Intervals:
 
 def union(a: Intervals, b: Intervals, tk: int) -> Intervals:
     """Keys in a or b."""
-    return canonical(*(torch.cat(torch.broadcast_tensors(*_same_rows(x, y)), -1) for x, y in zip(a, b, strict=True)), tk)
+    starts, ends = (torch.cat(_same_rows(x, y), -1) for x, y in zip(a, b, strict=True))
+    return canonical(starts, ends, tk)
 
 
 def _same_rows(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both with the same leading dimensions and, by empty slots, the same number of intervals."""
+    """Both with the same leading dimensions."""
     shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
-    a, b = a.expand(*shape, a.shape[-1]), b.expand(*shape, b.shape[-1])
-    m = max(a.shape[-1], b.shape[-1])
-    return tuple(torch.nn.functional.pad(x, (0, m - x.shape[-1])) for x in (a, b))  # type: ignore[return-value]
+    return a.expand(*shape, a.shape[-1]), b.expand(*shape, b.shape[-1])
 
 
 def intersection(a: Intervals, b: Intervals, tk: int) -> Intervals:
@@ -68,7 +67,9 @@ def from_dense(dense: torch.Tensor) -> Intervals:
     rises = padded[..., 1:-1] & ~padded[..., :-2]
     falls = padded[..., 1:-1] & ~padded[..., 2:]
     count = int(rises.sum(-1).max()) if rises.numel() else 0
-    starts, ends = (torch.full((*dense.shape[:-1], max(1, count)), tk, dtype=torch.int32, device=dense.device) for _ in "se")
+    starts, ends = (
+        torch.full((*dense.shape[:-1], max(1, count)), tk, dtype=torch.int32, device=dense.device) for _ in "se"
+    )
     for edges, offset, out in ((rises, 0, starts), (falls, 1, ends)):
         where = edges.nonzero(as_tuple=True)
         slot = (edges.cumsum(-1) - 1)[where]

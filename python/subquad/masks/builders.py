@@ -74,7 +74,9 @@ def pine(prefix: int, lengths: Sequence[int], suffix: int) -> Intervals:
     return stack((0, i + 1), (stop, total))
 
 
-def pine_shifted(prefix: int, lengths: Sequence[int], suffix: int, shift: torch.Tensor) -> tuple[Intervals, torch.Tensor]:
+def pine_shifted(
+    prefix: int, lengths: Sequence[int], suffix: int, shift: torch.Tensor
+) -> tuple[Intervals, torch.Tensor]:
     """Intervals prefix, every document, suffix; and the shift [B|1, H|1, Tq, n + 2] of each."""
     n = len(lengths)
     edges = torch.tensor([prefix, *lengths]).cumsum(0)
@@ -115,9 +117,7 @@ def easycontrol(main: int, conditions: Sequence[int]) -> Intervals:
     return stack((low, torch.where(block == 0, int(edges[-1]), edges[block])))
 
 
-def frame_sink(
-    frames: int, tokens: int, sinks: int, local: int, block: int, pinned: Span | None
-) -> Intervals:
+def frame_sink(frames: int, tokens: int, sinks: int, local: int, block: int, pinned: Span | None) -> Intervals:
     frame = torch.arange(frames).repeat_interleave(tokens)
     last = (frame // block * block + block - 1).clamp(max=frames - 1)
     first = (last - (local - sinks) + 1).clamp_min(0)

@@ -45,7 +45,9 @@ def flashmask(mask: IntervalMask) -> torch.Tensor:
         hidden = ~algebra.contains(starts, ends, last - first)
         if wide.key_start is not None and wide.key_stop is not None:
             t = torch.arange(hidden.shape[2], device=hidden.device)[:, None]
-            hidden = hidden | (t < wide.key_start[:, :, None, first:last]) | (t >= wide.key_stop[:, :, None, first:last])
+            hidden = (
+                hidden | (t < wide.key_start[:, :, None, first:last]) | (t >= wide.key_stop[:, :, None, first:last])
+            )
         columns.append(_column_runs(hidden.transpose(-1, -2), first))
     if not columns:
         return torch.zeros((*wide.starts.shape[:2], 0, 4), dtype=torch.int32, device=wide.starts.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import _env
-from . import algebra, builders, interop
+from . import algebra, builders, checks, interop
 from .algebra import Intervals
 from .builders import Span
 from .plan import tile_plan
@@ -56,17 +56,19 @@ class IntervalMask:
         key_stop: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
     ) -> None:
-        _check_tensor("starts", starts, 4)
-        _check_tensor("ends", ends, 4, starts)
+        checks.indices("starts", starts, 4)
+        checks.indices("ends", ends, 4, starts)
         if tk < 0 or starts.shape[3] < 1:
             raise ValueError(f"starts: expected tk >= 0 and at least one interval, got {tk} and {list(starts.shape)}")
-        _check_lifetime(key_start, key_stop, tk)
+        checks.lifetime(key_start, key_stop, tk)
         if shift is not None:
-            _check_tensor("shift", shift, 4)
+            checks.indices("shift", shift, 4)
             if shift.shape[2:] != starts.shape[2:]:
-                raise ValueError(f"shift: expected shape [B|1, H|1, *{list(starts.shape[2:])}], got {list(shift.shape)}")
+                raise ValueError(
+                    f"shift: expected shape [B|1, H|1, *{list(starts.shape[2:])}], got {list(shift.shape)}"
+                )
         if starts.device.type == "cpu" or _DEBUG:
-            _check_values(starts, ends, tk)
+            checks.sorted_intervals(starts, ends, tk)
         self._set(starts, ends, tk, key_start, key_stop, shift)
 
     def _set(
@@ -90,12 +92,10 @@ class IntervalMask:
         self._plans: dict[bool, list[torch.Tensor]] = {}
 
     @classmethod
-    def _plain(
-        cls, causal: bool, sink_tokens: int, window: int, tq: int | None, tk: int | None
-    ) -> IntervalMask:
+    def _plain(cls, causal: bool, sink_tokens: int, window: int, tq: int | None, tk: int | None) -> IntervalMask:
         for name, size in (("tq", tq), ("tk", tk)):
             if size is not None:
-                _check_size(name, size)
+                checks.size(name, size)
         mask = cls.__new__(cls)
         mask.starts = mask.ends = mask.key_start = mask.key_stop = mask.shift = None
         mask.tq, mask.tk = tq, tq if tk is None else tk
@@ -136,8 +136,8 @@ class IntervalMask:
     @classmethod
     def sink(cls, sink_tokens: int, window: int, tq: int | None = None, tk: int | None = None) -> IntervalMask:
         """Row i sees the first `sink_tokens` keys and the last `window` up to its own (StreamingLLM, arXiv 2309.17453)."""
-        _check_size("sink_tokens", sink_tokens)
-        _check_size("window", window)
+        checks.size("sink_tokens", sink_tokens)
+        checks.size("window", window)
         return cls._plain(True, sink_tokens, window, tq, tk)
 
     # --- builders ----------------------------------------
@@ -167,9 +167,9 @@ class IntervalMask:
             sink_tokens: with a window, also the first keys of the sequence.
             window: keys up to the row's own that it sees, -1 for all.
         """
-        _check_cu("cu_seqlens", cu_seqlens)
+        checks.cu_seqlens("cu_seqlens", cu_seqlens)
         cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-        _check_cu("cu_seqlens_k", cu_k)
+        checks.cu_seqlens("cu_seqlens_k", cu_k)
         if cu_k.shape != cu_seqlens.shape:
             raise ValueError(f"cu_seqlens_k: expected shape {list(cu_seqlens.shape)}, got {list(cu_k.shape)}")
         return cls._of(builders.packed(cu_seqlens, cu_k, causal, sink_tokens, window), int(cu_k[-1]))
@@ -184,7 +184,7 @@ class IntervalMask:
             questions: the span of the question of each image, or one for all.
         """
         for name, spans in (("images", images), ("questions", questions)):
-            _check_spans(name, spans, tq)
+            checks.spans_inside(name, spans, tq)
         if len(questions) == 1:
             questions = list(questions) * len(images)
         if len(questions) != len(images):
@@ -192,9 +192,7 @@ class IntervalMask:
         return cls._of(builders.mma(tq, images, questions), tq)
 
     @classmethod
-    def pine(
-        cls, prefix: int, lengths: Sequence[int], suffix: int, shift: torch.Tensor | None = None
-    ) -> IntervalMask:
+    def pine(cls, prefix: int, lengths: Sequence[int], suffix: int, shift: torch.Tensor | None = None) -> IntervalMask:
         """Documents between a causal prefix and a causal suffix that see each other fully (PINE, arXiv 2407.01100).
 
         Args:
@@ -203,13 +201,15 @@ class IntervalMask:
                 document j. Without it the mask has no `shift`.
         """
         for name, size in (("prefix", prefix), ("suffix", suffix), *(("lengths", n) for n in lengths)):
-            _check_size(name, size)
+            checks.size(name, size)
         tk = prefix + sum(lengths) + suffix
         if shift is None:
             return cls._of(builders.pine(prefix, lengths, suffix), tk)
         n = len(lengths)
         if shift.dim() != 4 or shift.shape[2:] != (n + 1, n) or shift.is_floating_point():
-            raise ValueError(f"shift: expected integers [B|1, H|1, {n + 1}, {n}], got {shift.dtype} {list(shift.shape)}")
+            raise ValueError(
+                f"shift: expected integers [B|1, H|1, {n + 1}, {n}], got {shift.dtype} {list(shift.shape)}"
+            )
         (starts, ends), turns = builders.pine_shifted(prefix, lengths, suffix, shift)
         starts, ends = (x.to(torch.int32).to(shift.device) for x in (starts, ends))
         return cls._raw(starts, ends, tk, shift=turns)
@@ -276,9 +276,7 @@ class IntervalMask:
         return cls._of(builders.lookahead(ahead, left, ahead.shape[-1]), ahead.shape[-1])
 
     @classmethod
-    def spans(
-        cls, start: torch.Tensor, stop: torch.Tensor, tk: int, *, window: int | None = None
-    ) -> IntervalMask:
+    def spans(cls, start: torch.Tensor, stop: torch.Tensor, tk: int, *, window: int | None = None) -> IntervalMask:
         """Row i sees the spans [start, stop) [B|1, H|1, Tq, k], in any order, overlapping or empty (negative: none).
 
         Args:
@@ -369,7 +367,7 @@ class IntervalMask:
         """The same mask where row t sees key j only if key_start[j] <= t < key_stop[j]; int32 [B|1, H|1, Tk]."""
         if self.tk is None:
             raise ValueError(_ANY)
-        _check_lifetime(key_start, key_stop, self.tk)
+        checks.lifetime(key_start, key_stop, self.tk)
         mask = self._copy()
         mask.key_start, mask.key_stop = key_start.contiguous(), key_stop.contiguous()
         return mask
@@ -530,67 +528,6 @@ class IntervalMask:
             text = f"{sizes}, intervals={list(self.starts.shape)}"
         more = [n for n in ("key_start", "shift") if getattr(self, n) is not None]
         return f"IntervalMask({', '.join([text, *more])})"
-
-
-# --- checks ----------------------------------------
-
-
-def _check_size(name: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
-    if size < 0:
-        raise ValueError(f"{name}: expected >= 0, got {size}")
-
-
-def _check_tensor(name: str, value: torch.Tensor, dims: int, like: torch.Tensor | None = None) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype is not torch.int32:
-        raise TypeError(f"{name}: expected int32, got {value.dtype}")
-    if value.dim() != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(value.shape)}")
-    if like is not None and value.shape != like.shape:
-        raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(value.shape)}")
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
-
-
-def _check_lifetime(key_start: torch.Tensor | None, key_stop: torch.Tensor | None, tk: int) -> None:
-    if (key_start is None) != (key_stop is None):
-        raise ValueError("key_stop: expected together with key_start")
-    if key_start is None or key_stop is None:
-        return
-    _check_tensor("key_start", key_start, 3)
-    _check_tensor("key_stop", key_stop, 3, key_start)
-    if key_start.shape[2] != tk:
-        raise ValueError(f"key_start: expected shape [B|1, H|1, {tk}], got {list(key_start.shape)}")
-
-
-def _check_values(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> None:
-    wrong = (starts < 0) | (ends > tk) | (starts > ends)
-    if bool(wrong.any()):
-        at = tuple(wrong.nonzero()[0].tolist())
-        got = f"[{int(starts[at])}, {int(ends[at])}) at {list(at)}"
-        raise ValueError(f"starts: expected intervals with 0 <= start <= end <= {tk}, got {got}")
-    bad = (starts[..., 1:] < ends[..., :-1]) & (starts[..., 1:] < ends[..., 1:])
-    if bool(bad.any()):
-        at = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"starts: expected sorted intervals that do not overlap, got others in row {list(at[:3])}")
-
-
-def _check_cu(name: str, cu: torch.Tensor) -> None:
-    if not isinstance(cu, torch.Tensor) or cu.is_floating_point() or cu.dtype is torch.bool:
-        raise TypeError(f"{name}: expected an integer tensor, got {getattr(cu, 'dtype', type(cu).__name__)}")
-    if cu.dim() != 1 or cu.numel() < 1:
-        raise ValueError(f"{name}: expected shape [N + 1], got {list(cu.shape)}")
-    if int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
-        raise ValueError(f"{name}: expected to begin with 0 and not to decrease, got {cu.tolist()[:8]}")
-
-
-def _check_spans(name: str, spans: Sequence[Span], length: int) -> None:
-    for start, stop in spans:
-        if not 0 <= start <= stop <= length:
-            raise ValueError(f"{name}: expected spans inside [0, {length}], got ({start}, {stop})")
 
 
 def _joined_lifetimes(a: IntervalMask, b: IntervalMask) -> dict[str, torch.Tensor | None]:

@@ -24,7 +24,10 @@ def tile_plan(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> list[torch.T
     starts, ends = starts.clamp(0, tk).long(), ends.clamp(0, tk).long()
     live = starts < ends
     touched = _covered(starts // PLAN_K, -(-ends // PLAN_K), live, nq, nk) > 0
-    first, last = -(-starts // PLAN_K), ends // PLAN_K  # a tile beyond the last key is never whole: kernels need its bound
+    first, last = (
+        -(-starts // PLAN_K),
+        ends // PLAN_K,
+    )  # a tile beyond the last key is never whole: kernels need its bound
     rows = (tq - torch.arange(nq, device=starts.device) * PLAN_Q).clamp(max=PLAN_Q)
     full = _covered(first, last, live & (first < last), nq, nk) == rows[:, None]
     return [*_lists(touched, full), *_lists(touched.transpose(-1, -2), full.transpose(-1, -2))]
@@ -32,7 +35,7 @@ def tile_plan(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> list[torch.T
 
 def _covered(first: torch.Tensor, last: torch.Tensor, live: torch.Tensor, nq: int, nk: int) -> torch.Tensor:
     """How many intervals of the rows of each tile cover each tile of keys, by sums of differences: [..., nq, nk]."""
-    tq, m = first.shape[-2:]
+    tq = first.shape[-2]
     change = torch.zeros((*first.shape[:-2], nq * (nk + 1)), dtype=torch.int32, device=first.device)
     row = torch.arange(tq, device=first.device)[:, None] // PLAN_Q * (nk + 1)
     one = live.int()

@@ -76,7 +76,8 @@ def interval_attention(
     name = _backend(backend, q, k, v, bias, sinks)
     queries = _rotated(q, mask, q_shift)
     if name == "reference" or torch._C._are_functorch_transforms_active():
-        out, lse = reference.interval_attention.interval_attention(queries, k, v, *lowered, bias, sinks, scale)
+        rest: tuple[Any, ...] = (*lowered, bias, sinks, scale)
+        out, lse = reference.interval_attention.interval_attention(queries, k, v, *rest)
         return (out, lse) if return_lse else out
     _checks.not_double("q", q, name)
     queries, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (queries, k, v))

@@ -69,14 +69,10 @@ def interval_attention(
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     groups = q.shape[2] // k.shape[2]
     wide_k, wide_v = (x.to(dtype).repeat_interleave(groups, dim=2) for x in (k, v))
-    keep = visible(
-        q.shape[1], k.shape[1], starts, ends, key_start, key_stop, sink_tokens, window, causal, q.device
-    )
+    keep = visible(q.shape[1], k.shape[1], starts, ends, key_start, key_stop, sink_tokens, window, causal, q.device)
     scores = torch.einsum("bthrd,bshd->bhtrs", q.to(dtype), wide_k) * scale
-    if q.shape[3] > 1:  # each interval has its own scores; they are disjoint, so one term of the sum is not zero
-        scores = torch.where(keep, scores, 0.0).sum(3)
-    else:
-        scores = scores[:, :, :, 0]
+    # Intervals with queries of their own are disjoint, so one term of the sum is not zero.
+    scores = torch.where(keep, scores, 0.0).sum(3) if q.shape[3] > 1 else scores[:, :, :, 0]
     keep = keep.any(3)
     if key_bias is not None:
         scores = scores + key_bias.to(dtype)[:, :, None]

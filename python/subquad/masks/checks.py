@@ -1,0 +1,73 @@
+"""Checks of what masks are made from; the messages name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .builders import Span
+
+
+def size(name: str, value: int) -> None:
+    """A number of tokens."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected >= 0, got {value}")
+
+
+def indices(name: str, value: torch.Tensor, dims: int, like: torch.Tensor | None = None) -> None:
+    """An int32 tensor of `dims` dimensions, shaped and placed as `like`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype is not torch.int32:
+        raise TypeError(f"{name}: expected int32, got {value.dtype}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(value.shape)}")
+    if like is not None and value.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+
+
+def lifetime(key_start: torch.Tensor | None, key_stop: torch.Tensor | None, tk: int) -> None:
+    """Both or neither, int32 [B|1, H|1, tk]."""
+    if (key_start is None) != (key_stop is None):
+        raise ValueError("key_stop: expected together with key_start")
+    if key_start is None or key_stop is None:
+        return
+    indices("key_start", key_start, 3)
+    indices("key_stop", key_stop, 3, key_start)
+    if key_start.shape[2] != tk:
+        raise ValueError(f"key_start: expected shape [B|1, H|1, {tk}], got {list(key_start.shape)}")
+
+
+def sorted_intervals(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> None:
+    """Inside [0, tk], sorted and disjoint in every row."""
+    wrong = (starts < 0) | (ends > tk) | (starts > ends)
+    if bool(wrong.any()):
+        at = tuple(wrong.nonzero()[0].tolist())
+        got = f"[{int(starts[at])}, {int(ends[at])}) at {list(at)}"
+        raise ValueError(f"starts: expected intervals with 0 <= start <= end <= {tk}, got {got}")
+    bad = (starts[..., 1:] < ends[..., :-1]) & (starts[..., 1:] < ends[..., 1:])
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"starts: expected sorted intervals that do not overlap, got others in row {list(at[:3])}")
+
+
+def cu_seqlens(name: str, cu: torch.Tensor) -> None:
+    """Beginnings of sequences, and the end of the last."""
+    if not isinstance(cu, torch.Tensor) or cu.is_floating_point() or cu.dtype is torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {getattr(cu, 'dtype', type(cu).__name__)}")
+    if cu.dim() != 1 or cu.numel() < 1:
+        raise ValueError(f"{name}: expected shape [N + 1], got {list(cu.shape)}")
+    if int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
+        raise ValueError(f"{name}: expected to begin with 0 and not to decrease, got {cu.tolist()[:8]}")
+
+
+def spans_inside(name: str, spans: Sequence[Span], length: int) -> None:
+    """(start, stop) pairs inside [0, length]."""
+    for start, stop in spans:
+        if not 0 <= start <= stop <= length:
+            raise ValueError(f"{name}: expected spans inside [0, {length}], got ({start}, {stop})")
