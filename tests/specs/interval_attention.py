@@ -180,10 +180,13 @@ def flops(case: BenchCase) -> float:
 
 def _sdpa_causal(sample: Sample) -> Callable[[], torch.Tensor]:
     """Causal attention of the same tensors, whatever the mask: what a model without our mask would run."""
-    q, k, v = (sample[n].transpose(1, 2) for n in ("q", "k", "v"))
-    if not q.requires_grad:
-        q, k, v = (x.contiguous() for x in (q, k, v))
-    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    tensors = [sample[n].detach().transpose(1, 2).contiguous() for n in ("q", "k", "v")]
+
+    def call() -> torch.Tensor:
+        q, k, v = (sample[n].transpose(1, 2) for n in ("q", "k", "v")) if sample["q"].requires_grad else tensors
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return call
 
 
 def _flex(sample: Sample) -> Callable[[], torch.Tensor] | None:
@@ -195,6 +198,7 @@ def _flex(sample: Sample) -> Callable[[], torch.Tensor] | None:
     q, k, v = (sample[n].transpose(1, 2).contiguous() for n in ("q", "k", "v"))
     mask = sample.kwargs["mask"].materialize(q.shape[2], k.shape[2])
     block = create_block_mask(mask.to_mask_mod(), 1, None, q.shape[2], k.shape[2], device=q.device.type)
+    torch.compiler.reset()  # or the eighth shape in one process runs uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=block).transpose(1, 2)
 
