@@ -2,7 +2,7 @@
 
 Every supported architecture is compiled with nvcc against whatever torch is installed, a CPU build included; ptxas
 reports registers and spills, and a spill without a declared reason is a failure. The library is then loaded and must
-have registered a CUDA kernel for every op. Without nvcc nothing is checked, and one line says so.
+have registered a kernel for every op that CUDA C++ has. Without nvcc nothing is checked, and one line says so.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def compile_cuda(nvcc: str, arches: tuple[int, ...]) -> tuple[Path, list[Kernel]
 
 
 def unregistered(library: Path) -> list[str]:
-    """Load the library; returns the ops for which it registered no CUDA kernel."""
+    """Load the library; returns the ops of CUDA C++ that it did not register."""
     import torch
 
     from .._schemas import OPS
 
     torch.ops.load_library(str(library))
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [name for name in OPS if not has(f"subquad::{name}", "CUDA")]
+    return [name for name, op in OPS.items() if op.cuda and not has(f"subquad::{name}", "CUDA")]
 
 
 def template(name: str) -> str:
