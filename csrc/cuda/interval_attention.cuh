@@ -22,7 +22,8 @@ inline int64_t attention_row_groups(const IntervalAttentionParams& p) {
   return ceil_div(p.mask.tq * (p.heads / p.kv_heads), kAttentionRows);
 }
 
-/// Shares of the keys; from shapes alone, and not from the batch, so that a row has the same bits alone and among others.
+/// Shares of the keys; from shapes alone, and not from the batch, so that a row has the same bits alone and among
+/// others.
 inline int64_t attention_splits(const IntervalAttentionParams& p) {
   const int64_t blocks = p.kv_heads * attention_row_groups(p);
   const int64_t wanted = ceil_div(kAttentionBlocks, blocks < 1 ? 1 : blocks);
