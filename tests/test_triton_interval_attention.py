@@ -1,0 +1,87 @@
+"""What the tiles of the Triton kernels make special: several tiles of rows and keys, seen in part and wholly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import subquad
+from subquad import IntervalMask
+from subquad.testing import Sampler, backend_params
+
+
+def runs(tq: int, tk: int, *, whole: bool) -> IntervalMask:
+    """Two runs a row that move along; with `whole`, a block that all rows of a tile see."""
+    t, j = torch.arange(tq)[:, None], torch.arange(tk)
+    dense = ((j >= t // 2) & (j < t // 2 + 20)) | (j % 97 > 90)
+    if whole:
+        dense |= (j >= 64) & (j < 140) & (t < 200)
+    dense[tq // 3] = False
+    return IntervalMask.from_dense(dense)
+
+
+CASES: dict[str, tuple[int, int, int, int, IntervalMask]] = {
+    "causal": (150, 150, 2, 1, IntervalMask.causal()),
+    "causal, more keys": (70, 210, 2, 2, IntervalMask.causal()),
+    "causal, more queries": (210, 70, 2, 2, IntervalMask.causal()),
+    "full": (70, 100, 2, 1, IntervalMask.full()),
+    "window": (200, 200, 1, 1, IntervalMask.sliding(45)),
+    "window wider than a tile": (290, 290, 1, 1, IntervalMask.sliding(130)),
+    "sinks": (200, 230, 1, 1, IntervalMask.sink(40, 70)),
+    "sinks alone": (140, 200, 1, 1, IntervalMask.sink(5, 0)),
+    "planned": (150, 190, 2, 2, runs(150, 190, whole=False)),
+    "planned, whole tiles": (270, 200, 2, 1, runs(270, 200, whole=True)),
+    "lifetimes": (
+        130,
+        140,
+        1,
+        1,
+        IntervalMask.full(130, 140).with_key_lifetime(
+            torch.arange(140).int()[None, None] // 2, torch.arange(140).int()[None, None] + 30
+        ),
+    ),
+}
+
+
+@backend_params("interval_attention", "triton")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in CASES), ("causal", torch.bfloat16), ("planned, whole tiles", torch.bfloat16)],
+)
+def test_tiles(name: str, dtype: torch.dtype, backend: str) -> None:
+    tq, tk, heads, kv_heads, mask = CASES[name]
+    sampler = Sampler(dtype)
+    args: list[torch.Tensor] = [sampler.normal(1, n, h, 16) for n, h in ((tq, heads), (tk, kv_heads), (tk, kv_heads))]
+    results = []
+    for which, tensors in ((backend, args), ("reference", [x.double() for x in args])):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out: Any = subquad.interval_attention(*leaves, mask, return_lse=True, backend=which)
+        seen = out[1] != -torch.inf
+        upstream = torch.randn(out[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out[0].dtype)
+        loss = (out[0] * upstream).sum() + out[1][seen].sum()
+        results.append([out[0], out[1][seen], *torch.autograd.grad(loss, leaves)])
+    for actual, expected in zip(*results, strict=True):
+        limit = (2e-5 if dtype is torch.float32 else 3e-2) * max(1.0, float(expected.abs().max()))
+        assert float((actual.double() - expected).abs().max()) <= limit
+
+
+@backend_params("interval_attention", "triton")
+@pytest.mark.parametrize("where", ["k", "v", "q"])
+def test_nan_in_several_tiles(where: str, backend: str) -> None:
+    """In tiles seen in part and wholly, planned and plain: the rows that see it, and no gradient of a key they do not."""
+    for mask in (IntervalMask.causal(), runs(150, 150, whole=True)):
+        dense = mask.to_dense(150, 150)[0, 0]
+        for at in (3, 100):
+            args = dict(zip("qkv", (Sampler(seed=i).normal(1, 150, 1, 8) for i in range(3)), strict=True))
+            args[where][0, at, 0, 5] = float("nan")
+            leaves = {n: x.requires_grad_() for n, x in args.items()}
+            out = subquad.interval_attention(**leaves, mask=mask, backend=backend)
+            assert isinstance(out, torch.Tensor)
+            reached = dense[:, at] if where != "q" else (torch.arange(150) == at) & dense.any(1)
+            assert torch.equal(out.isnan().any(-1).any(-1)[0], reached)
+            grads = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+            assert not grads[0][0, ~reached].isnan().any()
+            hidden = ~dense[reached].any(0)
+            assert not grads[1][0, hidden].isnan().any() and not grads[2][0, hidden].isnan().any()
