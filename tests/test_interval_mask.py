@@ -191,6 +191,11 @@ def test_algebra() -> None:
         t = torch.arange(tq)[:, None]
         alive = (t >= first[:, :, None]) & (t < last[:, :, None])
         assert torch.equal((x.with_key_lifetime(first, last) & y).to_dense(), a & b & alive)
+        keys = torch.rand(3, tk, generator=generator) < 0.7
+        assert torch.equal(
+            IntervalMask.causal(tq, tk).with_keys(keys).to_dense(),
+            IntervalMask.causal(tq, tk).to_dense() & keys[:, None, None],
+        )
         low, high = sorted(torch.randint(0, tk + 1, (2,), generator=generator).tolist())
         square = random_dense(generator, 1, 1, tk, tk)
         seen = square[0, 0, low:high]
@@ -298,6 +303,8 @@ WRONG: dict[str, tuple[str, type[Exception], Callable[[], Any]]] = {
     ),
     "shift of another shape": ("shift", ValueError, lambda: IntervalMask.from_dense(torch.ones(3, 4) > 0).with_shift(
         torch.zeros(1, 1, 3, 2, dtype=torch.int32))),
+    "visible is a float": ("visible", TypeError, lambda: IntervalMask.causal(4).with_keys(torch.ones(1, 4))),
+    "visible is short": ("visible", ValueError, lambda: IntervalMask.causal(4).with_keys(torch.ones(1, 3) > 0)),
     "negative window": ("window", ValueError, lambda: IntervalMask.sliding(-1)),
     "window is a float": ("window", TypeError, lambda: IntervalMask.sliding(2.0)),  # type: ignore[arg-type]
     "negative size": ("tq", ValueError, lambda: IntervalMask.causal(-1)),
@@ -328,6 +335,16 @@ def test_wrong_input_is_named(case: str) -> None:
     name, kind, call = WRONG[case]
     with pytest.raises(kind, match=f"^{name}: "):
         call()
+
+
+def test_debugging_checks_indices_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = IntervalMask.from_dense(torch.ones(3, 4) > 0)
+    assert mask.ends is not None
+    mask.ends[0, 0, 1] = 9
+    mask.lower(3, 4)  # kernels clamp
+    monkeypatch.setattr(f"{IntervalMask.__module__}._DEBUG", True)
+    with pytest.raises(ValueError, match=r"^starts: .*\[0, 9\)"):
+        mask.lower(3, 4)
 
 
 def test_plain_masks_take_the_sizes_of_the_call() -> None:

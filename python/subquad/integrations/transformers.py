@@ -151,8 +151,7 @@ def attention_mask(
     bidirectional, width = window
     mask = _plain(bidirectional, width, q_length, kv_length, q_offset, kv_offset, device)
     if padding is not None:
-        keys = IntervalMask.from_dense(padding[:, None, None].expand(-1, -1, q_length, -1))
-        mask = mask & keys.to(device)
+        mask = mask.with_keys(padding.to(device))
     mask.window = width  # says to the layers that their sliding window is in it already
     return _ModelMask.of(mask)
 

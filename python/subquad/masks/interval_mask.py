@@ -363,6 +363,17 @@ class IntervalMask:
         padded = [[torch.nn.functional.pad(x, (0, m - x.shape[-1]), value=tk) for x in row] for row in rows]
         return self._raw(torch.cat([p[0] for p in padded], 2), torch.cat([p[1] for p in padded], 2), tk)
 
+    def with_keys(self, visible: torch.Tensor) -> IntervalMask:
+        """The mask without the keys that are False in `visible`, a bool tensor [B, Tk]: padding, for example."""
+        starts, ends, tk = self._intervals("mask", lifetimes=True)
+        if visible.dtype is not torch.bool:
+            raise TypeError(f"visible: expected bool, got {visible.dtype}")
+        if visible.dim() != 2 or visible.shape[1] != tk:
+            raise ValueError(f"visible: expected shape [B, {tk}], got {list(visible.shape)}")
+        keys = algebra.from_dense(visible[:, None, None])
+        intervals = algebra.intersection((starts.to(visible.device), ends.to(visible.device)), keys, tk)
+        return self._of(intervals, tk, key_start=self.key_start, key_stop=self.key_stop)
+
     def with_key_lifetime(self, key_start: torch.Tensor, key_stop: torch.Tensor) -> IntervalMask:
         """The same mask where row t sees key j only if key_start[j] <= t < key_stop[j]; int32 [B|1, H|1, Tk]."""
         if self.tk is None:
@@ -401,6 +412,8 @@ class IntervalMask:
         """
         if self.tq is not None and (self.tq != tq or self.tk != tk):
             raise ValueError(f"mask: expected {tq} rows and {tk} keys, as q and k have, got {self.tq} and {self.tk}")
+        if _DEBUG and self.starts is not None and self.ends is not None and not torch.compiler.is_compiling():
+            checks.sorted_intervals(self.starts, self.ends, tk)
         return (self.starts, self.ends, self.key_start, self.key_stop, self.sink_tokens, self.window, self.plain_causal)
 
     def plan(self, per_slot: bool = False) -> list[torch.Tensor]:
