@@ -70,9 +70,9 @@ void parallel_items(int64_t n, bool small, const Body& body) {
 
 /// body(i, scratch) likewise; each thread has `bytes` of its own, aligned to a cache line.
 template <class Body>
-void parallel_items_with_scratch(int64_t n, int64_t bytes, const Body& body) {
+void parallel_items_with_scratch(int64_t n, bool small, int64_t bytes, const Body& body) {
   constexpr std::align_val_t kCacheLine{64};
-  parallel_workers(n, false, [&](const auto& next) {
+  parallel_workers(n, small, [&](const auto& next) {
     void* scratch = ::operator new(static_cast<size_t>(bytes), kCacheLine);
     for (int64_t i = next(); i < n; i = next()) body(i, scratch);
     ::operator delete(scratch, kCacheLine);

@@ -114,6 +114,12 @@ IntervalAttentionParams make_params(const Tensor& q, const Tensor& k, const Tens
   return p;
 }
 
+/// A decoding step of a small model: waking other threads would take as long as the work.
+bool is_small(const IntervalAttentionParams& p) {
+  constexpr int64_t kSmallProducts = 1 << 18;
+  return p.batch * p.heads * p.mask.tq * p.mask.tk * (p.d + p.dv) < kSmallProducts;
+}
+
 IntervalAttentionKernels kernels_for(const Tensor& q) {
   return SQ_DISPATCH_ISA(interval_attention_kernels, dtype_of(q, "q"));
 }
@@ -139,7 +145,7 @@ std::tuple<Tensor, Tensor> interval_attention_fwd(const Tensor& q, const Tensor&
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (lse.numel() > 0) {
     const IntervalAttentionKernels kernels = kernels_for(q);
-    parallel_items_with_scratch(kernels.forward_items(p), kernels.forward_scratch(p),
+    parallel_items_with_scratch(kernels.forward_items(p), is_small(p), kernels.forward_scratch(p),
                                 [&](int64_t item, void* scratch) { kernels.forward(p, item, scratch); });
   }
   return {out, lse};
