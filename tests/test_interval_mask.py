@@ -231,8 +231,12 @@ def test_plan_against_dense() -> None:
                     assert lists[0, h, i, : parts + wholes].tolist() == [*expected[0], *expected[1]]
                     assert (parts, wholes) == (len(expected[0]), len(expected[1]))
         assert mask.plan() is mask.plan()
+    assert mask.starts is not None and mask.ends is not None and mask.num_intervals > 1
     each = mask.plan(per_slot=True)
-    assert each[0].shape == (1, a.shape[1], mask.num_intervals, nq, 2)
+    for r in range(mask.num_intervals):
+        one = slice(r, r + 1)
+        alone = IntervalMask(mask.starts[..., one].contiguous(), mask.ends[..., one].contiguous(), tk=tk)
+        assert all(torch.equal(x[:, :, r], y) for x, y in zip(each, alone.plan(), strict=True))
 
 
 def test_worked_example_of_modality_mutual_attention() -> None:
@@ -253,6 +257,60 @@ def test_worked_example_of_concentric_attention() -> None:
     assert IntervalMask.cca_positions(4, 4, 1, 1).tolist() == [0, *[1] * 12, *[2] * 4, 3]
     raster = mask.permute(*(IntervalMask.cca_permutation(4, 4, 1, 1).argsort(),) * 2)
     assert raster.num_intervals > 1 and raster.is_closed(0, 17)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_mask_mod_is_traced(batch: int, heads: int) -> None:
+    """FlexAttention builds its block mask of it in eager mode and compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+    generator = torch.Generator().manual_seed(4)
+    a = random_dense(generator, batch, heads, 9, 13)
+    birth = torch.randint(0, 3, (batch, heads, 13), generator=generator).int()
+    mask = IntervalMask.from_dense(a).with_key_lifetime(birth, birth + 6)
+    mod = mask.to_mask_mod()
+    dense = create_mask(mod, 2, 2, 9, 13, device="cpu")
+    assert torch.equal(dense, mask.to_dense().expand(2, 2, -1, -1))
+    block = torch.compile(create_block_mask, backend="aot_eager")
+    expected = create_block_mask(mod, 2, 2, 9, 13, device="cpu", BLOCK_SIZE=4)
+    assert torch.equal(block(mod, 2, 2, 9, 13, device="cpu", BLOCK_SIZE=4).to_dense(), expected.to_dense())
+
+
+def test_a_mask_that_is_closed_by_its_lifetimes() -> None:
+    generator = torch.Generator().manual_seed(5)
+    found = set()
+    for _ in range(40):
+        n = int(torch.randint(1, 9, (), generator=generator))
+        low, high = sorted(torch.randint(0, n + 1, (2,), generator=generator).tolist())
+        birth = torch.randint(0, n + 1, (1, 1, n), generator=generator).int()
+        mask = IntervalMask.from_dense(random_dense(generator, 1, 1, n, n)).with_key_lifetime(birth, birth + 2)
+        seen = mask.to_dense()[0, 0, low:high]
+        closed = not (seen[:, :low].any() or seen[:, high:].any())
+        assert mask.is_closed(low, high) is closed
+        found.add(closed)
+    assert found == {False, True}
+    assert (
+        IntervalMask.full(300, 300)
+        .with_key_lifetime(torch.full((1, 1, 300), 299).int(), torch.full((1, 1, 300), 300).int())
+        .is_closed(0, 299)
+    )  # more rows than are looked at together
+    assert (
+        not IntervalMask.full(300, 300)
+        .with_key_lifetime(torch.full((1, 1, 300), 298).int(), torch.full((1, 1, 300), 299).int())
+        .is_closed(0, 299)
+    )
+
+
+def test_lifetimes_of_a_view_are_made_contiguous() -> None:
+    x = torch.arange(8, dtype=torch.int32)[None, None, ::2]
+    mask = IntervalMask(intervals((0, 2)), intervals((1, 4)), tk=4, key_start=x, key_stop=x + 1)
+    assert mask.key_start is not None and mask.key_start.is_contiguous()
+
+
+def test_full_attention_of_one_token_is_causal() -> None:
+    assert IntervalMask.full(1, 1).is_causal() and not IntervalMask.full(2, 2).is_causal()
+    assert IntervalMask.full(1, 5).is_causal() and not IntervalMask.full().is_causal()
 
 
 def test_flashmask() -> None:
@@ -281,6 +339,10 @@ def intervals(*rows: tuple[int, int]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32)[None, None]
 
 
+def shifted() -> IntervalMask:
+    return IntervalMask(intervals((0, 2)), intervals((2, 3)), tk=4, shift=intervals((5, 7)))
+
+
 WRONG: dict[str, tuple[str, type[Exception], Callable[[], Any]]] = {
     "int64": ("starts", TypeError, lambda: IntervalMask(intervals((0, 2)).long(), intervals((1, 3)), tk=4)),
     "a list": ("starts", TypeError, lambda: IntervalMask([[0]], intervals((1, 3)), tk=4)),  # type: ignore[arg-type]
@@ -305,6 +367,33 @@ WRONG: dict[str, tuple[str, type[Exception], Callable[[], Any]]] = {
         torch.zeros(1, 1, 3, 2, dtype=torch.int32))),
     "visible is a float": ("visible", TypeError, lambda: IntervalMask.causal(4).with_keys(torch.ones(1, 4))),
     "visible is short": ("visible", ValueError, lambda: IntervalMask.causal(4).with_keys(torch.ones(1, 3) > 0)),
+    "union of a shifted mask": ("mask", ValueError, lambda: shifted() | IntervalMask.full(1, 4)),
+    "union with a shifted mask": ("other", ValueError, lambda: IntervalMask.full(1, 4) | shifted()),
+    "complement of a shifted mask": ("mask", ValueError, lambda: ~shifted()),
+    "permuted shifted mask": ("mask", ValueError, lambda: shifted().permute(query=torch.tensor([0]))),
+    "concat of shifted masks": ("masks", ValueError, lambda: IntervalMask.concat([shifted()])),
+    "keys of a shifted mask": ("mask", ValueError, lambda: shifted().with_keys(torch.ones(1, 4) > 0)),
+    "concat of nothing": ("masks", ValueError, lambda: IntervalMask.concat([])),
+    "permutation is short": ("key", ValueError, lambda: IntervalMask.causal(4).permute(key=torch.tensor([1, 0]))),
+    "window of all keys": ("window", ValueError, lambda: IntervalMask.packed(torch.tensor([0, 6]), causal=False, window=2)),
+    "packed window": ("window", ValueError, lambda: IntervalMask.packed(torch.tensor([0, 6]), window=-5)),
+    "packed sinks": ("sink_tokens", ValueError, lambda: IntervalMask.packed(torch.tensor([0, 6]), sink_tokens=-1, window=1)),
+    "negative prefix": ("prefix", ValueError, lambda: IntervalMask.prefix_lm(-1, 4)),
+    "prefix is a float": ("prefix", TypeError, lambda: IntervalMask.prefix_lm(torch.ones(2), 4)),
+    "negative condition": ("conditions", ValueError, lambda: IntervalMask.easycontrol(3, [-1])),
+    "blocks of no frames": ("block_frames", ValueError, lambda: IntervalMask.frame_sink(4, 2, 1, 2, 0)),
+    "negative frames": ("frames", ValueError, lambda: IntervalMask.frame_sink(-4, 2, 1, 2)),
+    "pinned reversed": ("pinned", ValueError, lambda: IntervalMask.frame_sink(4, 2, 1, 2, 1, (3, 2))),
+    "negative image": ("height", ValueError, lambda: IntervalMask.cca(-2, 2)),
+    "lookahead is a float": ("ahead", TypeError, lambda: IntervalMask.lookahead(torch.ones(3))),
+    "lookahead without heads": ("ahead", ValueError, lambda: IntervalMask.lookahead(torch.ones(2, 3).int())),
+    "negative left": ("left", ValueError, lambda: IntervalMask.lookahead(torch.ones(3).int(), -1)),
+    "spans are floats": ("start", TypeError, lambda: IntervalMask.spans(*(torch.ones(1, 1, 3, 1),) * 2, 3)),
+    "negative window of spans": (
+        "window",
+        ValueError,
+        lambda: IntervalMask.spans(*(torch.zeros(1, 1, 3, 1, dtype=torch.int32),) * 2, 3, window=-1),
+    ),
     "negative window": ("window", ValueError, lambda: IntervalMask.sliding(-1)),
     "window is a float": ("window", TypeError, lambda: IntervalMask.sliding(2.0)),  # type: ignore[arg-type]
     "negative size": ("tq", ValueError, lambda: IntervalMask.causal(-1)),

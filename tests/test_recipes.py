@@ -56,6 +56,15 @@ def test_only_the_masked_norm_is_causal_at_zero() -> None:
 
 
 @backend_params("interval_attention", *BOTH)
+@pytest.mark.parametrize("norm", ["masked", "full"])
+def test_values_of_the_future_do_not_come_through_at_zero(norm: str, backend: str) -> None:
+    q, k, v = tensors(1, 9)
+    v[:, 6] = torch.nan
+    bad = soft_causal_attention(q, k, v, 0.0, norm=norm, backend=backend).isnan().flatten(2).any(-1)[0]
+    assert bad.tolist() == [t >= 6 for t in range(9)]
+
+
+@backend_params("interval_attention", *BOTH)
 def test_segment_lse_is_the_mass_of_segments(backend: str) -> None:
     q, k, _ = tensors(2, 20, heads=4)
     lse = segment_lse(q, k, [2, 7, 7, 20], backend=backend)
@@ -136,7 +145,10 @@ def test_pine_with_one_document_is_causal_attention() -> None:
         ("norm", lambda q, k, v: soft_causal_attention(q, k, v, 0.5, norm="none")),
         ("k", lambda q, k, v: soft_causal_attention(q, k[:, :5], v[:, :5], 0.5)),
         ("edges", lambda q, k, v: segment_lse(q, k, [0, 99])),
+        ("edges", lambda q, k, v: segment_lse(q, k, [0])),
         ("lengths", lambda q, k, v: pine_attention(q, k, v, 4, [99], ROPE)),
+        ("lengths", lambda q, k, v: pine_attention(q, k, v, 4, [], ROPE)),
+        ("lengths", lambda q, k, v: pine_attention(q, k, v, 4, [5, -1], ROPE)),
         ("importance", lambda q, k, v: pine_attention(q, k, v, 4, [9], ROPE, importance=torch.zeros(2, 2))),
     ],
 )
@@ -184,8 +196,9 @@ def test_from_a_transformers_model() -> None:
         expected = x * cos[:, :, None] + torch.cat([-x[..., 16:], x[..., :16]], -1) * sin[:, :, None]
         torch.testing.assert_close(RopeSpec.from_hf(rotary).rotate(x, torch.arange(5)[:, None]), expected)
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(ValueError, match="dynamic"):
-        RopeSpec.from_hf(config)
+    for source in (config, transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)):
+        with pytest.raises(ValueError, match=r"^source: .*dynamic"):
+            RopeSpec.from_hf(source)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,10 @@ def soft_causal_attention(
     if norm == "full":
         full, lse_full = _with_lse(q, k, v, IntervalMask.full(), scale, backend)
         past = (1.0 - alpha) * torch.exp(lse_causal - lse_full)
-        return (alpha * full.to(past.dtype) + past[..., None] * causal.to(past.dtype)).to(q.dtype)
+        out = past[..., None] * causal.to(past.dtype)
+        if alpha > 0.0:  # at 0 a NaN among the values of the future must not come through
+            out = out + alpha * full.to(past.dtype)
+        return out.to(q.dtype)
     if alpha == 0.0 or t == 0:
         return causal
     future, lse_future = _with_lse(q, k, v, ~IntervalMask.causal(t, t).materialize(device=q.device), scale, backend)
@@ -86,11 +89,11 @@ def segment_lse(
     softmax over the last dimension gives the attention mass of the segments.
 
     Raises:
-        ValueError: edges that decrease or leave [0, Tk].
+        ValueError: edges that decrease, leave [0, Tk], or are fewer than two.
     """
     tk = k.shape[1]
-    if any(a > b for a, b in pairwise(edges)) or not edges or edges[0] < 0 or edges[-1] > tk:
-        raise ValueError(f"edges: expected numbers that do not decrease, in [0, {tk}], got {list(edges)}")
+    if any(a > b for a, b in pairwise(edges)) or len(edges) < 2 or edges[0] < 0 or edges[-1] > tk:
+        raise ValueError(f"edges: expected at least two numbers that do not decrease, in [0, {tk}], got {list(edges)}")
     narrow = k.new_zeros((*k.shape[:3], 1))  # the values do not matter, so they are one column
     parts = [
         _with_lse(q, k[:, a:b], narrow[:, a:b], IntervalMask.full(), scale, backend)[1] for a, b in pairwise(edges)
@@ -175,8 +178,9 @@ def pine_attention(
         ValueError: lengths that do not fit T, or an importance of another shape.
     """
     t, n, total = q.shape[1], len(lengths), prefix + sum(lengths)
-    if total > t or k.shape[1] != t:
-        raise ValueError(f"lengths: expected prefix and documents within the {t} tokens of q and k, got {total}")
+    if n == 0 or min(prefix, *lengths) < 0 or total > t or k.shape[1] != t:
+        got = f"prefix {prefix}, lengths {list(lengths)} and {k.shape[1]} keys"
+        raise ValueError(f"lengths: expected at least one document and none negative, within {t} tokens, got {got}")
     if importance is None:
         with torch.no_grad():
             importance = pine_importance(q, k, prefix, lengths, scale=scale, backend=backend)

@@ -55,9 +55,11 @@ class RopeSpec:
         """From a transformers rotary module (anything with `inv_freq`), or a config with `rope_theta` or `rope_parameters`.
 
         Raises:
-            ValueError: a config whose frequencies depend on the length ("dynamic", "longrope") or are of an unknown kind; pass
-                the model's rotary module then.
+            ValueError: frequencies that depend on the length ("dynamic", "longrope"), of a config or a module: one rotation does
+                not describe them. A config of another kind (YaRN): pass the model's rotary module then.
         """
+        if getattr(source, "rope_type", None) in ("dynamic", "longrope"):
+            raise ValueError(f"source: expected frequencies that do not depend on the length, got {source.rope_type!r}")
         if hasattr(source, "inv_freq"):
             return cls(
                 source.inv_freq,

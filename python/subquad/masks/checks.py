@@ -17,6 +17,20 @@ def size(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected >= 0, got {value}")
 
 
+def sizes(**values: int) -> None:
+    """Numbers of tokens, by name."""
+    for name, value in values.items():
+        size(name, value)
+
+
+def integers(name: str, value: torch.Tensor, dims: tuple[int, ...]) -> None:
+    """A tensor of any integer type, with as many dimensions as one of `dims`."""
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dtype is torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.dim() not in dims:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}")
+
+
 def indices(name: str, value: torch.Tensor, dims: int, like: torch.Tensor | None = None) -> None:
     """An int32 tensor of `dims` dimensions, shaped and placed as `like`."""
     if not isinstance(value, torch.Tensor):

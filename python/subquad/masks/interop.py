@@ -19,19 +19,33 @@ def mask_mod(
     starts: torch.Tensor, ends: torch.Tensor, key_start: torch.Tensor | None, key_stop: torch.Tensor | None
 ) -> Callable[..., torch.Tensor]:
     """FlexAttention's predicate (b, h, q, kv) -> bool."""
-    per_batch, per_head = starts.shape[0] > 1, starts.shape[1] > 1
+    slots = [(_column(starts[..., r]), _column(ends[..., r])) for r in range(starts.shape[3])]
+    alive = None if key_start is None or key_stop is None else (_column(key_start), _column(key_stop))
 
     def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        row_b, row_h = (b if per_batch else 0), (h if per_head else 0)
-        keep = (kv >= starts[row_b, row_h, q, 0]) & (kv < ends[row_b, row_h, q, 0])
-        for r in range(1, starts.shape[3]):
-            keep = keep | ((kv >= starts[row_b, row_h, q, r]) & (kv < ends[row_b, row_h, q, r]))
-        if key_start is not None and key_stop is not None:
-            key_b, key_h = (b if key_start.shape[0] > 1 else 0), (h if key_start.shape[1] > 1 else 0)
-            keep = keep & (q >= key_start[key_b, key_h, kv]) & (q < key_stop[key_b, key_h, kv])
+        keep = (kv >= slots[0][0](b, h, q)) & (kv < slots[0][1](b, h, q))
+        for start, stop in slots[1:]:
+            keep = keep | ((kv >= start(b, h, q)) & (kv < stop(b, h, q)))
+        if alive is not None:
+            keep = keep & (q >= alive[0](b, h, kv)) & (q < alive[1](b, h, kv))
         return keep
 
     return visible
+
+
+def _column(table: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """table[b, h, i] of a tensor [B|1, H|1, n]. Indexed by tensors alone: torch.compile does not trace numbers among them."""
+    per_batch, per_head = table.shape[0] > 1, table.shape[1] > 1
+    if per_batch and per_head:
+        whole = table.contiguous()
+        return lambda b, h, i: whole[b, h, i]
+    rows = table[:, 0].contiguous() if per_batch else table[0].contiguous()
+    if per_batch:
+        return lambda b, h, i: rows[b, i]
+    if per_head:
+        return lambda b, h, i: rows[h, i]
+    single = rows[0].contiguous()
+    return lambda b, h, i: single[i]
 
 
 def flashmask(mask: IntervalMask) -> torch.Tensor:

@@ -85,7 +85,9 @@ class IntervalMask:
             starts, ends, shift = (x.expand(*lead, *x.shape[2:]).contiguous() for x in (starts, ends, shift))
         self.starts: torch.Tensor | None = starts.contiguous()
         self.ends: torch.Tensor | None = ends.contiguous()
-        self.key_start, self.key_stop, self.shift = key_start, key_stop, shift
+        self.key_start = None if key_start is None else key_start.contiguous()
+        self.key_stop = None if key_stop is None else key_stop.contiguous()
+        self.shift = shift
         self.tq: int | None = starts.shape[2]
         self.tk: int | None = tk
         self.plain_causal, self.sink_tokens, self.window = False, 0, -1
@@ -136,8 +138,7 @@ class IntervalMask:
     @classmethod
     def sink(cls, sink_tokens: int, window: int, tq: int | None = None, tk: int | None = None) -> IntervalMask:
         """Row i sees the first `sink_tokens` keys and the last `window` up to its own (StreamingLLM, arXiv 2309.17453)."""
-        checks.size("sink_tokens", sink_tokens)
-        checks.size("window", window)
+        checks.sizes(sink_tokens=sink_tokens, window=window)
         return cls._plain(True, sink_tokens, window, tq, tk)
 
     # --- builders ----------------------------------------
@@ -146,6 +147,11 @@ class IntervalMask:
     def prefix_lm(cls, prefix: int | torch.Tensor, tq: int, tk: int | None = None) -> IntervalMask:
         """Every row sees the prefix, and all keys up to its own. `prefix` is an int, or an int tensor [B]."""
         tk = tq if tk is None else tk
+        checks.sizes(tq=tq, tk=tk)
+        if not isinstance(prefix, torch.Tensor):
+            checks.size("prefix", prefix)
+        else:
+            checks.integers("prefix", prefix, (1,))
         return cls._of(builders.prefix_lm(prefix, tq, tk), tk)
 
     @classmethod
@@ -165,8 +171,16 @@ class IntervalMask:
             cu_seqlens_k: the same of the keys; None for the same.
             causal: whether rows see only keys up to their own, the last row of a sequence its last key.
             sink_tokens: with a window, also the first keys of the sequence.
-            window: keys up to the row's own that it sees, -1 for all.
+            window: keys up to the row's own that it sees, -1 for all; only with `causal`.
+
+        Raises:
+            TypeError, ValueError: tensors that are not such beginnings; a window or sinks that cannot be.
         """
+        checks.size("sink_tokens", sink_tokens)
+        if window != -1:
+            checks.size("window", window)
+            if not causal:
+                raise ValueError(f"window: expected -1 where rows see keys behind them (causal=False), got {window}")
         checks.cu_seqlens("cu_seqlens", cu_seqlens)
         cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
         checks.cu_seqlens("cu_seqlens_k", cu_k)
@@ -224,6 +238,7 @@ class IntervalMask:
             height, width: of the image, in tokens.
             before, after: tokens of text around it.
         """
+        checks.sizes(height=height, width=width, before=before, after=after)
         return cls._of(builders.cca(height, width, before, after), before + height * width + after)
 
     @staticmethod
@@ -243,6 +258,8 @@ class IntervalMask:
     @classmethod
     def easycontrol(cls, main: int, conditions: Sequence[int]) -> IntervalMask:
         """Main tokens see everything, each block of condition tokens only itself (EasyControl, arXiv 2503.07027)."""
+        for name, size in (("main", main), *(("conditions", n) for n in conditions)):
+            checks.size(name, size)
         return cls._of(builders.easycontrol(main, conditions), main + sum(conditions))
 
     @classmethod
@@ -265,6 +282,11 @@ class IntervalMask:
             block_frames: frames that are generated together.
             pinned: a further span of frames, seen once it has left the window.
         """
+        checks.sizes(frames=frames, frame_tokens=frame_tokens, block_frames=block_frames)
+        if block_frames == 0:
+            raise ValueError("block_frames: expected >= 1, got 0")
+        if pinned is not None and not 0 <= pinned[0] <= pinned[1]:
+            raise ValueError(f"pinned: expected 0 <= start <= stop, got {pinned}")
         if not 0 <= sink_frames <= local_frames:
             raise ValueError(f"sink_frames: expected at most local_frames = {local_frames}, got {sink_frames}")
         intervals = builders.frame_sink(frames, frame_tokens, sink_frames, local_frames, block_frames, pinned)
@@ -273,6 +295,9 @@ class IntervalMask:
     @classmethod
     def lookahead(cls, ahead: torch.Tensor, left: int | None = None) -> IntervalMask:
         """Row i sees [i - left, i + 1 + ahead[i]) (ANCAT). `ahead` is an int tensor [Tq] or [B, H, Tq]; left None: all before."""
+        checks.integers("ahead", ahead, (1, 3))
+        if left is not None:
+            checks.size("left", left)
         return cls._of(builders.lookahead(ahead, left, ahead.shape[-1]), ahead.shape[-1])
 
     @classmethod
@@ -286,6 +311,9 @@ class IntervalMask:
         """
         if start.dim() != 4 or start.shape != stop.shape:
             raise ValueError(f"start: expected [B|1, H|1, Tq, k] as stop, got {list(start.shape)}, {list(stop.shape)}")
+        checks.integers("start", start, (4,))
+        checks.integers("stop", stop, (4,))
+        checks.sizes(tk=tk, window=0 if window is None else window)
         stop = torch.where(start < 0, start, stop)
         spans = algebra.canonical(start.long(), stop.long(), tk)
         if window is not None:
@@ -306,6 +334,8 @@ class IntervalMask:
     @classmethod
     def concat(cls, masks: Sequence[IntervalMask]) -> IntervalMask:
         """Sequences one after the other, each under its own mask; all with sizes, without lifetimes."""
+        if not masks:
+            raise ValueError("masks: expected at least one mask, got none")
         parts, offset = [], 0
         for mask in masks:
             starts, ends, tk = mask._intervals("masks")
@@ -351,6 +381,8 @@ class IntervalMask:
         Permuting keys splits intervals anew; that is done for some rows at a time.
         """
         starts, ends, tk = self._intervals("mask")
+        if key is not None and key.shape != (tk,):
+            raise ValueError(f"key: expected shape [{tk}], got {list(key.shape)}")
         if query is not None:
             starts, ends = starts[:, :, query], ends[:, :, query]
         if key is None:
@@ -385,7 +417,7 @@ class IntervalMask:
 
     def with_shift(self, shift: torch.Tensor) -> IntervalMask:
         """The same mask with a rotation of the query for every interval: int32, shaped as `starts` up to broadcasting."""
-        starts, ends, tk = self._intervals("mask", lifetimes=True)
+        starts, ends, tk = self._intervals("mask", lifetimes=True, shifts=True)
         return IntervalMask(starts, ends, tk=tk, key_start=self.key_start, key_stop=self.key_stop, shift=shift)
 
     # --- for kernels ----------------------------------------
@@ -459,11 +491,17 @@ class IntervalMask:
         mask._plans = {}
         return mask
 
-    def _intervals(self, name: str, lifetimes: bool = False) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _intervals(
+        self, name: str, lifetimes: bool = False, shifts: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
         if self.tq is None:
             raise ValueError(f"{name}: expected a mask with sizes; give tq and tk to its builder")
         if self.key_start is not None and not lifetimes:
             raise ValueError(f"{name}: expected a mask without key lifetimes, which are not intervals of rows")
+        if self.shift is not None and not shifts:
+            raise ValueError(
+                f"{name}: expected a mask without shift, which belongs to its intervals; give it to the result"
+            )
         mask = self.materialize()
         assert mask.starts is not None and mask.ends is not None and mask.tk is not None
         return mask.starts, mask.ends, mask.tk
@@ -488,12 +526,12 @@ class IntervalMask:
         return dense
 
     def is_causal(self) -> bool:
-        """Whether no row sees a key behind its own position."""
-        if self.starts is None or self.ends is None:
-            return self.plain_causal or self.tk == 0
-        assert self.tq is not None and self.tk is not None
-        stop = torch.arange(self.tq, device=self.ends.device)[:, None] + 1 + self.tk - self.tq
-        return bool(((self.starts >= self.ends) | (self.ends <= stop)).all())
+        """Whether no row sees a key behind its own position, whatever the key lifetimes."""
+        if self.plain_causal or self.tq is None:
+            return self.plain_causal
+        starts, ends, tk = self._intervals("mask", lifetimes=True, shifts=True)
+        stop = torch.arange(self.tq, device=ends.device)[:, None] + 1 + tk - self.tq
+        return bool(((starts >= ends) | (ends <= stop)).all())
 
     def is_closed(self, lo: int, hi: int) -> bool:
         """Whether tokens [lo, hi) see only each other.
@@ -504,20 +542,25 @@ class IntervalMask:
         Raises:
             ValueError: if the mask has no sizes, Tq != Tk, or lo, hi are out of range.
         """
-        starts, ends, tk = self._intervals("mask", lifetimes=True)
+        starts, ends, tk = self._intervals("mask", lifetimes=True, shifts=True)
         if self.tq != tk:
             raise ValueError(f"mask: expected one of self attention, as many rows as keys, got {self.tq} and {tk}")
         if not 0 <= lo <= hi <= tk:
             raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= {tk}, got {lo} and {hi}")
-        if self.key_start is not None:
-            seen = self.to_dense()[:, :, lo:hi]
-            return not bool(seen[..., :lo].any() or seen[..., hi:].any())
+        if self.key_start is not None and self.key_stop is not None:
+            for first, last in ((t, min(hi, t + 256)) for t in range(lo, hi, 256)):  # no [Tq, Tk] tensor
+                t = torch.arange(first, last, device=starts.device)[:, None]
+                seen = algebra.contains(starts[:, :, first:last], ends[:, :, first:last], tk)
+                seen = seen & (t >= self.key_start[:, :, None]) & (t < self.key_stop[:, :, None])
+                if bool(seen[..., :lo].any() or seen[..., hi:].any()):
+                    return False
+            return True
         rows, stops = starts[:, :, lo:hi], ends[:, :, lo:hi]
         return bool(((rows >= stops) | ((rows >= lo) & (stops <= hi))).all())
 
     def to_mask_mod(self) -> Callable[..., torch.Tensor]:
         """The mask as `mask_mod(b, h, q, kv)` of FlexAttention. Needs sizes."""
-        starts, ends, _ = self._intervals("mask", lifetimes=True)
+        starts, ends, _ = self._intervals("mask", lifetimes=True, shifts=True)
         return interop.mask_mod(starts, ends, self.key_start, self.key_stop)
 
     def to_flashmask(self) -> torch.Tensor:
