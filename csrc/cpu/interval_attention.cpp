@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor> interval_attention_fwd(const Tensor& q, const Tensor&
                                                   const OptionalTensor& key_start, const OptionalTensor& key_stop,
                                                   int64_t sink_tokens, int64_t window, bool causal,
                                                   const OptionalTensor& key_bias, const OptionalTensor& sink_logits,
-                                                  double scale, std::vector<Tensor> plan) {
+                                                  double scale, std::vector<Tensor> /* plan: for tiled kernels */) {
   check_inputs(q, k, v);
   const IntervalMaskParams mask = make_mask(q, k, starts, ends, key_start, key_stop, sink_tokens, window, causal);
   IntervalAttentionParams p = make_params(q, k, v, mask, key_bias, sink_logits, scale);
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& lse, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptionalTensor& starts, const OptionalTensor& ends,
     const OptionalTensor& key_start, const OptionalTensor& key_stop, int64_t sink_tokens, int64_t window, bool causal,
-    const OptionalTensor& key_bias, const OptionalTensor& sink_logits, double scale, std::vector<Tensor> plan) {
+    const OptionalTensor& key_bias, const OptionalTensor& sink_logits, double scale, std::vector<Tensor> /* plan: for tiled kernels */) {
   check_inputs(q, k, v);
   const IntervalMaskParams mask = make_mask(q, k, starts, ends, key_start, key_stop, sink_tokens, window, causal);
   IntervalAttentionParams p = make_params(q, k, v, mask, key_bias, sink_logits, scale);
@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
   Tensor parts = empty({ranges > 1 ? ranges * elements : 0}, ScalarType::Float);
   auto* dq_parts = static_cast<float*>(parts.mutable_data_ptr());
   parallel_items_with_scratch(
-      p.batch * p.kv_heads * ranges, kernels.backward_scratch(p, grads),
+      p.batch * p.kv_heads * ranges, is_small(p), kernels.backward_scratch(p, grads),
       [&](int64_t item, void* scratch) { kernels.backward(p, grads, item, dq_parts, scratch); });
   if (ranges > 1) {
     const int64_t items = (elements + kSumElements - 1) / kSumElements;
