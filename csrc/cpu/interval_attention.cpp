@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor> interval_attention_fwd(const Tensor& q, const Tensor&
                                                   const OptionalTensor& key_start, const OptionalTensor& key_stop,
                                                   int64_t sink_tokens, int64_t window, bool causal,
                                                   const OptionalTensor& key_bias, const OptionalTensor& sink_logits,
-                                                  double scale, std::vector<Tensor> /* plan: for tiled kernels */) {
+                                                  double scale, [[maybe_unused]] std::vector<Tensor> plan) {
   check_inputs(q, k, v);
   const IntervalMaskParams mask = make_mask(q, k, starts, ends, key_start, key_stop, sink_tokens, window, causal);
   IntervalAttentionParams p = make_params(q, k, v, mask, key_bias, sink_logits, scale);
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
     const Tensor& k, const Tensor& v, const OptionalTensor& starts, const OptionalTensor& ends,
     const OptionalTensor& key_start, const OptionalTensor& key_stop, int64_t sink_tokens, int64_t window, bool causal,
     const OptionalTensor& key_bias, const OptionalTensor& sink_logits, double scale,
-    std::vector<Tensor> /* plan: for tiled kernels */) {
+    [[maybe_unused]] std::vector<Tensor> plan) {
   check_inputs(q, k, v);
   const IntervalMaskParams mask = make_mask(q, k, starts, ends, key_start, key_stop, sink_tokens, window, causal);
   IntervalAttentionParams p = make_params(q, k, v, mask, key_bias, sink_logits, scale);
