@@ -13,6 +13,7 @@ from ._backends import SubquadWarning, backends, use_backend
 from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
+from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
 from .rope import RopeSpec
 
@@ -49,6 +50,8 @@ __all__ = [
     "backends",
     "cats_activation",
     "cats_mlp",
+    "gated_linear_attention",
+    "gated_linear_attention_step",
     "interval_attention",
     "sparsity_report",
     "track_sparsity",

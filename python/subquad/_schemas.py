@@ -62,6 +62,52 @@ def _interval_attention_bwd(
     return (*map(_like, (q, k, v)), lse.new_empty(dkey_bias), _like(lse))
 
 
+_GLA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? s0, Tensor? z0, Tensor? cu_seqlens, float scale, float eps, "
+    "bool normalize"
+)
+
+
+def _gla_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    s0: torch.Tensor | None,
+    z0: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    eps: float,
+    normalize: bool,
+) -> tuple[torch.Tensor, ...]:
+    b, t, heads, width = q.shape
+    states = max(k.shape[2], v.shape[2], 1 if g is None else g.shape[2])
+    count = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wide = q.new_empty((), dtype=torch.float32)
+    den = wide.new_empty((b if normalize else 0, t, heads))
+    z = wide.new_empty((count if normalize else 0, states, width))
+    return q.new_empty((b, t, heads, v.shape[3])), den, wide.new_empty((count, states, width, v.shape[3])), z
+
+
+def _gla_bwd(
+    grad_o: torch.Tensor,
+    grad_s: torch.Tensor,
+    grad_z: torch.Tensor | None,
+    den: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    s0: torch.Tensor | None,
+    z0: torch.Tensor | None,
+    *_: Any,
+) -> tuple[torch.Tensor, ...]:
+    states, width, columns = grad_s.shape[1:]
+    ds0 = grad_s.new_empty((0, states, width, columns)) if s0 is None else _like(s0)
+    dz0 = grad_s.new_empty((0, states, width)) if z0 is None else _like(z0)
+    return (*map(_like, (q, k, v)), grad_s.new_empty((0,)) if g is None else _like(g), ds0, dz0)
+
+
 OPS: dict[str, Op] = {
     "cats_mlp_fwd": Op("cats_mlp", f"({_CATS_MLP}) -> Tensor", lambda x, *_: _like(x)),
     "cats_activation_fwd": Op("cats_activation", f"(Tensor z, {_THRESHOLD}) -> Tensor", lambda z, *_: _like(z)),
@@ -85,6 +131,22 @@ OPS: dict[str, Op] = {
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         _interval_attention_bwd,
         cuda=False,
+    ),
+    "gated_linear_attention_fwd": Op(
+        "gated_linear_attention", f"({_GLA}) -> (Tensor, Tensor, Tensor, Tensor)", _gla_fwd
+    ),
+    "gated_linear_attention_bwd": Op(
+        "gated_linear_attention",
+        f"(Tensor grad_o, Tensor grad_s, Tensor? grad_z, Tensor den, {_GLA}) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _gla_bwd,
+        cuda=False,
+    ),
+    "gated_linear_attention_step_": Op(
+        "gated_linear_attention",
+        "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor(b!)? z, Tensor? state_indices, float scale, "
+        "float eps) -> Tensor",
+        lambda q, k, v, *_: q.new_empty((*q.shape[:2], v.shape[2])),
     ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))

@@ -89,3 +89,63 @@ def not_double(name: str, value: torch.Tensor, backend: str) -> None:
     """float64 exists for the reference alone."""
     if value.dtype is torch.float64:
         raise TypeError(f"{name}: backend {backend!r} expected float32, bfloat16 or float16, got float64")
+
+
+def number(name: str, value: object) -> float:
+    """`value` is a finite float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not -_LARGEST <= value <= _LARGEST:  # math.isfinite cannot be traced when torch.compile makes the float dynamic
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def _integers(name: str, value: object, device: torch.device) -> torch.Tensor:
+    """`value` as int64, one-dimensional."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {value.dtype}")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected one dimension, got shape {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device} as the input has, got {value.device}")
+    return value.to(torch.int64).contiguous()
+
+
+def _readable(value: torch.Tensor) -> bool:
+    """Whether reading values here costs no wait for a device and breaks no graph."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    fake = value.device.type == "meta" or isinstance(value, torch._subclasses.FakeTensor)
+    return not traced and not fake and (value.device.type == "cpu" or _DEBUG)
+
+
+def cu_seqlens(value: object, batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Bounds [N + 1] of packed sequences, as int64: from 0 to `tokens`, never decreasing, with a batch of 1."""
+    bounds = _integers("cu_seqlens", value, device)
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: expected a batch of 1 with packed sequences, got {batch}")
+    if bounds.shape[0] < 1:
+        raise ValueError("cu_seqlens: expected at least one element, got none")
+    if _readable(bounds):
+        if int(bounds[0]) != 0 or int(bounds[-1]) != tokens:
+            raise ValueError(
+                f"cu_seqlens: expected bounds from 0 to {tokens}, got {int(bounds[0])} to {int(bounds[-1])}"
+            )
+        if bool((bounds.diff() < 0).any()):
+            raise ValueError("cu_seqlens: expected bounds that do not decrease")
+    return bounds
+
+
+def indices(name: str, value: object, count: int, pool: int, device: torch.device) -> torch.Tensor:
+    """[count] places in a pool, as int64; -1 skips. No place is named twice."""
+    places = _integers(name, value, device)
+    if places.shape[0] != count:
+        raise ValueError(f"{name}: expected shape [{count}], got {list(places.shape)}")
+    if _readable(places):
+        if bool(((places < -1) | (places >= pool)).any()):
+            raise ValueError(f"{name}: expected indices in -1..{pool - 1}, got {places.tolist()}")
+        used = places[places >= 0]
+        if used.unique().numel() != used.numel():
+            raise ValueError(f"{name}: expected every state at most once, got {places.tolist()}")
+    return places

@@ -60,6 +60,10 @@ class Case:
         """Names of the tensors that have the dtype under test."""
         return tuple(n for n, a in sample.args.items() if a is not None and n in self.spec.grad_args)
 
+    def rows(self, sample: Sample) -> tuple[str, ...]:
+        """Names of the tensors whose first dimension counts tokens, of those the sample has."""
+        return tuple(n for n in self.spec.rows if sample.args.get(n) is not None)
+
     def wide(self, sample: Sample) -> Sample:
         """The same values in float64, for the oracle."""
         return sample.to(torch.float64, self.float_args(sample))

@@ -84,7 +84,7 @@ def compile_dynamic(case: Case) -> None:
             names, first = _names(base), None
             compiled = torch.compile(_function(case, base, names), fullgraph=True, dynamic=dynamic, backend=counter)
             for tokens in case.spec.tokens:
-                sample = base.replace(**{n: case.first(tokens=tokens)[n] for n in case.spec.rows})
+                sample = base.replace(**{n: case.first(tokens=tokens)[n] for n in case.rows(base)})
                 _compare(case, compiled, sample, names, grad, f"{tokens} rows, dynamic {dynamic}, grad {grad}")
                 first = (
                     counter.frame_count if first is None else first
@@ -99,20 +99,20 @@ class _Exported(nn.Module):
     def __init__(self, case: Case, sample: Sample) -> None:
         super().__init__()
         self._case, self._sample = case, sample
-        self._fixed = tuple(n for n in _names(sample) if n not in case.spec.rows)
+        self._fixed = tuple(n for n in _names(sample) if n not in case.rows(sample))
         for name in self._fixed:
             self.register_buffer(name, sample[name])
 
     def forward(self, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         fixed = {name: getattr(self, name) for name in self._fixed}
-        return self._case.call(self._sample, **fixed, **dict(zip(self._case.spec.rows, rows, strict=True)))
+        return self._case.call(self._sample, **fixed, **dict(zip(self._case.rows(self._sample), rows, strict=True)))
 
 
 @check()
 def export(case: Case) -> None:
     """torch.export with a dynamic number of rows, saved and loaded."""
     base = case.first(tokens=case.spec.tokens[0])
-    rows = tuple(base[n] for n in case.spec.rows)
+    rows = tuple(base[n] for n in case.rows(base))
     tokens = torch.export.Dim("tokens", min=2, max=max(case.spec.tokens))
     program = torch.export.export(
         _Exported(case, base),
@@ -124,8 +124,8 @@ def export(case: Case) -> None:
     buffer.seek(0)
     module = torch.export.load(buffer).module()
     for count in case.spec.tokens:
-        sample = base.replace(**{n: case.first(tokens=count)[n] for n in case.spec.rows})
-        _same(case, module(*(sample[n] for n in case.spec.rows)), case.call(sample), f"exported, {count} rows")
+        sample = base.replace(**{n: case.first(tokens=count)[n] for n in case.rows(base)})
+        _same(case, module(*(sample[n] for n in case.rows(sample))), case.call(sample), f"exported, {count} rows")
 
 
 @check(("reference",))
@@ -158,6 +158,7 @@ def switching(case: Case) -> None:
     for name in (*available, *reversed(available)):
         with use_backend(name):
             result = compiled(*(sample[n] for n in names))
+        result = result[0] if isinstance(result, tuple) else result
         assert_close(result, case.reference(sample)[0], spec.tol.forward[result.dtype], f"use_backend({name!r})")
         expected = {NAMESPACES[name]} if name in NAMESPACES else set()
         assert executed[-1] == expected, f"use_backend({name!r}) ran operators of {executed[-1] or 'no backend'}"

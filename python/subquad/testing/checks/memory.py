@@ -155,12 +155,12 @@ def row_independence(case: Case) -> None:
         count = _rows(case, sample)
         together = case.call(sample)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
-        moved = case.call(sample, **{n: sample[n][order] for n in case.spec.rows})
+        moved = case.call(sample, **{n: sample[n][order] for n in case.rows(sample)})
         for a, b in zip(moved, together, strict=True):
             assert_same_bits(a, b[order], f"{sample.id}: rows in another order")
         for row in {0, count // 2, count - 1}:
-            alone = case.call(sample, **{n: sample[n][row : row + 1] for n in case.spec.rows})
-            beside_nan = {n: torch.full_like(sample[n], float("nan")) for n in case.spec.rows}
+            alone = case.call(sample, **{n: sample[n][row : row + 1] for n in case.rows(sample)})
+            beside_nan = {n: torch.full_like(sample[n], float("nan")) for n in case.rows(sample)}
             for name, tensor in beside_nan.items():
                 tensor[row] = sample[name][row]
             poisoned = case.call(sample, **beside_nan)

@@ -91,7 +91,7 @@ def checkpointing(case: Case) -> None:
 def vmap(case: Case) -> None:
     """torch.vmap over the rows' tensors equals a loop, and so do per-sample gradients."""
     samples = [case.first(tokens=case.spec.tokens[0], seed=seed) for seed in range(3)]
-    base, rows = samples[0], case.spec.rows
+    base, rows = samples[0], case.rows(samples[0])
     stacked = tuple(torch.stack([s[n] for s in samples]) for n in rows)
     shared = {n: a for n, a in case.leaves(base).items() if n not in rows}
 

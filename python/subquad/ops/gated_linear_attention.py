@@ -1,0 +1,332 @@
+"""Linear attention with decay, optionally normalised: whole sequences, and one decoding step in place."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .. import reference
+from .._backends import resolve
+from .._schemas import HANDLES
+from . import _checks
+from ._autograd import once_differentiable
+
+STEM = "gated_linear_attention"
+MAX_HEAD_DIM = 256
+State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def gated_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-10,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, State | None]:
+    r"""S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t^T S_t, in time linear in T (GLA, arXiv 2312.06635).
+
+    With `normalize`, o_t is divided by scale q_t^T z_t + eps, where z_t = exp(g_t) z_{t-1} + k_t (LAWCAT, arXiv
+    2509.18467): for positive features a weighted mean of past values. States are float32 always. Any gate down to -inf is
+    exact; positive gates are too, while the states stay finite. Differentiable in everything, through both results.
+
+    Heads: HS = max(HK, HV, HG) states; HK, HV and HG divide HS, HS divides HQ. State head s reads k head s * HK // HS and
+    so on, query head h reads state h * HS // HQ. Nothing is repeated in memory.
+
+    Args:
+        q: queries [B, T, HQ, K], float32, bfloat16, float16 (float64 on the reference backend), K in 1..256; any strides.
+        k: keys [B, T, HK, K].
+        v: values [B, T, HV, V], V in 1..256.
+        g: logarithm of the decay, per key channel [B, T, HG, K] or per head [B, T, HG], float32 or q's dtype; None: no decay.
+        scale: factor of the scores; None for K ** -0.5.
+        initial_state: S [N, HS, K, V] float32; with `normalize` the pair (S, z [N, HS, K]), where z may also be
+            [N, 1, HS, K]. N is B, or the number of sequences.
+        output_final_state: also return the state after the last token, in the same form.
+        cu_seqlens: [N + 1] int32 or int64, the bounds of N sequences packed into B = 1; empty ones are allowed.
+        normalize: divide by the decayed sum of the scores.
+        eps: added to that sum.
+        backend: "native", "triton", "reference", or None to choose.
+
+    Returns:
+        (o [B, T, HQ, V] in q's dtype, final state or None).
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: shapes, head counts or devices that do not fit; cu_seqlens that do not start at 0, decrease or do not
+            end at T (on a GPU checked under SUBQUAD_DEBUG=1 only); a scale or eps that is not finite; a backend that
+            cannot run.
+
+    Example:
+        >>> import torch, subquad
+        >>> q, k, v = (torch.rand(1, 6, 2, 8) for _ in range(3))
+        >>> o, (s, z) = subquad.gated_linear_attention(q, k, v, normalize=True, output_final_state=True)
+        >>> o.shape, s.shape, z.shape
+        (torch.Size([1, 6, 2, 8]), torch.Size([1, 2, 8, 8]), torch.Size([1, 2, 8]))
+    """
+    if torch.is_autocast_enabled(q.device.type if isinstance(q, torch.Tensor) else "cpu"):
+        q, k, v = _autocast(q, k, v)
+    states = _check_rows(q, k, v, g, 4)
+    for name, flag in (("normalize", normalize), ("output_final_state", output_final_state)):
+        _checks.flag(name, flag)
+    scale = q.shape[3] ** -0.5 if scale is None else _checks.number("scale", scale)
+    eps = _checks.number("eps", eps)
+    cu_seqlens = _cu_seqlens(cu_seqlens, q)
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    s0, z0 = _initial_state(initial_state, normalize, (count, states, k.shape[3], v.shape[3]), q)
+    name = resolve(STEM, q.device.type, backend)
+    z: torch.Tensor | None
+    if name == "reference" or torch._C._are_functorch_transforms_active():
+        args = (q, k, v, g, s0, z0, cu_seqlens, scale, eps, normalize)
+        o, s, z = reference.gated_linear_attention.gated_linear_attention(*args)
+    else:
+        _checks.not_double("q", q, name)
+        q, k, v, g = (x if x is None or _dense_last(x) else x.contiguous() for x in (q, k, v, g))
+        tensors = (q, k, v, g, s0, z0)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            o, s, z = _Attention.apply(*tensors, cu_seqlens, scale, eps, normalize, name)
+        else:
+            o, _, s, z = HANDLES[name][f"{STEM}_fwd"](*tensors, cu_seqlens, scale, eps, normalize)
+    if not output_final_state:
+        return o, None
+    return o, (s, z) if normalize else s  # type: ignore[return-value]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, g: Any, s0: Any, z0: Any, cu_seqlens: Any, *rest: Any) -> Any:
+        *options, backend = rest
+        o, den, s, z = HANDLES[backend][f"{STEM}_fwd"](q, k, v, g, s0, z0, cu_seqlens, *options)
+        ctx.save_for_backward(den, q, k, v, g, s0, z0)
+        ctx.cu_seqlens, ctx.options, ctx.backend = cu_seqlens, options, backend
+        ctx.set_materialize_grads(False)
+        ctx.shapes = tuple((x.shape, x.dtype) for x in (o, s, z))
+        return o, s, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        den, *inputs = ctx.saved_tensors
+        normalize = ctx.options[-1]
+        grad_o, grad_s, grad_z = (
+            den.new_zeros(shape, dtype=dtype) if grad is None else grad.contiguous()
+            for grad, (shape, dtype) in zip(grads, ctx.shapes, strict=True)
+        )
+        handle = HANDLES[_backward_backend(ctx.backend, den.device.type)][f"{STEM}_bwd"]
+        result = handle(grad_o, grad_s, grad_z if normalize else None, den, *inputs, ctx.cu_seqlens, *ctx.options)
+        return (*(None if x is None else r for x, r in zip(inputs, result, strict=True)), *(None,) * 5)
+
+
+def _backward_backend(forward: str, device: str) -> str:
+    """The CUDA C++ kernel is the recurrence, for few tokens: its gradients come from the backend that trains there."""
+    if forward == "simt":
+        return resolve(STEM, device, "native")
+    return resolve(STEM, device, "triton") if forward == "native" and device == "cuda" else forward
+
+
+def gated_linear_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    state: torch.Tensor,
+    *,
+    z: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-10,
+    backend: str | None = None,
+) -> torch.Tensor:
+    r"""One token of `gated_linear_attention` per row; `state` and `z` are updated in place. Not differentiable.
+
+    Args:
+        q: queries [B, HQ, K], float32, bfloat16, float16 (float64 on the reference backend).
+        k: keys [B, HK, K].
+        v: values [B, HV, V].
+        g: logarithm of the decay [B, HG, K] or [B, HG], float32 or q's dtype; None: no decay.
+        state: pool of states [P, HS, K, V], float32, contiguous; P = B without `state_indices`.
+        z: pool of key sums [P, HS, K], float32, contiguous; given, the result is normalised.
+        state_indices: [B] int32 or int64, the row's place in the pool; -1 skips the row: its result is 0 and no state
+            changes. Two rows must not share a state.
+        scale: factor of the scores; None for K ** -0.5.
+        eps: added to the normaliser.
+        backend: "native", "triton", "reference", or None to choose.
+
+    Returns:
+        o [B, HQ, V] in q's dtype.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: shapes, head counts or devices that do not fit, indices outside the pool (on a GPU checked under
+            SUBQUAD_DEBUG=1 only), a backend that cannot run.
+
+    Example:
+        >>> import torch, subquad
+        >>> q, k, v, state = torch.rand(1, 2, 8), torch.rand(1, 2, 8), torch.rand(1, 2, 4), torch.zeros(1, 2, 8, 4)
+        >>> subquad.gated_linear_attention_step(q, k, v, None, state).shape, bool(state.any())
+        (torch.Size([1, 2, 4]), True)
+    """
+    states = _check_rows(q, k, v, g, 3)
+    batch, _, width = q.shape
+    indices = _state_indices(state_indices, q, state)
+    pool = batch if indices is None else state.shape[0] if isinstance(state, torch.Tensor) and state.dim() else 0
+    _in_place("state", state, (pool, states, width, v.shape[2]), q)
+    if z is not None:
+        _in_place("z", z, (pool, states, width), q)
+    scale = width**-0.5 if scale is None else _checks.number("scale", scale)
+    eps = _checks.number("eps", eps)
+    name = resolve(STEM, q.device.type, backend)
+    if name != "reference":
+        _checks.not_double("q", q, name)
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        g = None if g is None else g.contiguous()
+        with torch.no_grad():
+            return HANDLES[name][f"{STEM}_step_"](q, k, v, g, state, z, indices, scale, eps)
+    return _reference_step(q, k, v, g, state, z, indices, scale, eps)
+
+
+@torch.no_grad()
+def _reference_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    state: torch.Tensor,
+    z: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    scale: float,
+    eps: float,
+) -> torch.Tensor:
+    """One token with the definition of the whole; the states of skipped rows are left alone."""
+    rows = torch.arange(q.shape[0], device=q.device) if indices is None else (indices >= 0).nonzero().flatten()
+    places = rows if indices is None else indices[rows]
+    token = [None if x is None else x[rows].unsqueeze(1) for x in (q, k, v, g)]
+    z0 = None if z is None else z[places]
+    found = reference.gated_linear_attention.gated_linear_attention(
+        *token,
+        state[places],
+        z0,
+        None,
+        scale,
+        eps,
+        z is not None,  # type: ignore[arg-type]
+    )
+    o = q.new_zeros(*q.shape[:2], v.shape[2])
+    o[rows] = found[0].squeeze(1)
+    state[places] = found[1].to(state.dtype)
+    if z is not None and found[2] is not None:
+        z[places] = found[2].to(z.dtype)
+    return o
+
+
+# --- checks ----------------------------------------
+
+
+def _dense_last(x: torch.Tensor) -> bool:
+    return x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Float tensors in autocast's dtype, as matrix products under autocast have them."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type) if isinstance(tensors[0], torch.Tensor) else None
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in narrow else x for x in tensors)
+
+
+def _check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, dims: int) -> int:
+    """Shapes [..., H, D] of one token or of many; returns the number of states."""
+    form = "[B, T, H, D]" if dims == 4 else "[B, H, D]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _checks.tensor(name, x)
+        if x.dim() != dims:
+            raise ValueError(f"{name}: expected shape {form}, got {list(x.shape)}")
+        if x.dtype is not q.dtype:
+            raise TypeError(f"{name}: expected {q.dtype} as q has, got {x.dtype}")
+        _same_rows(name, x, q, dims)
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: expected a head dimension in 1..{MAX_HEAD_DIM}, got {x.shape[-1]}")
+        if x.shape[-2] == 0:
+            raise ValueError(f"{name}: expected at least one head, got {list(x.shape)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k: expected a head dimension of {q.shape[-1]} as q has, got {k.shape[-1]}")
+    heads = {"k": k.shape[-2], "v": v.shape[-2]}
+    if g is not None:
+        heads["g"] = _check_gate(g, q, dims)
+    states = max(heads.values())
+    for name, count in heads.items():
+        if states % count:
+            raise ValueError(f"{name}: expected a number of heads that divides {states}, got {count}")
+    if q.shape[-2] % states:
+        raise ValueError(f"q: expected a multiple of {states} heads, the largest of k, v and g, got {q.shape[-2]}")
+    return states
+
+
+def _same_rows(name: str, x: torch.Tensor, q: torch.Tensor, dims: int) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
+    if x.shape[: dims - 2] != q.shape[: dims - 2]:
+        raise ValueError(f"{name}: expected leading sizes {list(q.shape[: dims - 2])} as q has, got {list(x.shape)}")
+
+
+def _check_gate(g: torch.Tensor, q: torch.Tensor, dims: int) -> int:
+    _checks.tensor("g", g)
+    if g.dim() not in (dims, dims - 1) or (g.dim() == dims and g.shape[-1] != q.shape[-1]) or g.shape[dims - 2] == 0:
+        lead = "B, T" if dims == 4 else "B"
+        raise ValueError(f"g: expected shape [{lead}, H, {q.shape[-1]}] or [{lead}, H], got {list(g.shape)}")
+    if g.dtype not in (torch.float32, q.dtype):
+        raise TypeError(f"g: expected float32 or {q.dtype} as q has, got {g.dtype}")
+    _same_rows("g", g, q, dims)
+    return g.shape[dims - 2]
+
+
+def _cu_seqlens(cu_seqlens: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    return None if cu_seqlens is None else _checks.cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], q.device)
+
+
+def _initial_state(
+    state: State | None, normalize: bool, shape: tuple[int, ...], q: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if state is None:
+        return None, None
+    if normalize:
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise TypeError("initial_state: expected the pair (S, z) because normalize=True")
+        s, z = state
+        if isinstance(z, torch.Tensor) and z.dim() == 4 and z.shape[1] == 1:
+            z = z.squeeze(1)
+        return _state("initial_state[0]", s, shape, q), _state("initial_state[1]", z, shape[:3], q)
+    if isinstance(state, (tuple, list)):
+        raise TypeError("initial_state: expected one tensor because normalize=False, got a sequence")
+    return _state("initial_state", state, shape, q), None
+
+
+def _state(name: str, x: object, shape: tuple[int, ...], q: torch.Tensor) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+    expected = torch.float64 if q.dtype is torch.float64 else torch.float32
+    if x.dtype is not expected:
+        raise TypeError(f"{name}: expected {expected}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
+    return x.contiguous()
+
+
+def _in_place(name: str, x: object, shape: tuple[int, ...], q: torch.Tensor) -> None:
+    found = _state(name, x, shape, q)
+    if found is not x:
+        raise ValueError(f"{name}: expected a contiguous tensor, since it is updated in place")
+
+
+def _state_indices(indices: torch.Tensor | None, q: torch.Tensor, state: torch.Tensor) -> torch.Tensor | None:
+    if indices is None:
+        return None
+    return _checks.indices("state_indices", indices, q.shape[0], state.shape[0] if state.dim() else 0, q.device)
