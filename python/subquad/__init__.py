@@ -13,6 +13,7 @@ from ._backends import SubquadWarning, backends, use_backend
 from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
+from .ops.feature_map import feature_map
 from .ops.interval_attention import interval_attention
 from .rope import RopeSpec
 
@@ -49,6 +50,7 @@ __all__ = [
     "backends",
     "cats_activation",
     "cats_mlp",
+    "feature_map",
     "interval_attention",
     "sparsity_report",
     "track_sparsity",

@@ -41,6 +41,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cats_mlp": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
     "cats_activation": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "interval_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
 }
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     (stem, backend): REFERENCE if backend == "reference" else Capability() for stem in STEMS for backend in BACKENDS

@@ -62,6 +62,16 @@ def _interval_attention_bwd(
     return (*map(_like, (q, k, v)), lse.new_empty(dkey_bias), _like(lse))
 
 
+_FEATURE_MAP = "Tensor x, Tensor? weight, int kind, bool fullspace, float eps"
+
+
+def _feature_map_fwd(
+    x: torch.Tensor, weight: torch.Tensor | None, kind: int, fullspace: bool, eps: float
+) -> torch.Tensor:
+    width = x.shape[3] if weight is None else weight.shape[2]
+    return x.new_empty((*x.shape[:3], 2 * width if fullspace else width))
+
+
 OPS: dict[str, Op] = {
     "cats_mlp_fwd": Op("cats_mlp", f"({_CATS_MLP}) -> Tensor", lambda x, *_: _like(x)),
     "cats_activation_fwd": Op("cats_activation", f"(Tensor z, {_THRESHOLD}) -> Tensor", lambda z, *_: _like(z)),
@@ -85,6 +95,12 @@ OPS: dict[str, Op] = {
         "(Tensor, Tensor, Tensor, Tensor, Tensor)",
         _interval_attention_bwd,
         cuda=False,
+    ),
+    "feature_map_fwd": Op("feature_map", f"({_FEATURE_MAP}) -> Tensor", _feature_map_fwd),
+    "feature_map_bwd": Op(
+        "feature_map",
+        f"(Tensor grad_out, {_FEATURE_MAP}) -> (Tensor, Tensor)",
+        lambda grad_out, x, weight, *_: (_like(x), x.new_empty((0,)) if weight is None else _like(weight)),
     ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))
