@@ -308,6 +308,8 @@ def feature_map_bwd(
         raise ValueError(f"grad_out: expected a contiguous tensor of {x.dtype} {shape}, got {got}")
     dx = x.new_empty(x.shape)
     block = 32 if INTERPRET.value else 16
+    if x.dtype is torch.float32 and constants["F"] >= 128:
+        constants["BK"] = 16  # 32 spill
     if rows * heads:
         grid = (triton.cdiv(rows, block) * heads,)
         _feature_map_dx_kernel[grid](grad_out, x, weight, dx, *sizes, BM=block, **constants)
