@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from subquad._backends import CAPABILITIES
 from subquad._schemas import HANDLES, NAMESPACES, OPS, STEMS
 from subquad.testing import backend_params
 from subquad.testing.case import Case
@@ -55,13 +56,17 @@ def test_cxx_implements_exactly_the_schemas(folder: str) -> None:
     """Each operator in the binding of its stem, once."""
     suffix = ".cpp" if folder == "cpu" else ".cu"
     for stem in STEMS:
-        found = re.findall(r'm\.impl\("(\w+)"', (CSRC / folder / f"{stem}{suffix}").read_text())
-        assert sorted(found) == sorted(n for n, op in OPS.items() if op.stem == stem and (op.cuda or folder == "cpu"))
+        expected = [n for n, op in OPS.items() if op.stem == stem and (op.cuda or folder == "cpu")]
+        path = CSRC / folder / f"{stem}{suffix}"
+        found = re.findall(r'm\.impl\("(\w+)"', path.read_text()) if expected else []
+        assert sorted(found) == sorted(expected) and path.exists() == bool(expected)
 
 
 @backend_params("cats_mlp", "triton")
 @pytest.mark.parametrize("name", OPS)
 def test_launchers_have_the_schema_as_signature(name: str, backend: str) -> None:
+    if CAPABILITIES[OPS[name].stem, "triton"].missing:
+        pytest.skip("not written in Triton")
     launcher = getattr(__import__(f"subquad.kernels.{OPS[name].stem}", fromlist=[name]), name)
     assert list(inspect.signature(launcher).parameters) == arguments(name)
 
@@ -70,8 +75,9 @@ def test_launchers_have_the_schema_as_signature(name: str, backend: str) -> None
 def test_cxx_parameters_are_named_as_in_the_schema(stem: str) -> None:
     """Error messages quote C++ parameter names."""
     for folder, suffix in (("cpu", ".cpp"), ("cuda", ".cu")):
-        text = (CSRC / folder / f"{stem}{suffix}").read_text()
+        path = CSRC / folder / f"{stem}{suffix}"
         for name in (n for n, op in OPS.items() if op.stem == stem and (op.cuda or folder == "cpu")):
+            text = path.read_text()
             declared = re.search(rf"\b{name}\(([^)]*)\)\s*{{", text)
             assert declared, f"{folder}/{stem}{suffix} has no function {name}"
             assert [p.split()[-1].lstrip("&*") for p in declared.group(1).split(",")] == arguments(name)

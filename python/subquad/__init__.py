@@ -13,6 +13,7 @@ from ._backends import SubquadWarning, backends, use_backend
 from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
+from .ops.feature_map import feature_map
 from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
 from .rope import RopeSpec
@@ -50,6 +51,7 @@ __all__ = [
     "backends",
     "cats_activation",
     "cats_mlp",
+    "feature_map",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "interval_attention",

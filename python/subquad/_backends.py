@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import _env, _native
-from ._schemas import STEMS
+from ._schemas import OPS, STEMS
 
 BACKENDS = ("native", "triton", "simt", "reference")
 DEVICES = ("cpu", "cuda")
@@ -41,11 +41,14 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cats_mlp": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
     "cats_activation": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "interval_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
-    "gated_linear_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "gated_linear_attention": {"cpu": ("native", "reference"), "cuda": ("reference",)},
+    "feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
 }
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     (stem, backend): REFERENCE if backend == "reference" else Capability() for stem in STEMS for backend in BACKENDS
 }
+CAPABILITIES["gated_linear_attention", "triton"] = Capability(missing="not written yet")
+CAPABILITIES["gated_linear_attention", "simt"] = Capability(missing="there is no CUDA C++ kernel yet")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _override: str | None = None
@@ -88,6 +91,8 @@ def unavailable(stem: str, backend: str, device: str, build: bool = False) -> st
         return None
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is available"
+    if backend == "native" and device == "cuda" and not any(op.cuda for op in OPS.values() if op.stem == stem):
+        return "there is no CUDA C++ kernel yet"
     if backend == "native":
         return _native.load("_C" if device == "cpu" else "_C_cuda", build)
     if backend == "simt":

@@ -108,6 +108,16 @@ def _gla_bwd(
     return (*map(_like, (q, k, v)), grad_s.new_empty((0,)) if g is None else _like(g), ds0, dz0)
 
 
+_FEATURE_MAP = "Tensor x, Tensor? weight, int kind, bool fullspace, float eps"
+
+
+def _feature_map_fwd(
+    x: torch.Tensor, weight: torch.Tensor | None, kind: int, fullspace: bool, eps: float
+) -> torch.Tensor:
+    width = x.shape[3] if weight is None else weight.shape[2]
+    return x.new_empty((*x.shape[:3], 2 * width if fullspace else width))
+
+
 OPS: dict[str, Op] = {
     "cats_mlp_fwd": Op("cats_mlp", f"({_CATS_MLP}) -> Tensor", lambda x, *_: _like(x)),
     "cats_activation_fwd": Op("cats_activation", f"(Tensor z, {_THRESHOLD}) -> Tensor", lambda z, *_: _like(z)),
@@ -133,7 +143,7 @@ OPS: dict[str, Op] = {
         cuda=False,
     ),
     "gated_linear_attention_fwd": Op(
-        "gated_linear_attention", f"({_GLA}) -> (Tensor, Tensor, Tensor, Tensor)", _gla_fwd
+        "gated_linear_attention", f"({_GLA}) -> (Tensor, Tensor, Tensor, Tensor)", _gla_fwd, cuda=False
     ),
     "gated_linear_attention_bwd": Op(
         "gated_linear_attention",
@@ -147,6 +157,13 @@ OPS: dict[str, Op] = {
         "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor(b!)? z, Tensor? state_indices, float scale, "
         "float eps) -> Tensor",
         lambda q, k, v, *_: q.new_empty((*q.shape[:2], v.shape[2])),
+        cuda=False,
+    ),
+    "feature_map_fwd": Op("feature_map", f"({_FEATURE_MAP}) -> Tensor", _feature_map_fwd),
+    "feature_map_bwd": Op(
+        "feature_map",
+        f"(Tensor grad_out, {_FEATURE_MAP}) -> (Tensor, Tensor)",
+        lambda grad_out, x, weight, *_: (_like(x), x.new_empty((0,)) if weight is None else _like(weight)),
     ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))

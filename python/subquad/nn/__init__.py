@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .cats_mlp import CATSMLP, dense_state_dict
+from .feature_map import LearnedFeatureMap
 
-__all__ = ["CATSMLP", "dense_state_dict"]
+__all__ = ["CATSMLP", "LearnedFeatureMap", "dense_state_dict"]
