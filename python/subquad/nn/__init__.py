@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .cats_mlp import CATSMLP, dense_state_dict
+from .causal_conv1d import ShortConvolution
 
-__all__ = ["CATSMLP", "dense_state_dict"]
+__all__ = ["CATSMLP", "ShortConvolution", "dense_state_dict"]

@@ -1,5 +1,5 @@
 """Plain PyTorch oracles: differentiable, float64-capable, free of triton and of native code."""
 
-from . import cats_activation, cats_mlp, interval_attention
+from . import cats_activation, cats_mlp, causal_conv1d, interval_attention
 
-__all__ = ["cats_activation", "cats_mlp", "interval_attention"]
+__all__ = ["cats_activation", "cats_mlp", "causal_conv1d", "interval_attention"]
