@@ -45,7 +45,9 @@ def causal_conv1d_fn(
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
             name = "initial_states" if initial_states is not None else "return_final_states"
-            raise ValueError(f"{name}: expected none because seq_idx is given; use subquad.causal_conv1d with cu_seqlens")
+            raise ValueError(
+                f"{name}: expected none because seq_idx is given; use subquad.causal_conv1d with cu_seqlens"
+            )
         if seq_idx.shape != rows.shape[:2]:
             raise ValueError(f"seq_idx: expected shape {list(rows.shape[:2])}, got {list(seq_idx.shape)}")
         packed = rows.reshape(1, -1, x.shape[1])
@@ -62,7 +64,9 @@ def causal_conv1d_fn(
     )
     if final is not None and final_states_out is not None:
         if final_states_out.shape != final.shape:
-            raise ValueError(f"final_states_out: expected shape {list(final.shape)}, got {list(final_states_out.shape)}")
+            raise ValueError(
+                f"final_states_out: expected shape {list(final.shape)}, got {list(final_states_out.shape)}"
+            )
         final = final_states_out.copy_(final)
     return (y.transpose(1, 2), final) if return_final_states and final is not None else y.transpose(1, 2)
 

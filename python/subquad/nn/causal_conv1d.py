@@ -124,7 +124,13 @@ class ShortConvolution(nn.Module):
         shared = {"activation": self.activation, "channel_groups": self.channel_groups, "head_dim": self.head_dim}
         if cache is not None and not differentiable and x.dim() == 3 and x.shape[1] == 1 and cu_seqlens is None:
             y = causal_conv1d_update(
-                x, cache, weight, bias, residual=residual, backend=self.backend, **shared  # type: ignore[arg-type]
+                x,
+                cache,
+                weight,
+                bias,
+                residual=residual,
+                backend=self.backend,
+                **shared,  # type: ignore[arg-type]
             )
             return y, cache
         y, state = causal_conv1d(

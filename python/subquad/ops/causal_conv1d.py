@@ -185,7 +185,9 @@ def causal_conv1d_update(
     for argument, value in named.items():
         if torch.is_grad_enabled() and value is not None and value.requires_grad:
             hint = "call it under torch.no_grad(), or use causal_conv1d with initial_state"
-            raise ValueError(f"{argument}: expected a tensor without requires_grad, for there is no gradient here; {hint}")
+            raise ValueError(
+                f"{argument}: expected a tensor without requires_grad, for there is no gradient here; {hint}"
+            )
     name = resolve(STEM, x.device.type, backend)
     tokens = x if x.dim() == 3 else x[:, None]
     if residual is not None:
@@ -274,7 +276,9 @@ def _sequences(cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> tuple[torch.
             shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
             raise ValueError(f"cu_seqlens: expected ascending numbers from 0 to {tokens}, got {shown}")
     cu = cu_seqlens.to(torch.int32).contiguous()
-    sequence = torch.searchsorted(cu, torch.arange(tokens, device=x.device, dtype=torch.int32), right=True, out_int32=True)
+    sequence = torch.searchsorted(
+        cu, torch.arange(tokens, device=x.device, dtype=torch.int32), right=True, out_int32=True
+    )
     return cu, sequence - 1
 
 

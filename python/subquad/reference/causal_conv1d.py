@@ -106,7 +106,9 @@ def causal_conv1d_update(
     """
     batch, tokens = x.shape[:2]
     past, length = weight.shape[1] - 1, conv_state.shape[2]
-    live = torch.ones(batch, dtype=torch.bool, device=x.device) if conv_state_indices is None else conv_state_indices >= 0
+    live = (
+        torch.ones(batch, dtype=torch.bool, device=x.device) if conv_state_indices is None else conv_state_indices >= 0
+    )
     rows = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long().clamp_min(0)]
     new = x.transpose(1, 2)
     if cache_seqlens is None:
