@@ -112,6 +112,7 @@ std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weig
   if (y.numel() > 0) {
     const Tensor weights = packed_weights(p, kernels);
     const auto* packed = static_cast<const float*>(weights.const_data_ptr());
+    advise_huge_pages(y);
     p.y = y.mutable_data_ptr();
     const int64_t rows = p.blocks(), slices = ceil_div(p.channels, kConvChannels), items = p.batch * rows * slices;
     const int64_t bytes = p.state == nullptr ? 0 : kConvMaxTaps * std::min(kConvChannels, p.channels) * kFloatBytes;
@@ -148,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
   const auto* packed = static_cast<const float*>(weights.const_data_ptr());
   const Tensor partial = empty({p.batch, p.blocks(), p.taps + 1, p.channels}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  advise_huge_pages(dx);
   p.dx = dx.mutable_data_ptr();
   p.dweight = dweight.mutable_data_ptr();
   if (bias.has_value()) p.dbias = dbias.mutable_data_ptr();

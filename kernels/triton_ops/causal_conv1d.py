@@ -225,7 +225,7 @@ def _causal_conv1d_final_kernel(
         x_ptr += n.to(tl.int64) * x_stride_b
     base = (n.to(tl.int64) * inputs + c) * (TAPS - 1)
     for k in tl.static_range(TAPS - 1):
-        t = length - (TAPS - 1) + k
+        t = c * 0 + length - (TAPS - 1) + k  # blocks, for a mask must not mix scalars and blocks in the interpreter
         value = tl.load(x_ptr + (start + t).to(tl.int64) * x_stride_t + c, (c < inputs) & (t >= 0), other=0.0)
         if HAS_STATE:
             past = tl.load(state_ptr + base + k + length, (c < inputs) & (t < 0), other=0.0)
@@ -246,7 +246,7 @@ def _causal_conv1d_dstate_kernel(
     start, length = _whole(cu_ptr, n, time, HAS_CU)
     b = (n * 0 if HAS_CU else n).to(tl.int64)
     used = ci < inputs
-    mask = used[None, :]
+    lengths = ci * 0 + length
     base = (n.to(tl.int64) * inputs + ci) * (TAPS - 1)
     for k in tl.static_range(TAPS - 1):
         total = tl.zeros([BLOCK], tl.float32)
@@ -256,19 +256,19 @@ def _causal_conv1d_dstate_kernel(
                 h = ci // head_dim
                 c = (h * groups + g) * head_dim + (ci - h * head_dim)
             for r in tl.static_range(k + 1):  # rows of x that column k is a tap of
-                live = used & (length > r)
+                live = used & (lengths > r)
                 dz = tl.load(grad_ptr + (b * time + start + r) * channels + c, live, other=0.0).to(tl.float32)
                 if SILU:
                     before = tl.zeros([1], tl.int32) + r
                     z = _sum(
                         x_ptr + b * x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, start + before, before,
-                        (before * 0).to(tl.int64) + n, ci, c, mask & (length > r), inputs, channels, TAPS, HAS_BIAS, True,
+                        (before * 0).to(tl.int64) + n, ci, c, live[None, :], inputs, channels, TAPS, HAS_BIAS, True,
                     )  # fmt: skip
                     dz *= activate_grad(tl.sum(z, 0), 0)
                 w = tl.load(weight_ptr + c.to(tl.int64) * TAPS + (k - r), used, other=0.0).to(tl.float32)
                 total = tl.where(live, total + w * dz, total)
         if HAS_FINAL:
-            through = used & (k >= length)
+            through = used & (lengths <= k)
             total += tl.load(grad_final_ptr + base + k - length, through, other=0.0).to(tl.float32)
         tl.store(dstate_ptr + base + k, cast(total, dstate_ptr.dtype.element_ty), used)
 
@@ -288,6 +288,8 @@ def _causal_conv1d_update_kernel(
     n = b
     if HAS_INDICES:
         n = tl.load(indices_ptr + b).to(tl.int64)
+    zero = ci * 0  # masks are made of blocks, for the interpreter does not mix them with scalars
+    n += zero
     live = (n >= 0) & (n < states)
     position = tokens * 0
     if RING:
@@ -306,7 +308,7 @@ def _causal_conv1d_update_kernel(
             if HAS_BIAS:
                 z += tl.load(bias_ptr + c, used, other=0.0).to(tl.float32)
             for i in tl.static_range(TAPS):
-                back = t - (TAPS - 1 - i)  # below 0: in the state
+                back = zero + t - (TAPS - 1 - i)  # below 0: in the state
                 slot = length + back
                 if RING:
                     slot = position + length + back
@@ -324,18 +326,18 @@ def _causal_conv1d_update_kernel(
     tl.debug_barrier()  # all of the old state has been read
     if RING:
         for t in range(tokens):
-            slot = position + t
+            slot = zero + position + t
             slot = slot - slot // length * length
-            value = tl.load(x_ptr + t.to(tl.int64) * inputs, used, other=0.0)
+            value = tl.load(x_ptr + (zero + t).to(tl.int64) * inputs, used, other=0.0)
             tl.store(state_ptr + slot.to(tl.int64) * stride_l, value, used & live)
             tl.debug_barrier()  # a long call comes round to the same slot
     else:
         for i in range(length):
-            source = i + tokens
+            source = zero + i + tokens
             old = tl.load(state_ptr + source.to(tl.int64) * stride_l, used & live & (source < length), other=0.0)
             new = tl.load(x_ptr + (source - length).to(tl.int64) * inputs, used & (source >= length), other=0.0)
             tl.debug_barrier()
-            tl.store(state_ptr + i.to(tl.int64) * stride_l, tl.where(source < length, old, new), used & live)
+            tl.store(state_ptr + (zero + i).to(tl.int64) * stride_l, tl.where(source < length, old, new), used & live)
             tl.debug_barrier()  # slots are written after they were read, by whichever thread
 
 

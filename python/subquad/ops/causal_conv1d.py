@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -138,8 +139,8 @@ def causal_conv1d_update(
 
     Args:
         x: the new tokens, [B, D / G] or [B, s, D / G], float32, bfloat16, float16 (float64 on the reference backend).
-        conv_state: raw inputs [P, D / G, L] in x's dtype, L >= W-1, any strides; written to. The last L inputs, oldest first, or a
-            ring (see `cache_seqlens`). Under autocast the other arguments are converted to its dtype.
+        conv_state: raw inputs [P, D / G, L] in x's dtype, L >= W-1, any strides; written to. The last L inputs, oldest first, or
+            a ring (see `cache_seqlens`). Under autocast the other arguments are converted to its dtype.
         weight, bias: as in `causal_conv1d`.
         residual: of the shape of y, added after the activation.
         activation: None, "silu" or "swish".
@@ -154,8 +155,8 @@ def causal_conv1d_update(
 
     Raises:
         TypeError: wrong type or dtype of an argument.
-        ValueError: shapes, devices or indices that do not fit, unknown activation, a tensor that requires a gradient while gradients
-            are enabled, backend that cannot run.
+        ValueError: shapes, devices or indices that do not fit, unknown activation, a tensor that requires a gradient while
+            gradients are enabled, backend that cannot run.
 
     Example:
         >>> import torch, subquad
@@ -272,7 +273,7 @@ def _sequences(cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> tuple[torch.
         raise ValueError(f"cu_seqlens: expected x with B = 1, got {list(x.shape)}")
     if _readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
             shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
             raise ValueError(f"cu_seqlens: expected ascending numbers from 0 to {tokens}, got {shown}")
     cu = cu_seqlens.to(torch.int32).contiguous()

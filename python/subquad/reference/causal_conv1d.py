@@ -3,9 +3,9 @@ r"""Causal depthwise convolution over time, as LAWCAT (arXiv 2509.18467) puts it
 With $X$ the input of one sequence, preceded by $W-1$ raw inputs of its past (the state $s$, where there is one), and output
 channel $c$ reading input channel $m(c)$:
 
-$$ z_{t,c} = \beta_c + \sum_{j=0}^{W-1} w_{c,W-1-j}\, X_{t-j,m(c)}, \qquad y = f(z) + r, \qquad f \in \{\mathrm{id}, \mathrm{silu}\}. $$
+$$ z_{t,c} = \beta_c + \sum_{j=0}^{W-1} w_{c,W-1-j}\, X_{t-j,m(c)}, \qquad y = f(z) + r. $$
 
-A tap that reaches before the first token of its sequence reads the state; without a state there is no such term, so neither its
+with $f$ the identity or silu. A tap that reaches before the first token of its sequence reads the state; without a state there is no such term, so neither its
 weight nor a neighbouring sequence can leak into the sum. $m(h d + e) = \lfloor h / G \rfloor d + e$ for $G$ = `groups` heads of
 width $d$ = `head_dim` that share one input head. The final state is the last $W-1$ columns of $[s, x]$.
 """
