@@ -1,6 +1,10 @@
 // What the CPU bindings share: element types, checks that protect memory, and threads. Only torch's stable headers.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -47,6 +51,18 @@ inline int64_t threshold_stride(const Tensor& threshold, int64_t neurons) {
 
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
+}
+
+/// Ask for huge pages below a large new tensor: filling it then costs a few page faults instead of thousands, which
+/// otherwise take longer than the filling.
+inline void advise_huge_pages(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 12, kWorthwhile = uintptr_t{1} << 23;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (end - begin >= kWorthwhile) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 /// worker(next) on each of torch's threads, at most n of them; `next()` hands out 0 .. n - 1, each once, then n or

@@ -13,12 +13,14 @@ from ._backends import SubquadWarning, backends, use_backend
 from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
+from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from .ops.feature_map import feature_map
 from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
 from .rope import RopeSpec
 
 if TYPE_CHECKING:
+    from . import compat as compat
     from . import integrations as integrations
     from . import nn as nn
     from . import recipes as recipes
@@ -31,7 +33,7 @@ _LAZY = {
     "sparsity_report": "subquad.calibration",
     "track_sparsity": "subquad.calibration",
 }
-_LAZY_MODULES = ("integrations", "kernels", "nn", "ops", "recipes", "reference", "testing")
+_LAZY_MODULES = ("compat", "integrations", "kernels", "nn", "ops", "recipes", "reference", "testing")
 
 
 def __getattr__(name: str) -> Any:
@@ -51,6 +53,8 @@ __all__ = [
     "backends",
     "cats_activation",
     "cats_mlp",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "feature_map",
     "gated_linear_attention",
     "gated_linear_attention_step",

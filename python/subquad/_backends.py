@@ -40,6 +40,7 @@ _TESTS_ONLY = "the emulator runs CUDA sources on CPU tensors; it exists for test
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cats_mlp": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
     "cats_activation": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "causal_conv1d": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
     "interval_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "gated_linear_attention": {"cpu": ("native", "reference"), "cuda": ("reference",)},
     "feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},

@@ -28,6 +28,7 @@ class Op:
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """What kernels return for a tensor of the same kind: contiguous whatever the strides of the argument."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
@@ -118,6 +119,27 @@ def _feature_map_fwd(
     return x.new_empty((*x.shape[:3], 2 * width if fullspace else width))
 
 
+_CAUSAL_CONV1D = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, {}Tensor? cu_seqlens, Tensor? sequence, "
+    "int groups, int head_dim, bool silu"
+)
+
+
+def _causal_conv1d_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: Any, state: Any, residual: Any, cu_seqlens: Any, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`final_state` is empty unless it was asked for, which is the last argument."""
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = (sequences, x.shape[2], weight.shape[1] - 1) if rest[-1] else (0,)
+    return x.new_empty((*x.shape[:2], weight.shape[0])), x.new_empty(final)
+
+
+def _causal_conv1d_bwd(
+    grad_y: torch.Tensor, grad_final: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, state: Any, *_: Any
+) -> tuple[torch.Tensor, ...]:
+    return (*map(_like, (x, weight)), *(x.new_empty((0,)) if a is None else _like(a) for a in (bias, state)))
+
+
 OPS: dict[str, Op] = {
     "cats_mlp_fwd": Op("cats_mlp", f"({_CATS_MLP}) -> Tensor", lambda x, *_: _like(x)),
     "cats_activation_fwd": Op("cats_activation", f"(Tensor z, {_THRESHOLD}) -> Tensor", lambda z, *_: _like(z)),
@@ -164,6 +186,22 @@ OPS: dict[str, Op] = {
         "feature_map",
         f"(Tensor grad_out, {_FEATURE_MAP}) -> (Tensor, Tensor)",
         lambda grad_out, x, weight, *_: (_like(x), x.new_empty((0,)) if weight is None else _like(weight)),
+    ),
+    "causal_conv1d_fwd": Op(
+        "causal_conv1d",
+        f"({_CAUSAL_CONV1D.format('Tensor? residual, ')}, bool output_final_state) -> (Tensor, Tensor)",
+        _causal_conv1d_fwd,
+    ),
+    "causal_conv1d_bwd": Op(
+        "causal_conv1d",
+        f"(Tensor grad_y, Tensor? grad_final, {_CAUSAL_CONV1D.format('')}) -> (Tensor, Tensor, Tensor, Tensor)",
+        _causal_conv1d_bwd,
+    ),
+    "causal_conv1d_update_": Op(
+        "causal_conv1d",
+        "(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? residual, Tensor? cache_seqlens, "
+        "Tensor? conv_state_indices, int groups, int head_dim, bool silu) -> Tensor",
+        lambda x, conv_state, weight, *_: x.new_empty((*x.shape[:2], weight.shape[0])),
     ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))

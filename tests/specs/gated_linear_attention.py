@@ -60,6 +60,59 @@ def oracle(
     return tuple(x for x in results if x is not None)[: None if final else 1]
 
 
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    s0: torch.Tensor,
+    g: torch.Tensor | None = None,
+    z0: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """One decoding step on copies of the states; its result and the states after it."""
+    state, z = s0.clone(), None if z0 is None else z0.clone()
+    o = subquad.gated_linear_attention_step(q, k, v, g, state, z=z, **options)
+    return (o, state) if z is None else (o, state, z)
+
+
+def step_oracle(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    s0: torch.Tensor,
+    g: torch.Tensor | None = None,
+    z0: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The definition for one token."""
+    token = [None if x is None else x.unsqueeze(1) for x in (q, k, v, g)]
+    o, *states = oracle(*token, s0, z0, normalize=z0 is not None, **options)  # type: ignore[arg-type]
+    return (o.squeeze(1), *states)
+
+
+def draw_step(sampler: Sampler, name: str, *shape: Any, **options: Any) -> Sample:
+    """`draw` for one token."""
+    whole = draw(sampler, name, 1, *shape, state=True, **options)
+    args = {n: x[:, 0] if n in ("q", "k", "v", "g") and x is not None else x for n, x in whole.args.items()}
+    return Sample(name, args, {}, rows_independent=True, rounded_once=whole.rounded_once)
+
+
+def step_samples(sampler: Sampler) -> Iterator[Sample]:
+    new = functools.partial(draw_step, sampler)
+    if sampler.size == "empty":
+        yield new("no-rows", (2, 2, 2, 2), 8, 8, batch=0)
+        return
+    if sampler.size == "large":
+        yield new("channel", (8, 8, 2, 2), 64, 64, batch=9, normalize=True)
+        return
+    yield new("channel", (2, 2, 2, 2), 16, 16)
+    yield new("everything", (8, 2, 1, 2), 12, 20, normalize=True)
+    yield new("head", (3, 1, 3, 1), 9, 35, gate="head", normalize=True)
+    yield new("no-gate", (4, 1, 1, 1), 5, 7, gate="none")
+    if sampler.size == "full":
+        yield new("wide", (2, 2, 2, 2), 256, 131, normalize=True)
+
+
 def draw(
     sampler: Sampler,
     name: str,
@@ -219,6 +272,19 @@ def _compiled_chunks(sample: Sample) -> Callable[[], torch.Tensor] | None:
     return lambda: compiled(*(sample[n] for n in ("q", "k", "v", "g"))).to(sample["q"].dtype)
 
 
+_TOLERANCE = Tolerance(
+    forward={torch.float32: 5e-6, torch.bfloat16: 3e-3, torch.float16: 6e-4},
+    grad={torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3},
+    factor=3.0,
+)
+_MISSING = {
+    "nn": "LawcatAttention holds the projections",
+    "triton": "not written yet: on a GPU the reference computes",
+    "cuda": "not written yet: on a GPU the reference computes",
+    "simt": "there is no CUDA C++ kernel yet",
+    "check:dtypes": "gates may be float32 beside 16-bit tensors, states always are; tests/ops checks q, k and v",
+    "check:autocast": "q, k and v are cast, gates and states are not; tests/ops checks that",
+}
 SPEC = OpSpec(
     name="gated_linear_attention",
     stem="gated_linear_attention",
@@ -227,24 +293,25 @@ SPEC = OpSpec(
     samples=samples,
     grad_args=INPUTS,
     rows=INPUTS,
-    tol=Tolerance(
-        forward={torch.float32: 5e-6, torch.bfloat16: 3e-3, torch.float16: 6e-4},
-        grad={torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3},
-        factor=3.0,
-    ),
+    tol=_TOLERANCE,
     properties=(Property("constant_values", _constant_values), Property("split_calls", _split_calls)),
     bench=tuple(_bench_cases()),
     bench_sample=bench_sample,
     bench_oracle=bench_oracle,
     flops=flops,
     peers={"sdpa causal": _sdpa_causal, "compiled chunks": _compiled_chunks},
-    missing={
-        "nn": "LawcatAttention holds the projections",
-        "triton": "not written yet: on a GPU the reference computes",
-        "cuda": "not written yet: on a GPU the reference computes",
-        "simt": "there is no CUDA C++ kernel yet",
-        "check:dtypes": "gates may be float32 beside 16-bit tensors, states always are; tests/ops checks q, k and v",
-        "check:autocast": "q, k and v are cast, gates and states are not; tests/ops checks that",
-    },
+    missing=_MISSING,
 )
-SPECS = (SPEC,)
+STEP = OpSpec(
+    name="gated_linear_attention_step",
+    stem="gated_linear_attention",
+    fn=step,
+    reference=step_oracle,
+    samples=step_samples,
+    grad_args=INPUTS,
+    rows=INPUTS,
+    inference=True,
+    tol=_TOLERANCE,
+    missing=_MISSING,
+)
+SPECS = (SPEC, STEP)

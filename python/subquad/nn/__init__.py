@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .cats_mlp import CATSMLP, dense_state_dict
+from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 
-__all__ = ["CATSMLP", "LearnedFeatureMap", "dense_state_dict"]
+__all__ = ["CATSMLP", "LearnedFeatureMap", "ShortConvolution", "dense_state_dict"]

@@ -79,7 +79,9 @@ class Case:
         return tuple(torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device) for y in outputs)
 
     def gradients(self, sample: Sample, names: tuple[str, ...] | None = None) -> dict[str, torch.Tensor]:
-        """Gradient of every named tensor, by autograd through the op."""
+        """Gradient of every named tensor, by autograd through the op; none of an op for inference."""
+        if self.spec.inference:
+            return {}
         leaves = self.leaves(sample, names)
         outputs = self.call(sample, **leaves)
         pairs = zip(outputs, self.upstream(outputs), strict=True)

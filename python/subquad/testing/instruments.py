@@ -21,7 +21,7 @@ _PATTERN = 0xFF  # as a float of any width: NaN; as an integer: -1
 
 @dataclass(frozen=True)
 class OpCall:
-    """One call of a raw operator with the very arguments it got."""
+    """One call of a raw operator with the very arguments it got, as they were before the call."""
 
     op: torch._ops.OpOverload
     args: tuple[Any, ...]
@@ -31,6 +31,23 @@ class OpCall:
     def name(self) -> str:
         return self.op._schema.name.split("::")[1]
 
+    def repeat(self) -> tuple[torch.Tensor, ...]:
+        """The results of the same call again, followed by what it leaves in the arguments it writes to."""
+        args = _fresh(self.op, self.args)
+        result = self.op(*args)
+        results = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        return results + tuple(args[i] for i in _written(self.op))
+
+
+def _written(op: torch._ops.OpOverload) -> list[int]:
+    return [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _fresh(op: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments, with copies of those that the operator writes to."""
+    written = _written(op)
+    return tuple(a.clone() if i in written else a for i, a in enumerate(args))
+
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, namespaces: Sequence[str]) -> None:
@@ -39,9 +56,11 @@ class _Recorder(TorchDispatchMode):
         self.calls: list[OpCall] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = func.namespace in self.namespaces
+        before = _fresh(func, args) if ours else ()
         result = func(*args, **(kwargs or {}))
-        if func.namespace in self.namespaces:
-            self.calls.append(OpCall(func, tuple(args), result))
+        if ours:
+            self.calls.append(OpCall(func, before, result))
         return result
 
 

@@ -165,6 +165,7 @@ class OpSpec:
         tol: tolerances.
         properties: laws of this op.
         refuses: layouts (see `layouts.LAYOUTS`) that the op documents as errors, by argument. All others must work.
+        inference: the op has no gradients; `grad_args` then only names the tensors that have the dtype under test.
         autocast: "cast" when the op runs in the autocast dtype, "keep" when autocast leaves it alone.
         tokens: row counts under which compiled code must not be specialised again.
         dtypes: what kernels support.
@@ -186,6 +187,7 @@ class OpSpec:
     tol: Tolerance = Tolerance()
     properties: tuple[Property, ...] = ()
     refuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inference: bool = False
     autocast: str = "keep"
     tokens: tuple[int, ...] = (3, 5, 14)
     dtypes: tuple[torch.dtype, ...] = DTYPES

@@ -1,0 +1,600 @@
+"""Causal depthwise convolution over time, forward, backward and one decoding step; LAWCAT, arXiv 2509.18467.
+
+y[t, c] = act(bias[c] + sum_j weight[c, W-1-j] x[t-j, map(c)]) + residual[t, c]. A program owns a tile of tokens and channels and
+reads it once per tap, of which the cache serves all but one. Taps before the sequence come from its state or are selected away.
+dweight and dbias are partial sums of one tile each, which a second kernel adds up in order. Arithmetic is fp32, rounded once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common.activations import activate, activate_grad
+from ._common.aot import AotCase
+from ._common.numerics import cast
+
+MAX_TAPS = 8
+ROWS, COLS = 64, 64
+_TILE = {"ROWS": ROWS, "COLS": COLS, "num_warps": 4}
+_FLAT = {"BLOCK": 1024, "num_warps": 4}
+_STRIDES = ["time", "tiles", "batch", "sequences", "blocks", "tokens"]
+
+
+@triton.jit
+def _spans(rows, time, cu_ptr, sequence_ptr, sequences, batch, HAS_CU: tl.constexpr):
+    """Of each row: its sequence, how many tokens of it came before, how many there are from this one on."""
+    if HAS_CU:
+        inside = (rows >= 0) & (rows < time)
+        n = tl.load(sequence_ptr + rows, inside, other=0)
+        n = tl.minimum(tl.maximum(n, 0), sequences - 1).to(tl.int64)
+        start = tl.load(cu_ptr + n, inside, other=0)
+        end = tl.load(cu_ptr + n + 1, inside, other=0)
+        start = tl.minimum(tl.maximum(start, 0), rows)
+        end = tl.minimum(tl.maximum(end, rows + 1), time)
+        return n, rows - start, end - rows
+    else:
+        return (rows * 0).to(tl.int64) + batch, rows, time - rows
+
+
+@triton.jit
+def _tap(
+    x_ptr,
+    x_stride,
+    state_ptr,
+    rows,
+    before,
+    n,
+    c,
+    mask,
+    inputs,
+    TAPS: tl.constexpr,
+    J: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+):
+    """[rows, c] of the input J tokens back: x, or the state where the sequence had not begun (0 without one)."""
+    inside = (before >= J)[:, None]
+    offsets = (rows - J).to(tl.int64)[:, None] * x_stride + c[None, :]
+    x = tl.load(x_ptr + offsets, mask & inside, other=0.0).to(tl.float32)
+    if HAS_STATE and J > 0:
+        slot = TAPS - 1 - J + before
+        offsets = (n[:, None] * inputs + c[None, :]) * (TAPS - 1) + slot[:, None]
+        x = tl.where(inside, x, tl.load(state_ptr + offsets, mask & (inside == 0), other=0.0).to(tl.float32))
+    return x
+
+
+@triton.jit
+def _sum(
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, rows, before, n, ci, c, mask, inputs, channels,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
+    """The convolution before its activation, oldest tap first; a tap that does not exist is not multiplied."""
+    z = tl.zeros(mask.shape, tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + c, c < channels, other=0.0).to(tl.float32)[None, :]
+    for i in tl.static_range(TAPS):
+        J: tl.constexpr = TAPS - 1 - i
+        x = _tap(x_ptr, x_stride, state_ptr, rows, before, n, ci, mask, inputs, TAPS, J, HAS_STATE)
+        w = tl.load(weight_ptr + c.to(tl.int64) * TAPS + i, c < channels, other=0.0).to(tl.float32)[None, :]
+        if HAS_STATE:
+            z += x * w
+        else:
+            z = tl.where((before >= J)[:, None], z + x * w, z)
+    return z
+
+
+@triton.jit
+def _input(c, groups, head_dim, GROUPED: tl.constexpr):
+    if GROUPED:
+        h = c // head_dim
+        return h // groups * head_dim + (c - h * head_dim)
+    else:
+        return c
+
+
+@triton.jit
+def _tile(time, tiles, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(row of the batch, tile of its tokens, tokens, channels, mask) of this program."""
+    columns = tl.cdiv(width, COLS)
+    pid = tl.program_id(0)
+    i = pid // columns
+    tile = i % tiles
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    c = (pid - i * columns) * COLS + tl.arange(0, COLS)
+    return (i // tiles).to(tl.int64), tile, rows, c, (rows < time)[:, None] & (c < width)[None, :]
+
+
+@triton.jit(do_not_specialize=_STRIDES[:2] + _STRIDES[3:4])
+def _causal_conv1d_fwd_kernel(
+    x_ptr, x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, residual_ptr, residual_stride_b, residual_stride_t,
+    cu_ptr, sequence_ptr, y_ptr, time, tiles, sequences, inputs, channels, groups, head_dim,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_CU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    b, _, rows, c, mask = _tile(time, tiles, channels, ROWS, COLS)
+    n, before, _ = _spans(rows, time, cu_ptr, sequence_ptr, sequences, b, HAS_CU)
+    ci = _input(c, groups, head_dim, GROUPED)
+    z = _sum(
+        x_ptr + b * x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, rows, before, n, ci, c, mask, inputs, channels,
+        TAPS, HAS_BIAS, HAS_STATE,
+    )  # fmt: skip
+    if SILU:
+        z = activate(z, 0)
+    if HAS_RESIDUAL:
+        offsets = rows.to(tl.int64)[:, None] * residual_stride_t + c[None, :]
+        z += tl.load(residual_ptr + b * residual_stride_b + offsets, mask, other=0.0).to(tl.float32)
+    offsets = (b * time + rows)[:, None] * channels + c[None, :]
+    tl.store(y_ptr + offsets, cast(z, y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=_STRIDES[:2] + _STRIDES[3:4])
+def _causal_conv1d_bwd_kernel(
+    grad_ptr, grad_final_ptr, x_ptr, x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, cu_ptr, sequence_ptr,
+    dx_ptr, partial_ptr, time, tiles, sequences, inputs, channels, groups, head_dim,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
+    HAS_FINAL: tl.constexpr, HAS_CU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    b, tile, rows, ci, mask = _tile(time, tiles, inputs, ROWS, COLS)
+    x_ptr += b * x_stride_b
+    n, before, left = _spans(rows, time, cu_ptr, sequence_ptr, sequences, b, HAS_CU)
+    dx = tl.zeros([ROWS, COLS], tl.float32)
+    partial_ptr += (b * tiles + tile) * (TAPS + 1) * channels
+    for g in range(groups):
+        c = ci
+        if GROUPED:
+            h = ci // head_dim
+            c = (h * groups + g) * head_dim + (ci - h * head_dim)
+        used = ci < inputs
+        for j in tl.static_range(TAPS):  # what row + j, in the same sequence, says about row
+            late = mask & (left > j)[:, None]
+            offsets = (b * time + rows + j)[:, None] * channels + c[None, :]
+            dz = tl.load(grad_ptr + offsets, late, other=0.0).to(tl.float32)
+            if SILU:
+                z = _sum(
+                    x_ptr, x_stride_t, weight_ptr, bias_ptr, state_ptr, rows + j, before + j, n, ci, c, late, inputs,
+                    channels, TAPS, HAS_BIAS, HAS_STATE,
+                )  # fmt: skip
+                dz *= activate_grad(z, 0)
+            w = tl.load(weight_ptr + c.to(tl.int64) * TAPS + (TAPS - 1 - j), used, other=0.0).to(tl.float32)
+            dx = tl.where(late, dx + dz * w[None, :], dx)
+            if j == 0:
+                for i in tl.static_range(TAPS):
+                    J: tl.constexpr = TAPS - 1 - i
+                    x = _tap(x_ptr, x_stride_t, state_ptr, rows, before, n, ci, mask, inputs, TAPS, J, HAS_STATE)
+                    product = tl.where(mask, dz * x, 0.0)
+                    if not HAS_STATE:
+                        product = tl.where((before >= J)[:, None], product, 0.0)
+                    tl.store(partial_ptr + i * channels + c, tl.sum(product, 0), used)
+                tl.store(partial_ptr + TAPS * channels + c, tl.sum(tl.where(mask, dz, 0.0), 0), used)
+    if HAS_FINAL:
+        column = TAPS - 1 - left
+        offsets = (n[:, None] * inputs + ci[None, :]) * (TAPS - 1) + column[:, None]
+        dx += tl.load(grad_final_ptr + offsets, mask & (column >= 0)[:, None], other=0.0).to(tl.float32)
+    offsets = (b * time + rows)[:, None] * inputs + ci[None, :]
+    tl.store(dx_ptr + offsets, cast(dx, dx_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _causal_conv1d_reduce_kernel(
+    partial_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    channels,
+    blocks,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = tl.cdiv(channels, BLOCK)
+    row = tl.program_id(0) // columns
+    c = (tl.program_id(0) - row * columns) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    step = (TAPS + 1) * channels.to(tl.int64)
+    for k in range(blocks):
+        total += tl.load(partial_ptr + k * step + row * channels + c, c < channels, other=0.0)
+    if row < TAPS:
+        tl.store(dweight_ptr + c.to(tl.int64) * TAPS + row, cast(total, dweight_ptr.dtype.element_ty), c < channels)
+    elif HAS_BIAS:
+        tl.store(dbias_ptr + c, cast(total, dbias_ptr.dtype.element_ty), c < channels)
+
+
+@triton.jit
+def _whole(cu_ptr, n, time, HAS_CU: tl.constexpr):
+    """(first token, length) of sequence n."""
+    if HAS_CU:
+        start = tl.minimum(tl.maximum(tl.load(cu_ptr + n), 0), time)
+        return start, tl.minimum(tl.maximum(tl.load(cu_ptr + n + 1), start), time) - start
+    else:
+        return time * 0, time
+
+
+@triton.jit(do_not_specialize=["time"])
+def _causal_conv1d_final_kernel(
+    x_ptr, x_stride_b, x_stride_t, state_ptr, cu_ptr, final_ptr, time, inputs,
+    TAPS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_CU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(inputs, BLOCK)
+    n = tl.program_id(0) // columns
+    c = (tl.program_id(0) - n * columns) * BLOCK + tl.arange(0, BLOCK)
+    start, length = _whole(cu_ptr, n, time, HAS_CU)
+    if not HAS_CU:
+        x_ptr += n.to(tl.int64) * x_stride_b
+    base = (n.to(tl.int64) * inputs + c) * (TAPS - 1)
+    for k in tl.static_range(TAPS - 1):
+        t = c * 0 + length - (TAPS - 1) + k  # blocks, for a mask must not mix scalars and blocks in the interpreter
+        value = tl.load(x_ptr + (start + t).to(tl.int64) * x_stride_t + c, (c < inputs) & (t >= 0), other=0.0)
+        if HAS_STATE:
+            past = tl.load(state_ptr + base + k + length, (c < inputs) & (t < 0), other=0.0)
+            value = tl.where(t >= 0, value, past)
+        tl.store(final_ptr + base + k, value, c < inputs)
+
+
+@triton.jit(do_not_specialize=["time"])
+def _causal_conv1d_dstate_kernel(
+    grad_ptr, grad_final_ptr, x_ptr, x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, cu_ptr, dstate_ptr,
+    time, inputs, channels, groups, head_dim,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FINAL: tl.constexpr,
+    HAS_CU: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(inputs, BLOCK)
+    n = tl.program_id(0) // columns
+    ci = (tl.program_id(0) - n * columns) * BLOCK + tl.arange(0, BLOCK)
+    start, length = _whole(cu_ptr, n, time, HAS_CU)
+    b = (n * 0 if HAS_CU else n).to(tl.int64)
+    used = ci < inputs
+    lengths = ci * 0 + length
+    base = (n.to(tl.int64) * inputs + ci) * (TAPS - 1)
+    for k in tl.static_range(TAPS - 1):
+        total = tl.zeros([BLOCK], tl.float32)
+        for g in range(groups):
+            c = ci
+            if GROUPED:
+                h = ci // head_dim
+                c = (h * groups + g) * head_dim + (ci - h * head_dim)
+            for r in tl.static_range(k + 1):  # rows of x that column k is a tap of
+                live = used & (lengths > r)
+                dz = tl.load(grad_ptr + (b * time + start + r) * channels + c, live, other=0.0).to(tl.float32)
+                if SILU:
+                    before = tl.zeros([1], tl.int32) + r
+                    z = _sum(
+                        x_ptr + b * x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, start + before, before,
+                        (before * 0).to(tl.int64) + n, ci, c, live[None, :], inputs, channels, TAPS, HAS_BIAS, True,
+                    )  # fmt: skip
+                    dz *= activate_grad(tl.sum(z, 0), 0)
+                w = tl.load(weight_ptr + c.to(tl.int64) * TAPS + (k - r), used, other=0.0).to(tl.float32)
+                total = tl.where(live, total + w * dz, total)
+        if HAS_FINAL:
+            through = used & (lengths <= k)
+            total += tl.load(grad_final_ptr + base + k - length, through, other=0.0).to(tl.float32)
+        tl.store(dstate_ptr + base + k, cast(total, dstate_ptr.dtype.element_ty), used)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _causal_conv1d_update_kernel(
+    x_ptr, state_ptr, stride_n, stride_c, stride_l, weight_ptr, bias_ptr, residual_ptr, seqlens_ptr, indices_ptr, y_ptr,
+    tokens, states, length, inputs, channels, groups, head_dim,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    RING: tl.constexpr, HAS_INDICES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(inputs, BLOCK)
+    b = tl.program_id(0) // columns
+    ci = (tl.program_id(0) - b * columns) * BLOCK + tl.arange(0, BLOCK)
+    b = b.to(tl.int64)
+    used = ci < inputs
+    n = b
+    if HAS_INDICES:
+        n = tl.load(indices_ptr + b).to(tl.int64)
+    zero = ci * 0  # masks are made of blocks, for the interpreter does not mix them with scalars
+    n += zero
+    live = (n >= 0) & (n < states)
+    position = tokens * 0
+    if RING:
+        position = tl.load(seqlens_ptr + b)
+        position = position - position // length * length
+        position = tl.where(position < 0, position + length, position)
+    state_ptr += tl.where(live, n, 0) * stride_n + ci.to(tl.int64) * stride_c
+    x_ptr += b * tokens * inputs + ci
+    for t in range(tokens):
+        for g in range(groups):
+            c = ci
+            if GROUPED:
+                h = ci // head_dim
+                c = (h * groups + g) * head_dim + (ci - h * head_dim)
+            z = tl.zeros([BLOCK], tl.float32)
+            if HAS_BIAS:
+                z += tl.load(bias_ptr + c, used, other=0.0).to(tl.float32)
+            for i in tl.static_range(TAPS):
+                back = zero + t - (TAPS - 1 - i)  # below 0: in the state
+                slot = length + back
+                if RING:
+                    slot = position + length + back
+                    slot = slot - slot // length * length
+                new = tl.load(x_ptr + back.to(tl.int64) * inputs, used & (back >= 0), other=0.0)
+                old = tl.load(state_ptr + slot.to(tl.int64) * stride_l, used & live & (back < 0), other=0.0)
+                x = tl.where(back >= 0, new.to(tl.float32), old.to(tl.float32))
+                z += x * tl.load(weight_ptr + c.to(tl.int64) * TAPS + i, used, other=0.0).to(tl.float32)
+            if SILU:
+                z = activate(z, 0)
+            offsets = (b * tokens + t) * channels + c
+            if HAS_RESIDUAL:
+                z += tl.load(residual_ptr + offsets, used, other=0.0).to(tl.float32)
+            tl.store(y_ptr + offsets, cast(tl.where(live, z, 0.0), y_ptr.dtype.element_ty), used)
+    tl.debug_barrier()  # all of the old state has been read
+    if RING:
+        for t in range(tokens):
+            slot = zero + position + t
+            slot = slot - slot // length * length
+            value = tl.load(x_ptr + (zero + t).to(tl.int64) * inputs, used, other=0.0)
+            tl.store(state_ptr + slot.to(tl.int64) * stride_l, value, used & live)
+            tl.debug_barrier()  # a long call comes round to the same slot
+    else:
+        for i in range(length):
+            source = zero + i + tokens
+            old = tl.load(state_ptr + source.to(tl.int64) * stride_l, used & live & (source < length), other=0.0)
+            new = tl.load(x_ptr + (source - length).to(tl.int64) * inputs, used & (source >= length), other=0.0)
+            tl.debug_barrier()
+            tl.store(state_ptr + (zero + i).to(tl.int64) * stride_l, tl.where(source < length, old, new), used & live)
+            tl.debug_barrier()  # slots are written after they were read, by whichever thread
+
+
+def _require(condition: bool, name: str, expected: str, tensor: torch.Tensor) -> None:
+    if not condition:
+        got = f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _packed(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    if tensor is not None:
+        fits = tensor.shape == shape and tensor.dtype == x.dtype and tensor.is_contiguous()
+        _require(fits, name, f"a contiguous tensor of shape {list(shape)} and {x.dtype}", tensor)
+
+
+def _rows(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    if tensor is not None:
+        fits = tensor.shape == shape and tensor.dtype == x.dtype and (tensor.stride(-1) == 1 or shape[-1] <= 1)
+        _require(fits, name, f"shape {list(shape)}, {x.dtype} and a contiguous last dimension", tensor)
+
+
+def _integers(name: str, tensor: torch.Tensor | None, size: int) -> None:
+    if tensor is not None:
+        fits = tensor.shape == (size,) and tensor.dtype == torch.int32 and tensor.is_contiguous()
+        _require(fits, name, f"int32 [{size}]", tensor)
+
+
+def _channels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int, head_dim: int) -> int:
+    """The number of taps, after the checks that all three operators share."""
+    _require(x.dim() == 3, "x", "3 dimensions", x)
+    _require(
+        weight.dim() == 2 and 1 <= weight.shape[1] <= MAX_TAPS, "weight", f"[D, W] with W in 1..{MAX_TAPS}", weight
+    )
+    fits = groups >= 1 and head_dim >= 1 and x.shape[2] % head_dim == 0 and weight.shape[0] == x.shape[2] * groups
+    _require(fits, "weight", f"{groups} times the channels of x, in heads of {head_dim}", weight)
+    _packed("weight", weight, tuple(weight.shape), x)
+    _packed("bias", bias, (weight.shape[0],), x)
+    return weight.shape[1]
+
+
+def _sequences(
+    x: torch.Tensor,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sequence: torch.Tensor | None,
+    taps: int,
+) -> int:
+    _rows("x", x, tuple(x.shape), x)
+    if cu_seqlens is None or sequence is None:
+        sequences = x.shape[0]
+    else:
+        sequences = cu_seqlens.shape[0] - 1
+        _require(
+            x.shape[0] == 1 and (sequences > 0 or x.shape[1] == 0), "cu_seqlens", "[N + 1] for a batch of 1", cu_seqlens
+        )
+        _integers("cu_seqlens", cu_seqlens, sequences + 1)
+        _integers("sequence", sequence, x.shape[1])
+    _packed("initial_state", state, (sequences, x.shape[2], taps - 1), x)
+    return sequences
+
+
+def causal_conv1d_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sequence: torch.Tensor | None,
+    groups: int,
+    head_dim: int,
+    silu: bool,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and the final state (empty unless asked for).
+
+    Args:
+        x: `[B, T, D / groups]`, fp32, bf16 or fp16, last dimension contiguous.
+        weight, bias: `[D, W]` with W in 1..8, `[D]`, contiguous, in x's dtype.
+        initial_state: `[N, D / groups, W - 1]`, contiguous, in x's dtype.
+        residual: `[B, T, D]` in x's dtype, last dimension contiguous.
+        cu_seqlens, sequence: int32 `[N + 1]` and the sequence of every token, int32 `[T]`; B is 1.
+        groups, head_dim: output channel (h * groups + g) * head_dim + e reads input channel h * head_dim + e.
+        silu: whether there is an activation.
+        output_final_state: whether to compute the second result.
+
+    Returns:
+        (y `[B, T, D]`, final state `[N, D / groups, W - 1]` or `[0]`).
+
+    Raises:
+        ValueError: for shapes, dtypes or strides outside the above.
+    """
+    taps = _channels(x, weight, bias, groups, head_dim)
+    sequences = _sequences(x, initial_state, cu_seqlens, sequence, taps)
+    batch, time, inputs = x.shape
+    channels = weight.shape[0]
+    _rows("residual", residual, (batch, time, channels), x)
+    y = x.new_empty((batch, time, channels))
+    final = x.new_empty((sequences, inputs, taps - 1) if output_final_state else (0,))
+    has_state, has_cu = initial_state is not None and taps > 1, cu_seqlens is not None
+    if y.numel():
+        tiles = triton.cdiv(time, ROWS)
+        strides = (0, 0) if residual is None else (residual.stride(0), residual.stride(1))
+        _causal_conv1d_fwd_kernel[(batch * tiles * triton.cdiv(channels, COLS),)](
+            x, x.stride(0), x.stride(1), weight, bias, initial_state, residual, *strides, cu_seqlens, sequence, y,
+            time, tiles, sequences, inputs, channels, groups, head_dim,
+            TAPS=taps, SILU=silu, GROUPED=groups > 1, HAS_BIAS=bias is not None, HAS_STATE=has_state,
+            HAS_RESIDUAL=residual is not None, HAS_CU=has_cu, **_TILE,
+        )  # fmt: skip
+    if final.numel():
+        _causal_conv1d_final_kernel[(sequences * triton.cdiv(inputs, _FLAT["BLOCK"]),)](
+            x, x.stride(0), x.stride(1), initial_state, cu_seqlens, final, time, inputs,
+            TAPS=taps, HAS_STATE=has_state, HAS_CU=has_cu, **_FLAT,
+        )  # fmt: skip
+    return y, final
+
+
+def causal_conv1d_bwd(
+    grad_y: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sequence: torch.Tensor | None,
+    groups: int,
+    head_dim: int,
+    silu: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dweight, dbias, dstate); the last two are empty where the forward had no such argument.
+
+    Args: as `causal_conv1d_fwd`; grad_y `[B, T, D]` and grad_final `[N, D / groups, W - 1]` contiguous in x's dtype.
+
+    Returns:
+        Contiguous tensors of the shapes and dtype of x, weight, bias and initial_state.
+
+    Raises:
+        ValueError: as `causal_conv1d_fwd`.
+    """
+    taps = _channels(x, weight, bias, groups, head_dim)
+    sequences = _sequences(x, initial_state, cu_seqlens, sequence, taps)
+    batch, time, inputs = x.shape
+    channels = weight.shape[0]
+    _packed("grad_y", grad_y, (batch, time, channels), x)
+    _packed("grad_final", grad_final, (sequences, inputs, taps - 1), x)
+    dx, dweight = x.new_empty((batch, time, inputs)), x.new_empty((channels, taps))
+    dbias = x.new_empty((channels if bias is not None else 0,))
+    dstate = x.new_empty((sequences, inputs, taps - 1) if initial_state is not None else (0,))
+    tiles = triton.cdiv(time, ROWS)
+    partials = x.new_empty((batch * tiles, taps + 1, channels), dtype=torch.float32)
+    flags = {
+        "TAPS": taps, "SILU": silu, "GROUPED": groups > 1, "HAS_BIAS": bias is not None,
+        "HAS_FINAL": grad_final is not None and taps > 1, "HAS_CU": cu_seqlens is not None,
+    }  # fmt: skip
+    has_state = initial_state is not None and taps > 1
+    any_rows = grad_y.numel() > 0
+    if any_rows:
+        _causal_conv1d_bwd_kernel[(batch * tiles * triton.cdiv(inputs, COLS),)](
+            grad_y, grad_final, x, x.stride(0), x.stride(1), weight, bias, initial_state, cu_seqlens, sequence,
+            dx, partials, time, tiles, sequences, inputs, channels, groups, head_dim, **flags, HAS_STATE=has_state, **_TILE,
+        )  # fmt: skip
+    if channels:
+        _causal_conv1d_reduce_kernel[((taps + 1) * triton.cdiv(channels, _FLAT["BLOCK"]),)](
+            partials, dweight, dbias, channels, batch * tiles if any_rows else 0,
+            TAPS=taps, HAS_BIAS=bias is not None, **_FLAT,
+        )  # fmt: skip
+    if dstate.numel():
+        _causal_conv1d_dstate_kernel[(sequences * triton.cdiv(inputs, _FLAT["BLOCK"]),)](
+            grad_y, grad_final, x, x.stride(0), x.stride(1), weight, bias, initial_state, cu_seqlens, dstate,
+            time, inputs, channels, groups, head_dim, **flags, **_FLAT,
+        )  # fmt: skip
+    return dx, dweight, dbias, dstate
+
+
+def causal_conv1d_update_(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    conv_state_indices: torch.Tensor | None,
+    groups: int,
+    head_dim: int,
+    silu: bool,
+) -> torch.Tensor:
+    """y of the next tokens; conv_state is brought up to date in place.
+
+    Args:
+        x: `[B, s, D / groups]`, contiguous.
+        conv_state: `[P, D / groups, L]` with L >= W - 1, any strides, in x's dtype.
+        weight, bias, groups, head_dim, silu: as `causal_conv1d_fwd`.
+        residual: `[B, s, D]`, contiguous, in x's dtype.
+        cache_seqlens: int32 `[B]`: conv_state is a ring, and this many tokens came before.
+        conv_state_indices: int32 `[B]`, the state of each row; outside 0..P-1 skips it.
+
+    Returns:
+        y `[B, s, D]`.
+
+    Raises:
+        ValueError: for shapes, dtypes or strides outside the above.
+    """
+    taps = _channels(x, weight, bias, groups, head_dim)
+    batch, tokens, inputs = x.shape
+    channels = weight.shape[0]
+    _packed("x", x, tuple(x.shape), x)
+    fits = conv_state.dim() == 3 and conv_state.dtype == x.dtype and conv_state.shape[1] == inputs
+    fits = fits and conv_state.shape[2] >= taps - 1 and (conv_state_indices is not None or conv_state.shape[0] == batch)
+    _require(fits, "conv_state", f"[{batch} or P, {inputs}, L >= {taps - 1}] in {x.dtype}", conv_state)
+    _packed("residual", residual, (batch, tokens, channels), x)
+    _integers("cache_seqlens", cache_seqlens, batch)
+    _integers("conv_state_indices", conv_state_indices, batch)
+    y = x.new_empty((batch, tokens, channels))
+    length = conv_state.shape[2]
+    if y.numel():
+        _causal_conv1d_update_kernel[(batch * triton.cdiv(inputs, _FLAT["BLOCK"]),)](
+            x, conv_state, *conv_state.stride(), weight, bias, residual, cache_seqlens, conv_state_indices, y,
+            tokens, conv_state.shape[0], length, inputs, channels, groups, head_dim,
+            TAPS=taps, SILU=silu, GROUPED=groups > 1, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            RING=cache_seqlens is not None and length > 0, HAS_INDICES=conv_state_indices is not None, **_FLAT,
+        )  # fmt: skip
+    return y
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _aot_args(launcher: str, dtype: torch.dtype, full: bool) -> tuple[Any, ...]:
+    """Queries of a 7B model, 2048 tokens; `full`: every option, with eight heads of outputs per head of inputs."""
+    time, channels, taps, groups = 2048, 4096, 4, 8 if full else 1
+    new = partial(_meta, dtype=dtype)
+    x, weight, state = new(1, time, channels // groups), new(channels, taps), new(3, channels // groups, taps - 1)
+    bias, residual = (new(channels), new(1, time, channels)) if full else (None, None)
+    cu, sequence = (_meta(4, dtype=torch.int32), _meta(time, dtype=torch.int32)) if full else (None, None)
+    layout = (groups, 128 if full else channels, full)
+    if launcher == "fwd":
+        return x, weight, bias, state if full else None, residual, cu, sequence, *layout, full
+    if launcher == "bwd":
+        grad = new(1, time, channels)
+        return grad, state if full else None, x, weight, bias, state if full else None, cu, sequence, *layout
+    rows, lengths = (new(16, 1, channels // groups), _meta(16, dtype=torch.int32)) if full else (x[:, :1], None)
+    pool = new(16 if full else 1, channels // groups, taps)
+    return rows, pool, weight, bias, new(16, 1, channels) if full else None, lengths, lengths, *layout
+
+
+# Every weight, state and sequence bound is read per channel or per token, in whatever width: "options".
+AOT = [
+    AotCase(f"{name} {launcher} options{' all' if full else ''}", function, partial(_aot_args, launcher, dtype, full))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    for full in (False, True)
+    for launcher, function in (
+        ("fwd", causal_conv1d_fwd),
+        ("bwd", causal_conv1d_bwd),
+        ("update", causal_conv1d_update_),
+    )
+]
+
+__all__ = ["AOT", "causal_conv1d_bwd", "causal_conv1d_fwd", "causal_conv1d_update_"]
