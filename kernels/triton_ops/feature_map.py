@@ -109,7 +109,7 @@ def _gradient(
     up, down = _features(y, inside, KIND, FULLSPACE, F)
     g = tl.load(grad_rows[:, None] + cols[None, :], mask, other=0.0).to(tl.float32)
     g = tl.where(up < eps, 0.0, g)
-    SUMS: tl.constexpr = KIND == SOFTMAX or KIND == HEDGEHOG2
+    SUMS: tl.constexpr = KIND != EXP and KIND != RELU and KIND != ELU1
     if FULLSPACE:
         h = tl.load(grad_rows[:, None] + f + cols[None, :], mask, other=0.0).to(tl.float32)
         h = tl.where(down < eps, 0.0, h)
