@@ -44,18 +44,20 @@ __device__ __forceinline__ ConvSpan conv_sequence(const ConvParams& p, int64_t n
   return {n, start, clamp_index(sq::load_nc(p.cu_seqlens + n + 1), start, p.time)};
 }
 
+/// Input channel of an output channel, and the output channel of group g for an input channel. Channels are fewer than
+/// 2^31: a 64-bit division would be a function call that spills.
 template <class P>
 __device__ __forceinline__ int64_t conv_input(const P& p, int64_t c) {
   if (p.groups == 1) return c;
-  const int64_t h = c / p.head_dim;
-  return h / p.groups * p.head_dim + (c - h * p.head_dim);
+  const auto width = static_cast<uint32_t>(p.head_dim), h = static_cast<uint32_t>(c) / width;
+  return static_cast<int64_t>(h / static_cast<uint32_t>(p.groups)) * width + (static_cast<uint32_t>(c) - h * width);
 }
 
 template <class P>
 __device__ __forceinline__ int64_t conv_output(const P& p, int64_t ci, int64_t g) {
   if (p.groups == 1) return ci;
-  const int64_t h = ci / p.head_dim;
-  return (h * p.groups + g) * p.head_dim + (ci - h * p.head_dim);
+  const auto width = static_cast<uint32_t>(p.head_dim), h = static_cast<uint32_t>(ci) / width;
+  return (h * p.groups + g) * p.head_dim + (static_cast<uint32_t>(ci) - h * width);
 }
 
 template <int K, class T>
