@@ -37,7 +37,7 @@ def problems(draw_: st.DrawFn, largest: int) -> Sample:
     options = {"output_final_state": True} if draw_(st.booleans()) else {}
     return draw(
         sampler, "random", 1 if cu else draw_(st.integers(1, 2)), tokens, channels, taps, groups=groups, head_dim=head,
-        bias=draw_(st.booleans()), state=draw_(st.booleans()), residual=draw_(st.booleans()), cu_seqlens=cu,
+        bias=draw_(st.booleans()), state=taps > 1 and draw_(st.booleans()), residual=draw_(st.booleans()), cu_seqlens=cu,
         activation=draw_(st.sampled_from((None, "silu"))), **options,
     )  # fmt: skip
 
@@ -77,7 +77,11 @@ def test_pieces_make_the_whole(backend: str, tokens: int) -> None:
     cut = tokens // 3
     first, state = subquad.causal_conv1d(x[:, :cut], w, b, initial_state=zero, output_final_state=True, **options)
     rest, end = subquad.causal_conv1d(x[:, cut:], w, b, initial_state=state, output_final_state=True, **options)
-    assert_same_bits(torch.cat([first, rest], 1), whole)
+    pieces = torch.cat([first, rest], 1)
+    if backend == "reference":  # torch's silu rounds by position
+        torch.testing.assert_close(pieces, whole)
+    else:
+        assert_same_bits(pieces, whole)
     assert_same_bits(end, last)
     state = zero.clone()
     steps = [subquad.causal_conv1d_update(x[:, t], state, w, b, **options) for t in range(min(tokens, 17))]
