@@ -161,7 +161,7 @@ __device__ __forceinline__ float conv_at(const float (&window)[kTaps][K], int j,
 }
 
 template <class T, int K, int kTaps>
-__global__ void __launch_bounds__(kWarp* kConvWarps) causal_conv1d_fwd_kernel(ConvParams params) {
+__global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_fwd_kernel(ConvParams params) {
   const ConvParams p = conv_params<kTaps>(params);
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * kWarp + threadIdx.x) * K;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kConvBlock + threadIdx.y * kConvRows;
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kWarp* kConvWarps) causal_conv1d_fwd_kernel(Co
 /// dx of one block of tokens, and its partial sums of dweight and dbias. With several groups dx is added up over them
 /// in dynamic shared memory, [kConvBlock, kWarp, K] floats, of which a thread touches its own alone.
 template <class T, int K, int kTaps>
-__global__ void __launch_bounds__(kWarp* kConvWarps) causal_conv1d_bwd_kernel(ConvParams params) {
+__global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_bwd_kernel(ConvParams params) {
   const ConvParams p = conv_params<kTaps>(params);
   SQ_SHARED(float, warps, kConvWarps*(kTaps + 1) * kWarp * K);
   SQ_DYNAMIC_SHARED(float, sums);
