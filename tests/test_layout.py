@@ -145,7 +145,7 @@ def test_operators_are_named_after_their_stem_or_family(name: str) -> None:
 
 
 def test_reference_stands_alone() -> None:
-    allowed = r"^(__future__|math|typing|collections|dataclasses|functools|torch)(\.|$)|^\.[a-z_]*(\.[a-z_]+)?$"
+    allowed = r"^(__future__|math|typing|collections|dataclasses|functools|torch)(\.|$)|^\.[a-z0-9_]*(\.[a-z0-9_]+)?$"
     assert importing(PACKAGE / "reference", rf"^(?!{allowed})") == []
 
 

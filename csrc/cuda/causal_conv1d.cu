@@ -40,6 +40,7 @@ void set_channels(P& p, const Tensor& x, const Tensor& weight, const OptionalTen
   STD_TORCH_CHECK(weight.size(1) >= 1 && weight.size(1) <= kConvMaxTaps, "weight: expected 1 to ", kConvMaxTaps,
                   " taps, got ", weight.size(1));
   STD_TORCH_CHECK(groups >= 1, "groups: expected >= 1, got ", groups);
+  STD_TORCH_CHECK(weight.size(0) < (int64_t{1} << 31), "weight: expected fewer than 2^31 channels");
   p.batch = x.size(0);
   p.inputs = x.size(2);
   p.channels = weight.size(0);

@@ -44,18 +44,20 @@ __device__ __forceinline__ ConvSpan conv_sequence(const ConvParams& p, int64_t n
   return {n, start, clamp_index(sq::load_nc(p.cu_seqlens + n + 1), start, p.time)};
 }
 
+/// Input channel of an output channel, and the output channel of group g for an input channel. Channels are fewer than
+/// 2^31: a 64-bit division would be a function call that spills.
 template <class P>
 __device__ __forceinline__ int64_t conv_input(const P& p, int64_t c) {
   if (p.groups == 1) return c;
-  const int64_t h = c / p.head_dim;
-  return h / p.groups * p.head_dim + (c - h * p.head_dim);
+  const auto width = static_cast<uint32_t>(p.head_dim), h = static_cast<uint32_t>(c) / width;
+  return static_cast<int64_t>(h / static_cast<uint32_t>(p.groups)) * width + (static_cast<uint32_t>(c) - h * width);
 }
 
 template <class P>
 __device__ __forceinline__ int64_t conv_output(const P& p, int64_t ci, int64_t g) {
   if (p.groups == 1) return ci;
-  const int64_t h = ci / p.head_dim;
-  return (h * p.groups + g) * p.head_dim + (ci - h * p.head_dim);
+  const auto width = static_cast<uint32_t>(p.head_dim), h = static_cast<uint32_t>(ci) / width;
+  return (h * p.groups + g) * p.head_dim + (static_cast<uint32_t>(ci) - h * width);
 }
 
 template <int K, class T>
@@ -159,7 +161,7 @@ __device__ __forceinline__ float conv_at(const float (&window)[kTaps][K], int j,
 }
 
 template <class T, int K, int kTaps>
-__global__ void __launch_bounds__(kWarp* kConvWarps) causal_conv1d_fwd_kernel(ConvParams params) {
+__global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_fwd_kernel(ConvParams params) {
   const ConvParams p = conv_params<kTaps>(params);
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * kWarp + threadIdx.x) * K;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kConvBlock + threadIdx.y * kConvRows;
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kWarp* kConvWarps) causal_conv1d_fwd_kernel(Co
 /// dx of one block of tokens, and its partial sums of dweight and dbias. With several groups dx is added up over them
 /// in dynamic shared memory, [kConvBlock, kWarp, K] floats, of which a thread touches its own alone.
 template <class T, int K, int kTaps>
-__global__ void __launch_bounds__(kWarp* kConvWarps) causal_conv1d_bwd_kernel(ConvParams params) {
+__global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_bwd_kernel(ConvParams params) {
   const ConvParams p = conv_params<kTaps>(params);
   SQ_SHARED(float, warps, kConvWarps*(kTaps + 1) * kWarp * K);
   SQ_DYNAMIC_SHARED(float, sums);

@@ -78,7 +78,7 @@ def draw(
 
 def samples(sampler: Sampler) -> Iterator[Sample]:
     """Every edge: taps, odd widths, shared inputs, sequences shorter than the taps, empty ones, states, block borders."""
-    final = {"output_final_state": True}
+    final: dict[str, Any] = {"output_final_state": True}
     if sampler.size == "empty":
         yield draw(sampler, "no-rows", 0, 5, 7, state=True, **final)
         yield draw(sampler, "no-tokens", 2, 0, 7, **final)
@@ -99,7 +99,7 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
             cu_seqlens=packed, **final,
         )  # fmt: skip
         yield draw(sampler, "packed-bare", 1, length, 7, 3, activation="silu", cu_seqlens=packed)
-    full = {"bias": True, "state": True, "residual": True, **final}
+    full: dict[str, Any] = {"bias": True, "state": True, "residual": True, **final}
     yield draw(sampler, "full", 2, length, width, activation="silu", **full)
     yield draw(sampler, "groups", 1, length, 48, 4, groups=3, head_dim=8, activation="swish", **full)
     yield draw(sampler, "groups-odd", 2, 5, 30, 2, groups=2, head_dim=5, activation="silu")
@@ -129,7 +129,7 @@ def _bench_cases() -> Iterator[BenchCase]:
 
 def bench_sample(case: BenchCase, device: str) -> Sample:
     p = case.params
-    options = {"activation": "silu"} if p.get("silu") else {}
+    options: dict[str, Any] = {"activation": "silu"} if p.get("silu") else {}
     sampler = Sampler(p["dtype"], device)
     sample = draw(sampler, case.id, p["batch"], p["tokens"], p["channels"], p["taps"], **options)
     if p.get("backward"):

@@ -52,7 +52,8 @@ def causal_conv1d_fn(
             raise ValueError(f"seq_idx: expected shape {list(rows.shape[:2])}, got {list(seq_idx.shape)}")
         packed = rows.reshape(1, -1, x.shape[1])
         y, _ = causal_conv1d(packed, weight, bias, activation=activation, cu_seqlens=_bounds(seq_idx))
-        y = torch.where((seq_idx < 0)[..., None], torch.zeros_like(y), y.view(rows.shape))
+        y = y.view(rows.shape)
+        y = torch.where((seq_idx < 0)[..., None], torch.zeros_like(y), y)
         return y.transpose(1, 2)
     y, final = causal_conv1d(
         rows,

@@ -5,9 +5,10 @@ channel $c$ reading input channel $m(c)$:
 
 $$ z_{t,c} = \beta_c + \sum_{j=0}^{W-1} w_{c,W-1-j}\, X_{t-j,m(c)}, \qquad y = f(z) + r. $$
 
-with $f$ the identity or silu. A tap that reaches before the first token of its sequence reads the state; without a state there is no such term, so neither its
-weight nor a neighbouring sequence can leak into the sum. $m(h d + e) = \lfloor h / G \rfloor d + e$ for $G$ = `groups` heads of
-width $d$ = `head_dim` that share one input head. The final state is the last $W-1$ columns of $[s, x]$.
+with $f$ the identity or silu. A tap that reaches before the first token of its sequence reads the state; without a state there is
+no such term, so neither its weight nor a neighbouring sequence can leak into the sum. $m(h d + e) = \lfloor h / G \rfloor d + e$
+for $G$ = `groups` heads of width $d$ = `head_dim` that share one input head.
+The final state is the last $W-1$ columns of $[s, x]$.
 """
 
 from __future__ import annotations
