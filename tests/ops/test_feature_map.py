@@ -187,6 +187,25 @@ def test_many_chunks(backend: str) -> None:
     run_against_reference(backend, x, weight)
 
 
+@backend_params(STEM)
+def test_two_chunks(backend: str) -> None:
+    """The second chunk is short: each token counts once in the weight's gradient."""
+    x, weight = case(2, 150, 1, 4, 3)
+    run_against_reference(backend, x, weight)
+
+
+@backend_params(STEM)
+def test_infinite_weight_beside_rows_that_do_not_exist(backend: str) -> None:
+    """The last tile is padded with rows of zeros, and 0 * inf must not reach the weight's gradient."""
+    x, weight = torch.full((1, 5, 1, 3), 0.5), torch.full((1, 3, 2), 0.25)
+    weight[0, :, 1] = math.inf
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    phi = subquad.feature_map(*leaves, kind="elu1", fullspace=False, backend=backend)
+    assert bool(phi[..., 1].isposinf().all()) and bool(phi[..., 0].isfinite().all())
+    (dweight,) = torch.autograd.grad(phi, weight, torch.ones_like(phi))
+    torch.testing.assert_close(dweight, torch.full_like(dweight, 2.5))
+
+
 def run_against_reference(backend: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     wide = x.double().requires_grad_(), weight.double().requires_grad_()
