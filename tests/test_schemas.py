@@ -89,5 +89,7 @@ def test_cxx_parameters_are_named_as_in_the_schema(stem: str) -> None:
 @pytest.mark.parametrize("stem", STEMS)
 def test_specs_reach_every_operator(stem: str, backend: str) -> None:
     """The generic checks judge what the samples call; an operator that none calls would go untested."""
+    if CAPABILITIES[stem, backend].missing:
+        pytest.skip("declared missing")
     reached = {call.name for spec in SPECS if spec.stem == stem for call in recorded(Case(spec, backend))}
     assert reached >= {name for name, op in OPS.items() if op.stem == stem and (op.cuda or backend != "simt")}

@@ -55,7 +55,7 @@ def _slope(y, value, KIND: tl.constexpr):
 @triton.jit
 def _features(y, inside, KIND: tl.constexpr, FULLSPACE: tl.constexpr, F: tl.constexpr):
     """The map of y and of -y [rows, F], not clamped; a softmax is 0 outside."""
-    if KIND == SOFTMAX or KIND == HEDGEHOG2:
+    if KIND == SOFTMAX or KIND == HEDGEHOG2:  # noqa: SIM109
         up = tl.where(inside, y, float("-inf"))
         top = tl.max(up, axis=1)
         if FULLSPACE:

@@ -176,7 +176,7 @@ def _show_ops(console: Any, ops: dict[str, Any]) -> None:
 
     table = Table(title="Backends", title_justify="left")
     for column in ("op", "device", "chosen", "backend", "state"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "op")
     for stem, devices in ops.items():
         for device, entry in devices.items():
             heads = (stem, device, str(entry["chosen"]))

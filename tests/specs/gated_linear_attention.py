@@ -70,7 +70,8 @@ def step(
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """One decoding step on copies of the states; its result and the states after it."""
-    state, z = s0.clone(), None if z0 is None else z0.clone()
+    state, z = (None if x is None else x.clone(memory_format=torch.contiguous_format) for x in (s0, z0))
+    assert state is not None
     o = subquad.gated_linear_attention_step(q, k, v, g, state, z=z, **options)
     return (o, state) if z is None else (o, state, z)
 
@@ -85,8 +86,9 @@ def step_oracle(
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """The definition for one token."""
-    token = [None if x is None else x.unsqueeze(1) for x in (q, k, v, g)]
-    o, *states = oracle(*token, s0, z0, normalize=z0 is not None, **options)  # type: ignore[arg-type]
+    token: list[Any] = [None if x is None else x.unsqueeze(1) for x in (q, k, v, g)]
+    inputs: dict[str, Any] = dict(zip(("q", "k", "v", "g"), token, strict=True), s0=s0, z0=z0)
+    o, *states = oracle(**inputs, normalize=z0 is not None, **options)
     return (o.squeeze(1), *states)
 
 
@@ -224,7 +226,7 @@ def bench_sample(case: BenchCase, device: str) -> Sample:
 
 def bench_oracle(sample: Sample, result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first tokens, against the definition."""
-    few = {n: x[:, :256] for n, x in sample.args.items() if x is not None}
+    few: dict[str, Any] = {n: x[:, :256] for n, x in sample.args.items() if x is not None}
     return result[:, :256], oracle(**few, normalize=True, final=False)[0]
 
 
@@ -269,7 +271,8 @@ def _compiled_chunks(sample: Sample) -> Callable[[], torch.Tensor] | None:
     if sample["q"].requires_grad or sample["g"].dim() == 3 or sample["q"].shape[1] > 8192:
         return None
     compiled = torch.compile(chunked, dynamic=False)
-    return lambda: compiled(*(sample[n] for n in ("q", "k", "v", "g"))).to(sample["q"].dtype)
+    tensors: list[Any] = [sample[n] for n in ("q", "k", "v", "g")]
+    return lambda: compiled(*tensors).to(sample["q"].dtype)
 
 
 _TOLERANCE = Tolerance(
@@ -302,6 +305,7 @@ SPEC = OpSpec(
     peers={"sdpa causal": _sdpa_causal, "compiled chunks": _compiled_chunks},
     missing=_MISSING,
 )
+_GRADIENT_CHECKS = ("gradient_layouts", "partial_gradients", "double_backward", "checkpointing", "vmap")
 STEP = OpSpec(
     name="gated_linear_attention_step",
     stem="gated_linear_attention",
@@ -312,6 +316,6 @@ STEP = OpSpec(
     rows=INPUTS,
     inference=True,
     tol=_TOLERANCE,
-    missing=_MISSING,
+    missing=_MISSING | {f"check:{name}": "has no gradient, and works in place" for name in _GRADIENT_CHECKS},
 )
 SPECS = (SPEC, STEP)

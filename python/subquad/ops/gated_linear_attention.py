@@ -87,7 +87,7 @@ def gated_linear_attention(
         o, s, z = reference.gated_linear_attention.gated_linear_attention(*args)
     else:
         _checks.not_double("q", q, name)
-        q, k, v, g = (x if x is None or _dense_last(x) else x.contiguous() for x in (q, k, v, g))
+        q, k, v, g = (x if x is None or _dense_last(x) else x.contiguous() for x in (q, k, v, g))  # type: ignore[assignment]
         tensors = (q, k, v, g, s0, z0)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             o, s, z = _Attention.apply(*tensors, cu_seqlens, scale, eps, normalize, name)
@@ -206,17 +206,10 @@ def _reference_step(
     """One token with the definition of the whole; the states of skipped rows are left alone."""
     rows = torch.arange(q.shape[0], device=q.device) if indices is None else (indices >= 0).nonzero().flatten()
     places = rows if indices is None else indices[rows]
-    token = [None if x is None else x[rows].unsqueeze(1) for x in (q, k, v, g)]
+    token: list[Any] = [None if x is None else x[rows].unsqueeze(1) for x in (q, k, v, g)]
     z0 = None if z is None else z[places]
-    found = reference.gated_linear_attention.gated_linear_attention(
-        *token,
-        state[places],
-        z0,
-        None,
-        scale,
-        eps,
-        z is not None,  # type: ignore[arg-type]
-    )
+    arguments = (*token, state[places], z0, None, scale, eps, z is not None)
+    found = reference.gated_linear_attention.gated_linear_attention(*arguments)
     o = q.new_zeros(*q.shape[:2], v.shape[2])
     o[rows] = found[0].squeeze(1)
     state[places] = found[1].to(state.dtype)

@@ -36,7 +36,7 @@ class OpCall:
         args = _fresh(self.op, self.args)
         result = self.op(*args)
         results = (result,) if isinstance(result, torch.Tensor) else tuple(result)
-        return results + tuple(args[i] for i in _written(self.op))
+        return results + tuple(args[i] for i in _written(self.op) if args[i] is not None)
 
 
 def _written(op: torch._ops.OpOverload) -> list[int]:
@@ -46,7 +46,7 @@ def _written(op: torch._ops.OpOverload) -> list[int]:
 def _fresh(op: torch._ops.OpOverload, args: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments, with copies of those that the operator writes to."""
     written = _written(op)
-    return tuple(a.clone() if i in written else a for i, a in enumerate(args))
+    return tuple(a.clone() if i in written and a is not None else a for i, a in enumerate(args))
 
 
 class _Recorder(TorchDispatchMode):
