@@ -20,8 +20,8 @@ from ._common.numerics import cast
 
 MAX_TAPS = 8
 ROWS, COLS = 64, 64
-_TILE = {"ROWS": ROWS, "COLS": COLS, "num_warps": 4}
-_FLAT = {"BLOCK": 1024, "num_warps": 4}
+_TILE = {"ROWS": ROWS, "COLS": COLS, "num_warps": 4, "enable_fp_fusion": True}
+_FLAT = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 _STRIDES = ["time", "tiles", "batch", "sequences", "blocks", "tokens"]
 
 
@@ -77,13 +77,12 @@ def _sum(
     if HAS_BIAS:
         z += tl.load(bias_ptr + c, c < channels, other=0.0).to(tl.float32)[None, :]
     for i in tl.static_range(TAPS):
-        J: tl.constexpr = TAPS - 1 - i
-        x = _tap(x_ptr, x_stride, state_ptr, rows, before, n, ci, mask, inputs, TAPS, J, HAS_STATE)
+        x = _tap(x_ptr, x_stride, state_ptr, rows, before, n, ci, mask, inputs, TAPS, TAPS - 1 - i, HAS_STATE)
         w = tl.load(weight_ptr + c.to(tl.int64) * TAPS + i, c < channels, other=0.0).to(tl.float32)[None, :]
         if HAS_STATE:
             z += x * w
         else:
-            z = tl.where((before >= J)[:, None], z + x * w, z)
+            z = tl.where((before >= TAPS - 1 - i)[:, None], z + x * w, z)
     return z
 
 
@@ -163,11 +162,12 @@ def _causal_conv1d_bwd_kernel(
             dx = tl.where(late, dx + dz * w[None, :], dx)
             if j == 0:
                 for i in tl.static_range(TAPS):
-                    J: tl.constexpr = TAPS - 1 - i
-                    x = _tap(x_ptr, x_stride_t, state_ptr, rows, before, n, ci, mask, inputs, TAPS, J, HAS_STATE)
+                    x = _tap(
+                        x_ptr, x_stride_t, state_ptr, rows, before, n, ci, mask, inputs, TAPS, TAPS - 1 - i, HAS_STATE
+                    )
                     product = tl.where(mask, dz * x, 0.0)
                     if not HAS_STATE:
-                        product = tl.where((before >= J)[:, None], product, 0.0)
+                        product = tl.where((before >= TAPS - 1 - i)[:, None], product, 0.0)
                     tl.store(partial_ptr + i * channels + c, tl.sum(product, 0), used)
                 tl.store(partial_ptr + TAPS * channels + c, tl.sum(tl.where(mask, dz, 0.0), 0), used)
     if HAS_FINAL:
