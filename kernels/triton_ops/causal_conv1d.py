@@ -21,7 +21,8 @@ from ._common.numerics import cast
 MAX_TAPS = 8
 ROWS, COLS = 64, 64
 _TILE = {"ROWS": ROWS, "COLS": COLS, "num_warps": 4, "enable_fp_fusion": True}
-_BACK_TILE = {**_TILE, "num_warps": 8}  # with four, the backward of silu with a state spills
+BACK_ROWS = 32  # with more per thread, the backward of silu with a state spills
+_BACK_TILE = {**_TILE, "ROWS": BACK_ROWS, "num_warps": 8}
 _FLAT = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 _STRIDES = ["time", "tiles", "batch", "sequences", "blocks", "tokens"]
 
@@ -488,7 +489,7 @@ def causal_conv1d_bwd(
     dx, dweight = x.new_empty((batch, time, inputs)), x.new_empty((channels, taps))
     dbias = x.new_empty((channels if bias is not None else 0,))
     dstate = x.new_empty((sequences, inputs, taps - 1) if initial_state is not None else (0,))
-    tiles = triton.cdiv(time, ROWS)
+    tiles = triton.cdiv(time, BACK_ROWS)
     partials = x.new_empty((batch * tiles, taps + 1, channels), dtype=torch.float32)
     flags = {
         "TAPS": taps, "SILU": silu, "GROUPED": groups > 1, "HAS_BIAS": bias is not None,
