@@ -24,7 +24,7 @@ _TILE = {"ROWS": ROWS, "COLS": COLS, "num_warps": 4, "enable_fp_fusion": True}
 BACK_ROWS = 32  # with more per thread, the backward of silu with a state spills
 _BACK_TILE = {**_TILE, "ROWS": BACK_ROWS, "num_warps": 8}
 _FLAT = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
-_STRIDES = ["time", "tiles", "batch", "sequences", "blocks", "tokens"]
+_VARIES = ["time", "tiles", "sequences"]
 
 
 @triton.jit
@@ -45,19 +45,9 @@ def _spans(rows, time, cu_ptr, sequence_ptr, sequences, batch, HAS_CU: tl.conste
 
 @triton.jit
 def _tap(
-    x_ptr,
-    x_stride,
-    state_ptr,
-    rows,
-    before,
-    n,
-    c,
-    mask,
-    inputs,
-    TAPS: tl.constexpr,
-    J: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-):
+    x_ptr, x_stride, state_ptr, rows, before, n, c, mask, inputs,
+    TAPS: tl.constexpr, J: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
     """[rows, c] of the input J tokens back: x, or the state where the sequence had not begun (0 without one)."""
     inside = (before >= J)[:, None]
     offsets = (rows - J).to(tl.int64)[:, None] * x_stride + c[None, :]
@@ -109,7 +99,7 @@ def _tile(time, tiles, width, ROWS: tl.constexpr, COLS: tl.constexpr):
     return (i // tiles).to(tl.int64), tile, rows, c, (rows < time)[:, None] & (c < width)[None, :]
 
 
-@triton.jit(do_not_specialize=_STRIDES[:2] + _STRIDES[3:4])
+@triton.jit(do_not_specialize=_VARIES)
 def _causal_conv1d_fwd_kernel(
     x_ptr, x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, residual_ptr, residual_stride_b, residual_stride_t,
     cu_ptr, sequence_ptr, y_ptr, time, tiles, sequences, inputs, channels, groups, head_dim,
@@ -132,7 +122,7 @@ def _causal_conv1d_fwd_kernel(
     tl.store(y_ptr + offsets, cast(z, y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=_STRIDES[:2] + _STRIDES[3:4])
+@triton.jit(do_not_specialize=_VARIES)
 def _causal_conv1d_bwd_kernel(
     grad_ptr, grad_final_ptr, x_ptr, x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, cu_ptr, sequence_ptr,
     dx_ptr, partial_ptr, time, tiles, sequences, inputs, channels, groups, head_dim,
