@@ -140,6 +140,7 @@ Tensor causal_conv1d_update_(const Tensor& x, const Tensor& conv_state, const Te
   p.states = conv_state.size(0);
   p.length = conv_state.size(2);
   check_shape(conv_state, "conv_state", {conv_state_indices.has_value() ? p.states : p.batch, p.inputs, p.length});
+  STD_TORCH_CHECK(p.length < (int64_t{1} << 31), "conv_state: expected fewer than 2^31 columns");
   STD_TORCH_CHECK(p.length >= p.taps - 1, "conv_state: expected at least ", p.taps - 1, " columns, got ", p.length);
   p.state_stride_n = conv_state.stride(0), p.state_stride_c = conv_state.stride(1);
   p.state_stride_l = conv_state.stride(2);

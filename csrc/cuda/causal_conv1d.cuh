@@ -390,14 +390,16 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_update_kernel(Conv
   const bool live = n >= 0 && n < p.states, ring = p.seqlens != nullptr && p.length > 0;
   T* state = static_cast<T*>(p.state) + (live ? n : 0) * p.state_stride_n + ci * p.state_stride_c;
   const T* x = static_cast<const T*>(p.x) + b * p.tokens * p.inputs + ci;
-  int64_t position = ring ? sq::load_nc(p.seqlens + b) % p.length : 0;
-  if (position < 0) position += p.length;
+  const int length = static_cast<int>(p.length);  // in 32 bits: a 64-bit division is a call that spills
+  int position = ring ? sq::load_nc(p.seqlens + b) % length : 0;
+  if (position < 0) position += length;
   float window[kConvMaxTaps];  // [j]: the input j tokens back
   SQ_UNROLL
   for (int j = 1; j < kConvMaxTaps; ++j) {
     window[j - 1] = 0.0f;
     if (live && j <= past) {
-      const int64_t slot = ring ? (position + p.length - j) % p.length : p.length - j;
+      int slot = (ring ? position : length) - j;
+      if (slot < 0) slot += length;
       window[j - 1] = sq::to_float(sq::load(state + slot * p.state_stride_l));
     }
   }
@@ -422,7 +424,8 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_update_kernel(Conv
   if (!live) return;
   if (ring) {
     for (int64_t t = 0; t < p.tokens; ++t) {
-      sq::store(state + (position + t) % p.length * p.state_stride_l, sq::load_nc(x + t * p.inputs));
+      sq::store(state + position * p.state_stride_l, sq::load_nc(x + t * p.inputs));
+      if (++position == length) position = 0;
     }
   } else {
     for (int64_t l = 0; l < p.length; ++l) {
