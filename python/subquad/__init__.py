@@ -25,13 +25,17 @@ if TYPE_CHECKING:
     from . import nn as nn
     from . import recipes as recipes
     from .calibration import CatsCalibrator, sparsity_report, track_sparsity
+    from .distillation import attention_transfer, attention_transfer_loss, trainable_parameters
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "CatsCalibrator": "subquad.calibration",
+    "attention_transfer": "subquad.distillation",
+    "attention_transfer_loss": "subquad.distillation",
     "sparsity_report": "subquad.calibration",
     "track_sparsity": "subquad.calibration",
+    "trainable_parameters": "subquad.distillation",
 }
 _LAZY_MODULES = ("compat", "integrations", "kernels", "nn", "ops", "recipes", "reference", "testing")
 
@@ -50,6 +54,8 @@ __all__ = [
     "RopeSpec",
     "SubquadWarning",
     "__version__",
+    "attention_transfer",
+    "attention_transfer_loss",
     "backends",
     "cats_activation",
     "cats_mlp",
@@ -61,5 +67,6 @@ __all__ = [
     "interval_attention",
     "sparsity_report",
     "track_sparsity",
+    "trainable_parameters",
     "use_backend",
 ]

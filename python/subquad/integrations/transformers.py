@@ -15,9 +15,11 @@ from torch import nn
 from ..masks import IntervalMask
 from ..nn.cats_mlp import dense_state_dict
 from ..nn.conversion import CatsConfig, convert_mlps, revert_mlps
+from ..nn.lawcat_conversion import LawcatConfig, convert_attentions, revert_attentions
 from ..ops.interval_attention import interval_attention
 
 MLPS = ("cats",)
+ATTENTIONS = ("lawcat",)
 NAME = "subquad"  # the value of attn_implementation
 
 
@@ -25,53 +27,75 @@ def convert(
     model: nn.Module,
     *,
     mlp: str | CatsConfig | None = None,
-    attention: str | None = None,
+    attention: str | LawcatConfig | None = None,
     layers: Iterable[int | str] | None = None,
     **options: Any,
 ) -> list[str]:
     """Replace layers of a model by subquad's, in place, sharing the weights. All or nothing: errors change nothing.
 
-    A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. Layers that
-        are
-    converted already stay as they are; `revert` first to change their options.
+    A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. Converted attention
+    must learn first: see `subquad.attention_transfer`. Layers that are converted already stay as they are; `revert` first to
+    change their options.
 
     Args:
-        model: a model with gated MLPs named `mlp` or `feed_forward`: Llama, Mistral, Qwen, Gemma, Phi-3 and others like
-            them.
+        model: a model with gated MLPs named `mlp` or `feed_forward`, or attention named `self_attn` with separate projections:
+            Llama, Mistral, Qwen, SmolLM and others like them.
         mlp: "cats", or a `CatsConfig`.
-        attention: no conversion of attention is in this version.
-        layers: decoder layer numbers (negative from the end) or qualified module names; None for all.
-        options: fields of `CatsConfig`, for `mlp="cats"`.
+        attention: "lawcat", or a `LawcatConfig`.
+        layers: decoder layer numbers (negative from the end) or qualified module names; None for all. Attention that is not
+            listed stays softmax: a hybrid model.
+        options: fields of the `CatsConfig` or `LawcatConfig` that a name stands for. With both, give config objects.
 
     Returns:
         Qualified names of the modules converted.
 
     Raises:
-        ValueError: for an unknown conversion, an unknown entry of `layers`, a model without gated MLPs, or a layer that
+        ValueError: for an unknown conversion, an unknown entry of `layers`, a model without such layers, or a layer that
             cannot be converted (named in the message).
         TypeError: for an unknown option.
 
     Example:
         >>> convert(model, mlp="cats")  # doctest: +SKIP
         ['model.layers.0.mlp', 'model.layers.1.mlp']
+        >>> convert(model, attention="lawcat", layers=range(1, 30))  # doctest: +SKIP
     """
-    if attention is not None:
+    if mlp is None and attention is None:
         raise ValueError(
-            f"attention: attention conversions are not in this version, only mlp='cats'; got {attention!r}"
+            "mlp: expected 'cats' or a CatsConfig, or attention 'lawcat' or a LawcatConfig, got None for both"
         )
-    if mlp is None:
-        raise ValueError(f"mlp: expected one of {', '.join(map(repr, MLPS))} or a CatsConfig, got None")
-    if isinstance(mlp, CatsConfig):
+    if mlp is not None and attention is not None and options:
+        raise TypeError(f"{next(iter(options))}: with mlp and attention, options belong into config objects")
+    wanted = None if layers is None else list(layers)
+    mlp_config = _config("mlp", mlp, MLPS, CatsConfig, options)
+    attention_config = _config("attention", attention, ATTENTIONS, LawcatConfig, options)
+    converted = [] if attention_config is None else convert_attentions(model, attention_config, wanted)
+    if mlp_config is None:
+        return converted
+    try:
+        return converted + convert_mlps(model, mlp_config, wanted)
+    except BaseException:
+        for name in converted:
+            model.set_submodule(name, model.get_submodule(name).to_attention(), strict=True)  # type: ignore[operator]
+        raise
+
+
+def _config(name: str, value: Any, names: tuple[str, ...], kind: Any, options: dict[str, Any]) -> Any:
+    """The config object that the argument `name` of `convert` means."""
+    if value is None:
+        return None
+    if isinstance(value, kind):
         if options:
-            raise TypeError(f"{next(iter(options))}: options come with mlp='cats'; with a CatsConfig, set them there")
-        return convert_mlps(model, mlp, layers)
-    if mlp not in MLPS:
-        raise ValueError(f"mlp: expected one of {', '.join(map(repr, MLPS))} or a CatsConfig, got {mlp!r}")
-    known = [field.name for field in fields(CatsConfig)]
-    unknown = [name for name in options if name not in known]
+            raise TypeError(
+                f"{next(iter(options))}: options come with {name}={names[0]!r}; with a {kind.__name__}, set them there"
+            )
+        return value
+    if value not in names:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))} or a {kind.__name__}, got {value!r}")
+    known = [field.name for field in fields(kind)]
+    unknown = [option for option in options if option not in known]
     if unknown:
         raise TypeError(f"{unknown[0]}: unknown option; expected some of {', '.join(known)}")
-    return convert_mlps(model, CatsConfig(**options), layers)
+    return kind(**options)
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -80,7 +104,7 @@ def revert(model: nn.Module) -> list[str]:
     Returns:
         Qualified names of the modules put back; empty when nothing was converted.
     """
-    return revert_mlps(model)
+    return revert_attentions(model) + revert_mlps(model)
 
 
 # --- attn_implementation="subquad" ----------------------------------------
@@ -153,13 +177,17 @@ def attention_mask(
     if padding is not None:
         mask = mask.with_keys(padding.to(device))
     mask.window = width  # says to the layers that their sliding window is in it already
-    return _ModelMask.of(mask)
+    model_mask = _ModelMask.of(mask)
+    if not bidirectional:
+        model_mask.padding = padding  # says to linear layers which tokens exist
+    return model_mask
 
 
 class _ModelMask(IntervalMask):
     """A mask on its way through a model: `generate` asks it, as a tensor, for its rank and for a contiguous copy."""
 
     ndim = 4
+    padding: torch.Tensor | None
 
     @classmethod
     def of(cls, mask: IntervalMask) -> _ModelMask:
@@ -325,6 +353,7 @@ def _from_tensor(mask: torch.Tensor, tk: int) -> IntervalMask:
 
 __all__ = [
     "CatsConfig",
+    "LawcatConfig",
     "attention_forward",
     "attention_mask",
     "convert",

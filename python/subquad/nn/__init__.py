@@ -5,5 +5,15 @@ from __future__ import annotations
 from .cats_mlp import CATSMLP, dense_state_dict
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
+from .lawcat import GateProjection, LawcatAttention
+from .lawcat_cache import LawcatCache
 
-__all__ = ["CATSMLP", "LearnedFeatureMap", "ShortConvolution", "dense_state_dict"]
+__all__ = [
+    "CATSMLP",
+    "GateProjection",
+    "LawcatAttention",
+    "LawcatCache",
+    "LearnedFeatureMap",
+    "ShortConvolution",
+    "dense_state_dict",
+]

@@ -1,0 +1,56 @@
+"""The sliding window branch of a linear attention layer, its softmax not yet divided."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def window_terms(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, visible: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""sum_i e_ti v_i and sum_i e_ti with e_ti = exp(l_ti - max_i l_ti), l = d^-1/2 q k^T, over the last `window` keys.
+
+    Unlike a softmax with its log-sum-exp, these sums can be added to those of linear attention (LAWCAT, arXiv 2509.18467;
+    LoLCATs, arXiv 2410.10254). Gradients go through the maximum too. Time and memory O(T window).
+
+    Args:
+        q: rotated queries [B, T, HQ, d].
+        k: rotated keys [B, P + T, HKV, d], where P keys of earlier tokens come first.
+        v: values [B, P + T, HKV, V].
+        window: keys that a query sees, its own included.
+        visible: bool [B, P + T], False for keys that nobody sees; None: all exist.
+
+    Returns:
+        (numerators [B, T, HQ, V], denominators [B, T, HQ, 1]), float32.
+    """
+    b, t, heads, width = q.shape
+    past = k.shape[1] - t
+    blocks = -(-t // window)
+    fill = blocks * window - t
+    groups = heads // k.shape[2]
+    queries = F.pad(q.float(), (0, 0, 0, 0, 0, fill)).reshape(b, blocks, window, k.shape[2], groups, width)
+    # Block i needs the keys of its own tokens and of the window - 1 before them; rows are shifted to have them all.
+    lead = window - past
+    keys, values = (F.pad(x.float(), (0, 0, 0, 0, max(lead, 0), fill))[:, max(-lead, 0) :] for x in (k, v))
+    keys, values = (x.unfold(1, 2 * window, window) for x in (keys, values))  # [B, blocks, HKV, d, 2 window]
+    logits = torch.einsum("bnqhgd,bnhdk->bnhgqk", queries, keys) * width**-0.5
+    row = torch.arange(window, device=q.device)[:, None]
+    column = torch.arange(2 * window, device=q.device)
+    near = (column > row) & (column <= row + window)
+    if visible is None:
+        visible = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+    exists = F.pad(visible, (max(lead, 0), fill))[:, max(-lead, 0) :].unfold(
+        1, 2 * window, window
+    )  # [B, blocks, 2 window]
+    seen = near & exists[:, :, None]
+    seen = seen[:, :, None, None]
+    logits = torch.where(seen, logits, -torch.inf)
+    peak = logits.amax(-1, keepdim=True)
+    weights = torch.where(seen, (logits - torch.where(peak.isfinite(), peak, 0)).exp(), 0)
+    numerators = torch.einsum("bnhgqk,bnhdk->bnqhgd", weights, values)
+    total = weights.sum(-1).permute(0, 1, 4, 2, 3)
+    return (
+        numerators.reshape(b, blocks * window, heads, v.shape[3])[:, :t],
+        total.reshape(b, blocks * window, heads, 1)[:, :t],
+    )

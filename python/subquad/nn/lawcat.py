@@ -1,0 +1,546 @@
+"""LAWCAT: causal convolution, feature map and gated linear attention in the place of softmax attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..masks import IntervalMask
+from ..ops import _checks
+from ..ops.causal_conv1d import causal_conv1d_update
+from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from ._window import window_terms
+from .causal_conv1d import ShortConvolution
+from .feature_map import LearnedFeatureMap
+from .lawcat_cache import LawcatState, state_of
+
+GATES = ("vector", "scalar", "none")
+ROPES = ("none", "linear")
+
+
+class GateProjection(nn.Sequential):
+    r"""g = logsigmoid(x Wa Wb + b) / normalizer, the logarithm of a decay, in float32 (GLA, arXiv 2312.06635).
+
+    Args:
+        hidden_size, out_dim: of the input and of the gates.
+        rank: of the low-rank product; None for one full matrix.
+        normalizer: larger is slower decay; 16 gives a half-life of 16 tokens at the start.
+        clamp_min: least g, or None.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        out_dim: int,
+        rank: int | None = 16,
+        normalizer: float = 16.0,
+        clamp_min: float | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        last = nn.Linear(hidden_size if rank is None else rank, out_dim, **options)
+        super().__init__(*([] if rank is None else [nn.Linear(hidden_size, rank, bias=False, **options)]), last)
+        self.normalizer, self.clamp_min = normalizer, clamp_min
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Small random weights and no bias: every gate starts near log(1/2) / normalizer."""
+        for layer in self:
+            assert isinstance(layer, nn.Linear)
+            nn.init.normal_(layer.weight, std=0.006)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """g [..., out_dim] float32 of x [..., hidden_size]."""
+        g = F.logsigmoid(super().forward(x).float()) / self.normalizer
+        return g if self.clamp_min is None else g.clamp_min(self.clamp_min)
+
+
+class LawcatAttention(nn.Module):
+    r"""Linear attention with convolved, learned features in place of softmax attention (LAWCAT, arXiv 2509.18467).
+
+    q and k go through a depthwise causal convolution and a feature map, phi = [softmax(y), softmax(-y)]; then
+    `subquad.gated_linear_attention`, normalised, with a gate for every key channel that the query heads of a group share.
+    Time is linear in T and the memory of decoding constant.
+
+    Args:
+        hidden_size: width of the input.
+        num_heads, num_kv_heads: HQ and HKV, which divides it; None for as many.
+        head_dim: d; None for hidden_size / num_heads.
+        feature_dim: f, of each half of the features; None for head_dim / 2.
+        conv_size: taps W of the convolutions, 1 to 8.
+        conv_bias, qk_activation: of the convolutions; None or "silu".
+        share_qk_conv: one convolution for q and k.
+        tie_qk_feature_map: one feature map for q and k.
+        gate: "vector" (per key channel), "scalar" (per head) or "none".
+        gate_rank, gate_logit_normalizer, clamp_min: see `GateProjection`.
+        normalize, eps: see `subquad.gated_linear_attention`.
+        rope: "linear" rotates q and k of the linear branch; "none" leaves position to convolution and decay.
+        window_size: keys of an additional softmax over the last tokens, 0 for none. Both branches are divided by one common
+            denominator; the linear one sees all tokens.
+        affine_window: weigh the branches by w and 1 - w instead of w and 1.
+        share_kv_features: keys are convolved and mapped once per key-value head, not per query head: HKV states instead of HQ.
+        feature_init: "eye" or "kaiming".
+        proj_bias: whether the projections have a bias.
+        layer_idx: number of the layer in a cache.
+        backend: of the operators.
+        device, dtype: of the parameters.
+
+    Attributes:
+        q_proj, k_proj, v_proj, o_proj: as in transformers' attention.
+        original: the attention that `from_attention` was given, or None; not a submodule.
+
+    Raises:
+        TypeError: wrong type of an option.
+        ValueError: sizes that do not fit, unknown options.
+
+    Example:
+        >>> import torch, subquad
+        >>> layer = subquad.nn.LawcatAttention(64, 4, 2)
+        >>> layer(torch.randn(2, 10, 64))[0].shape
+        torch.Size([2, 10, 64])
+    """
+
+    original: nn.Module | None
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_dim: int | None = None,
+        feature_dim: int | None = None,
+        conv_size: int = 4,
+        conv_bias: bool = False,
+        qk_activation: str | None = None,
+        share_qk_conv: bool = False,
+        tie_qk_feature_map: bool = True,
+        gate: str = "vector",
+        gate_rank: int | None = 16,
+        gate_logit_normalizer: float = 16.0,
+        clamp_min: float | None = None,
+        normalize: bool = True,
+        eps: float = 1e-10,
+        rope: str = "none",
+        window_size: int = 0,
+        affine_window: bool = False,
+        share_kv_features: bool = False,
+        feature_init: str = "eye",
+        proj_bias: bool = False,
+        layer_idx: int | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        head_dim = hidden_size // max(num_heads, 1) if head_dim is None else head_dim
+        feature_dim = max(head_dim // 2, 1) if feature_dim is None else feature_dim
+        for name, size in (sizes | {"head_dim": head_dim, "feature_dim": feature_dim}).items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
+        if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 0:
+            raise ValueError(f"window_size: expected an int >= 0, got {window_size!r}")
+        _checks.choice("gate", gate, GATES)
+        _checks.choice("rope", rope, ROPES)
+        if window_size and not normalize:
+            raise ValueError("window_size: expected 0 with normalize=False, for the branches share a denominator")
+        if share_qk_conv and share_kv_features and num_heads != num_kv_heads:
+            raise ValueError(
+                "share_qk_conv: expected False with share_kv_features, whose convolutions differ in channels"
+            )
+        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
+        self.head_dim, self.feature_dim, self.window_size = head_dim, feature_dim, window_size
+        self.normalize, self.eps, self.rope, self.affine_window = normalize, eps, rope, affine_window
+        self.layer_idx, self.backend, self.share_kv_features = layer_idx, backend, share_kv_features
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        widths = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
+        for name, heads in widths.items():
+            self.add_module(name, nn.Linear(hidden_size, heads * head_dim, bias=proj_bias, **options))
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=proj_bias, **options)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        key_heads = num_kv_heads if share_kv_features else num_heads
+        groups = 1 if share_kv_features else num_heads // num_kv_heads
+        conv: dict[str, Any] = {"bias": conv_bias, "activation": qk_activation, "init": "identity", "backend": backend}
+        conv |= options
+        self.conv_q = ShortConvolution(num_heads * head_dim, conv_size, **conv)
+        self.conv_k = ShortConvolution(
+            key_heads * head_dim, conv_size, channel_groups=groups, head_dim=head_dim, **conv
+        )
+        if share_qk_conv:
+            self.conv_k.weight, self.conv_k.bias = self.conv_q.weight, self.conv_q.bias
+        # Tied maps of different head counts are one map per key head, which its group of queries shares.
+        maps = key_heads if tie_qk_feature_map else num_heads
+        self.feature_map = LearnedFeatureMap(maps, head_dim, feature_dim, init=feature_init, **options)
+        self.feature_map_k = (
+            None
+            if tie_qk_feature_map
+            else LearnedFeatureMap(key_heads, head_dim, feature_dim, init=feature_init, **options)
+        )
+        gates = {"vector": num_kv_heads * self.feature_map.out_dim, "scalar": num_kv_heads, "none": 0}[gate]
+        self.gate = (
+            GateProjection(hidden_size, gates, gate_rank, gate_logit_normalizer, clamp_min, **options)
+            if gates
+            else None
+        )
+        self.gate_kind = gate
+        self.window_factor = nn.Parameter(torch.full((num_heads,), -2.197, **options)) if window_size else None
+        self._transfer: Callable[..., tuple[torch.Tensor, None]] | None = None
+        self._remember(None)
+
+    def _remember(self, original: nn.Module | None) -> None:
+        """Keep the original out of the registry: its parameters are ours."""
+        object.__setattr__(self, "original", original)
+
+    @classmethod
+    def from_attention(cls, attention: nn.Module, **options: Any) -> LawcatAttention:
+        """A layer with the projections (and norms of q and k) of a softmax attention, shared, not copied.
+
+        Args:
+            attention: a module of transformers with q_proj, k_proj, v_proj, o_proj and head_dim: Llama, Mistral, Qwen, SmolLM.
+            options: arguments of the constructor.
+
+        Raises:
+            ValueError: an attention of another form, or with dropout or sinks.
+        """
+        parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        width = getattr(attention, "head_dim", None)
+        if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(width, int):
+            kind = type(attention).__name__
+            raise ValueError(f"attention: expected q_proj, k_proj, v_proj, o_proj and head_dim, got a {kind}")
+        q, k, v, o = parts
+        sizes = [getattr(part, "out_features", 0) for part in (q, k, v)] + [getattr(o, "in_features", 0)]
+        if 0 in sizes or sizes[0] % width or sizes[1] % width or sizes[1] != sizes[2] or sizes[0] != sizes[3]:
+            raise ValueError(f"attention: expected projections to heads of {width}, got sizes {sizes} of q, k, v and o")
+        for name in ("attention_dropout", "sinks"):
+            value = getattr(attention, name, None)
+            if value is not None and not (isinstance(value, (int, float)) and value == 0):
+                raise ValueError(f"attention: expected none with {name}, which linear attention has not")
+        weight = q.weight  # type: ignore[union-attr]
+        defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": weight.device, "dtype": weight.dtype}
+        heads, kv_heads = sizes[0] // width, sizes[1] // width
+        layer = cls(q.in_features, heads, kv_heads, head_dim=width, **(defaults | options))  # type: ignore[union-attr, arg-type]
+        for name, part in zip(("q_proj", "k_proj", "v_proj", "o_proj"), parts, strict=True):
+            setattr(layer, name, part)
+        layer.q_norm, layer.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        layer._remember(attention)
+        return layer.train(attention.training)
+
+    def to_attention(self) -> nn.Module:
+        """The attention this layer was made from.
+
+        Raises:
+            ValueError: it was not made from one.
+        """
+        if self.original is None:
+            raise ValueError("original: expected a layer made by from_attention, got one made on its own")
+        return self.original.train(self.training)
+
+    def new_parameters(self) -> dict[str, nn.Parameter]:
+        """What LAWCAT adds to the projections, by name: convolutions, feature maps, gate, window factor."""
+        inherited = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
+        return {name: p for name, p in self.named_parameters() if not name.startswith(inherited)}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | IntervalMask | None = None,
+        past_key_values: Any = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As transformers' attention is called.
+
+        Args:
+            hidden_states: [B, T, hidden_size].
+            position_embeddings: (cos, sin) [B|1, T, d], for `rope` and the window.
+            attention_mask: None; 0 or 1 [B, >= T] of which the last T count; or a causal mask with padding in four dimensions,
+                bool or additive, or transformers' with attn_implementation="subquad". Padding changes nothing, wherever it is.
+            past_key_values: a `LawcatCache`, or a cache of transformers; it is advanced.
+            cu_seqlens: [N + 1], bounds of sequences packed into B = 1.
+            kwargs: what else the model passes; `output_attentions` is refused.
+
+        Returns:
+            (output [B, T, hidden_size], None). Rows of padding are o_proj of 0.
+
+        Raises:
+            ValueError: a mask that is not causal with padding; options that this attention does not have.
+        """
+        if self._transfer is not None:
+            return self._transfer(
+                self,
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        mixed = self.mix(hidden_states, position_embeddings, attention_mask, past_key_values, cu_seqlens, **kwargs)
+        return self.o_proj(mixed), None
+
+    def mix(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | IntervalMask | None = None,
+        past_key_values: Any = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The output before `o_proj`, [B, T, HQ d]; arguments of `forward`."""
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: linear attention has no matrix of weights; expected False, got True")
+        if position_embeddings is None and (self.window_size or self.rope != "none"):
+            raise ValueError("position_embeddings: expected (cos, sin), for rope or a window, got None")
+        if cu_seqlens is not None and (self.window_size or attention_mask is not None or past_key_values is not None):
+            raise ValueError("cu_seqlens: expected None with a window, a mask or a cache")
+        b, t, _ = hidden_states.shape
+        window = None if self.original is None else sliding_window(self.original)
+        state = state_of(past_key_values, self.layer_idx)
+        tokens = tokens_of(attention_mask, b, t, window, None if state is None else state.seen)
+        if state is not None:
+            state.seen += t
+        frozen = not torch.is_grad_enabled() or not hidden_states.requires_grad
+        if t == 1 and state is not None and state.s is not None and frozen and not self.window_size:
+            return self._step(hidden_states, position_embeddings, tokens, state)
+        if tokens is None or self.window_size or torch.compiler.is_compiling():
+            return self._sequences(hidden_states, position_embeddings, tokens, state, cu_seqlens)
+        # Without the padding: chunks then begin where they do in a sequence alone, and the operators give the same bits.
+        rows = tokens.flatten().nonzero()[:, 0]
+        if rows.shape[0] == b * t:
+            return self._sequences(hidden_states, position_embeddings, None, state, cu_seqlens)
+        bounds = F.pad(tokens.sum(1).cumsum(0), (1, 0))
+        if position_embeddings is not None:
+            cos, sin = (x.expand(b, t, -1).flatten(0, 1)[None, rows] for x in position_embeddings)
+            position_embeddings = (cos, sin)
+        packed = hidden_states.flatten(0, 1)[None, rows]
+        mixed = self._sequences(packed, position_embeddings, None, state, bounds)
+        return mixed.new_zeros(b * t, mixed.shape[2]).index_copy(0, rows, mixed[0]).unflatten(0, (b, t))
+
+    def _projected(
+        self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """q [B, T, HQ, d] and k [B, T, HKV, d] of the linear branch, v, and the gate."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        if self.rope == "linear" and positions is not None:
+            q, k = rotate(q, *positions), rotate(k, *positions)
+        g: torch.Tensor | None = None if self.gate is None else self.gate(x)
+        if g is not None and self.gate_kind == "vector":
+            g = g.unflatten(-1, (self.num_kv_heads, -1))
+        return q, k, v, g
+
+    def _features(
+        self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keep = state is not None
+        features = []
+        convs = (("conv_q", self.conv_q, q, self._map_q), ("conv_k", self.conv_k, k, self._map_k))
+        for name, conv, x, phi in convs:
+            past = None if state is None else getattr(state, name)
+            y, last = conv(x.flatten(2), cache=past, output_final_state=keep, cu_seqlens=cu_seqlens)
+            if state is not None:
+                setattr(state, name, last)
+            features.append(phi(y.unflatten(-1, (-1, self.head_dim))))
+        return features[0], features[1]
+
+    def _map_q(self, q: torch.Tensor) -> torch.Tensor:
+        maps = self.feature_map.num_heads
+        if maps == self.num_heads:
+            return self.feature_map(q)
+        b, t, heads, width = q.shape  # tied to the maps of fewer key heads: the group stands in for tokens
+        grouped = q.reshape(b, t, maps, heads // maps, width).transpose(2, 3).reshape(b, -1, maps, width)
+        phi = self.feature_map(grouped)
+        return phi.reshape(b, t, heads // maps, maps, -1).transpose(2, 3).reshape(b, t, heads, -1)
+
+    def _map_k(self, k: torch.Tensor) -> torch.Tensor:
+        phi = self.feature_map if self.feature_map_k is None else self.feature_map_k
+        features: torch.Tensor = phi(k)
+        return features
+
+    def _sequences(
+        self,
+        x: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: torch.Tensor | None,
+        state: LawcatState | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        q0, k0, v, g = self._projected(x, positions)
+        if tokens is not None:
+            q0, k0, v = (torch.where(tokens[..., None, None], a, 0) for a in (q0, k0, v))
+        q, k = self._features(q0, k0, state, cu_seqlens)
+        if tokens is not None:
+            k = torch.where(tokens[..., None, None], k, 0)
+            if g is not None:
+                g = torch.where(tokens.view(*tokens.shape, *(1,) * (g.dim() - 2)), g, 0)
+        if self.window_size:
+            assert positions is not None
+            return self._hybrid(q0, k0, q, k, v, g, positions, tokens, state)
+        started = state is not None and state.s is not None
+        initial: Any = None
+        if started:
+            assert state is not None
+            initial = (state.s, state.z) if self.normalize else state.s
+        o, final = gated_linear_attention(
+            q, k, v, g, initial_state=initial, output_final_state=state is not None, cu_seqlens=cu_seqlens,
+            normalize=self.normalize, eps=self.eps, backend=self.backend,
+        )  # fmt: skip
+        if state is not None:
+            state.s, state.z = final if isinstance(final, tuple) else (final, None)
+        return o.flatten(2)
+
+    def _hybrid(
+        self,
+        q0: torch.Tensor,
+        k0: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor | None,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        tokens: torch.Tensor | None,
+        state: LawcatState | None,
+    ) -> torch.Tensor:
+        """Window and linear attention over one denominator; a column of ones in v gives the linear one's."""
+        if self.rope == "none":
+            q0, k0 = rotate(q0, *positions), rotate(k0, *positions)
+        visible = torch.ones(k0.shape[:2], dtype=torch.bool, device=k0.device) if tokens is None else tokens
+        keys, values = k0, v
+        if state is not None:
+            if state.window_k is not None:
+                assert state.window_v is not None and state.window_visible is not None
+                keys, values = torch.cat([state.window_k, k0], 1), torch.cat([state.window_v, v], 1)
+                visible = torch.cat([state.window_visible, visible], 1)
+            last = max(keys.shape[1] - (self.window_size - 1), 0)
+            state.window_k, state.window_v, state.window_visible = keys[:, last:], values[:, last:], visible[:, last:]
+        near, near_sum = window_terms(q0, keys, values, self.window_size, visible)
+        initial = None if state is None else state.s
+        wide, final = gated_linear_attention(
+            q.float(), k.float(), F.pad(v.float(), (0, 1), value=1.0), g, initial_state=initial,
+            output_final_state=state is not None, backend=self.backend,
+        )  # fmt: skip
+        if state is not None:
+            assert isinstance(final, torch.Tensor)
+            state.s = final
+        assert self.window_factor is not None
+        factor = self.window_factor.float().sigmoid()[:, None]
+        rest = 1 - factor if self.affine_window else 1.0
+        far, far_sum = wide[..., :-1], wide[..., -1:]
+        y = (factor * near + rest * far) / (factor * near_sum + rest * far_sum + self.eps)
+        return y.to(v.dtype).flatten(2)
+
+    def _step(
+        self,
+        x: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: torch.Tensor | None,
+        state: LawcatState,
+    ) -> torch.Tensor:
+        """One token for every sequence, states updated in place; padding skips its row."""
+        rows = None
+        if tokens is not None:
+            rows = torch.where(tokens[:, 0], torch.arange(x.shape[0], device=x.device), -1).int()
+        q0, k0, v, g = self._projected(x, positions)
+        features = []
+        for conv, past, y, phi in (
+            (self.conv_q, state.conv_q, q0, self._map_q),
+            (self.conv_k, state.conv_k, k0, self._map_k),
+        ):
+            assert past is not None
+            y = causal_conv1d_update(
+                y.flatten(2), past, conv.weight, conv.bias, activation=conv.activation, conv_state_indices=rows,
+                channel_groups=conv.channel_groups, head_dim=conv.head_dim, backend=self.backend,
+            )  # fmt: skip
+            features.append(phi(y.unflatten(-1, (-1, self.head_dim)))[:, 0])
+        assert state.s is not None
+        o = gated_linear_attention_step(
+            features[0], features[1], v[:, 0], None if g is None else g[:, 0], state.s, z=state.z,
+            state_indices=rows, eps=self.eps, backend=self.backend,
+        )  # fmt: skip
+        return o.flatten(1)[:, None]
+
+    def extra_repr(self) -> str:
+        text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
+        return text + (f", window_size={self.window_size}" if self.window_size else "")
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, d] rotated as transformers does it: halves are pairs; cos and sin [B|1, T, <= d]."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+    a, b = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, rest], -1).to(x.dtype)
+
+
+def sliding_window(attention: nn.Module) -> int | None:
+    """The window of an attention layer of transformers, which some keep in their config only."""
+    config = getattr(attention, "config", None)
+    window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    return window
+
+
+def tokens_of(
+    mask: torch.Tensor | IntervalMask | None,
+    batch: int,
+    length: int,
+    window: int | None = None,
+    seen: int | None = None,
+) -> torch.Tensor | None:
+    """Which of the current `length` positions are tokens, bool [B, T], from any mask that a causal model is given.
+
+    Args:
+        mask: see `LawcatAttention.forward`.
+        batch, length: B and T.
+        window: of the sliding window that the mask may have, since linear attention does not need it.
+        seen: positions before these; a preallocated cache has columns for later ones.
+
+    Raises:
+        ValueError: a mask of another shape, or that is not causal with padding.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, IntervalMask):
+        if not hasattr(mask, "padding"):
+            raise ValueError("attention_mask: expected a causal mask of the model, got another IntervalMask")
+        padding: torch.Tensor | None = mask.padding
+        return None if padding is None else padding[:, -length:].expand(batch, -1)
+    if mask.dim() == 2:
+        if mask.shape[0] != batch or mask.shape[1] < length:
+            raise ValueError(f"attention_mask: expected shape [{batch}, >= {length}], got {list(mask.shape)}")
+        return mask[:, -length:].bool()
+    if mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] < length:
+        raise ValueError(f"attention_mask: expected [B, 1, {length}, >= {length}] or [B, T], got {list(mask.shape)}")
+    visible = mask if mask.dtype is torch.bool else mask == 0
+    past = mask.shape[3] - length if seen is None else min(seen, mask.shape[3] - length)
+    visible = visible[..., past : past + length]
+    tokens = visible[:, 0].diagonal(0, 1, 2)
+    if not torch.compiler.is_compiling():
+        row, column = (torch.arange(length, device=mask.device) for _ in range(2))
+        causal = column <= row[:, None]
+        if window is not None:
+            causal = causal & (column > row[:, None] - window)
+        if not bool((visible == (causal & tokens[:, None, None])).all()):
+            raise ValueError("attention_mask: expected a causal mask with padding, got another pattern")
+    return tokens.expand(batch, -1)

@@ -1,0 +1,322 @@
+"""`LawcatAttention` against its definition in float64, alone: sequences, caches, padding, packing, options, errors."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import subquad
+from subquad.nn import LawcatAttention, LawcatCache
+from subquad.nn._window import window_terms
+from subquad.nn.lawcat import rotate
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "multi-head": {"num_kv_heads": 4},
+    "shared": {"share_kv_features": True},
+    "untied": {"tie_qk_feature_map": False, "share_qk_conv": True},
+    "untied-shared": {"tie_qk_feature_map": False, "share_kv_features": True},
+    "scalar": {"gate": "scalar", "gate_rank": None},
+    "no-gate": {"gate": "none"},
+    "plain": {"normalize": False, "feature_dim": 3},
+    "silu": {"qk_activation": "silu", "conv_bias": True, "conv_size": 2},
+    "one-tap": {"conv_size": 1},
+    "rope": {"rope": "linear"},
+    "window": {"window_size": 5},
+    "affine": {"window_size": 3, "affine_window": True, "rope": "linear", "share_kv_features": True},
+}
+each_option = pytest.mark.parametrize("name", OPTIONS)
+
+
+def layer_of(name: str, **more: Any) -> LawcatAttention:
+    torch.manual_seed(0)
+    layer = LawcatAttention(32, 4, **{"num_kv_heads": 2, "layer_idx": 0, **OPTIONS[name], **more})
+    with torch.no_grad():
+        for parameter in layer.parameters():  # far from the tame start
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+def positions(t: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.outer(torch.arange(start, start + t).float(), 0.5 ** torch.arange(4))
+    angle = torch.cat([angle, angle], -1)[None]
+    return angle.cos(), angle.sin()
+
+
+def defined(layer: LawcatAttention, x: torch.Tensor) -> torch.Tensor:
+    """The layer in float64, token by token and head by head."""
+    layer = layer.double()
+    b, t, d = *x.shape[:2], layer.head_dim
+    heads, kv = layer.num_heads, layer.num_kv_heads
+    cos, sin = (p.double() for p in positions(t))
+    q, k, v = (p(x.double()).unflatten(-1, (-1, d)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    rotated = rotate(q, cos, sin), rotate(k, cos, sin).repeat_interleave(heads // kv, 2)
+    if layer.rope == "linear":
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if not layer.share_kv_features:
+        k = k.repeat_interleave(heads // kv, 2)
+
+    def features(y: torch.Tensor, conv: Any, phi: Any) -> torch.Tensor:
+        y = F.pad(y.flatten(2).mT, (conv.kernel_size - 1, 0))
+        y = F.conv1d(y, conv.weight, conv.bias, groups=y.shape[1]).mT.unflatten(-1, (-1, d))
+        y = F.silu(y) if conv.activation else y
+        weight = phi.layer.repeat_interleave(y.shape[2] // phi.num_heads, 0)
+        y = torch.einsum("bthd,hdf->bthf", y, weight)
+        return (
+            torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp_min(1e-12).repeat_interleave(heads // y.shape[2], 2)
+        )
+
+    phi_k = layer.feature_map if layer.feature_map_k is None else layer.feature_map_k
+    q, k = features(q, layer.conv_q, layer.feature_map), features(k, layer.conv_k, phi_k)
+    v = v.repeat_interleave(heads // kv, 2)
+    g = torch.zeros_like(k)
+    if layer.gate is not None:
+        u = torch.nn.Sequential.forward(layer.gate, x.double()).unflatten(-1, (kv, -1))
+        g = (F.logsigmoid(u) / 16).repeat_interleave(heads // kv, 2).expand_as(k)
+    s = x.new_zeros(b, heads, k.shape[-1], d, dtype=torch.float64)
+    z = s[..., 0]
+    out = []
+    for i in range(t):
+        s = s * g[:, i].exp()[..., None] + k[:, i, :, :, None] * v[:, i, :, None]
+        z = z * g[:, i].exp() + k[:, i]
+        scale = k.shape[-1] ** -0.5
+        near = scale * torch.einsum("bhk,bhkv->bhv", q[:, i], s)
+        total = scale * (q[:, i] * z).sum(-1, keepdim=True)
+        if layer.window_size:
+            first = max(0, i - layer.window_size + 1)
+            logits = torch.einsum("bhd,bjhd->bhj", rotated[0][:, i], rotated[1][:, first : i + 1]) * d**-0.5
+            e = (logits - logits.amax(-1, keepdim=True)).exp()
+            w = layer.window_factor.sigmoid()[:, None]
+            rest = 1 - w if layer.affine_window else 1
+            near = w * torch.einsum("bhj,bjhv->bhv", e, v[:, first : i + 1]) + rest * near
+            total = w * e.sum(-1, keepdim=True) + rest * total
+        out.append(near / (total + layer.eps) if layer.normalize else near)
+    return layer.o_proj(torch.stack(out, 1).flatten(2))
+
+
+@each_option
+def test_definition(name: str) -> None:
+    layer, x = layer_of(name), torch.randn(2, 19, 32)
+    got = layer(x, positions(19))[0]
+    grads = torch.autograd.grad(got.square().sum(), list(layer.parameters()))
+    want = defined(layer, x)
+    expected = torch.autograd.grad(want.square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    for (parameter, _), a, b in zip(layer.named_parameters(), grads, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()) + 1e-6, msg=parameter)
+
+
+@each_option
+@pytest.mark.parametrize("lengths", [(19,), (1, 1, 17), (7, 1, 1, 10), (3, 12, 4)])
+def test_cache(name: str, lengths: tuple[int, ...]) -> None:
+    """Any split into calls gives what one call gives."""
+    layer, x = layer_of(name), torch.randn(2, sum(lengths), 32)
+    cache, parts, start = LawcatCache(), [], 0
+    with torch.no_grad():
+        whole = layer(x, positions(x.shape[1]))[0]
+        for length in lengths:
+            part = x[:, start : start + length]
+            parts.append(layer(part, positions(length, start), past_key_values=cache)[0])
+            start += length
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=2e-6)
+    assert cache.states[0].seen == start
+
+
+def test_cache_memory_is_constant() -> None:
+    for name in ("default", "window"):
+        layer, cache, sizes = layer_of(name), LawcatCache(), set()
+        with torch.no_grad():
+            for i in range(12):
+                layer(torch.randn(2, 1, 32), positions(1, i), past_key_values=cache)
+                if i >= 8:
+                    sizes.add(sum(x.numel() for x in cache.states[0].tensors().values()))
+        assert len(sizes) == 1
+
+
+MASKS = {
+    "left": [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1]],
+    "right": [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]],
+    "interior": [[1, 0, 1, 0, 0, 1, 1], [0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]],
+}
+
+
+@pytest.mark.parametrize("where", MASKS)
+@pytest.mark.parametrize("filler", [float("nan"), 1e30])
+@pytest.mark.parametrize("name", ["default", "scalar", "shared"])
+def test_padding_changes_nothing(where: str, filler: float, name: str) -> None:
+    """Every token has the output it has in its sequence alone; then decoding goes on from the same states."""
+    layer, mask = layer_of(name), torch.tensor(MASKS[where])
+    x = torch.where(mask.bool()[..., None], torch.randn(3, 7, 32), filler)
+    cache = LawcatCache()
+    more = torch.randn(3, 1, 32)
+    with torch.no_grad():
+        got = layer.mix(x, attention_mask=mask, past_key_values=cache)
+        before = {name: value.clone() for name, value in cache.states[0].tensors().items()}
+        skipping = torch.tensor([[1], [0], [1]])
+        step = layer.mix(more, attention_mask=torch.cat([mask, skipping], 1), past_key_values=cache)
+        for row in range(3):
+            keep = mask[row].bool()
+            if not keep.any():
+                continue
+            alone = LawcatCache()
+            want = layer.mix(x[row : row + 1, keep], past_key_values=alone)[0]
+            torch.testing.assert_close(got[row, keep], want, rtol=1e-5, atol=1e-6)
+            if row == 1:
+                assert not step[row].any()
+                for field in ("s", "z", "conv_q", "conv_k"):
+                    assert torch.equal(getattr(cache.states[0], field)[row], before[field][row])
+            else:
+                torch.testing.assert_close(step[row], layer.mix(more[row : row + 1], past_key_values=alone)[0])
+        assert not got[~mask.bool()].any()
+
+
+@pytest.mark.parametrize("name", ["window", "affine"])
+def test_padding_of_the_hybrid(name: str) -> None:
+    layer, mask = layer_of(name), torch.tensor(MASKS["left"][:2])
+    x = torch.where(mask.bool()[..., None], torch.randn(2, 7, 32), float("nan"))
+    cos, sin = positions(7)
+    shifted = positions(7, -2)
+    both = torch.cat([shifted[0], cos]), torch.cat([shifted[1], sin])
+    with torch.no_grad():
+        got = layer.mix(x, both, mask)
+        torch.testing.assert_close(got[0, 2:], layer.mix(x[:1, 2:], positions(5))[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got[1:], layer.mix(x[1:], (cos, sin)), rtol=1e-5, atol=1e-6)
+
+
+def test_masks_of_four_dimensions() -> None:
+    layer, x = layer_of("default"), torch.randn(2, 7, 32)
+    tokens = torch.tensor(MASKS["left"][:2])
+    causal = torch.ones(7, 7, dtype=torch.bool).tril() & tokens.bool()[:, None, None]
+    additive = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        want = layer.mix(x, attention_mask=tokens)
+        assert torch.equal(layer.mix(x, attention_mask=causal), want)
+        assert torch.equal(layer.mix(x, attention_mask=additive), want)
+        with pytest.raises(ValueError, match="attention_mask: expected a causal mask"):
+            layer(x, attention_mask=torch.ones_like(causal))
+
+
+def test_packed_sequences_equal_separate_ones() -> None:
+    layer, x = layer_of("default"), torch.randn(1, 40, 32)
+    bounds = [0, 3, 3, 35, 40]
+    with torch.no_grad():
+        got = layer(x, cu_seqlens=torch.tensor(bounds))[0]
+        parts = [layer(x[:, a:b])[0] for a, b in itertools.pairwise(bounds) if b > a]
+    torch.testing.assert_close(got, torch.cat(parts, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_beams() -> None:
+    """Sequences of a cache can be chosen and repeated."""
+    layer, x, cache = layer_of("default"), torch.randn(3, 6, 32), LawcatCache()
+    rows = torch.tensor([2, 0, 2, 1])
+    with torch.no_grad():
+        want = layer(x[rows])[0][:, -1:]
+        layer(x[:, :-1], past_key_values=cache)
+        cache.reorder_cache(rows)
+        torch.testing.assert_close(layer(x[rows, -1:], past_key_values=cache)[0], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "past"), [(1, 0), (4, 0), (4, 3), (4, 9), (50, 2)])
+def test_window_terms(window: int, past: int) -> None:
+    """Against the whole matrix, gradients through the maximum included."""
+    generator = torch.Generator().manual_seed(window)
+    t = 11
+    q, k, v = (torch.randn(2, n, h, 6, generator=generator) for n, h in ((t, 4), (past + t, 2), (past + t, 2)))
+    visible = torch.rand(2, past + t, generator=generator) > 0.3
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+        age = torch.arange(t)[:, None] + past - torch.arange(past + t)
+        seen = ((age >= 0) & (age < window))[None, None] & visible[:, None, None]
+        logits = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 6**-0.5).masked_fill(~seen, -torch.inf)
+        peak = logits.amax(-1, keepdim=True)
+        e = (logits - peak.masked_fill(peak == -torch.inf, 0)).exp().masked_fill(~seen, 0)
+        return torch.einsum("bhqk,bkhd->bqhd", e, v), e.sum(-1).mT[..., None]
+
+    results, grads = [], []
+    for function in (dense, lambda *a: window_terms(*a, window, visible)):
+        terms = function(*tensors)
+        weights = torch.Generator().manual_seed(1)
+        loss = sum((x * torch.randn(x.shape, generator=weights)).sum() for x in terms)
+        results.append(terms)
+        grads.append(torch.autograd.grad(loss, tensors))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    layer, x = layer_of("default"), torch.randn(2, 33, 32)
+    low = layer_of("default").to(dtype)
+    with torch.no_grad():
+        got = low(x.to(dtype))[0].float()
+        for a, b in zip(layer.parameters(), low.parameters(), strict=True):
+            a.copy_(b)
+        want = layer(x.to(dtype).float())[0]
+    assert got.dtype is torch.float32
+    assert float((got - want).norm() / want.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["default", "scalar"])
+def test_compiles_without_a_break(name: str) -> None:
+    layer = layer_of(name)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for t in (5, 9, 17):
+        x = torch.randn(2, t, 32)
+        torch.testing.assert_close(compiled(x)[0], layer(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_state_dict_round_trip() -> None:
+    first, second = layer_of("default"), LawcatAttention(32, 4, 2)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(1, 5, 32)
+    assert torch.equal(first(x)[0], second(x)[0])
+    assert not any("original" in name for name in first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_heads": 3, "num_kv_heads": 2}, ValueError, "num_kv_heads: expected a divisor of 3"),
+        ({"num_heads": 0}, ValueError, "num_heads: expected at least 1"),
+        ({"head_dim": 2.5}, TypeError, "head_dim: expected an int"),
+        ({"gate": "tensor"}, ValueError, "gate: expected"),
+        ({"rope": "both"}, ValueError, "rope: expected"),
+        ({"conv_size": 9}, ValueError, "kernel_size"),
+        ({"window_size": -1}, ValueError, "window_size"),
+        ({"window_size": 4, "normalize": False}, ValueError, "window_size: expected 0 with normalize=False"),
+        ({"share_qk_conv": True, "share_kv_features": True}, ValueError, "share_qk_conv: expected False"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LawcatAttention(**{"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2} | options)
+
+
+def test_bad_calls() -> None:
+    x = torch.randn(2, 5, 32)
+    layer = layer_of("default", layer_idx=None)
+    for arguments, message in (
+        ({"past_key_values": LawcatCache()}, "layer_idx: expected the layer's number"),
+        ({"past_key_values": object()}, "layer_idx"),
+        ({"attention_mask": torch.ones(2, 4)}, "attention_mask: expected shape"),
+        ({"attention_mask": torch.ones(2, 1, 4, 5)}, "attention_mask: expected"),
+        ({"attention_mask": subquad.IntervalMask.causal(5, 5)}, "another IntervalMask"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"cu_seqlens": torch.tensor([0, 5]), "attention_mask": torch.ones(2, 5)}, "cu_seqlens: expected None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x, **arguments)
+    with pytest.raises(ValueError, match="past_key_values: expected a LawcatCache"):
+        layer_of("default")(x, past_key_values=object())
+    with pytest.raises(ValueError, match="position_embeddings: expected"):
+        layer_of("window")(x)
+    with pytest.raises(ValueError, match="original: expected"):
+        layer.to_attention()
+    with pytest.raises(ValueError, match="attention: expected q_proj"):
+        LawcatAttention.from_attention(torch.nn.Linear(2, 2))

@@ -1,0 +1,313 @@
+"""LAWCAT in models of transformers: conversion, generation, caches, attention transfer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from subquad import attention_transfer, attention_transfer_loss, trainable_parameters
+from subquad.integrations.transformers import LawcatConfig, convert, register, revert
+from subquad.nn import LawcatAttention
+
+transformers = pytest.importorskip("transformers")
+FAMILIES = ("Llama", "Mistral", "Qwen3")
+VOCABULARY = 61
+
+
+def model_of(family: str = "Llama", implementation: str = "sdpa", **more: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256, "initializer_range": 0.3}
+    if family == "Mistral":
+        sizes["sliding_window"] = 6
+    config = getattr(transformers, f"{family}Config")(**sizes, **more)
+    config._attn_implementation = implementation
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def stir(model: Any) -> Any:
+    """New parameters away from their tame start."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LawcatAttention):
+                for parameter in module.new_parameters().values():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def ids(b: int = 2, t: int = 12) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (b, t), generator=torch.Generator().manual_seed(5))
+
+
+def greedy(model: Any, tokens: torch.Tensor, new: int, **options: Any) -> torch.Tensor:
+    return model.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [None, [1], [0, -1]])
+def test_conversion_shares_weights_and_reverts(family: str, layers: list[int] | None) -> None:
+    model = model_of(family)
+    before = dict(model.named_parameters())
+    want = model(ids()).logits
+    names = convert(model, attention="lawcat", layers=layers)
+    assert len(names) == (3 if layers is None else len(layers))
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LawcatAttention)
+        assert layer.q_proj.weight is before[f"{name}.q_proj.weight"]
+    assert convert(model, attention="lawcat") == [
+        n for n in (f"model.layers.{i}.self_attn" for i in range(3)) if n not in names
+    ]
+    assert not torch.equal(model(ids()).logits, want)
+    assert len(revert(model)) == 3
+    assert torch.equal(model(ids()).logits, want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [None, [0, 2], [1]])
+@pytest.mark.parametrize("window", [0, 4])
+def test_generation_with_cache_is_the_full_forward(family: str, layers: list[int] | None, window: int) -> None:
+    model = model_of(family)
+    convert(model, attention=LawcatConfig(window_size=window), layers=layers)
+    stir(model)
+    tokens = ids()
+    with torch.no_grad():
+        for _ in range(8):
+            logits = model(tokens, use_cache=False).logits[:, -1:]
+            logits[..., 2] = -torch.inf  # the end, which `greedy` does not allow
+            tokens = torch.cat([tokens, logits.argmax(-1)], 1)
+        with_cache = greedy(model, ids(), 8)
+    assert torch.equal(with_cache, tokens)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "subquad"])
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_batch_of_unequal_prompts(implementation: str, layers: list[int] | None) -> None:
+    """Left padding, in every form of mask that transformers makes: each row generates what it generates alone."""
+    register()
+    model = model_of(implementation=implementation)
+    convert(model, attention="lawcat", layers=layers)
+    stir(model)
+    tokens, mask = ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    for row, padding in enumerate((0, 4, 7)):
+        tokens[row, :padding], mask[row, :padding] = 0, 0
+    got = greedy(model, tokens, 6, attention_mask=mask)[:, 9:]
+    for row, padding in enumerate((0, 4, 7)):
+        alone = greedy(model, tokens[row : row + 1, padding:], 6)[:, 9 - padding :]
+        assert torch.equal(got[row], alone[0]), row
+
+
+def test_beam_search() -> None:
+    model = model_of()
+    convert(model, attention="lawcat")
+    stir(model)
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    with_cache, without = (model.generate(ids(), use_cache=use, **options) for use in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+def test_static_cache_of_a_hybrid() -> None:
+    model = model_of()
+    convert(model, attention="lawcat", layers=[0, 2])
+    stir(model)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    want = greedy(model, ids(), 5, attention_mask=mask)
+    assert torch.equal(greedy(model, ids(), 5, attention_mask=mask, cache_implementation="static"), want)
+
+
+def test_cache_is_constant_and_linear() -> None:
+    model = model_of()
+    convert(model, attention="lawcat")
+    sizes = set()
+    with torch.no_grad():
+        cache = model(ids(), use_cache=True).past_key_values
+        for step in range(5):
+            model(ids(2, 1), past_key_values=cache, use_cache=True)
+            states = [layer.state.tensors().values() for layer in cache.layers]
+            sizes.add(sum(x.numel() for state in states for x in state))
+            assert cache.get_seq_length() == 13 + step
+    assert len(sizes) == 1
+    assert all(cache.is_linear) and cache.has_previous_state(0)
+    assert cache.layers[0].recurrent_states[0].shape == (2, 4, 8, 8)
+    with pytest.raises(RuntimeError, match="cannot forget"):
+        cache.crop(-1)
+    cache.reset()
+    with torch.no_grad():
+        again = model(ids(), past_key_values=cache, use_cache=True).logits
+        assert torch.equal(again, model(ids(), use_cache=True).logits)
+
+
+def test_a_cache_with_keys_is_refused() -> None:
+    model = model_of()
+    cache = model(ids(), use_cache=True).past_key_values
+    convert(model, attention="lawcat")
+    with pytest.raises(ValueError, match="past_key_values: expected an unused layer"):
+        model(ids(2, 1), past_key_values=cache)
+
+
+def test_save_and_load() -> None:
+    model = stir_converted()
+    other = model_of()
+    convert(other, attention="lawcat", layers=[0, 2])
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids()).logits, model(ids()).logits)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(ids()).logits, model(ids()).logits)
+    twin.model.layers[0].self_attn.q_proj.weight.data.zero_()
+    assert twin.model.layers[0].self_attn.original.q_proj is twin.model.layers[0].self_attn.q_proj
+    assert model.model.layers[0].self_attn.q_proj.weight.any()
+
+
+def stir_converted() -> Any:
+    model = model_of()
+    convert(model, attention="lawcat", layers=[0, 2])
+    return stir(model)
+
+
+def test_both_conversions_at_once() -> None:
+    model = model_of()
+    names = convert(model, mlp="cats", attention="lawcat", layers=[1])
+    assert names == ["model.layers.1.self_attn", "model.layers.1.mlp"]
+    assert sorted(revert(model)) == sorted(names)
+
+
+def test_bad_conversions_change_nothing() -> None:
+    for arguments, error, message in (
+        ({"attention": "sparse"}, ValueError, "attention: expected one of 'lawcat'"),
+        ({}, ValueError, "mlp: expected"),
+        ({"attention": "lawcat", "taps": 3}, TypeError, "taps: unknown option"),
+        ({"attention": LawcatConfig(), "conv_size": 3}, TypeError, "conv_size: options come with"),
+        ({"attention": "lawcat", "conv_size": 99}, ValueError, "self_attn: kernel_size"),
+        ({"attention": "lawcat", "layers": [7]}, ValueError, "layers: expected numbers below 3"),
+        ({"attention": "lawcat", "mlp": "cats", "conv_size": 2}, TypeError, "conv_size: with mlp and attention"),
+    ):
+        model = model_of()
+        with pytest.raises(error, match=message):
+            convert(model, **arguments)
+        assert not any(isinstance(m, LawcatAttention) for m in model.modules())
+    with pytest.raises(ValueError, match="attention_dropout"):
+        convert(model_of(attention_dropout=0.1), attention="lawcat")
+    with pytest.raises(ValueError, match="model: expected attention layers"):
+        convert(torch.nn.Linear(2, 2), attention="lawcat")
+
+
+# --- attention transfer ---------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transfer_returns_the_teacher(family: str) -> None:
+    model = model_of(family)
+    want = model(ids()).logits
+    convert(model, attention="lawcat")
+    with attention_transfer(model) as transfer:
+        torch.testing.assert_close(model(ids(), use_cache=False).logits, want)
+        assert list(transfer.losses) == [f"model.layers.{i}.self_attn" for i in range(3)]
+    assert not torch.allclose(model(ids()).logits, want)
+
+
+def test_transfer_loss_is_its_definition() -> None:
+    """Student and teacher before o_proj, recorded by hooks on the models themselves."""
+    stock = model_of()
+    converted = stir_mapped(copy.deepcopy(stock))
+    true, heard = [], []
+    for layer in stock.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, a: true.append(a[0]))
+        layer.self_attn.register_forward_pre_hook(lambda _, a, k: heard.append(k["hidden_states"]), with_kwargs=True)
+    stock(ids(), use_cache=False)
+    pred = [layer.self_attn.mix(x) for layer, x in zip(converted.model.layers, heard, strict=True)]
+    want = sum((p - t).square().mean() for p, t in zip(pred, true, strict=True)) / 3 * 1000
+    assert torch.allclose(attention_transfer_loss(pred, true), want)
+    with attention_transfer(converted) as transfer:
+        converted(ids(), use_cache=False)
+        assert torch.allclose(transfer.loss(), want, rtol=1e-5)
+        with pytest.raises(RuntimeError, match="run the model first"):
+            transfer.loss()
+
+
+def stir_mapped(model: Any) -> Any:
+    convert(model, attention="lawcat")
+    return stir(model)
+
+
+def test_layer_local_backward_has_the_same_gradients() -> None:
+    grads = []
+    for local in (False, True):
+        model = stir_mapped(model_of())
+        parameters = trainable_parameters(model)
+        with attention_transfer(model, layer_local=local) as transfer:
+            model(ids(), use_cache=False)
+            loss = transfer.loss()
+            assert loss.requires_grad is not local
+            if not local:
+                loss.backward()
+        grads.append([p.grad for p in parameters.values()])
+        assert all(p.grad is None for n, p in model.named_parameters() if n not in parameters)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "subquad"])
+def test_padding_does_not_count(implementation: str) -> None:
+    register()
+    losses = []
+    for padding in (0, 5):
+        model = stir_mapped(model_of(implementation=implementation))
+        tokens = torch.cat([torch.zeros(2, padding, dtype=torch.long), ids()], 1)
+        mask = torch.cat([torch.zeros(2, padding, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)], 1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with attention_transfer(model) as transfer:
+            model(tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+            losses.append(transfer.loss())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+def test_transfer_learns() -> None:
+    """A few steps of AdamW lower the loss of every layer by a third at least."""
+    model = model_of()
+    convert(model, attention="lawcat")
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2, weight_decay=0)
+    history = []
+    with attention_transfer(model, layer_local=True) as transfer:
+        for _ in range(40):
+            model(ids(4, 24), use_cache=False)
+            history.append({name: float(loss) for name, loss in transfer.losses.items()})
+            transfer.loss()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(history[-1][name] < 0.67 * first for name, first in history[0].items())
+
+
+def test_trainable_parameters() -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match="model: expected layers"):
+        trainable_parameters(model)
+    with pytest.raises(ValueError, match="model: expected layers"), attention_transfer(model):
+        pass
+    convert(model, attention="lawcat", layers=[1])
+    first, second = set(trainable_parameters(model)), set(trainable_parameters(model, stage=2))
+    names = {name for name, _ in model.named_parameters()}
+    assert first < second <= names
+    assert {name.split("self_attn.")[1].split(".")[0] for name in first} == {"conv_q", "conv_k", "feature_map", "gate"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == second
+    with pytest.raises(ValueError, match="stage: expected 1 or 2"):
+        trainable_parameters(model, stage=3)
+
+
+def test_bad_losses() -> None:
+    x = torch.zeros(1, 2, 3)
+    for pred, true, mask, message in (
+        ([x], [], None, "true: expected 1 layers"),
+        ([x], [x[:, :1]], None, "true: expected shape"),
+        ([x], [x], torch.ones(1, 3), "mask: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_transfer_loss(pred, true, mask=mask)
+    model = stir_mapped(model_of())
+    with attention_transfer(model), pytest.raises(ValueError, match="past_key_values: expected None"):
+        model(ids(), use_cache=True)
