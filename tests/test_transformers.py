@@ -198,9 +198,9 @@ def tensor_parallel(model: nn.Module) -> None:
         (None, {"mlp": "cats", "size": 3}, TypeError, "size: unknown option"),
         (None, {"mlp": CatsConfig(), "prefill": "dense"}, TypeError, "prefill: options come with"),
         (None, {"mlp": "relu"}, ValueError, "mlp: expected one of 'cats' .* got 'relu'"),
-        (None, {}, ValueError, "mlp: expected one of 'cats' .* got None"),
-        (None, {"attention": "sink"}, ValueError, "attention conversions are not in this version"),
-        (None, {"mlp": "cats", "attention": "sink"}, ValueError, "attention conversions are not in this version"),
+        (None, {}, ValueError, "mlp: expected 'cats' .* got None"),
+        (None, {"attention": "sink"}, ValueError, "attention: expected one of 'lawcat' .* got 'sink'"),
+        (None, {"mlp": "cats", "attention": "sink"}, ValueError, "attention: expected one of 'lawcat' .* got 'sink'"),
     ],
 )
 def test_a_failed_conversion_changes_nothing(damage, options: dict, error: type[Exception], match: str) -> None:

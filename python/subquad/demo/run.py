@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .. import _backends
 from . import measure, model, report
-from .variants import CALIBRATED, FAMILIES, Variant
+from .variants import FAMILIES, PASSES, Variant
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
 LIKELIHOOD_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # nats per token
@@ -72,7 +72,10 @@ class _Stages:
 
 def _prepare_native(device: str) -> str | None:
     """Make the native kernels ready, compiling them when they are not there yet. Returns why they cannot be used."""
-    reasons = (_backends.unavailable(op, "native", device, build=True) for op in ("cats_mlp", "interval_attention"))
+    reasons = (
+        _backends.unavailable(op, "native", device, build=True)
+        for op in ("cats_mlp", "interval_attention", "gated_linear_attention")
+    )
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -112,7 +115,7 @@ def run(
                     (heldout_text, settings.heldout_tokens),
                 )
             )
-        with stages.stage("convert and calibrate", len(CALIBRATED) * len(batches)) as tick:
+        with stages.stage("convert, calibrate, transfer", sum(PASSES.values()) * len(batches)) as tick:
             variants = [v for build in FAMILIES.values() for v in build(subject.model, batches, tick)]
         check, rows = _measure(stages, subject, variants, heldout, settings)
     largest = max(check["prefill_max_difference"], check["decode_max_difference"])

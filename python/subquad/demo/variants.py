@@ -10,11 +10,15 @@ import torch
 from torch import nn
 
 from ..calibration import CatsCalibrator
+from ..distillation import attention_transfer, trainable_parameters
 from ..integrations.transformers import convert, register
 from ..nn.cats_mlp import CATSMLP
 from ..nn.conversion import find_mlps
+from ..nn.lawcat_conversion import find_attentions
 
 CATS_TARGETS = (0.3, 0.5, 0.7)
+LAWCAT_KEEP = 5  # one layer of so many stays softmax in the hybrid
+LAWCAT_PASSES = 6  # over the calibration text
 
 
 def _nothing() -> None:
@@ -85,5 +89,37 @@ def attention(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[
     return [Variant("our attention", "attention", model, activate=_switch(model, "subquad"))]
 
 
-FAMILIES: dict[str, Builder] = {"dense": dense, "cats": cats, "attention": attention}
-CALIBRATED = ("cats",)  # families that run every calibration batch once
+def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+    """The model with linear attention that was shown the calibration text: in all layers, and in most of them."""
+    linear = _sharing(model)
+    convert(linear, attention="lawcat")
+    parameters = list(trainable_parameters(linear).values())
+    steps = LAWCAT_PASSES * len(batches)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=max(steps, 1), pct_start=0.1)
+    with torch.enable_grad(), attention_transfer(linear, layer_local=True) as transfer:
+        for step in range(steps):
+            linear(input_ids=batches[step % len(batches)], use_cache=False, logits_to_keep=1)
+            transfer.loss()
+            for parameter in parameters:
+                nn.utils.clip_grad_norm_([parameter], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            tick()
+    linear.requires_grad_(False)
+    hybrid = _sharing(linear)
+    for number, (name, layer) in enumerate(find_attentions(hybrid).items()):
+        if number % LAWCAT_KEEP == LAWCAT_KEEP // 2:
+            hybrid.set_submodule(name, layer.to_attention(), strict=True)  # type: ignore[operator]
+    return [Variant("LAWCAT", "lawcat", linear), Variant("LAWCAT hybrid", "lawcat", hybrid)]
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same parameters."""
+    shared = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+FAMILIES: dict[str, Builder] = {"dense": dense, "cats": cats, "lawcat": lawcat, "attention": attention}
+PASSES = {"cats": 1, "lawcat": LAWCAT_PASSES}  # how often a family runs every calibration batch
