@@ -114,7 +114,8 @@ def test_disagreement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def broken(model: nn.Module, **options: object) -> list[str]:
         names = convert(model, **options)
-        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
+        if options.get("mlp"):
+            model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
         return names
 
     monkeypatch.setattr(variants, "convert", broken)

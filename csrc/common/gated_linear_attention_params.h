@@ -27,6 +27,7 @@ struct GatedLinearAttentionParams {
   float* s;                   // [N, states, K, V] final states
   float* z;                   // [N, states, K] or null when not normalised
   int64_t sequences, tokens, states, dk, dv;
+  int64_t group;  // CPU: neighbouring state heads that walk a sequence together
   float scale, eps;
 };
 

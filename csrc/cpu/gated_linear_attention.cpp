@@ -1,6 +1,7 @@
 // subquad::gated_linear_attention_* on CPU tensors.
 #include "cpu/gated_linear_attention.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "cpu/binding.h"
@@ -10,6 +11,7 @@ namespace subquad::cpu {
 namespace {
 
 constexpr int64_t kMaxWidth = 256;
+constexpr int64_t kMaxGroup = 4;  // states of a group stay in the cache
 
 GatedLinearAttentionKernels kernels_for(const Tensor& q) {
   return SQ_DISPATCH_ISA(gated_linear_attention_kernels, dtype_of(q, "q"));
@@ -96,6 +98,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_linear_attention_fwd(const Tens
   Tensor den = empty({normalize ? q.size(0) : 0, p.tokens, p.q.heads}, ScalarType::Float);
   Tensor s = empty({p.sequences, p.states, p.dk, p.dv}, ScalarType::Float);
   Tensor z = empty({normalize ? p.sequences : 0, p.states, p.dk}, ScalarType::Float);
+  advise_huge_pages(o);
+  p.group = std::clamp<int64_t>(p.sequences * p.states / torch::stable::get_num_threads(), 1, kMaxGroup);
   p.o = o.mutable_data_ptr();
   p.s = static_cast<float*>(s.mutable_data_ptr());
   if (normalize) {

@@ -7,7 +7,9 @@
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
-int64_t forward_items(const GatedLinearAttentionParams& p) { return p.sequences * p.states; }
+int64_t groups(const GatedLinearAttentionParams& p) { return (p.states + p.group - 1) / p.group; }
+
+int64_t forward_items(const GatedLinearAttentionParams& p) { return p.sequences * groups(p); }
 
 template <class T>
 int64_t forward_scratch(const GatedLinearAttentionParams& p) {
@@ -16,7 +18,8 @@ int64_t forward_scratch(const GatedLinearAttentionParams& p) {
 
 template <class T>
 void forward(const GatedLinearAttentionParams& p, int64_t item, void* scratch) {
-  GlaForward<T>(p, Arena(scratch)).run(item / p.states, item % p.states);
+  const int64_t count = groups(p), first = item % count * p.group;
+  GlaForward<T>(p, Arena(scratch)).run(item / count, first, smaller(first + p.group, p.states));
 }
 
 int64_t backward_items(const GatedLinearAttentionParams& p) { return p.sequences * gla_units(p); }

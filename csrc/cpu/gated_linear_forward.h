@@ -1,4 +1,7 @@
-// Gated linear attention, forward: one state head of one sequence, chunk after chunk. One instruction set.
+// Gated linear attention, forward: neighbouring state heads of one sequence, chunk after chunk. One instruction set.
+//
+// Rows of one head lie a whole token apart: one head alone would touch a new page every other row. Neighbours walk the
+// chunks together, and find the pages, and the lines that were fetched ahead, still there.
 #pragma once
 
 #include "cpu/gated_linear_chunk.h"
@@ -10,32 +13,56 @@ class GlaForward {
  public:
   GlaForward(const GatedLinearAttentionParams& p, Arena arena)
       : p_(p), size_(p), chunk_(p, arena), pairs_(size_, arena) {
-    state_ = arena.take<float>(size_.k * size_.v);
-    z_ = arena.take<float>(size_.k);
-    pending_ = arena.take<float>(size_.k);
+    memory_ = arena.take<float>(p.group * memory_size());
     out_ = arena.take<float>(kChunk * size_.v);
     bytes_ = arena.used();
   }
   int64_t bytes() const { return bytes_; }
 
-  void run(int64_t n, int64_t s) {
+  /// State heads [first, end) of sequence n.
+  void run(int64_t n, int64_t first, int64_t end) {
     sequence_ = sequence_at(p_, n);
-    head_ = s;
-    const int64_t at = n * p_.states + s;
+    for (int64_t s = first; s < end; ++s) {
+      choose(s, s - first);
+      begin(n * p_.states + s);
+    }
+    for (int64_t t = sequence_.begin; t < sequence_.end; t += kChunk)
+      for (int64_t s = first; s < end; ++s) {
+        choose(s, s - first);
+        walk(t, smaller(kChunk, sequence_.end - t));
+      }
+    for (int64_t s = first; s < end; ++s) {
+      choose(s, s - first);
+      finish(n * p_.states + s);
+    }
+  }
+
+ private:
+  int64_t memory_size() const { return size_.k * (size_.v + 2); }
+
+  void choose(int64_t head, int64_t member) {
+    head_ = head;
+    state_ = memory_ + member * memory_size();
+    z_ = state_ + size_.k * size_.v;
+    pending_ = z_ + size_.k;
+  }
+
+  void begin(int64_t at) {
     zero_words(state_, size_.k * size_.v);
     zero_words(z_, size_.k);
     for (int64_t c = 0; c < p_.dk && p_.s0 != nullptr; ++c)
       std::memcpy(state_ + c * size_.v, p_.s0 + (at * p_.dk + c) * p_.dv, static_cast<size_t>(p_.dv) * sizeof(float));
     if (p_.z0 != nullptr) std::memcpy(z_, p_.z0 + at * p_.dk, static_cast<size_t>(p_.dk) * sizeof(float));
     for (int64_t c = 0; c < size_.k; ++c) pending_[c] = 1.0f;
-    for (int64_t t = sequence_.begin; t < sequence_.end; t += kChunk) walk(t, smaller(kChunk, sequence_.end - t));
+  }
+
+  void finish(int64_t at) {
     decay_state(nullptr);
     for (int64_t c = 0; c < p_.dk; ++c)
       std::memcpy(p_.s + (at * p_.dk + c) * p_.dv, state_ + c * size_.v, static_cast<size_t>(p_.dv) * sizeof(float));
     if (p_.z != nullptr) std::memcpy(p_.z + at * p_.dk, z_, static_cast<size_t>(p_.dk) * sizeof(float));
   }
 
- private:
   void walk(int64_t t, int64_t n) {
     if (!chunk_.load(sequence_, head_, t, n)) {
       const int64_t half = (n + 1) / 2;
@@ -94,7 +121,8 @@ class GlaForward {
   Pairs2D pairs_;
   Sequence sequence_{};
   int64_t head_ = 0, bytes_ = 0;
-  float *state_, *z_, *pending_, *out_;
+  float *memory_, *out_;
+  float *state_ = nullptr, *z_ = nullptr, *pending_ = nullptr;  // of the head chosen
 };
 
 }  // namespace subquad::cpu::SUBQUAD_ISA
