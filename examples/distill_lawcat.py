@@ -3,10 +3,10 @@
     python examples/distill_lawcat.py --quick     # two or three minutes on two cores
     python examples/distill_lawcat.py             # half an hour
 
-Every softmax layer gets a LAWCAT layer that shares its projections. The new parameters (convolutions, feature maps, gates; 2 %
-of the model) learn to say what the softmax layer says, layer by layer, and then, for a few steps, to predict the next token together.
-Two models come out: all layers linear, and a hybrid that keeps some softmax layers. Both are saved, loaded again, judged by
-perplexity on held-out text, and generate with a memory that does not grow.
+Every softmax layer gets a LAWCAT layer that shares its projections. The new parameters (convolutions, feature maps, gates: 2 %
+of the model) learn to say what the softmax layer says, layer by layer, and then, for a few steps, to predict the next token
+together. Two models come out: all layers linear, and a hybrid that keeps some softmax layers. Both are saved, loaded again,
+judged by perplexity on held-out text, and generate; where all layers are linear, with a memory that does not grow.
 """
 
 from __future__ import annotations

@@ -205,6 +205,13 @@ OPS: dict[str, Op] = {
     ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))
+# Ops of one paper whose names have nothing in common.
+FAMILIES = {"lawcat": ("causal_conv1d", "feature_map", "gated_linear_attention")}
+
+
+def in_family(stem: str, family: str | None) -> bool:
+    """Whether an op stem belongs to a family: listed, equal to its name, or beginning with that and an underscore."""
+    return family is None or stem in FAMILIES.get(family, (family,)) or stem.startswith(family + "_")
 
 
 def _triton_impl(name: str, stem: str) -> Callable[..., Any]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from .. import _backends, _native
-from .._schemas import STEMS
+from .._schemas import FAMILIES, STEMS, in_family
 from ..testing.spec import BenchCase, OpSpec
 from . import measure
+from .composites import COMPOSITES
 from .measure import Result
 from .timing import Plan
 
@@ -42,16 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def specs_of(family: str | None) -> list[OpSpec]:
-    """The specs with benchmark cases whose stem is the family or starts with it.
+    """The specs with benchmark cases of a family, then what is built from its ops.
 
     Raises:
         ValueError: if no op is called so.
     """
     from ..testing.specs import SPECS
 
-    chosen = [s for s in SPECS if family is None or s.stem == family or s.stem.startswith(f"{family}_")]
+    chosen = [s for s in SPECS if in_family(s.stem, family)]
+    chosen += [s for s in COMPOSITES if in_family(s.name, family)]
     if not chosen:
-        raise ValueError(f"family: expected a name that one of {', '.join(STEMS)} starts with, got {family!r}")
+        names = ", ".join((*FAMILIES, *STEMS))
+        raise ValueError(f"family: expected one of {names}, or what one of them starts with, got {family!r}")
     return [spec for spec in chosen if spec.bench]
 
 

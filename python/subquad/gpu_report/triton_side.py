@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .. import _env
+from .._schemas import in_family
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,6 @@ def modules(family: str | None) -> list[str]:
     package = import_module("subquad.kernels")
     stems = (info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
     return [f"subquad.kernels.{stem}" for stem in sorted(stems) if in_family(stem, family)]
-
-
-def in_family(stem: str, family: str | None) -> bool:
-    """Whether an op stem belongs to a family: equal to it, or beginning with it and an underscore."""
-    return family is None or stem == family or stem.startswith(family + "_")
 
 
 def compile_all(names: list[str], archs: list[int], folder: Path, progress: Callable[[int], None]) -> list[Compiled]:
