@@ -1,0 +1,113 @@
+"""Building blocks of chunked linear attention: rows of a chunk with their decays, and what a chunk does to itself.
+
+Within a chunk b is the decay summed from its first token on, to base 2. Two ways lead to the sum over its pairs i >= j of
+scale q_i k_j 2^(b_i - b_j): one product of q 2^(b - m) and k 2^(m - b), with m the b of the middle token, where exponents and
+operands are moderate; and else token by token, where every exponent is a difference at or below zero and a NaN meets no earlier
+token.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numerics import cast, widen_if_interpreted
+
+HALF_RANGE = tl.constexpr(57.7)  # 40 natural units
+MODERATE = tl.constexpr(1e18)  # products of two operands below it cannot overflow
+
+
+@triton.jit
+def dot(a, b, OP: tl.constexpr, PRECISION: tl.constexpr):
+    """a b with fp32 sums; operands rounded to OP."""
+    if tl.float32 == OP:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    else:
+        product = tl.dot(widen_if_interpreted(cast(a, OP)), widen_if_interpreted(cast(b, OP)))
+    return product
+
+
+@triton.jit
+def rows_of(ptr, rows, live, stride_t, stride_c, width, first, W: tl.constexpr):
+    """fp32 [C, W]: columns first .. first + W of these rows, 0 outside."""
+    cols = first + tl.arange(0, W)
+    at = rows.to(tl.int64)[:, None] * stride_t + cols[None, :] * stride_c
+    return tl.load(ptr + at, live[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_of(ptr, row, stride_t, stride_c, width, first, W: tl.constexpr):
+    """fp32 [W]: one row likewise."""
+    cols = first + tl.arange(0, W)
+    at = (tl.zeros([W], tl.int64) + row) * stride_t + cols * stride_c
+    return tl.load(ptr + at, cols < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def beyond(x, limit):
+    """How many elements are not within the limit; NaN is not."""
+    return tl.sum((~(tl.abs(x) <= limit)).to(tl.int32))
+
+
+@triton.jit
+def span_of(n, cu_ptr, tokens, VARLEN: tl.constexpr):
+    """Batch row and tokens [start, end) of sequence n; bounds are not trusted."""
+    if VARLEN:
+        start = tl.minimum(tl.maximum(tl.load(cu_ptr + n), 0), tokens)
+        end = tl.minimum(tl.maximum(tl.load(cu_ptr + n + 1), start), tokens)
+        batch = tl.zeros_like(start)
+    else:
+        batch = n.to(tl.int64)
+        start = batch * 0
+        end = start + tokens
+    return batch, start, end
+
+
+@triton.jit
+def slot_of(slot, cu_ptr, sequence_ptr, offset_ptr, sequences, chunks, tokens, VARLEN: tl.constexpr, C: tl.constexpr):
+    """Sequence, batch row, first token and end of a chunk slot; an unused slot has no tokens."""
+    if VARLEN:
+        n = tl.load(sequence_ptr + slot)
+        used = n < sequences
+        n = tl.minimum(n, sequences - 1)
+        batch, start, end = span_of(n, cu_ptr, tokens, VARLEN)
+        start += (slot - tl.load(offset_ptr + n)) * C
+        end = tl.where(used, end, start)
+    else:
+        n = (slot // chunks).to(tl.int64)
+        batch, start, end = span_of(n, cu_ptr, tokens, VARLEN)
+        start += (slot - n * chunks) * C
+    return n, batch, start, end
+
+
+@triton.jit
+def decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """b [C, BK], b - m [C, BK] and the last b [BK]."""
+    if GATED:
+        last = tl.minimum(t + C, end) - 1
+        b = rows_of(b_ptr, rows, live, b_t, b_c, dk, 0, BK)
+        middle = row_of(b_ptr, t + (last - t) // 2, b_t, b_c, dk, 0, BK)
+        whole = row_of(b_ptr, last, b_t, b_c, dk, 0, BK)
+        centred = tl.where(live[:, None], b - middle[None, :], 0.0)
+    else:
+        b = tl.zeros([C, BK], tl.float32)
+        centred = tl.zeros([C, BK], tl.float32)
+        whole = tl.zeros([BK], tl.float32)
+    return b, centred, whole
+
+
+@triton.jit
+def leaving(k, b, whole, live):
+    """k 2^(whole - b): what each token leaves in the state."""
+    return tl.where(live[:, None], k * tl.exp2(whole[None, :] - b), 0.0)
+
+
+@triton.jit
+def pair_decay(b, b_ptr, row, later, b_t, b_c, dk, GATED: tl.constexpr, BK: tl.constexpr):
+    """2^(b_i - b_j) [C, BK] of one token j and those after it; 1 before."""
+    if GATED:
+        key = row_of(b_ptr, row, b_t, b_c, dk, 0, BK)
+        b = tl.exp2(tl.where(later[:, None], b - key[None, :], 0.0))
+    else:
+        b += 1.0
+    return b
