@@ -285,26 +285,48 @@ def _dqk_kernel(
             head = s * GROUP + h
             q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK)
             row_at = (batch * tokens + rows) * (states * GROUP) + head
-            _, dden = _row_gradients(grad_ptr, o_ptr, den_ptr, row_at, live, 0, dv, eps, NORMALIZE, C, BV)
-            dq = dden[:, None] * z[None, :]
-            pairs = tl.zeros([C, C], tl.float32) + dden[:, None]
-            flipped = tl.zeros([C, C], tl.float32) + dden[None, :]
+            # Products of the result's gradient as it came, which is exact, and the denominator's gradient from them: dq is
+            # a difference of nearly equal terms.
+            inverse = tl.full([C], 1.0, tl.float32)
+            if NORMALIZE:
+                inverse = tl.where(live, 1.0 / (tl.load(den_ptr + row_at, live, other=1.0) + eps), 0.0)
+            dq = tl.zeros([C, BK], tl.float32)
+            pairs = tl.zeros([C, C], tl.float32)
+            flipped = tl.zeros([C, C], tl.float32)
             steep = bad
             for first in range(0, dv, BV):
                 cols = first + tl.arange(0, BV)
                 tile = own * dk * dv + chan[:, None] * dv + cols[None, :]
                 state = tl.load(states_ptr + tile, (chan < dk)[:, None] & (cols < dv)[None, :], other=0.0)
                 v = rows_of(v_ptr, rows, live, v_t, 1, dv, first, BV)
-                dnum, _ = _row_gradients(grad_ptr, o_ptr, den_ptr, row_at, live, first, dv, eps, NORMALIZE, C, BV)
-                steep += beyond(dnum, MODERATE)
-                dq += dot(dnum, tl.trans(state), OP, PRECISION)
-                pairs += dot(dnum, tl.trans(v), OP, PRECISION)
-                flipped += dot(v, tl.trans(dnum), OP, PRECISION)
-            dq = tl.where(live[:, None], dq * tl.exp2(b) * scale, 0.0)
+                grad = rows_of(grad_ptr, row_at, live, dv, 1, dv, first, BV)
+                steep += beyond(grad * inverse[:, None], MODERATE)
+                dq += dot(grad, tl.trans(state), OP, PRECISION)
+                pairs += dot(grad, tl.trans(v), OP, PRECISION)
+                flipped += dot(v, tl.trans(grad), OP, PRECISION)
+            enter = tl.where(live[:, None], tl.exp2(b) * scale, 0.0)
             qb = q * tl.exp2(centred)
-            if steep + beyond(qb, MODERATE) == 0:
-                pairs = tl.where(order[:, None] >= order[None, :], pairs * scale, 0.0)
-                flipped = tl.where(order[:, None] <= order[None, :], flipped * scale, 0.0)
+            steep += beyond(qb, MODERATE)
+            dden = tl.zeros([C], tl.float32)
+            if NORMALIZE:
+                numerator = tl.sum(q * enter * dq, 1)
+                if steep == 0:
+                    scores = dot(qb, tl.trans(kb), OP, PRECISION)
+                    numerator += tl.sum(tl.where(order[:, None] >= order[None, :], scores * pairs, 0.0), 1) * scale
+                else:
+                    for j in range(tl.minimum(C, end - t)):
+                        later = (order >= j) & live
+                        w = pair_decay(b, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
+                        score = tl.sum(q * w * row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)[None, :], 1) * scale
+                        pair = tl.sum(tl.where((order == j)[None, :], pairs, 0.0), 1)
+                        numerator += tl.where(later, score * pair, 0.0)
+                dden = -numerator * inverse * inverse
+            dq = (dq * inverse[:, None] + dden[:, None] * z[None, :]) * enter
+            if steep == 0:
+                pairs = (pairs * inverse[:, None] + dden[:, None]) * scale
+                pairs = tl.where(order[:, None] >= order[None, :], pairs, 0.0)
+                flipped = (flipped * inverse[None, :] + dden[None, :]) * scale
+                flipped = tl.where(order[:, None] <= order[None, :], flipped, 0.0)
                 dq += tl.exp2(centred) * dot(pairs, kb, OP, PRECISION)
                 dk_out += tl.exp2(-centred) * dot(flipped, qb, OP, PRECISION)
             else:
@@ -312,13 +334,8 @@ def _dqk_kernel(
                     later = (order >= j) & live
                     w = pair_decay(b, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
                     key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
-                    ds = dden
-                    for first in range(0, dv, BV):
-                        dnum, _ = _row_gradients(
-                            grad_ptr, o_ptr, den_ptr, row_at, live, first, dv, eps, NORMALIZE, C, BV
-                        )
-                        ds += tl.sum(dnum * row_of(v_ptr, t + j, v_t, 1, dv, first, BV)[None, :], 1)
-                    ds = ds * scale
+                    pair = tl.sum(tl.where((order == j)[None, :], pairs, 0.0), 1)
+                    ds = (pair * inverse + dden) * scale
                     dq += tl.where(later[:, None], ds[:, None] * key[None, :] * w, 0.0)
                     part = tl.sum(tl.where(later[:, None], ds[:, None] * q * w, 0.0), 0)
                     dk_out += tl.where((order == j)[:, None], part[None, :], 0.0)
