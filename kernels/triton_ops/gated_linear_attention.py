@@ -24,6 +24,7 @@ from ._common.linear import (
     beyond,
     decays,
     dot,
+    entering,
     leaving,
     pair_decay,
     row_of,
@@ -81,13 +82,13 @@ def _forward_kernel(
         live = rows < end
         k = rows_of(k_ptr, rows, live, k_t, 1, dk, 0, BK)
         v = rows_of(v_ptr, rows, live, v_t, 1, dv, first, BV)
-        b, centred, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
+        centred, middle, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
         kb = k * tl.exp2(-centred)
         bad = beyond(centred, HALF_RANGE) + beyond(kb, MODERATE) + beyond(v, MODERATE)
         for h in range(GROUP):
             head = s * GROUP + h
             q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK) * scale
-            qt = tl.where(live[:, None], q * tl.exp2(b), 0.0)
+            qt = entering(q, centred, middle, live)
             out = dot(qt, state, OP, PRECISION)
             total = tl.sum(qt * z[None, :], 1)
             qb = q * tl.exp2(centred)
@@ -101,7 +102,7 @@ def _forward_kernel(
             else:
                 for j in range(tl.minimum(C, end - t)):
                     later = order >= j
-                    w = pair_decay(b, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
+                    w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
                     key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
                     score = tl.where(later, tl.sum(q * w * key[None, :], 1), 0.0)
                     value = row_of(v_ptr, t + j, v_t, 1, dv, first, BV)
@@ -113,7 +114,7 @@ def _forward_kernel(
                 tl.store(den_ptr + row_at, total, live & (order * 0 + first == 0))
             out_at = row_at[:, None] * dv + cols[None, :]
             tl.store(o_ptr + out_at, cast(out, o_ptr.dtype.element_ty), live[:, None] & (cols < dv)[None, :])
-        kh = leaving(k, b, whole, live)
+        kh = leaving(k, centred, middle, whole, live)
         state = state * tl.exp2(whole)[:, None] + dot(tl.trans(kh), v, OP, PRECISION)
         state = tl.where((chan < dk)[:, None], state, 0.0)  # padding times infinity
         z = z * tl.exp2(whole) + tl.sum(kh, 0)
@@ -178,8 +179,8 @@ def _walks_kernel(
                 tl.store(zs_ptr + at * dk + chan, z, lead & fits)
             k = rows_of(k_ptr, rows, live, k_t, 1, dk, 0, BK)
             v = rows_of(v_ptr, rows, live, v_t, 1, dv, first, BV)
-            b, _, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
-            kh = leaving(k, b, whole, live)
+            centred, middle, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
+            kh = leaving(k, centred, middle, whole, live)
             state = state * tl.exp2(whole)[:, None] + dot(tl.trans(kh), v, OP, PRECISION)
             state = tl.where((chan < dk)[:, None], state, 0.0)
             z = z * tl.exp2(whole) + tl.sum(kh, 0)
@@ -199,8 +200,8 @@ def _walks_kernel(
             if NORMALIZE:
                 tl.store(dzs_ptr + at * dk + chan, dz, lead & fits)
             k = rows_of(k_ptr, rows, live, k_t, 1, dk, 0, BK)
-            b, centred, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
-            dv_out = dot(leaving(k, b, whole, live), dstate, OP, PRECISION)
+            centred, middle, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
+            dv_out = dot(leaving(k, centred, middle, whole, live), dstate, OP, PRECISION)
             kb = k * tl.exp2(-centred)
             bad = beyond(centred, HALF_RANGE) + beyond(kb, MODERATE)
             dstate = dstate * tl.exp2(whole)[:, None]
@@ -218,12 +219,12 @@ def _walks_kernel(
                 else:
                     for j in range(tl.minimum(C, end - t)):
                         later = (order >= j) & live
-                        w = pair_decay(b, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
+                        w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
                         key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
                         score = tl.sum(q * w * key[None, :], 1)
                         part = tl.sum(tl.where(later[:, None], score[:, None] * dnum, 0.0), 0)
                         dv_out += tl.where((order == j)[:, None], part[None, :], 0.0)
-                qt = tl.where(live[:, None], q * tl.exp2(b), 0.0)
+                qt = entering(q, centred, middle, live)
                 dstate += dot(tl.trans(qt), dnum, OP, PRECISION)
                 dz += tl.sum(qt * dden[:, None], 0)
             at = ((batch * tokens + rows) * states + s)[:, None] * dv + cols[None, :]
@@ -256,7 +257,7 @@ def _dqk_kernel(
         if GATED:
             b_ptr += batch * tokens * b_t + s // G_SHARE * b_h
         k = rows_of(k_ptr, rows, live, k_t, 1, dk, 0, BK)
-        b, centred, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
+        centred, middle, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
         own = slot.to(tl.int64) * states + s
         z = tl.zeros([BK], tl.float32)
         dz = tl.zeros([BK], tl.float32)
@@ -277,7 +278,7 @@ def _dqk_kernel(
             carry += tl.sum(tl.load(states_ptr + tile, inside, other=0.0) * dstate, 1)
         kb = k * tl.exp2(-centred)
         bad = far + beyond(centred, HALF_RANGE) + beyond(kb, MODERATE)
-        dk_out = tl.where(live[:, None], dk_out * tl.exp2(whole[None, :] - b), 0.0)
+        dk_out = tl.where(live[:, None], dk_out * tl.exp2((whole - middle)[None, :] - centred), 0.0)
         # The state's part of the gates: decay of what came in, and of what the chunk's tokens left.
         carry = carry * tl.exp2(whole) + tl.sum(k * dk_out, 0)
         flow = tl.zeros([C, BK], tl.float32)
@@ -304,24 +305,23 @@ def _dqk_kernel(
                 dq += dot(grad, tl.trans(state), OP, PRECISION)
                 pairs += dot(grad, tl.trans(v), OP, PRECISION)
                 flipped += dot(v, tl.trans(grad), OP, PRECISION)
-            enter = tl.where(live[:, None], tl.exp2(b) * scale, 0.0)
             qb = q * tl.exp2(centred)
             steep += beyond(qb, MODERATE)
             dden = tl.zeros([C], tl.float32)
             if NORMALIZE:
-                numerator = tl.sum(q * enter * dq, 1)
+                numerator = tl.sum(entering(q, centred, middle, live) * dq, 1) * scale
                 if steep == 0:
                     scores = dot(qb, tl.trans(kb), OP, PRECISION)
                     numerator += tl.sum(tl.where(order[:, None] >= order[None, :], scores * pairs, 0.0), 1) * scale
                 else:
                     for j in range(tl.minimum(C, end - t)):
                         later = (order >= j) & live
-                        w = pair_decay(b, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
+                        w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
                         score = tl.sum(q * w * row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)[None, :], 1) * scale
                         pair = tl.sum(tl.where((order == j)[None, :], pairs, 0.0), 1)
                         numerator += tl.where(later, score * pair, 0.0)
                 dden = -numerator * inverse * inverse
-            dq = (dq * inverse[:, None] + dden[:, None] * z[None, :]) * enter
+            dq = entering((dq * inverse[:, None] + dden[:, None] * z[None, :]) * scale, centred, middle, live)
             if steep == 0:
                 pairs = (pairs * inverse[:, None] + dden[:, None]) * scale
                 pairs = tl.where(order[:, None] >= order[None, :], pairs, 0.0)
@@ -332,7 +332,7 @@ def _dqk_kernel(
             else:
                 for j in range(tl.minimum(C, end - t)):
                     later = (order >= j) & live
-                    w = pair_decay(b, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
+                    w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
                     key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
                     pair = tl.sum(tl.where((order == j)[None, :], pairs, 0.0), 1)
                     ds = (pair * inverse + dden) * scale
@@ -451,7 +451,7 @@ class _Plan:
         narrow = op is tl.bfloat16 and self.block_k <= 128
         self.chunk = 64 if narrow else 16
         self.block_v = min(self.block_v, 64 if narrow else 32)
-        self.warps = 8 if self.block_k >= 128 else 4
+        self.warps = 8 if self.block_k >= 64 else 4
         self.share = {"K": self.states // k.shape[2], "V": self.states // v.shape[2], "G": self.states // max(gates, 1)}
         self.common: dict[str, Any] = {
             "GROUP": heads // self.states, "K_SHARE": self.share["K"], "G_SHARE": self.share["G"], "GATED": g is not None,

@@ -82,32 +82,38 @@ def slot_of(slot, cu_ptr, sequence_ptr, offset_ptr, sequences, chunks, tokens, V
 
 @triton.jit
 def decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """b [C, BK], b - m [C, BK] and the last b [BK]."""
+    """b - m [C, BK], m and the last b [BK]; m is 0 when it is NaN, which must stay in its row."""
     if GATED:
         last = tl.minimum(t + C, end) - 1
-        b = rows_of(b_ptr, rows, live, b_t, b_c, dk, 0, BK)
         middle = row_of(b_ptr, t + (last - t) // 2, b_t, b_c, dk, 0, BK)
+        middle = tl.where(middle == middle, middle, 0.0)
         whole = row_of(b_ptr, last, b_t, b_c, dk, 0, BK)
-        centred = tl.where(live[:, None], b - middle[None, :], 0.0)
+        centred = tl.where(live[:, None], rows_of(b_ptr, rows, live, b_t, b_c, dk, 0, BK) - middle[None, :], 0.0)
     else:
-        b = tl.zeros([C, BK], tl.float32)
         centred = tl.zeros([C, BK], tl.float32)
+        middle = tl.zeros([BK], tl.float32)
         whole = tl.zeros([BK], tl.float32)
-    return b, centred, whole
+    return centred, middle, whole
 
 
 @triton.jit
-def leaving(k, b, whole, live):
+def leaving(k, centred, middle, whole, live):
     """k 2^(whole - b): what each token leaves in the state."""
-    return tl.where(live[:, None], k * tl.exp2(whole[None, :] - b), 0.0)
+    return tl.where(live[:, None], k * tl.exp2((whole - middle)[None, :] - centred), 0.0)
 
 
 @triton.jit
-def pair_decay(b, b_ptr, row, later, b_t, b_c, dk, GATED: tl.constexpr, BK: tl.constexpr):
+def entering(q, centred, middle, live):
+    """q 2^b: how each token sees the state."""
+    return tl.where(live[:, None], q * tl.exp2(centred + middle[None, :]), 0.0)
+
+
+@triton.jit
+def pair_decay(centred, middle, b_ptr, row, later, b_t, b_c, dk, GATED: tl.constexpr, BK: tl.constexpr):
     """2^(b_i - b_j) [C, BK] of one token j and those after it; 1 before."""
     if GATED:
-        key = row_of(b_ptr, row, b_t, b_c, dk, 0, BK)
-        b = tl.exp2(tl.where(later[:, None], b - key[None, :], 0.0))
+        key = row_of(b_ptr, row, b_t, b_c, dk, 0, BK) - middle
+        centred = tl.exp2(tl.where(later[:, None], centred - key[None, :], 0.0))
     else:
-        b += 1.0
-    return b
+        centred += 1.0
+    return centred
