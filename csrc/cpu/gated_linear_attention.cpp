@@ -113,9 +113,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_linear_attention_fwd(const Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_attention_bwd(
-    const Tensor& grad_o, const Tensor& grad_s, const OptionalTensor& grad_z, const Tensor& /*o*/, const Tensor& den,
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const OptionalTensor& s0,
-    const OptionalTensor& z0, const OptionalTensor& cu_seqlens, double scale, double eps, bool normalize) {
+    const Tensor& grad_o, const Tensor& grad_s, const OptionalTensor& grad_z, const Tensor& den, const Tensor& q,
+    const Tensor& k, const Tensor& v, const OptionalTensor& g, const OptionalTensor& s0, const OptionalTensor& z0,
+    const OptionalTensor& cu_seqlens, double scale, double eps, bool normalize) {
   GatedLinearAttentionParams p = make_params(q, k, v, g, s0, z0, cu_seqlens, scale, eps);
   const int64_t batch = q.size(0), rows = batch * p.tokens * p.q.heads;
   check_contiguous(grad_o, "grad_o");

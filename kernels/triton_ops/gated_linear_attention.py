@@ -1,9 +1,9 @@
 """Gated linear attention, forward, backward and one decoding step.
 
 Forward: one kernel sums the gates of every chunk, one walks each sequence chunk by chunk with its state in registers (one program
-per state head and block of value columns), so that no state goes to memory on the way. Backward: the gates again; walks from both
-ends, which leave the states before and their gradients after every chunk; all gradients of a chunk at once; and the sums of the
-gate gradients. Shared heads get one more kernel that adds their parts in order. No atomics, no autotuning.
+per state head and block of value columns), so that no state goes to memory on the way. Backward: the gates again; a walk from
+the start and one from the end, which leave the states before and their gradients after every chunk; dq and dk of a chunk; and
+the sums of the gate gradients. Shared heads get one more kernel that adds their parts in order. No atomics, no autotuning.
 
 Source: GLA (arXiv 2312.06635), LAWCAT (arXiv 2509.18467) for the normaliser; this form of chunks is this project's.
 """
@@ -23,7 +23,6 @@ from ._common.linear import (
     MODERATE,
     beyond,
     decays,
-    dot,
     entering,
     leaving,
     pair_decay,
@@ -35,6 +34,7 @@ from ._common.linear import (
 from ._common.numerics import cast
 
 LOG2E = tl.constexpr(1.4426950408889634)
+CEILING = tl.constexpr(1e30)  # a gate of +inf would be subtracted from itself
 FLOOR = tl.constexpr(-60.0)  # a decay of e^-60 is nothing in fp32, and its sums keep their digits
 
 
@@ -49,10 +49,39 @@ def _gate_sum_kernel(
     rows = t + tl.arange(0, C)
     live = rows < end
     g = rows_of(g_ptr + batch * g_b + h * g_h, rows, live, g_t, g_c, width, 0, BW)
-    b = tl.cumsum(tl.where(g < FLOOR, FLOOR, g) * LOG2E, 0)
+    g = tl.where(g > CEILING, CEILING, tl.where(g < FLOOR, FLOOR, g))
+    b = tl.cumsum(g * LOG2E, 0)
     cols = tl.arange(0, BW)
     at = ((batch * tokens + rows)[:, None] * heads + h) * width + cols[None, :]
     tl.store(b_ptr + at, b, live[:, None] & (cols < width)[None, :])
+
+
+@triton.jit
+def _outputs(
+    q, kb, v, state, z, centred, middle, bad, k_ptr, v_ptr, b_ptr, t, end, live, k_t, v_t, b_t, b_c, dk, dv, first,
+    GATED: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Numerators [C, BV] and denominators [C] of a chunk for one query head; q is scaled."""
+    order = tl.arange(0, C)
+    qt = entering(q, centred, middle, live)
+    out = tl.dot(qt, state, input_precision=PRECISION)
+    total = tl.sum(qt * z[None, :], 1)
+    qb = q * tl.exp2(centred)
+    if bad + beyond(qb, MODERATE) == 0:
+        scores = tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
+        scores = tl.where(order[:, None] >= order[None, :], scores, 0.0)
+        out += tl.dot(scores, v, input_precision=PRECISION)
+        total += tl.sum(scores, 1)
+    else:
+        for j in range(tl.minimum(C, end - t)):
+            later = order >= j
+            w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
+            key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
+            score = tl.where(later, tl.sum(q * w * key[None, :], 1), 0.0)
+            value = row_of(v_ptr, t + j, v_t, 1, dv, first, BV)
+            out += tl.where(later[:, None], score[:, None] * value[None, :], 0.0)
+            total += score
+    return out, total
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -61,7 +90,7 @@ def _forward_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, b_t, b_h, b_c, tokens, states, dk, dv, scale, eps,
     GROUP: tl.constexpr, K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, G_SHARE: tl.constexpr,
     GATED: tl.constexpr, NORMALIZE: tl.constexpr, S0: tl.constexpr, Z0: tl.constexpr, VARLEN: tl.constexpr,
-    OP: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     n, s = tl.program_id(1) // states, tl.program_id(1) % states
     batch, start, end = span_of(n, cu_ptr, tokens, VARLEN)
@@ -88,26 +117,10 @@ def _forward_kernel(
         for h in range(GROUP):
             head = s * GROUP + h
             q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK) * scale
-            qt = entering(q, centred, middle, live)
-            out = dot(qt, state, OP, PRECISION)
-            total = tl.sum(qt * z[None, :], 1)
-            qb = q * tl.exp2(centred)
-            if bad + beyond(qb, MODERATE) == 0:
-                scores = dot(qb, tl.trans(kb), OP, PRECISION)
-                scores = tl.where(order[:, None] >= order[None, :], scores, 0.0)
-                if tl.bfloat16 == OP:  # the sum is of what multiplies v
-                    scores = cast(scores, OP).to(tl.float32)
-                out += dot(scores, v, OP, PRECISION)
-                total += tl.sum(scores, 1)
-            else:
-                for j in range(tl.minimum(C, end - t)):
-                    later = order >= j
-                    w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
-                    key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
-                    score = tl.where(later, tl.sum(q * w * key[None, :], 1), 0.0)
-                    value = row_of(v_ptr, t + j, v_t, 1, dv, first, BV)
-                    out += tl.where(later[:, None], score[:, None] * value[None, :], 0.0)
-                    total += score
+            out, total = _outputs(
+                q, kb, v, state, z, centred, middle, bad, k_ptr, v_ptr, b_ptr, t, end, live, k_t, v_t, b_t, b_c, dk, dv, first,
+                GATED, PRECISION, C, BK, BV,
+            )  # fmt: skip
             row_at = (batch * tokens + rows) * (states * GROUP) + head
             if NORMALIZE:
                 out = out / (total + eps)[:, None]
@@ -115,7 +128,7 @@ def _forward_kernel(
             out_at = row_at[:, None] * dv + cols[None, :]
             tl.store(o_ptr + out_at, cast(out, o_ptr.dtype.element_ty), live[:, None] & (cols < dv)[None, :])
         kh = leaving(k, centred, middle, whole, live)
-        state = state * tl.exp2(whole)[:, None] + dot(tl.trans(kh), v, OP, PRECISION)
+        state = state * tl.exp2(whole)[:, None] + tl.dot(tl.trans(kh), v, input_precision=PRECISION)
         state = tl.where((chan < dk)[:, None], state, 0.0)  # padding times infinity
         z = z * tl.exp2(whole) + tl.sum(kh, 0)
     tl.store(s_ptr + state_at, state, inside)
@@ -125,31 +138,31 @@ def _forward_kernel(
 
 @triton.jit
 def _row_gradients(
-    grad_ptr, o_ptr, den_ptr, row_at, live, first, dv, eps, NORMALIZE: tl.constexpr, C: tl.constexpr, BV: tl.constexpr
-):
+    grad_ptr, den_ptr, delta_ptr, row_at, live, first, dv, eps, total_rows, NORMALIZE: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
     """Gradients of the numerators (columns from `first` on) [C, BV] and of the denominators [C]."""
     inverse = tl.full([C], 1.0, tl.float32)
     dden = tl.zeros([C], tl.float32)
     if NORMALIZE:
         inverse = tl.where(live, 1.0 / (tl.load(den_ptr + row_at, live, other=1.0) + eps), 0.0)
-        for c in range(0, dv, BV):
-            dden += tl.sum(
-                rows_of(grad_ptr, row_at, live, dv, 1, dv, c, BV) * rows_of(o_ptr, row_at, live, dv, 1, dv, c, BV), 1
-            )
-        dden = -dden * inverse
+        for block in range(tl.cdiv(dv, BV)):
+            dden += tl.load(delta_ptr + block * total_rows + row_at, live, other=0.0)
+        dden = -dden * inverse * inverse
     return rows_of(grad_ptr, row_at, live, dv, 1, dv, first, BV) * inverse[:, None], dden
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "slots"])
 def _walks_kernel(
-    q_ptr, k_ptr, v_ptr, b_ptr, s0_ptr, z0_ptr, cu_ptr, offset_ptr, grad_ptr, grad_s_ptr, grad_z_ptr, o_ptr, den_ptr,
+    q_ptr, k_ptr, v_ptr, b_ptr, s0_ptr, z0_ptr, cu_ptr, offset_ptr, grad_ptr, grad_s_ptr, grad_z_ptr, den_ptr, delta_ptr,
     states_ptr, zs_ptr, dstates_ptr, dzs_ptr, ds0_ptr, dz0_ptr, dv_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, b_t, b_h, b_c, tokens, chunks, slots, states, dk, dv, scale, eps,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, b_t, b_h, b_c, tokens, chunks, slots, states, dk, dv, total_rows, scale, eps,
     GROUP: tl.constexpr, K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, G_SHARE: tl.constexpr,
     GATED: tl.constexpr, NORMALIZE: tl.constexpr, S0: tl.constexpr, Z0: tl.constexpr, VARLEN: tl.constexpr,
-    OP: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk, from the start; its gradient after every chunk, from the end, and dv on the way."""
+    """From the start: the state before every chunk, and of every row the products of the numerators with the result's
+    gradients (by block of columns). From the end: the gradient of the state after every chunk, and dv."""
     n, s = tl.program_id(1) // states, tl.program_id(1) % states
     batch, start, end = span_of(n, cu_ptr, tokens, VARLEN)
     base = tl.load(offset_ptr + n) if VARLEN else n.to(tl.int64) * chunks
@@ -164,7 +177,7 @@ def _walks_kernel(
     k_ptr += batch * k_b + s // K_SHARE * k_h
     order = tl.arange(0, C)
     count = (end - start + C - 1) // C
-    if tl.program_id(2) == 0:
+    if not REVERSE:
         state = tl.load(s0_ptr + own * dk * dv + tile, inside, other=0.0) if S0 else tl.zeros([BK, BV], tl.float32)
         z = tl.load(z0_ptr + own * dk + chan, chan < dk, other=0.0) if Z0 else tl.zeros([BK], tl.float32)
         v_ptr += batch * v_b + s // V_SHARE * v_h
@@ -180,8 +193,21 @@ def _walks_kernel(
             k = rows_of(k_ptr, rows, live, k_t, 1, dk, 0, BK)
             v = rows_of(v_ptr, rows, live, v_t, 1, dv, first, BV)
             centred, middle, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
+            if NORMALIZE:
+                kb = k * tl.exp2(-centred)
+                bad = beyond(centred, HALF_RANGE) + beyond(kb, MODERATE) + beyond(v, MODERATE)
+                for h in range(GROUP):
+                    head = s * GROUP + h
+                    q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK) * scale
+                    out, _ = _outputs(
+                        q, kb, v, state, z, centred, middle, bad, k_ptr, v_ptr, b_ptr, t, end, live, k_t, v_t, b_t, b_c, dk,
+                        dv, first, GATED, PRECISION, C, BK, BV,
+                    )  # fmt: skip
+                    row_at = (batch * tokens + rows) * (states * GROUP) + head
+                    part = tl.sum(out * rows_of(grad_ptr, row_at, live, dv, 1, dv, first, BV), 1)
+                    tl.store(delta_ptr + tl.program_id(0) * total_rows + row_at, part, live)
             kh = leaving(k, centred, middle, whole, live)
-            state = state * tl.exp2(whole)[:, None] + dot(tl.trans(kh), v, OP, PRECISION)
+            state = state * tl.exp2(whole)[:, None] + tl.dot(tl.trans(kh), v, input_precision=PRECISION)
             state = tl.where((chan < dk)[:, None], state, 0.0)
             z = z * tl.exp2(whole) + tl.sum(kh, 0)
     else:
@@ -201,7 +227,7 @@ def _walks_kernel(
                 tl.store(dzs_ptr + at * dk + chan, dz, lead & fits)
             k = rows_of(k_ptr, rows, live, k_t, 1, dk, 0, BK)
             centred, middle, whole = decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED, C, BK)
-            dv_out = dot(leaving(k, centred, middle, whole, live), dstate, OP, PRECISION)
+            dv_out = tl.dot(leaving(k, centred, middle, whole, live), dstate, input_precision=PRECISION)
             kb = k * tl.exp2(-centred)
             bad = beyond(centred, HALF_RANGE) + beyond(kb, MODERATE)
             dstate = dstate * tl.exp2(whole)[:, None]
@@ -210,12 +236,14 @@ def _walks_kernel(
                 head = s * GROUP + h
                 q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK) * scale
                 row_at = (batch * tokens + rows) * (states * GROUP) + head
-                dnum, dden = _row_gradients(grad_ptr, o_ptr, den_ptr, row_at, live, first, dv, eps, NORMALIZE, C, BV)
+                dnum, dden = _row_gradients(
+                    grad_ptr, den_ptr, delta_ptr, row_at, live, first, dv, eps, total_rows, NORMALIZE, C, BV
+                )
                 qb = q * tl.exp2(centred)
                 if bad + beyond(qb, MODERATE) + beyond(dnum, MODERATE) == 0:
-                    scores = dot(kb, tl.trans(qb), OP, PRECISION)
+                    scores = tl.dot(kb, tl.trans(qb), input_precision=PRECISION)
                     scores = tl.where(order[:, None] <= order[None, :], scores, 0.0)
-                    dv_out += dot(scores, dnum, OP, PRECISION)
+                    dv_out += tl.dot(scores, dnum, input_precision=PRECISION)
                 else:
                     for j in range(tl.minimum(C, end - t)):
                         later = (order >= j) & live
@@ -225,7 +253,7 @@ def _walks_kernel(
                         part = tl.sum(tl.where(later[:, None], score[:, None] * dnum, 0.0), 0)
                         dv_out += tl.where((order == j)[:, None], part[None, :], 0.0)
                 qt = entering(q, centred, middle, live)
-                dstate += dot(tl.trans(qt), dnum, OP, PRECISION)
+                dstate += tl.dot(tl.trans(qt), dnum, input_precision=PRECISION)
                 dz += tl.sum(qt * dden[:, None], 0)
             at = ((batch * tokens + rows) * states + s)[:, None] * dv + cols[None, :]
             tl.store(dv_ptr + at, cast(dv_out, dv_ptr.dtype.element_ty), live[:, None] & (cols < dv)[None, :])
@@ -238,11 +266,11 @@ def _walks_kernel(
 
 @triton.jit(do_not_specialize=["sequences", "chunks", "tokens"])
 def _dqk_kernel(
-    q_ptr, k_ptr, v_ptr, b_ptr, cu_ptr, sequence_ptr, offset_ptr, grad_ptr, o_ptr, den_ptr,
+    q_ptr, k_ptr, v_ptr, b_ptr, cu_ptr, sequence_ptr, offset_ptr, grad_ptr, den_ptr, delta_ptr,
     states_ptr, zs_ptr, dstates_ptr, dzs_ptr, dq_ptr, dk_ptr, dg_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, b_t, b_h, b_c, sequences, chunks, tokens, states, dk, dv, scale, eps,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, b_t, b_h, b_c, sequences, chunks, tokens, states, dk, dv, total_rows, scale, eps,
     GROUP: tl.constexpr, K_SHARE: tl.constexpr, V_SHARE: tl.constexpr, G_SHARE: tl.constexpr, GATED: tl.constexpr,
-    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, and what the gate gradients are sums of, of one chunk and state head."""
@@ -274,7 +302,7 @@ def _dqk_kernel(
             dstate = tl.load(dstates_ptr + tile, inside, other=0.0)
             v = rows_of(v_ptr, rows, live, v_t, 1, dv, first, BV)
             far += beyond(v, MODERATE)
-            dk_out += dot(v, tl.trans(dstate), OP, PRECISION)
+            dk_out += tl.dot(v, tl.trans(dstate), input_precision=PRECISION)
             carry += tl.sum(tl.load(states_ptr + tile, inside, other=0.0) * dstate, 1)
         kb = k * tl.exp2(-centred)
         bad = far + beyond(centred, HALF_RANGE) + beyond(kb, MODERATE)
@@ -286,56 +314,38 @@ def _dqk_kernel(
             head = s * GROUP + h
             q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK)
             row_at = (batch * tokens + rows) * (states * GROUP) + head
-            # Products of the result's gradient as it came, which is exact, and the denominator's gradient from them: dq is
-            # a difference of nearly equal terms.
-            inverse = tl.full([C], 1.0, tl.float32)
-            if NORMALIZE:
-                inverse = tl.where(live, 1.0 / (tl.load(den_ptr + row_at, live, other=1.0) + eps), 0.0)
-            dq = tl.zeros([C, BK], tl.float32)
-            pairs = tl.zeros([C, C], tl.float32)
-            flipped = tl.zeros([C, C], tl.float32)
-            steep = bad
+            _, dden = _row_gradients(
+                grad_ptr, den_ptr, delta_ptr, row_at, live, 0, dv, eps, total_rows, NORMALIZE, C, BV
+            )
+            dq = dden[:, None] * z[None, :]
+            pairs = tl.zeros([C, C], tl.float32) + dden[:, None]
+            flipped = tl.zeros([C, C], tl.float32) + dden[None, :]
+            qb = q * tl.exp2(centred)
+            steep = bad + beyond(qb, MODERATE)
             for first in range(0, dv, BV):
                 cols = first + tl.arange(0, BV)
                 tile = own * dk * dv + chan[:, None] * dv + cols[None, :]
                 state = tl.load(states_ptr + tile, (chan < dk)[:, None] & (cols < dv)[None, :], other=0.0)
                 v = rows_of(v_ptr, rows, live, v_t, 1, dv, first, BV)
-                grad = rows_of(grad_ptr, row_at, live, dv, 1, dv, first, BV)
-                steep += beyond(grad * inverse[:, None], MODERATE)
-                dq += dot(grad, tl.trans(state), OP, PRECISION)
-                pairs += dot(grad, tl.trans(v), OP, PRECISION)
-                flipped += dot(v, tl.trans(grad), OP, PRECISION)
-            qb = q * tl.exp2(centred)
-            steep += beyond(qb, MODERATE)
-            dden = tl.zeros([C], tl.float32)
-            if NORMALIZE:
-                numerator = tl.sum(entering(q, centred, middle, live) * dq, 1) * scale
-                if steep == 0:
-                    scores = dot(qb, tl.trans(kb), OP, PRECISION)
-                    numerator += tl.sum(tl.where(order[:, None] >= order[None, :], scores * pairs, 0.0), 1) * scale
-                else:
-                    for j in range(tl.minimum(C, end - t)):
-                        later = (order >= j) & live
-                        w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
-                        score = tl.sum(q * w * row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)[None, :], 1) * scale
-                        pair = tl.sum(tl.where((order == j)[None, :], pairs, 0.0), 1)
-                        numerator += tl.where(later, score * pair, 0.0)
-                dden = -numerator * inverse * inverse
-            dq = entering((dq * inverse[:, None] + dden[:, None] * z[None, :]) * scale, centred, middle, live)
+                dnum, _ = _row_gradients(
+                    grad_ptr, den_ptr, delta_ptr, row_at, live, first, dv, eps, total_rows, NORMALIZE, C, BV
+                )
+                steep += beyond(dnum, MODERATE)
+                dq += tl.dot(dnum, tl.trans(state), input_precision=PRECISION)
+                pairs += tl.dot(dnum, tl.trans(v), input_precision=PRECISION)
+                flipped += tl.dot(v, tl.trans(dnum), input_precision=PRECISION)
+            dq = entering(dq * scale, centred, middle, live)
             if steep == 0:
-                pairs = (pairs * inverse[:, None] + dden[:, None]) * scale
-                pairs = tl.where(order[:, None] >= order[None, :], pairs, 0.0)
-                flipped = (flipped * inverse[None, :] + dden[None, :]) * scale
-                flipped = tl.where(order[:, None] <= order[None, :], flipped, 0.0)
-                dq += tl.exp2(centred) * dot(pairs, kb, OP, PRECISION)
-                dk_out += tl.exp2(-centred) * dot(flipped, qb, OP, PRECISION)
+                pairs = tl.where(order[:, None] >= order[None, :], pairs * scale, 0.0)
+                flipped = tl.where(order[:, None] <= order[None, :], flipped * scale, 0.0)
+                dq += tl.exp2(centred) * tl.dot(pairs, kb, input_precision=PRECISION)
+                dk_out += tl.exp2(-centred) * tl.dot(flipped, qb, input_precision=PRECISION)
             else:
                 for j in range(tl.minimum(C, end - t)):
                     later = (order >= j) & live
                     w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
                     key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
-                    pair = tl.sum(tl.where((order == j)[None, :], pairs, 0.0), 1)
-                    ds = (pair * inverse + dden) * scale
+                    ds = tl.sum(tl.where((order == j)[None, :], pairs, 0.0), 1) * scale
                     dq += tl.where(later[:, None], ds[:, None] * key[None, :] * w, 0.0)
                     part = tl.sum(tl.where(later[:, None], ds[:, None] * q * w, 0.0), 0)
                     dk_out += tl.where((order == j)[:, None], part[None, :], 0.0)
@@ -433,7 +443,8 @@ def _step_kernel(
 
 # --- launchers ----------------------------------------
 
-_OPERANDS = {torch.bfloat16: (tl.bfloat16, "ieee"), torch.float16: (tl.float32, "tf32x3")}
+# Scaled operands keep more digits than 16-bit inputs have: gradients and states are differences that would lose them.
+_PRECISIONS = {torch.bfloat16: "tf32x3", torch.float16: "tf32x3", torch.float32: "ieee"}
 
 
 class _Plan:
@@ -445,17 +456,15 @@ class _Plan:
         gates = 0 if g is None else g.shape[2]
         self.states = max(k.shape[2], v.shape[2], gates)
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        op, precision = _OPERANDS.get(q.dtype, (tl.float32, "ieee"))
         self.block_k = max(16, triton.next_power_of_2(self.dk))
         self.block_v = max(16, triton.next_power_of_2(self.dv))
-        narrow = op is tl.bfloat16 and self.block_k <= 128
-        self.chunk = 64 if narrow else 16
-        self.block_v = min(self.block_v, 64 if narrow else 32)
+        self.chunk = 32 if self.block_k <= 128 else 16
+        self.block_v = min(self.block_v, 32)
         self.warps = 8 if self.block_k >= 64 else 4
         self.share = {"K": self.states // k.shape[2], "V": self.states // v.shape[2], "G": self.states // max(gates, 1)}
         self.common: dict[str, Any] = {
             "GROUP": heads // self.states, "K_SHARE": self.share["K"], "G_SHARE": self.share["G"], "GATED": g is not None,
-            "NORMALIZE": normalize, "VARLEN": cu_seqlens is not None, "OP": op, "PRECISION": precision, "C": self.chunk,
+            "NORMALIZE": normalize, "VARLEN": cu_seqlens is not None, "PRECISION": _PRECISIONS[q.dtype], "C": self.chunk,
             "BK": self.block_k, "BV": self.block_v, "num_warps": self.warps, "num_stages": 1,
         }  # fmt: skip
         self.starts = {"S0": s0 is not None, "Z0": z0 is not None, "V_SHARE": self.share["V"]}
@@ -512,7 +521,7 @@ def gated_linear_attention_fwd(
 
 
 def gated_linear_attention_bwd(
-    grad_o: Any, grad_s: Any, grad_z: Any, o: Any, den: Any, q: Any, k: Any, v: Any, g: Any, s0: Any, z0: Any,
+    grad_o: Any, grad_s: Any, grad_z: Any, den: Any, q: Any, k: Any, v: Any, g: Any, s0: Any, z0: Any,
     cu_seqlens: Any, scale: float, eps: float, normalize: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """`subquad_triton::gated_linear_attention_bwd`."""
@@ -530,17 +539,18 @@ def gated_linear_attention_bwd(
         return torch.empty((plan.batch, tokens, states, x.shape[3]), dtype=dtype, device=q.device)
 
     dk_out, dv_out = of_states(k, plan.share["K"]), of_states(v, plan.share["V"])
-    if plan.sequences:
-        _walks_kernel[(triton.cdiv(dv, plan.block_v), plan.sequences * states, 2)](
-            q, k, v, plan.sums, s0, z0, cu_seqlens, plan.offset, grad_o, grad_s, grad_z, o, den,
+    blocks, rows = triton.cdiv(dv, plan.block_v), grad_o.shape[0] * tokens * grad_o.shape[2]
+    delta = torch.empty((blocks, rows) if normalize else (0,), **wide)
+    for reverse in (False, True) if plan.sequences else ():
+        _walks_kernel[(blocks, plan.sequences * states)](
+            q, k, v, plan.sums, s0, z0, cu_seqlens, plan.offset, grad_o, grad_s, grad_z, den, delta,
             before, z_before, after, z_after, ds0, dz0, dv_out, *plan.strides, *plan.gate_strides,
-            tokens, plan.chunks, plan.slots, states, dk, dv, scale, eps, **plan.common, **plan.starts,
+            tokens, plan.chunks, plan.slots, states, dk, dv, rows, scale, eps, REVERSE=reverse, **plan.common, **plan.starts,
         )  # fmt: skip
-
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     flow = torch.empty((0,) if g is None else (plan.batch, tokens, states, dk), **wide)
-    sizes = (plan.sequences, plan.chunks, tokens, states, dk, dv, scale, eps)
-    ends = (cu_seqlens, plan.sequence, plan.offset, grad_o, o, den)
+    sizes = (plan.sequences, plan.chunks, tokens, states, dk, dv, rows, scale, eps)
+    ends = (cu_seqlens, plan.sequence, plan.offset, grad_o, den, delta)
     plan.chunked(_dqk_kernel, states)(
         q, k, v, plan.sums, *ends, before, z_before, after, z_after, dq, dk_out, flow, *plan.strides, *plan.gate_strides,
         *sizes, V_SHARE=plan.share["V"], **plan.common,
@@ -591,7 +601,7 @@ def _aot_args(dtype: torch.dtype, d: int, gate: str, backward: bool) -> tuple[An
     options = (g, None, None, None, d**-0.5, 1e-10, True)
     if not backward:
         return (q, k, v, *options)
-    return (meta(b, t, h, d, dtype=dtype), meta(b, h, d, d), meta(b, h, d), o, meta(b, t, h), q, k, v, *options)
+    return (o, meta(b, h, d, d), meta(b, h, d), meta(b, t, h), q, k, v, *options)
 
 
 AOT = [

@@ -94,7 +94,6 @@ def _gla_bwd(
     grad_o: torch.Tensor,
     grad_s: torch.Tensor,
     grad_z: torch.Tensor | None,
-    o: torch.Tensor,
     den: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -170,7 +169,7 @@ OPS: dict[str, Op] = {
     ),
     "gated_linear_attention_bwd": Op(
         "gated_linear_attention",
-        f"(Tensor grad_o, Tensor grad_s, Tensor? grad_z, Tensor o, Tensor den, {_GLA}) -> "
+        f"(Tensor grad_o, Tensor grad_s, Tensor? grad_z, Tensor den, {_GLA}) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _gla_bwd,
         cuda=False,

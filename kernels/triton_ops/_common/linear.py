@@ -11,20 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import cast, widen_if_interpreted
-
 HALF_RANGE = tl.constexpr(57.7)  # 40 natural units
 MODERATE = tl.constexpr(1e18)  # products of two operands below it cannot overflow
-
-
-@triton.jit
-def dot(a, b, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """a b with fp32 sums; operands rounded to OP."""
-    if tl.float32 == OP:
-        product = tl.dot(a, b, input_precision=PRECISION)
-    else:
-        product = tl.dot(widen_if_interpreted(cast(a, OP)), widen_if_interpreted(cast(b, OP)))
-    return product
 
 
 @triton.jit

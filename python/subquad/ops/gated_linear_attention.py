@@ -103,7 +103,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Any, k: Any, v: Any, g: Any, s0: Any, z0: Any, cu_seqlens: Any, *rest: Any) -> Any:
         *options, backend = rest
         o, den, s, z = HANDLES[backend][f"{STEM}_fwd"](q, k, v, g, s0, z0, cu_seqlens, *options)
-        ctx.save_for_backward(o, den, q, k, v, g, s0, z0)
+        ctx.save_for_backward(den, q, k, v, g, s0, z0)
         ctx.cu_seqlens, ctx.options, ctx.backend = cu_seqlens, options, backend
         ctx.set_materialize_grads(False)
         ctx.shapes = tuple((x.shape, x.dtype) for x in (o, s, z))
@@ -112,14 +112,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        o, den, *inputs = ctx.saved_tensors
+        den, *inputs = ctx.saved_tensors
         normalize = ctx.options[-1]
         grad_o, grad_s, grad_z = (
             den.new_zeros(shape, dtype=dtype) if grad is None else grad.contiguous()
             for grad, (shape, dtype) in zip(grads, ctx.shapes, strict=True)
         )
         handle = HANDLES[_backward_backend(ctx.backend, den.device.type)][f"{STEM}_bwd"]
-        result = handle(grad_o, grad_s, grad_z if normalize else None, o, den, *inputs, ctx.cu_seqlens, *ctx.options)
+        result = handle(grad_o, grad_s, grad_z if normalize else None, den, *inputs, ctx.cu_seqlens, *ctx.options)
         return (*(None if x is None else r for x, r in zip(inputs, result, strict=True)), *(None,) * 5)
 
 
