@@ -91,6 +91,34 @@ def leaving(k, centred, middle, whole, live):
 
 
 @triton.jit
+def advance(
+    state, z, k, v, centred, middle, whole, live, k_ptr, v_ptr, b_ptr, t, end, k_t, v_t, b_t, b_c, dk, dv, first,
+    GATED: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The state and z after a chunk. Token by token where positive gates overflow, for infinities must not meet in a sum."""
+    chan = tl.arange(0, BK)
+    rise = tl.where(live[:, None], (whole - middle)[None, :] - centred, 0.0)
+    if tl.sum((~(rise <= 126.0)).to(tl.int32)) == 0:
+        kh = leaving(k, centred, middle, whole, live)
+        state = state * tl.exp2(whole)[:, None] + tl.dot(tl.trans(kh), v, input_precision=PRECISION)
+        z = z * tl.exp2(whole) + tl.sum(kh, 0)
+    else:
+        before = tl.zeros([BK], tl.float32)
+        for j in range(tl.minimum(C, end - t)):
+            key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
+            value = row_of(v_ptr, t + j, v_t, 1, dv, first, BV)
+            now = before
+            if GATED:
+                now = row_of(b_ptr, t + j, b_t, b_c, dk, 0, BK)
+            decay = tl.exp2(now - before)
+            state = state * decay[:, None] + key[:, None] * value[None, :]
+            z = z * decay + key
+            before = now
+    inside = chan < dk
+    return tl.where(inside[:, None], state, 0.0), tl.where(inside, z, 0.0)  # padding times infinity
+
+
+@triton.jit
 def entering(q, centred, middle, live):
     """q 2^b: how each token sees the state."""
     return tl.where(live[:, None], q * tl.exp2(centred + middle[None, :]), 0.0)
