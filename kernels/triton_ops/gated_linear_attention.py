@@ -26,7 +26,9 @@ from ._common.linear import (
     decays,
     entering,
     leaving,
+    outputs,
     pair_decay,
+    row_gradients,
     row_of,
     rows_of,
     slot_of,
@@ -57,34 +59,6 @@ def _gate_sum_kernel(
     cols = tl.arange(0, BW)
     at = ((batch * tokens + rows)[:, None] * heads + h) * width + cols[None, :]
     tl.store(b_ptr + at, b, live[:, None] & (cols < width)[None, :])
-
-
-@triton.jit
-def _outputs(
-    q, kb, v, state, z, centred, middle, bad, k_ptr, v_ptr, b_ptr, t, end, live, k_t, v_t, b_t, b_c, dk, dv, first,
-    GATED: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Numerators [C, BV] and denominators [C] of a chunk for one query head; q is scaled."""
-    order = tl.arange(0, C)
-    qt = entering(q, centred, middle, live)
-    out = tl.dot(qt, state, input_precision=PRECISION)
-    total = tl.sum(qt * z[None, :], 1)
-    qb = q * tl.exp2(centred)
-    if bad + beyond(qb, MODERATE) == 0:
-        scores = tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
-        scores = tl.where(order[:, None] >= order[None, :], scores, 0.0)
-        out += tl.dot(scores, v, input_precision=PRECISION)
-        total += tl.sum(scores, 1)
-    else:
-        for j in range(tl.minimum(C, end - t)):
-            later = order >= j
-            w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
-            key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
-            score = tl.where(later, tl.sum(q * w * key[None, :], 1), 0.0)
-            value = row_of(v_ptr, t + j, v_t, 1, dv, first, BV)
-            out += tl.where(later[:, None], score[:, None] * value[None, :], 0.0)
-            total += score
-    return out, total
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -120,7 +94,7 @@ def _forward_kernel(
         for h in range(GROUP):
             head = s * GROUP + h
             q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK) * scale
-            out, total = _outputs(
+            out, total = outputs(
                 q, kb, v, state, z, centred, middle, bad, k_ptr, v_ptr, b_ptr, t, end, live, k_t, v_t, b_t, b_c, dk, dv, first,
                 GATED, PRECISION, C, BK, BV,
             )  # fmt: skip
@@ -137,22 +111,6 @@ def _forward_kernel(
     tl.store(s_ptr + state_at, state, inside)
     if NORMALIZE:
         tl.store(z_ptr + z_at, z, (chan < dk) & (chan * 0 + first == 0))
-
-
-@triton.jit
-def _row_gradients(
-    grad_ptr, den_ptr, delta_ptr, row_at, live, first, dv, eps, total_rows, NORMALIZE: tl.constexpr, C: tl.constexpr,
-    BV: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the numerators (columns from `first` on) [C, BV] and of the denominators [C]."""
-    inverse = tl.full([C], 1.0, tl.float32)
-    dden = tl.zeros([C], tl.float32)
-    if NORMALIZE:
-        inverse = tl.where(live, 1.0 / (tl.load(den_ptr + row_at, live, other=1.0) + eps), 0.0)
-        for block in range(tl.cdiv(dv, BV)):
-            dden += tl.load(delta_ptr + block * total_rows + row_at, live, other=0.0)
-        dden = -dden * inverse * inverse
-    return rows_of(grad_ptr, row_at, live, dv, 1, dv, first, BV) * inverse[:, None], dden
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "slots"])
@@ -202,7 +160,7 @@ def _walks_kernel(
                 for h in range(GROUP):
                     head = s * GROUP + h
                     q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK) * scale
-                    out, _total = _outputs(
+                    out, _total = outputs(
                         q, kb, v, state, z, centred, middle, bad, k_ptr, v_ptr, b_ptr, t, end, live, k_t, v_t, b_t, b_c, dk,
                         dv, first, GATED, PRECISION, C, BK, BV,
                     )  # fmt: skip
@@ -239,7 +197,7 @@ def _walks_kernel(
                 head = s * GROUP + h
                 q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK) * scale
                 row_at = (batch * tokens + rows) * (states * GROUP) + head
-                dnum, dden = _row_gradients(
+                dnum, dden = row_gradients(
                     grad_ptr, den_ptr, delta_ptr, row_at, live, first, dv, eps, total_rows, NORMALIZE, C, BV
                 )
                 qb = q * tl.exp2(centred)
@@ -317,7 +275,7 @@ def _dqk_kernel(
             head = s * GROUP + h
             q = rows_of(q_ptr + batch * q_b + head * q_h, rows, live, q_t, 1, dk, 0, BK)
             row_at = (batch * tokens + rows) * (states * GROUP) + head
-            _rows, dden = _row_gradients(
+            _rows, dden = row_gradients(
                 grad_ptr, den_ptr, delta_ptr, row_at, live, 0, dv, eps, total_rows, NORMALIZE, C, BV
             )
             dq = dden[:, None] * z[None, :]
@@ -330,7 +288,7 @@ def _dqk_kernel(
                 tile = own * dk * dv + chan[:, None] * dv + cols[None, :]
                 state = tl.load(states_ptr + tile, (chan < dk)[:, None] & (cols < dv)[None, :], other=0.0)
                 v = rows_of(v_ptr, rows, live, v_t, 1, dv, first, BV)
-                dnum, _dden = _row_gradients(
+                dnum, _dden = row_gradients(
                     grad_ptr, den_ptr, delta_ptr, row_at, live, first, dv, eps, total_rows, NORMALIZE, C, BV
                 )
                 steep += beyond(dnum, MODERATE)

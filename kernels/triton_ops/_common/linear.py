@@ -133,3 +133,47 @@ def pair_decay(centred, middle, b_ptr, row, later, b_t, b_c, dk, GATED: tl.const
     else:
         centred += 1.0
     return centred
+
+
+@triton.jit
+def outputs(
+    q, kb, v, state, z, centred, middle, bad, k_ptr, v_ptr, b_ptr, t, end, live, k_t, v_t, b_t, b_c, dk, dv, first,
+    GATED: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Numerators [C, BV] and denominators [C] of a chunk for one query head; q is scaled."""
+    order = tl.arange(0, C)
+    qt = entering(q, centred, middle, live)
+    out = tl.dot(qt, state, input_precision=PRECISION)
+    total = tl.sum(qt * z[None, :], 1)
+    qb = q * tl.exp2(centred)
+    if bad + beyond(qb, MODERATE) == 0:
+        scores = tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
+        scores = tl.where(order[:, None] >= order[None, :], scores, 0.0)
+        out += tl.dot(scores, v, input_precision=PRECISION)
+        total += tl.sum(scores, 1)
+    else:
+        for j in range(tl.minimum(C, end - t)):
+            later = order >= j
+            w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
+            key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
+            score = tl.where(later, tl.sum(q * w * key[None, :], 1), 0.0)
+            value = row_of(v_ptr, t + j, v_t, 1, dv, first, BV)
+            out += tl.where(later[:, None], score[:, None] * value[None, :], 0.0)
+            total += score
+    return out, total
+
+
+@triton.jit
+def row_gradients(
+    grad_ptr, den_ptr, delta_ptr, row_at, live, first, dv, eps, total_rows, NORMALIZE: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the numerators (columns from `first` on) [C, BV] and of the denominators [C]."""
+    inverse = tl.full([C], 1.0, tl.float32)
+    dden = tl.zeros([C], tl.float32)
+    if NORMALIZE:
+        inverse = tl.where(live, 1.0 / (tl.load(den_ptr + row_at, live, other=1.0) + eps), 0.0)
+        for block in range(tl.cdiv(dv, BV)):
+            dden += tl.load(delta_ptr + block * total_rows + row_at, live, other=0.0)
+        dden = -dden * inverse * inverse
+    return rows_of(grad_ptr, row_at, live, dv, 1, dv, first, BV) * inverse[:, None], dden
