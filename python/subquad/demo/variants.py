@@ -18,7 +18,7 @@ from ..nn.lawcat_conversion import find_attentions
 
 CATS_TARGETS = (0.3, 0.5, 0.7)
 LAWCAT_KEEP = 5  # one layer of so many stays softmax in the hybrid
-LAWCAT_PASSES = 6  # over the calibration text
+LAWCAT_PASSES = 4  # over the calibration text
 
 
 def _nothing() -> None:
