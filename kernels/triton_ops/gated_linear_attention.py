@@ -556,15 +556,23 @@ def gated_linear_attention_step_(
     return o
 
 
-def _aot_args(dtype: torch.dtype, d: int, gate: str, backward: bool) -> tuple[Any, ...]:
+def _aot_args(dtype: torch.dtype, d: int, gate: str, backward: bool, shared: bool = False) -> tuple[Any, ...]:
     b, t, h = 2, 4096, 16
     meta = partial(torch.empty, device="meta")
     q, k, v, o = (meta(b, t, h, d, dtype=dtype) for _ in range(4))
+    if shared:
+        v = meta(b, t, 4, d, dtype=dtype)
     g = {"channel": meta(b, t, h, d), "head": meta(b, t, h), "none": None}[gate]
     options = (g, None, None, None, d**-0.5, 1e-10, True)
     if not backward:
         return (q, k, v, *options)
     return (o, meta(b, h, d, d), meta(b, h, d), meta(b, t, h), q, k, v, *options)
+
+
+def _step_args() -> tuple[Any, ...]:
+    meta = partial(torch.empty, device="meta")
+    q, k, v = (meta(8, 16, 128, dtype=torch.bfloat16) for _ in range(3))
+    return (q, k, v, meta(8, 16, 128), meta(8, 16, 128, 128), meta(8, 16, 128), None, 128**-0.5, 1e-10)
 
 
 _SPILLS = dict.fromkeys(
@@ -580,6 +588,15 @@ AOT = [
         ("fp32", torch.float32, 64, "channel"),
     )
     for launcher, backward in ((gated_linear_attention_fwd, False), (gated_linear_attention_bwd, True))
+]
+AOT += [
+    AotCase(
+        "bf16 D64 shared",
+        gated_linear_attention_bwd,
+        partial(_aot_args, torch.bfloat16, 64, "channel", True, shared=True),
+        _SPILLS,
+    ),
+    AotCase("bf16 D128 step", gated_linear_attention_step_, _step_args),
 ]
 
 __all__ = ["AOT", "gated_linear_attention_bwd", "gated_linear_attention_fwd", "gated_linear_attention_step_"]
