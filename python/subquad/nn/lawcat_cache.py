@@ -101,7 +101,7 @@ def cache_layer_class() -> type:
             f"subquad: a LAWCAT layer in a transformers cache needs transformers >= 5: {error}"
         ) from error
 
-    class LawcatCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
+    class LawcatCacheLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc, override]
         """conv_states: queries, keys; recurrent_states: S, z."""
 
         is_sliding = False
