@@ -77,6 +77,7 @@ GatedLinearAttentionParams make_params(const Tensor& q, const Tensor& k, const T
   }
   p.s0 = state_of(s0, "initial_state", p.sequences * p.states * p.dk * p.dv);
   p.z0 = state_of(z0, "initial_state", p.sequences * p.states * p.dk);
+  p.group = std::clamp<int64_t>(p.sequences * p.states / torch::stable::get_num_threads(), 1, kMaxGroup);
   p.scale = static_cast<float>(scale);
   p.eps = static_cast<float>(eps);
   return p;
@@ -99,7 +100,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_linear_attention_fwd(const Tens
   Tensor s = empty({p.sequences, p.states, p.dk, p.dv}, ScalarType::Float);
   Tensor z = empty({normalize ? p.sequences : 0, p.states, p.dk}, ScalarType::Float);
   advise_huge_pages(o);
-  p.group = std::clamp<int64_t>(p.sequences * p.states / torch::stable::get_num_threads(), 1, kMaxGroup);
   p.o = o.mutable_data_ptr();
   p.s = static_cast<float*>(s.mutable_data_ptr());
   if (normalize) {
@@ -137,6 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_attentio
   if (p.gate == GateKind::kHead) dg = empty({batch, p.tokens, p.g.heads}, g->scalar_type());
   Tensor ds0 = empty({s0.has_value() ? p.sequences : 0, p.states, p.dk, p.dv}, ScalarType::Float);
   Tensor dz0 = empty({z0.has_value() ? p.sequences : 0, p.states, p.dk}, ScalarType::Float);
+  for (const Tensor* x : {&dq, &dk, &dv, &dg}) advise_huge_pages(*x);
   grads.dq = dq.mutable_data_ptr();
   grads.dk = dk.mutable_data_ptr();
   grads.dv = dv.mutable_data_ptr();

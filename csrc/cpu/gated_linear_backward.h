@@ -23,17 +23,24 @@ inline int64_t common_divisor(int64_t a, int64_t b) {
   return a;
 }
 
-/// Groups of state heads that share no head of k, v or g with another group.
+/// Groups of neighbouring state heads that share no head of k, v or g with another group; several such groups are one
+/// while they stay within `p.group` heads and their states in the cache.
 inline int64_t gla_units(const GatedLinearAttentionParams& p) {
-  const int64_t heads = common_divisor(p.k.heads, p.v.heads);
-  return p.gate == GateKind::kNone ? heads : common_divisor(heads, p.g.heads);
+  constexpr int64_t kCached = int64_t{640} << 10;
+  int64_t units = common_divisor(p.k.heads, p.v.heads);
+  if (p.gate != GateKind::kNone) units = common_divisor(units, p.g.heads);
+  const int64_t per_unit = p.states / units;
+  const int64_t bytes = per_unit * p.dk * p.dv * (kSegmentBlocks + 2) * static_cast<int64_t>(sizeof(float));
+  for (int64_t merged = p.group / per_unit; merged > 1; --merged)
+    if (units % merged == 0 && merged * bytes <= kCached) return units / merged;
+  return units;
 }
 
 template <class T>
 class GlaBackward {
  public:
   GlaBackward(const GatedLinearAttentionParams& p, const GatedLinearAttentionGrads& grads, Arena arena)
-      : p_(p), grads_(grads), size_(p), units_(gla_units(p)), chunk_(p, arena), pairs_(size_, arena) {
+      : p_(p), grads_(grads), size_(p), units_(gla_units(p)), chunk_(p, arena), pairs_(size_, arena), ahead_(p) {
     per_unit_ = p.states / units_;
     state_size_ = size_.k * size_.v + size_.k;  // S, then z
     const auto floats = [&](int64_t n) { return arena.take<float>(n); };
@@ -122,19 +129,31 @@ class GlaBackward {
   }
 
   void advance_unit(int64_t t, int64_t n) {
-    for (int64_t j = 0; j < per_unit_; ++j) advance(unit_ * per_unit_ + j, t, n, current_ + j * state_size_);
+    for (int64_t j = 0; j < per_unit_; ++j) {
+      aim(j + 1 < per_unit_ ? j + 1 : 0, j + 1 < per_unit_ ? t : t + kChunk, RowsAhead<T>::What::kState);
+      advance(unit_ * per_unit_ + j, t, n, current_ + j * state_size_);
+    }
+  }
+
+  /// What comes next: the block at token t of state head j of the unit, if there is one.
+  void aim(int64_t j, int64_t t, typename RowsAhead<T>::What what) {
+    const int64_t n = t < 0 ? 0 : smaller(kChunk, sequence_.end - sequence_.begin - t);
+    ahead_.aim(sequence_.b, unit_ * per_unit_ + j, sequence_.begin + t, n, what, &grads_);
   }
 
   void advance(int64_t s, int64_t t, int64_t n, float* state) {
-    if (!chunk_.load(sequence_, s, sequence_.begin + t, n)) {
+    if (!chunk_.load(sequence_, s, sequence_.begin + t, n, false)) {
       const int64_t half = (n + 1) / 2;
       advance(s, t, half, state);
       advance(s, t + half, n - half, state);
       return;
     }
     scale_state(state, chunk_.head, state);
-    product<Floats>(size_.v, size_.k, n, Left{chunk_.v, 1, size_.v}, Block{chunk_.kb, size_.k}, Block{state, size_.k},
-                    true);
+    for (int64_t i = 0; i < size_.v; i += kTileRows) {
+      product<Floats>(kTileRows, size_.k, n, Left{chunk_.v + i, 1, size_.v}, Block{chunk_.kb, size_.k},
+                      Block{state + i * size_.k, size_.k}, true);
+      ahead_.fetch();
+    }
     float* z = z_of(state);
     for (int64_t i = 0; i < n; ++i) add(chunk_.kb + i * size_.k, size_.k, z);
     scale_state(state, chunk_.tail, state);
@@ -151,7 +170,10 @@ class GlaBackward {
     zero_words(dk_, p_.k.heads / units_ * kChunk * size_.k);
     zero_words(dv_, p_.v.heads / units_ * kChunk * size_.v);
     if (p_.gate != GateKind::kNone) zero_words(dg_, p_.g.heads / units_ * kChunk * size_.k);
-    for (int64_t j = 0; j < per_unit_; ++j) back(j, t, n, states + j * state_size_, 0);
+    for (int64_t j = 0; j < per_unit_; ++j) {
+      aim(j + 1 < per_unit_ ? j + 1 : 0, j + 1 < per_unit_ ? t : t - kChunk, RowsAhead<T>::What::kGradients);
+      back(j, t, n, states + j * state_size_, 0);
+    }
     store_block(t, n);
   }
 
@@ -186,8 +208,11 @@ class GlaBackward {
     }
     for (int64_t h = 0; h < size_.per_state; ++h) query_head(s, t, h, n, padded, computed, h > 0);
     for (int64_t h = 0; h < size_.per_state; ++h) {
-      product<Floats>(size_.v, size_.k, n, Left{grad_n_ + h * kChunk * size_.v, 1, size_.v},
-                      Block{chunk_.q(h), size_.k}, Block{dstate, size_.k}, true);
+      for (int64_t i = 0; i < size_.v; i += kTileRows) {
+        product<Floats>(kTileRows, size_.k, n, Left{grad_n_ + h * kChunk * size_.v + i, 1, size_.v},
+                        Block{chunk_.q(h), size_.k}, Block{dstate + i * size_.k, size_.k}, true);
+        ahead_.fetch();
+      }
     }
     scale_state(dstate, chunk_.head, dstate);
     accumulate(j, t, n);
@@ -201,17 +226,18 @@ class GlaBackward {
     const int64_t padded = chunk_rows(n);
     for (int64_t h = 0; h < size_.per_state; ++h) {
       float *grad = grad_n_ + h * kChunk * size_.v, *inverse = inverse_ + h * kChunk;
+      Magnitude far;
       for (int64_t i = 0; i < n; ++i) {
         const int64_t at = row(s, t + i, h);
-        widen_row(static_cast<const T*>(grads_.grad_o) + at * p_.dv, p_.dv, size_.v, grad + i * size_.v);
-        if (!normalised()) continue;
-        inverse[i] = 1.0f / (p_.den[at] + p_.eps);
-        const Vec r = vec_set(inverse[i]);
-        for (int64_t c = 0; c < size_.v; c += kLanes)
-          vec_store(grad + i * size_.v + c, vec_mul(vec_load(grad + i * size_.v + c), r));
+        inverse[i] = normalised() ? 1.0f / (p_.den[at] + p_.eps) : 1.0f;
+        for_lanes(static_cast<const T*>(grads_.grad_o) + at * p_.dv, p_.dv, size_.v, [&](int64_t c, Lanes x) {
+          x *= inverse[i];
+          far.add(x);
+          lanes_narrow(grad + i * size_.v + c, x);
+        });
       }
       zero_words(grad + n * size_.v, (padded - n) * size_.v);
-      if (n > 1 && !all_below(grad, n * size_.v, kModerate)) return false;
+      if (n > 1 && !far.within(kModerate)) return false;
     }
     return true;
   }
@@ -223,10 +249,11 @@ class GlaBackward {
   void query_head(int64_t s, int64_t t, int64_t h, int64_t n, int64_t padded, int64_t computed, bool more) {
     const float *qb = chunk_.q(h), *grad = grad_n_ + h * kChunk * size_.v;
     float *scores = pairs_.scores, *dstate_z = z_of(dstate_ + (s % per_unit_) * state_size_);
-    row_products(qb, size_.k, p_.dk, pairs_.transposed, padded, scores);
-    keep_lower(scores, padded);
-    row_products(grad, size_.v, p_.dv, v_transposed_, padded, dscores_);
-    keep_lower(dscores_, padded);
+    for (int64_t row = 0; row < computed; row += kTileRows) {
+      lower_products(row, qb, size_.k, p_.dk, pairs_.transposed, padded, scores);
+      lower_products(row, grad, size_.v, p_.dv, v_transposed_, padded, dscores_);
+      ahead_.fetch();
+    }
     product<Floats>(computed, size_.k, p_.dv, Left{grad, size_.v, 1}, Block{scaled_, size_.k},
                     Block{dq_inter_, size_.k}, false);
     if (normalised()) {
@@ -243,12 +270,13 @@ class GlaBackward {
         denominator_grads_[i] = dden;
       }
     }
-    product<Floats>(computed, size_.v, n, Left{scores, 1, padded}, Block{const_cast<float*>(grad), size_.v},
-                    Block{dv_chunk_, size_.v}, true);
-    product<Floats>(computed, size_.k, n, Left{dscores_, 1, padded}, Block{const_cast<float*>(qb), size_.k},
-                    Block{dk_intra_, size_.k}, more);
-    product<Floats>(computed, size_.k, n, Left{dscores_, padded, 1}, Block{chunk_.kb, size_.k},
-                    Block{dq_intra_, size_.k}, false);
+    zero_words(dq_intra_, computed * size_.k);
+    for (int64_t row = 0; row < computed; row += kTileRows) {
+      upper_product(row, scores, padded, n, grad, size_.v, dv_chunk_, true);
+      upper_product(row, dscores_, padded, n, qb, size_.k, dk_intra_, more);
+      add_lower(row, dscores_, padded, n, chunk_.kb, size_.k, dq_intra_);
+      ahead_.fetch();
+    }
     const Vec scale = vec_set(p_.scale);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t offset = i * size_.k;
@@ -260,7 +288,7 @@ class GlaBackward {
         }
         vec_store(dq_intra_ + c, vec_mul(dq, scale));
       }
-      round_row(dq_intra_ + offset, p_.dk, static_cast<T*>(grads_.dq) + row(s, t + i, h) * p_.dk);
+      round_row(dq_intra_ + offset, p_.dk, 1.0f, static_cast<T*>(grads_.dq) + row(s, t + i, h) * p_.dk);
     }
     if (!normalised()) return;
     // Into dz only after the keys' share of it was read: dk_inter has it already.
@@ -275,11 +303,16 @@ class GlaBackward {
 
   /// sums[c] = sum over rows of a * b, z included where there is one.
   void product_columns_of_states(const float* a, const float* b, float* sums) const {
+    const int64_t end = normalised() ? state_size_ : state_size_ - size_.k;
+    constexpr int kChains = 4;  // sums that do not wait for one another
     for (int64_t c = 0; c < size_.k; c += kLanes) {
-      Vec sum = vec_zero();
-      const int64_t end = normalised() ? state_size_ : state_size_ - size_.k;
-      for (int64_t row = 0; row < end; row += size_.k) sum = vec_fma(vec_load(a + row + c), vec_load(b + row + c), sum);
-      vec_store(sums + c, sum);
+      Vec sum[kChains] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+      int64_t row = c;
+      for (; row + (kChains - 1) * size_.k < end; row += kChains * size_.k)
+        for (int i = 0; i < kChains; ++i)
+          sum[i] = vec_fma(vec_load(a + row + i * size_.k), vec_load(b + row + i * size_.k), sum[i]);
+      for (; row < end; row += size_.k) sum[0] = vec_fma(vec_load(a + row), vec_load(b + row), sum[0]);
+      vec_store(sums + c, vec_add(vec_add(sum[0], sum[1]), vec_add(sum[2], sum[3])));
     }
   }
 
@@ -341,7 +374,7 @@ class GlaBackward {
                    E* to) const {
     const int64_t own = heads / units_;
     for (int64_t h = 0; h < own; ++h)
-      round_row(from + (h * kChunk + i) * padded, width, to + (token * heads + unit_ * own + h) * width);
+      round_row(from + (h * kChunk + i) * padded, width, 1.0f, to + (token * heads + unit_ * own + h) * width);
   }
 
   template <class E>
@@ -358,6 +391,7 @@ class GlaBackward {
   int64_t units_;
   Chunk<T> chunk_;
   Pairs2D pairs_;
+  RowsAhead<T> ahead_;
   Sequence sequence_{};
   int64_t per_unit_ = 1, state_size_ = 0, unit_ = 0, block_ = 0, bytes_ = 0;
   float denominator_grads_[kChunk];

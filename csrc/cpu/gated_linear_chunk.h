@@ -11,6 +11,7 @@
 
 #include "common/gated_linear_attention_params.h"
 #include "cpu/interval_rows.h"
+#include "cpu/lanes.h"
 #include "cpu/tile.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
@@ -22,40 +23,46 @@ constexpr float kModerate = 1e18f;   // operands below it cannot overflow in a p
 
 inline int64_t chunk_rows(int64_t n) { return n <= 16 ? 16 : kChunk; }
 
-/// |x| <= limit for all; false with NaN.
-inline bool all_below(const float* x, int64_t n, float limit) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffffu;
-    largest = magnitude > largest ? magnitude : largest;
+/// The largest magnitude of what went by. NaN is above every number.
+struct Magnitude {
+  LaneBits bits = {};
+
+  void add(Lanes x) {
+    const LaneBits magnitude = lanes_cast<LaneBits>(x) & 0x7fffffffu;
+    bits = magnitude > bits ? magnitude : bits;
   }
-  return largest <= float_to_bits(limit);
-}
+  bool within(float limit) const {
+    uint32_t largest = 0;
+    for (int i = 0; i < kLanes; ++i) largest = bits[i] > largest ? bits[i] : largest;
+    return largest <= float_to_bits(limit);
+  }
+};
+
+inline Lanes lanes_exp2(Lanes x) { return lanes_cast<Lanes>(vec_exp2(lanes_cast<Vec>(x))); }
 
 /// 2^x for any x, NaN kept; 2^126 at most.
-inline Vec decay_of(Vec x) {
-  const Vec minus = vec_set(-1.0f);
-  return vec_exp2(vec_mul(vec_max(vec_set(-126.0f), vec_mul(x, minus)), minus));
+inline Lanes decay_of(Lanes x) { return lanes_exp2(x > 126.0f ? lanes_set(126.0f) : x); }
+
+/// visit(c, x) for the columns [c, c + kLanes) of a row of n elements, zeros beyond them up to `padded`.
+template <class T, class Visit>
+inline __attribute__((always_inline)) void for_lanes(const T* row, int64_t n, int64_t padded, Visit visit) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) visit(c, lanes_load<true>(row + c, kLanes));
+  for (; c < padded; c += kLanes) visit(c, lanes_load<false>(row + c, n - c));
 }
 
-/// dst[i] = float(src[i]), the rest up to `padded` zero.
+/// dst[i] = float(row[i]) for the n elements of a row, zeros up to `padded`, in whole vectors.
 template <class T>
-inline void widen_row(const T* __restrict src, int64_t n, int64_t padded, float* __restrict dst) {
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
-  } else {
-    for (int64_t i = 0; i < n; ++i) dst[i] = to_float(src[i]);
-  }
-  for (int64_t i = n; i < padded; ++i) dst[i] = 0.0f;
+inline void widen_row(const T* row, int64_t n, int64_t padded, float* dst) {
+  for_lanes(row, n, padded, [&](int64_t c, Lanes x) { lanes_narrow(dst + c, x); });
 }
 
+/// dst = row * factor for the n elements of a row, rounded.
 template <class T>
-inline void round_row(const float* __restrict src, int64_t n, T* __restrict dst) {
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float));
-  } else {
-    for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(src[i]);
-  }
+inline void round_row(const float* row, int64_t n, float factor, T* dst) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) lanes_store<true>(dst + c, lanes_widen(row + c) * factor, kLanes);
+  if (c < n) lanes_store<false>(dst + c, lanes_load<false>(row + c, n - c) * factor, n - c);
 }
 
 struct Sizes {
@@ -96,32 +103,29 @@ class Chunk {
     qb = arena.take<float>(size_.per_state * kChunk * size_.k);
   }
 
-  /// Tokens [t, t + n) of state head s. False when they must be taken in smaller chunks.
-  bool load(const Sequence& sequence, int64_t s, int64_t t, int64_t n) {
+  /// Tokens [t, t + n) of state head s, the queries too if `queries`. False when they must be taken in smaller chunks.
+  bool load(const Sequence& sequence, int64_t s, int64_t t, int64_t n, bool queries = true) {
     rows = n;
-    const bool legal = load_gates(sequence.b, s, t, n) || n == 1;
-    if (!legal) return false;
-    const int64_t padded = chunk_rows(n);
-    fetch(sequence, s, t + n);
+    const int64_t b = sequence.b, padded = chunk_rows(n);
+    if (!load_gates(b, s, t, n, queries)) return false;
+    Magnitude far;
     for (int64_t i = 0; i < n; ++i) {
-      widen_row(row_of<T>(p_.k, sequence.b, t + i, s * p_.k.heads / p_.states), p_.dk, size_.k, kb + i * size_.k);
-      widen_row(row_of<T>(p_.v, sequence.b, t + i, s * p_.v.heads / p_.states), p_.dv, size_.v, v + i * size_.v);
+      float *key = kb + i * size_.k, *value = v + i * size_.v;
+      const float* fall = down + i * size_.k;
+      for_lanes(row_of<T>(p_.k, b, t + i, s * p_.k.heads / p_.states), p_.dk, size_.k, [&](int64_t c, Lanes x) {
+        if (decays_) x *= lanes_widen(fall + c);
+        far.add(x);
+        lanes_narrow(key + c, x);
+      });
+      for_lanes(row_of<T>(p_.v, b, t + i, s * p_.v.heads / p_.states), p_.dv, size_.v, [&](int64_t c, Lanes x) {
+        far.add(x);
+        lanes_narrow(value + c, x);
+      });
     }
     zero_words(kb + n * size_.k, (padded - n) * size_.k);
     zero_words(v + n * size_.v, (padded - n) * size_.v);
-    if (decays_) scale_rows(kb, down, 1.0f);
-    bool moderate = all_below(kb, n * size_.k, kModerate) && all_below(v, n * size_.v, kModerate);
-    for (int64_t h = 0; h < size_.per_state; ++h) {
-      float* rows_of_head = q(h);
-      for (int64_t i = 0; i < n; ++i)
-        widen_row(row_of<T>(p_.q, sequence.b, t + i, s * size_.per_state + h), p_.dk, size_.k,
-                  rows_of_head + i * size_.k);
-      zero_words(rows_of_head + n * size_.k, (padded - n) * size_.k);
-      moderate = moderate && all_below(rows_of_head, n * size_.k, kModerate);
-      if (!moderate && n > 1) return false;
-      scale_rows(rows_of_head, decays_ ? up : nullptr, p_.scale);
-    }
-    return moderate || n == 1;
+    for (int64_t h = 0; h < size_.per_state && queries; ++h) load_queries(b, s * size_.per_state + h, t, n, q(h), far);
+    return far.within(kModerate) || n == 1;
   }
 
   float* q(int64_t head_of_state) const { return qb + head_of_state * kChunk * size_.k; }
@@ -132,107 +136,131 @@ class Chunk {
   float *kb, *v, *qb;  // [rows, K], [rows, V], [query head, rows, K]; rows padded with zeros to `chunk_rows`
 
  private:
-  /// The rows of the chunk after this one: too far apart for the CPU to guess.
-  void fetch(const Sequence& sequence, int64_t s, int64_t t) const {
-    const int64_t end = smaller(t + kChunk, sequence.end);
-    for (; t < end; ++t) {
-      fetch_row(row_of<T>(p_.k, sequence.b, t, s * p_.k.heads / p_.states), p_.dk);
-      fetch_row(row_of<T>(p_.v, sequence.b, t, s * p_.v.heads / p_.states), p_.dv);
-      for (int64_t h = 0; h < size_.per_state; ++h)
-        fetch_row(row_of<T>(p_.q, sequence.b, t, s * size_.per_state + h), p_.dk);
-      if (p_.gate != GateKind::kChannel) continue;
-      const int64_t gate_head = s * p_.g.heads / p_.states;
-      if (p_.gate_is_float) {
-        fetch_row(row_of<float>(p_.g, sequence.b, t, gate_head), p_.dk);
-      } else {
-        fetch_row(row_of<T>(p_.g, sequence.b, t, gate_head), p_.dk);
-      }
+  void load_queries(int64_t b, int64_t query_head, int64_t t, int64_t n, float* dst, Magnitude& far) const {
+    for (int64_t i = 0; i < n; ++i) {
+      float* query = dst + i * size_.k;
+      const float* rise = up + i * size_.k;
+      for_lanes(row_of<T>(p_.q, b, t + i, query_head), p_.dk, size_.k, [&](int64_t c, Lanes x) {
+        far.add(x);
+        x *= p_.scale;
+        if (decays_) x *= lanes_widen(rise + c);
+        lanes_narrow(query + c, x);
+      });
     }
+    zero_words(dst + n * size_.k, (chunk_rows(n) - n) * size_.k);
   }
 
-  template <class E>
-  static void fetch_row(const E* row, int64_t n) {
-    for (int64_t i = 0; i < n; i += static_cast<int64_t>(64 / sizeof(E))) prefetch(row + i);
-  }
-
-  void scale_rows(float* x, const float* by, float factor) const {
-    const int64_t n = rows * size_.k;
-    const Vec f = vec_set(factor);
-    if (by == nullptr) {
-      for (int64_t i = 0; i < n; i += kLanes) vec_store(x + i, vec_mul(vec_load(x + i), f));
-    } else {
-      for (int64_t i = 0; i < n; i += kLanes) vec_store(x + i, vec_mul(vec_mul(vec_load(x + i), f), vec_load(by + i)));
-    }
-  }
-
-  void load_gate_row(int64_t b, int64_t s, int64_t t, float* dst) const {
-    const int64_t gate_head = s * p_.g.heads / p_.states;
-    if (p_.gate == GateKind::kChannel) {
-      if (p_.gate_is_float) {
-        widen_row(row_of<float>(p_.g, b, t, gate_head), p_.dk, size_.k, dst);
-      } else {
-        widen_row(row_of<T>(p_.g, b, t, gate_head), p_.dk, size_.k, dst);
-      }
-      return;
-    }
-    const float gate =
-        p_.gate_is_float ? *row_of<float>(p_.g, b, t, gate_head) : to_float(*row_of<T>(p_.g, b, t, gate_head));
-    for (int64_t c = 0; c < size_.k; ++c) dst[c] = gate;
-  }
-
-  /// False when an exponent is too large (or NaN).
-  bool load_gates(int64_t b, int64_t s, int64_t t, int64_t n) {
-    const int64_t width = size_.k;
+  /// False when an exponent is too large (or NaN). Without `queries` the last row alone of `up` is set.
+  bool load_gates(int64_t b, int64_t s, int64_t t, int64_t n, bool queries) {
     decays_ = p_.gate != GateKind::kNone;
     if (!decays_) {
-      for (int64_t c = 0; c < width; ++c) head[c] = tail[c] = 1.0f;
+      for (int64_t c = 0; c < size_.k; ++c) head[c] = tail[c] = 1.0f;
       return true;
     }
-    const Vec log2e = vec_set(kLog2E);
-    load_gate_row(b, s, t, head);
-    for (int64_t c = 0; c < width; c += kLanes) vec_store(up + c, vec_zero());
-    for (int64_t i = 1; i < n; ++i) {
-      float *row = up + i * width, *before = row - width;
-      load_gate_row(b, s, t + i, row);
-      for (int64_t c = 0; c < width; c += kLanes)
-        vec_store(row + c, vec_fma(vec_load(row + c), log2e, vec_load(before + c)));
-    }
-    const float* middle = up + (n - 1) / 2 * width;
-    for (int64_t c = 0; c < width; c += kLanes) vec_store(tail + c, vec_load(middle + c));
-    const Vec minus = vec_set(-1.0f);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = 0; c < width; c += kLanes)
-        vec_store(up + i * width + c, vec_fma(vec_load(tail + c), minus, vec_load(up + i * width + c)));
-    if (!all_below(up, n * width, kHalfRange)) return false;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const Vec first = decay_of(vec_mul(vec_load(head + c), log2e));
-      for (int64_t i = c; i < c + kLanes; ++i) growth_[i - c] = head[i] * kLog2E > 126.0f ? INFINITY : 1.0f;
-      vec_store(head + c, vec_mul(vec_mul(first, vec_load(growth_)), decay_of(vec_load(tail + c))));
-    }
-    if (p_.gate == GateKind::kChannel) {
-      for (int64_t i = 0; i < n * width; i += kLanes) {
-        const Vec exponent = vec_load(up + i);
-        vec_store(up + i, vec_exp2(exponent));
-        vec_store(down + i, vec_exp2(vec_mul(exponent, minus)));
-      }
+    const int64_t gate_head = s * p_.g.heads / p_.states;
+    if (p_.gate_is_float) {
+      sum_gates(row_of<float>(p_.g, b, t, gate_head), n);
     } else {
-      for (int64_t i = 0; i < n; ++i) {
-        const Vec exponent = vec_set(up[i * width]);
-        const Vec rise = vec_exp2(exponent), fall = vec_exp2(vec_mul(exponent, minus));
-        for (int64_t c = 0; c < width; c += kLanes) {
-          vec_store(up + i * width + c, rise);
-          vec_store(down + i * width + c, fall);
-        }
+      sum_gates(row_of<T>(p_.g, b, t, gate_head), n);
+    }
+    const int64_t width = size_.k, middle = (n - 1) / 2 * width;
+    Magnitude far;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const Lanes m = lanes_widen(up + middle + c), first = lanes_widen(head + c) * kLog2E;
+      for (int64_t i = c; i < n * width; i += width) {
+        const Lanes exponent = lanes_widen(up + i) - m;
+        far.add(exponent);
+        if (queries || i + width >= n * width) lanes_narrow(up + i, lanes_exp2(exponent));
+        lanes_narrow(down + i, lanes_exp2(-exponent));
       }
+      const Lanes grown = first > 126.0f ? lanes_set(INFINITY) : decay_of(first);
+      lanes_narrow(head + c, grown * decay_of(m));
     }
     std::memcpy(tail, up + (n - 1) * width, static_cast<size_t>(width) * sizeof(float));
-    return true;
+    return far.within(kHalfRange);
+  }
+
+  /// head = the first row of gates; up = sums of the others, to base 2.
+  template <class E>
+  void sum_gates(const E* gates, int64_t n) {
+    const bool channel = p_.gate == GateKind::kChannel;
+    for (int64_t i = 0; i < n; ++i, gates += p_.g.stride_t) {
+      float *row = up + i * size_.k, *before = row - size_.k;
+      const auto add = [&](int64_t c, Lanes gate) {
+        if (i == 0) lanes_narrow(head + c, gate);
+        lanes_narrow(row + c, i == 0 ? lanes_set(0.0f) : gate * kLog2E + lanes_widen(before + c));
+      };
+      if (channel) {
+        for_lanes(gates, p_.dk, size_.k, add);
+      } else {
+        const Lanes gate = lanes_set(to_float(*gates));
+        for (int64_t c = 0; c < size_.k; c += kLanes) add(c, gate);
+      }
+    }
   }
 
   const GatedLinearAttentionParams& p_;
   Sizes size_;
   bool decays_ = false;
-  float growth_[kLanes];
+};
+
+/// Fetches the rows of a chunk into the cache before their turn, a token at a time, between the products of another:
+/// all at once they would hold up the products, and one head's rows lie too far apart for the CPU to guess.
+template <class T>
+class RowsAhead {
+ public:
+  explicit RowsAhead(const GatedLinearAttentionParams& p) : p_(p), per_state_(p.q.heads / p.states) {}
+
+  enum class What { kState, kResults, kGradients };  // of the call: what else is read and written
+
+  /// Tokens [t, t + n) of state head s; `grads` for kGradients.
+  void aim(int64_t b, int64_t s, int64_t t, int64_t n, What what, const GatedLinearAttentionGrads* grads = nullptr) {
+    b_ = b, s_ = s, t_ = t, end_ = t + n, what_ = what, grads_ = grads;
+  }
+
+  void fetch() {
+    if (t_ >= end_) return;
+    const int64_t k_head = s_ * p_.k.heads / p_.states, v_head = s_ * p_.v.heads / p_.states;
+    touch<0>(row_of<T>(p_.k, b_, t_, k_head), p_.dk);
+    touch<0>(row_of<T>(p_.v, b_, t_, v_head), p_.dv);
+    for (int64_t h = s_ * per_state_; h < (s_ + 1) * per_state_ && what_ != What::kState; ++h) {
+      touch<0>(row_of<T>(p_.q, b_, t_, h), p_.dk);
+      if (what_ == What::kResults) touch<1>(result<T>(p_.o, p_.q.heads, h, p_.dv), p_.dv);
+      if (what_ == What::kResults) continue;
+      touch<0>(result<T>(grads_->grad_o, p_.q.heads, h, p_.dv), p_.dv);
+      touch<1>(result<T>(grads_->dq, p_.q.heads, h, p_.dk), p_.dk);
+    }
+    if (what_ == What::kGradients) {
+      touch<1>(result<T>(grads_->dk, p_.k.heads, k_head, p_.dk), p_.dk);
+      touch<1>(result<T>(grads_->dv, p_.v.heads, v_head, p_.dv), p_.dv);
+    }
+    if (p_.gate == GateKind::kChannel) p_.gate_is_float ? touch_gate<float>() : touch_gate<T>();
+    ++t_;
+  }
+
+ private:
+  template <int kWrite, class E>
+  static void touch(const E* row, int64_t n) {
+    for (int64_t i = 0; i < n; i += static_cast<int64_t>(64 / sizeof(E))) __builtin_prefetch(row + i, kWrite, 3);
+  }
+
+  /// Row t of a head of a contiguous tensor.
+  template <class E>
+  const E* result(const void* base, int64_t heads, int64_t head, int64_t width) const {
+    return static_cast<const E*>(base) + ((b_ * p_.tokens + t_) * heads + head) * width;
+  }
+
+  template <class E>
+  void touch_gate() const {
+    const int64_t head = s_ * p_.g.heads / p_.states;
+    touch<0>(row_of<E>(p_.g, b_, t_, head), p_.dk);
+    if (what_ == What::kGradients) touch<1>(result<E>(grads_->dg, p_.g.heads, head, p_.dk), p_.dk);
+  }
+
+  const GatedLinearAttentionParams& p_;
+  int64_t per_state_, b_ = 0, s_ = 0, t_ = 0, end_ = 0;
+  What what_ = What::kState;
+  const GatedLinearAttentionGrads* grads_ = nullptr;
 };
 
 /// Scratch of the products within a chunk.
@@ -242,18 +270,29 @@ struct Pairs2D {
   float *transposed, *scores;
 };
 
-/// scores[i, j] = a_i . b_j over `depth` elements: a [padded, stride], b transposed. Padding is never multiplied, since
-/// zero times infinity is not zero.
-inline void row_products(const float* a, int64_t stride, int64_t depth, const float* b_transposed, int64_t padded,
-                         float* scores) {
-  product<Floats>(padded, padded, depth, Left{a, stride, 1}, Block{const_cast<float*>(b_transposed), padded},
-                  Block{scores, padded}, false);
+/// Rows [row, row + kTileRows) of scores = a b^T, its upper triangle 0: a [padded, stride], b transposed [depth,
+/// padded]. By selection: what stands there may be infinite.
+inline void lower_products(int64_t row, const float* a, int64_t stride, int64_t depth, const float* b_transposed,
+                           int64_t padded, float* scores) {
+  float* out = scores + row * padded;
+  product<Floats>(kTileRows, round_up(row + kTileRows, kLanes), depth, Left{a + row * stride, stride, 1},
+                  Block{const_cast<float*>(b_transposed), padded}, Block{out, padded}, false);
+  for (int64_t i = 0; i < kTileRows; ++i)
+    std::memset(out + i * padded + row + i + 1, 0, static_cast<size_t>(padded - row - i - 1) * sizeof(float));
 }
 
-/// scores[i, j] = 0 for j > i: by selection, what stood there may be infinite.
-inline void keep_lower(float* scores, int64_t padded) {
-  for (int64_t i = 0; i < padded; ++i)
-    for (int64_t j = i + 1; j < padded; ++j) scores[i * padded + j] = 0.0f;
+/// Rows [row, row + kTileRows) of c += scores b, with b [n, cols].
+inline void add_lower(int64_t row, const float* scores, int64_t padded, int64_t n, const float* b, int64_t cols,
+                      float* c) {
+  product<Floats>(kTileRows, cols, smaller(n, row + kTileRows), Left{scores + row * padded, padded, 1},
+                  Block{const_cast<float*>(b), cols}, Block{c + row * cols, cols}, true);
+}
+
+/// Rows [row, row + kTileRows) of c = scores^T b, or c += that, with b [n, cols].
+inline void upper_product(int64_t row, const float* scores, int64_t padded, int64_t n, const float* b, int64_t cols,
+                          float* c, bool add) {
+  product<Floats>(kTileRows, cols, n - row, Left{scores + row * padded + row, 1, padded},
+                  Block{const_cast<float*>(b) + row * cols, cols}, Block{c + row * cols, cols}, add);
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {

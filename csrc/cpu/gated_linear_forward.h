@@ -1,7 +1,7 @@
 // Gated linear attention, forward: neighbouring state heads of one sequence, chunk after chunk. One instruction set.
 //
 // Rows of one head lie a whole token apart: one head alone would touch a new page every other row. Neighbours walk the
-// chunks together, and find the pages, and the lines that were fetched ahead, still there.
+// chunks together, and while one chunk is multiplied the rows of the next are fetched.
 #pragma once
 
 #include "cpu/gated_linear_chunk.h"
@@ -12,7 +12,7 @@ template <class T>
 class GlaForward {
  public:
   GlaForward(const GatedLinearAttentionParams& p, Arena arena)
-      : p_(p), size_(p), chunk_(p, arena), pairs_(size_, arena) {
+      : p_(p), size_(p), chunk_(p, arena), pairs_(size_, arena), ahead_(p) {
     memory_ = arena.take<float>(p.group * memory_size());
     out_ = arena.take<float>(kChunk * size_.v);
     bytes_ = arena.used();
@@ -29,6 +29,10 @@ class GlaForward {
     for (int64_t t = sequence_.begin; t < sequence_.end; t += kChunk)
       for (int64_t s = first; s < end; ++s) {
         choose(s, s - first);
+        const bool last = s + 1 == end;
+        const int64_t next = last ? t + kChunk : t;
+        ahead_.aim(sequence_.b, last ? first : s + 1, next, smaller(kChunk, sequence_.end - next),
+                   RowsAhead<T>::What::kResults);
         walk(t, smaller(kChunk, sequence_.end - t));
       }
     for (int64_t s = first; s < end; ++s) {
@@ -74,33 +78,40 @@ class GlaForward {
     decay_state(chunk_.head);
     std::memcpy(pending_, chunk_.tail, static_cast<size_t>(size_.k) * sizeof(float));
     transpose_words(chunk_.kb, padded, size_.k, pairs_.transposed, padded);
-    for (int64_t h = 0; h < size_.per_state; ++h) attend(t, n, padded, head_ * size_.per_state + h, chunk_.q(h));
-    product<Floats>(size_.k, size_.v, n, Left{chunk_.kb, 1, size_.k}, Block{chunk_.v, size_.v}, Block{state_, size_.v},
-                    true);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = 0; c < size_.k; c += kLanes)
-        vec_store(z_ + c, vec_add(vec_load(z_ + c), vec_load(chunk_.kb + i * size_.k + c)));
+    for (int64_t h = 0; h < size_.per_state; ++h) {
+      product<Floats>(round_up(n, kTileRows), size_.v, p_.dk, Left{chunk_.q(h), size_.k, 1}, Block{state_, size_.v},
+                      Block{out_, size_.v}, false);
+      for (int64_t row = 0; row < n; row += kTileRows) attend(t, n, padded, h, row);
+    }
+    for (int64_t c = 0; c < size_.k; c += kTileRows) {
+      product<Floats>(kTileRows, size_.v, n, Left{chunk_.kb + c, 1, size_.k}, Block{chunk_.v, size_.v},
+                      Block{state_ + c * size_.v, size_.v}, true);
+      ahead_.fetch();
+    }
+    for (int64_t c = 0; c < size_.k; c += kLanes) {
+      Vec sum = vec_load(z_ + c);
+      for (int64_t i = 0; i < n; ++i) sum = vec_add(sum, vec_load(chunk_.kb + i * size_.k + c));
+      vec_store(z_ + c, sum);
+    }
   }
 
-  void attend(int64_t t, int64_t n, int64_t padded, int64_t head, const float* qb) {
+  /// Rows [row, row + kTileRows) of query head h of the state, whose products with the state are in `out_`.
+  void attend(int64_t t, int64_t n, int64_t padded, int64_t h, int64_t row) {
+    const float* qb = chunk_.q(h);
     float* scores = pairs_.scores;
-    row_products(qb, size_.k, p_.dk, pairs_.transposed, padded, scores);
-    keep_lower(scores, padded);
-    const int64_t computed = round_up(n, kTileRows);
-    product<Floats>(computed, size_.v, p_.dk, Left{qb, size_.k, 1}, Block{state_, size_.v}, Block{out_, size_.v},
-                    false);
-    product<Floats>(computed, size_.v, n, Left{scores, padded, 1}, Block{chunk_.v, size_.v}, Block{out_, size_.v},
-                    true);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = (sequence_.b * p_.tokens + t + i) * p_.q.heads + head;
-      float* out = out_ + i * size_.v;
+    lower_products(row, qb, size_.k, p_.dk, pairs_.transposed, padded, scores);
+    ahead_.fetch();
+    add_lower(row, scores, padded, n, chunk_.v, size_.v, out_);
+    ahead_.fetch();
+    for (int64_t i = row; i < smaller(n, row + kTileRows); ++i) {
+      const int64_t at = (sequence_.b * p_.tokens + t + i) * p_.q.heads + head_ * size_.per_state + h;
+      float inverse = 1.0f;
       if (p_.den != nullptr) {
         const float total = dot(qb + i * size_.k, z_, p_.dk) + sum_of(scores + i * padded, padded);
-        p_.den[row] = total;
-        const Vec inverse = vec_set(1.0f / (total + p_.eps));
-        for (int64_t c = 0; c < size_.v; c += kLanes) vec_store(out + c, vec_mul(vec_load(out + c), inverse));
+        p_.den[at] = total;
+        inverse = 1.0f / (total + p_.eps);
       }
-      round_row(out, p_.dv, static_cast<T*>(p_.o) + row * p_.dv);
+      round_row(out_ + i * size_.v, p_.dv, inverse, static_cast<T*>(p_.o) + at * p_.dv);
     }
   }
 
@@ -119,6 +130,7 @@ class GlaForward {
   Sizes size_;
   Chunk<T> chunk_;
   Pairs2D pairs_;
+  RowsAhead<T> ahead_;
   Sequence sequence_{};
   int64_t head_ = 0, bytes_ = 0;
   float *memory_, *out_;
