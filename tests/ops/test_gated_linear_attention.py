@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -307,6 +309,36 @@ def test_packed_sequences_need_a_batch_of_one() -> None:
     x = rows(batch=2)
     with pytest.raises(ValueError, match="cu_seqlens: expected a batch of 1"):
         subquad.gated_linear_attention(x, x, x, cu_seqlens=torch.tensor([0, 4]))
+
+
+_MEMORY = """
+import torch, subquad
+torch.set_num_threads(2)
+
+def peak():  # KiB; ru_maxrss would count the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+def train(tokens):
+    tensors = [torch.rand(1, tokens, 8, 64) for _ in range(3)] + [-0.1 * torch.rand(1, tokens, 8, 64)]
+    leaves = [x.requires_grad_() for x in tensors]
+    before = peak()
+    o, _ = subquad.gated_linear_attention(*leaves, normalize=True, backend="native")
+    o.sum().backward()
+    inputs = sum(x.nbytes for x in leaves) / 1024
+    return 1 + (peak() - before) / inputs
+
+train(256)
+print(train(8192))
+"""
+
+
+@pytest.mark.slow
+@backend_params("gated_linear_attention", "native")
+def test_memory_of_training(backend: str) -> None:
+    """Forward and backward of 8192 tokens: inputs, gradients and all else are at most three times the inputs."""
+    result = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 2 < float(result.stdout) < 3, f"{result.stdout.strip()} times the inputs"
 
 
 @pytest.mark.parametrize(
