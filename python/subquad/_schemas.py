@@ -165,7 +165,7 @@ OPS: dict[str, Op] = {
         cuda=False,
     ),
     "gated_linear_attention_fwd": Op(
-        "gated_linear_attention", f"({_GLA}) -> (Tensor, Tensor, Tensor, Tensor)", _gla_fwd, cuda=False
+        "gated_linear_attention", f"({_GLA}) -> (Tensor, Tensor, Tensor, Tensor)", _gla_fwd
     ),
     "gated_linear_attention_bwd": Op(
         "gated_linear_attention",
@@ -179,7 +179,6 @@ OPS: dict[str, Op] = {
         "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor(b!)? z, Tensor? state_indices, float scale, "
         "float eps) -> Tensor",
         lambda q, k, v, *_: q.new_empty((*q.shape[:2], v.shape[2])),
-        cuda=False,
     ),
     "feature_map_fwd": Op("feature_map", f"({_FEATURE_MAP}) -> Tensor", _feature_map_fwd),
     "feature_map_bwd": Op(

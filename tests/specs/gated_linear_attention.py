@@ -282,8 +282,6 @@ _TOLERANCE = Tolerance(
 )
 _MISSING = {
     "nn": "LawcatAttention holds the projections",
-    "cuda": "not written yet: Triton computes there",
-    "simt": "there is no CUDA C++ kernel yet",
     "check:dtypes": "gates may be float32 beside 16-bit tensors, states always are; tests/ops checks q, k and v",
     "check:autocast": "q, k and v are cast, gates and states are not; tests/ops checks that",
 }
