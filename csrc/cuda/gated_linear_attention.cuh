@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kStepThreads) gated_linear_step_kernel(const G
   SQ_SHARED(float, value, kGlaMaxDim);
   SQ_SHARED(float, query, kStepHeads* kGlaMaxDim);
   SQ_SHARED(float, totals, kStepHeads* kStepWarps);
-  SQ_SHARED(float, parts, kStepParts);
+  SQ_SHARED(float, parts, kStepWarps * kStepHeads * kGlaMaxDim);
   const int c = static_cast<int>(threadIdx.x), dk = static_cast<int>(p.dk), dv = static_cast<int>(p.dv);
   const int64_t b = blockIdx.x / p.states, s = blockIdx.x % p.states, per_state = p.q_heads / p.states;
   const int64_t slot = p.state_indices == nullptr ? b : sq::load_nc(p.state_indices + b);
@@ -236,9 +236,9 @@ __global__ void __launch_bounds__(kStepThreads) gated_linear_step_kernel(const G
     }
     __syncthreads();
     if (first == 0) {
-      step_state<kAligned, true>(state, dk, dv, key, decay, value, query, heads, parts);
+      step_state<kAligned, true>(state, dk, dv, key, decay, value, query, kGlaMaxDim, heads, parts);
     } else {
-      step_state<kAligned, false>(state, dk, dv, key, decay, value, query, heads, parts);
+      step_state<kAligned, false>(state, dk, dv, key, decay, value, query, kGlaMaxDim, heads, parts);
     }
     __syncthreads();
     step_outputs(parts, p.z == nullptr ? nullptr : totals, heads, dv, p.eps, out + first * dv);

@@ -16,7 +16,6 @@ constexpr int kStepLanes = 8;                         // lanes of a row
 constexpr int kStepTile = kStepLanes * kStepQuad;     // columns of a warp
 constexpr int kStepRows = kStepThreads / kStepLanes;  // rows of the block
 constexpr int kStepDepth = 4;                         // rows of a thread whose loads are under way together
-constexpr int kStepParts = kStepWarps * kStepHeads * kGlaMaxDim;
 
 /// Sum over the lanes of a warp that own the same columns; the first `kStepLanes` lanes have it.
 __device__ __forceinline__ float column_sum(float v) {
@@ -26,10 +25,11 @@ __device__ __forceinline__ float column_sum(float v) {
 }
 
 /// S = a S + k v^T (with kUpdate; else S as it is), and what every warp's rows of it add to q S of `heads` query heads:
-/// parts[warp][head][column]. key, decay, value and query[head * kGlaMaxDim + channel] are in shared memory.
+/// parts[warp][head][column]. All but the state is in shared memory; heads of query are `stride` apart.
 template <bool kAligned, bool kUpdate>
 __device__ __forceinline__ void step_state(float* state, int dk, int dv, const float* key, const float* decay,
-                                           const float* value, const float* query, int heads, float* parts) {
+                                           const float* value, const float* query, int stride, int heads,
+                                           float* parts) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int row = static_cast<int>(threadIdx.x) / kStepLanes, quad = lane % kStepLanes * kStepQuad;
   for (int base = 0; base < dv; base += kStepTile) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void step_state(float* state, int dk, int dv, const f
         for (int h = 0; h < kStepHeads; ++h) {
           if (h >= heads) continue;
           SQ_UNROLL
-          for (int j = 0; j < kStepQuad; ++j) acc[h][j] = fmaf(query[h * kGlaMaxDim + c], s[j], acc[h][j]);
+          for (int j = 0; j < kStepQuad; ++j) acc[h][j] = fmaf(query[h * stride + c], s[j], acc[h][j]);
         }
       }
     }
@@ -69,7 +69,7 @@ __device__ __forceinline__ void step_state(float* state, int dk, int dv, const f
       SQ_UNROLL
       for (int j = 0; j < kStepQuad; ++j) {
         const float sum = column_sum(acc[h][j]);
-        if (lane < kStepLanes && col + j < dv) parts[(warp * kStepHeads + h) * kGlaMaxDim + col + j] = sum;
+        if (lane < kStepLanes && col + j < dv) parts[(warp * kStepHeads + h) * dv + col + j] = sum;
       }
     }
   }
@@ -85,7 +85,7 @@ __device__ __forceinline__ void step_outputs(const float* parts, const float* to
     float sum = 0.0f, total = 0.0f;
     SQ_UNROLL
     for (int w = 0; w < kStepWarps; ++w) {
-      sum += parts[(w * kStepHeads + h) * kGlaMaxDim + column];
+      sum += parts[(w * kStepHeads + h) * dv + column];
       if (totals != nullptr) total += totals[h * kStepWarps + w];
     }
     sq::store(out + i, sq::from_float<T>(totals == nullptr ? sum : sum / (total + eps)));
