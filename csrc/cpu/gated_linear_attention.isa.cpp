@@ -38,10 +38,15 @@ void backward(const GatedLinearAttentionParams& p, const GatedLinearAttentionGra
   GlaBackward<T>(p, grads, Arena(scratch)).run(item / units, item % units);
 }
 
+/// e^g of n gates from `at` on.
 template <class T>
-float gate_of(const GlaStepParams& p, int64_t at) {
-  const float gate = p.gate_is_float ? static_cast<const float*>(p.g)[at] : to_float(static_cast<const T*>(p.g)[at]);
-  return vector_exp(gate);
+void decays_of(const GlaStepParams& p, int64_t at, int64_t n, float* decay) {
+  if (p.gate_is_float) {
+    widen_token(static_cast<const float*>(p.g) + at, n, decay);
+  } else {
+    widen_token(static_cast<const T*>(p.g) + at, n, decay);
+  }
+  for (int64_t c = 0; c < n; ++c) decay[c] = vector_exp(decay[c]);
 }
 
 template <class T>
@@ -53,16 +58,21 @@ void step(const GlaStepParams& p, int64_t item) {
     for (int64_t i = 0; i < per_state * p.dv; ++i) out[i] = from_float<T>(0.0f);
     return;
   }
+  float* const state = p.s + (slot * p.states + s) * p.dk * p.dv;
+  fetch_state(state, p.dk, p.dv);
   float decay[kStepWidth], k[kStepWidth], v[kStepWidth], q[kStepHeads * kStepWidth], o[kStepHeads * kStepWidth];
   widen_token(static_cast<const T*>(p.k) + (b * p.k_heads + s * p.k_heads / p.states) * p.dk, p.dk, k);
   widen_token(static_cast<const T*>(p.v) + (b * p.v_heads + s * p.v_heads / p.states) * p.dv, p.dv, v);
-  const int64_t gate_head = p.gate == GateKind::kNone ? 0 : b * p.g_heads + s * p.g_heads / p.states;
-  const float whole = p.gate == GateKind::kHead ? gate_of<T>(p, gate_head) : 1.0f;
-  for (int64_t c = 0; c < p.dk; ++c)
-    decay[c] = p.gate == GateKind::kChannel ? gate_of<T>(p, gate_head * p.dk + c) : whole;
+  if (p.gate == GateKind::kNone) {
+    for (int64_t c = 0; c < p.dk; ++c) decay[c] = 1.0f;
+  } else {
+    const int64_t head = b * p.g_heads + s * p.g_heads / p.states, n = p.gate == GateKind::kChannel ? p.dk : 1;
+    decays_of<T>(p, head * n, n, decay);
+    for (int64_t c = n; c < p.dk; ++c) decay[c] = decay[0];
+  }
   float* z = p.z == nullptr ? nullptr : p.z + (slot * p.states + s) * p.dk;
   for (int64_t c = 0; c < p.dk && z != nullptr; ++c) z[c] = decay[c] * z[c] + k[c];
-  const StepToken token{p.s + (slot * p.states + s) * p.dk * p.dv, p.dk, p.dv, decay, k, v, q, o};
+  const StepToken token{state, p.dk, p.dv, decay, k, v, q, o};
   for (int64_t h = 0; h < per_state; h += kStepHeads) {
     const int64_t heads = smaller(kStepHeads, per_state - h);
     for (int64_t r = 0; r < heads; ++r) {

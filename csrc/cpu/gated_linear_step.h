@@ -38,7 +38,7 @@ struct StepToken {
 /// kVecs vectors of columns from `first` on: S = a S + k v^T (with kUpdate), o = q S for kHeads query heads.
 template <bool kUpdate, int kHeads, int kVecs>
 void step_columns(const StepToken& t, int64_t first) {
-  constexpr int64_t kAhead = 4;  // rows whose cache lines are asked for early: hardware stops at the end of a page
+  constexpr int64_t kAhead = 16;  // rows whose cache lines are asked for early: hardware stops at the end of a page
   Lanes sums[kHeads][kVecs] = {};
   for (int64_t c = 0; c < t.dk; ++c) {
     float* row = t.state + c * t.dv + first;
@@ -55,6 +55,13 @@ void step_columns(const StepToken& t, int64_t first) {
   }
   for (int h = 0; h < kHeads; ++h)
     for (int n = 0; n < kVecs; ++n) lanes_narrow(t.o + h * kStepWidth + first + n * kLanes, sums[h][n]);
+}
+
+/// The first rows of a state, while what goes through it is being made.
+inline void fetch_state(const float* state, int64_t dk, int64_t dv) {
+  constexpr int64_t kFloats = 16, kLines = 128;  // of a cache line; how many of them
+  const int64_t lines = dk * dv / kFloats;
+  for (int64_t i = 0; i < (lines < kLines ? lines : kLines); ++i) __builtin_prefetch(state + i * kFloats, 0, 2);
 }
 
 template <bool kUpdate, int kHeads>

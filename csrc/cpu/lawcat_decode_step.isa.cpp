@@ -2,6 +2,8 @@
 // then one pass over its state.
 #include "cpu/lawcat_decode_step.h"
 
+#include <string.h>
+
 #include "common/exp.h"
 #include "cpu/gated_linear_step.h"
 
@@ -11,34 +13,50 @@ namespace {
 static_assert(kDecodeMaxDim == kStepWidth);
 constexpr float kInf = __builtin_inff();
 
-/// x[0 .. d) = act(bias + taps of [past, token]) of one head. kShift: the token also enters the past.
-template <class T, bool kShift, int kTaps>
-void convolve(int64_t d, int taps, const T* token, const T* weight, const T* bias, bool silu, T* past, float* x) {
+/// x[0 .. d) = act(bias + taps of [past, token]) of one head.
+template <class T, int kTaps>
+void convolve(int64_t d, int taps, const T* token, const T* weight, const T* bias, bool silu, const T* past, float* x) {
   const int64_t w = kTaps > 0 ? kTaps : taps;
+  // Tensors are read in order and widened; what is strided then is in the nearest cache.
+  float filter[kStepWidth * kDecodeMaxTaps], before[kStepWidth * (kDecodeMaxTaps - 1)], now[kStepWidth];
+  widen_token(weight, d * w, filter);
+  widen_token(past, d * (w - 1), before);
+  widen_token(token, d, now);
+  if (bias != nullptr) {
+    widen_token(bias, d, x);
+  } else {
+    for (int64_t c = 0; c < d; ++c) x[c] = 0.0f;
+  }
   for (int64_t c = 0; c < d; ++c) {
-    float sum = bias == nullptr ? 0.0f : to_float(bias[c]);
-    T* line = past + c * (w - 1);
-    for (int64_t j = 0; j < w - 1; ++j) sum += to_float(weight[c * w + j]) * to_float(line[j]);
-    x[c] = sum + to_float(weight[c * w + w - 1]) * to_float(token[c]);
-    if constexpr (kShift) {
-      for (int64_t j = 0; j + 2 < w; ++j) line[j] = line[j + 1];
-      if (w > 1) line[w - 2] = token[c];
-    }
+    float sum = x[c];
+    for (int64_t j = 0; j < w - 1; ++j) sum += filter[c * w + j] * before[c * (w - 1) + j];
+    x[c] = sum + filter[c * w + w - 1] * now[c];
   }
   if (!silu) return;
   for (int64_t c = 0; c < d; ++c) x[c] = x[c] / (1.0f + vector_exp(-x[c]));
 }
 
+/// The token enters the past of one head: everything moves on by one, and each channel's last tap is new.
+template <class T>
+void shift(int64_t d, int64_t past_taps, const T* token, T* past) {
+  if (past_taps == 0) return;
+  memmove(past, past + 1, static_cast<size_t>(d * past_taps - 1) * sizeof(T));
+  for (int64_t c = 0; c < d; ++c) past[c * past_taps + past_taps - 1] = token[c];
+}
+
 /// y[first .. first + kVecs vectors) of x W; the last vector may stand for fewer than kLanes columns.
 template <class T, int kVecs, bool kWhole>
 void project_columns(const float* x, const T* weight, int64_t d, int64_t f, int64_t first, float* y) {
-  Lanes sums[kVecs] = {};
-  for (int64_t c = 0; c < d; ++c) {
+  Lanes even[kVecs] = {}, odd[kVecs] = {};  // one chain of additions would wait for itself
+  const auto add = [&](int64_t c, Lanes(&sums)[kVecs]) {
     const Lanes value = lanes_set(x[c]);
     for (int n = 0; n < kVecs; ++n)
       sums[n] += value * lanes_load<kWhole>(weight + c * f + first + n * kLanes, f - first - n * kLanes);
-  }
-  for (int n = 0; n < kVecs; ++n) lanes_narrow(y + first + n * kLanes, sums[n]);
+  };
+  int64_t c = 0;
+  for (; c + 2 <= d; c += 2) add(c, even), add(c + 1, odd);
+  if (c < d) add(c, even);
+  for (int n = 0; n < kVecs; ++n) lanes_narrow(y + first + n * kLanes, even[n] + odd[n]);
 }
 
 /// out = max(softmax(y), eps); y has -inf from f up to a whole vector.
@@ -124,12 +142,9 @@ void step(const LawcatDecodeStepParams& p, int64_t item) {
   for (int64_t s = head * per_head; s < (head + 1) * per_head; ++s) {
     const T *token = at(p.k, (b * p.k_heads + head) * p.d), *filters = at(p.ck, s * filter);
     const T* bias = at(p.ck_bias, s * p.d);
-    // The states of a key head share its past: the last one moves it on.
-    if (s + 1 == (head + 1) * per_head) {
-      convolve<T, true, kTaps>(p.d, p.taps, token, filters, bias, p.silu, conv_k, x);
-    } else {
-      convolve<T, false, kTaps>(p.d, p.taps, token, filters, bias, p.silu, conv_k, x);
-    }
+    float* const state = p.s + (slot * p.states + s) * keys * p.dv;
+    fetch_state(state, keys, p.dv);
+    convolve<T, kTaps>(p.d, p.taps, token, filters, bias, p.silu, conv_k, x);
     map_features(x, at(p.wphi_k, s * p.key_maps / p.states * map), p.d, p.f, p.fm_eps, k);
     if (const int64_t own = b * p.g_heads + s * p.g_heads / p.states; p.gate != GateKind::kNone && own != gate) {
       gate = own;
@@ -144,14 +159,16 @@ void step(const LawcatDecodeStepParams& p, int64_t item) {
     widen_token(at(p.v, (b * p.v_heads + s * p.v_heads / p.states) * p.dv), p.dv, v);
     float* z = p.z == nullptr ? nullptr : p.z + (slot * p.states + s) * keys;
     for (int64_t c = 0; c < keys && z != nullptr; ++c) z[c] = decay[c] * z[c] + k[c];
-    const StepToken through{p.s + (slot * p.states + s) * keys * p.dv, keys, p.dv, decay, k, v, q, o};
+    const StepToken through{state, keys, p.dv, decay, k, v, q, o};
     for (int64_t first = 0; first < per_state; first += kStepHeads) {
       const int64_t left = per_state - first, heads = left < kStepHeads ? left : kStepHeads;
       float inverse[kStepHeads];
       for (int64_t r = 0; r < heads; ++r) {
         const int64_t h = s * per_state + first + r;
-        convolve<T, true, kTaps>(p.d, p.taps, at(p.q, (b * p.q_heads + h) * p.d), at(p.cq, h * filter),
-                                 at(p.cq_bias, h * p.d), p.silu, conv_q + h * past, x);
+        const T* query = at(p.q, (b * p.q_heads + h) * p.d);
+        convolve<T, kTaps>(p.d, p.taps, query, at(p.cq, h * filter), at(p.cq_bias, h * p.d), p.silu, conv_q + h * past,
+                           x);
+        shift(p.d, p.taps - 1, query, conv_q + h * past);
         float* row = q + r * kStepWidth;
         map_features(x, at(p.wphi, h * p.maps / p.q_heads * map), p.d, p.f, p.fm_eps, row);
         for (int64_t c = 0; c < keys; ++c) row[c] *= p.scale;
@@ -164,6 +181,7 @@ void step(const LawcatDecodeStepParams& p, int64_t item) {
       }
     }
   }
+  shift(p.d, p.taps - 1, at(p.k, (b * p.k_heads + head) * p.d), conv_k);
 }
 
 template <class T>

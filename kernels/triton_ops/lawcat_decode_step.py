@@ -201,7 +201,7 @@ def lawcat_decode_step_(
             q_heads, k_heads, v.shape[1], 1 if u is None else u.shape[1], states, wphi.shape[0], wphi_k.shape[0], d, dv, f, tau,
             clamp_min, scale, eps, fm_eps, GATE=0 if u is None else u.dim() - 1, NORMALIZE=z is not None,
             INDEXED=state_indices is not None, TAPS=taps, Q_BIAS=cq_bias is not None, K_BIAS=ck_bias is not None, SILU=silu,
-            BD=min(32, triton.next_power_of_2(d)), BF=triton.next_power_of_2(f), BV=min(32, triton.next_power_of_2(dv)),
+            BD=min(16, triton.next_power_of_2(d)), BF=triton.next_power_of_2(f), BV=min(16, triton.next_power_of_2(dv)),
             num_warps=4,
         )  # fmt: skip
     return o

@@ -146,8 +146,9 @@ def state_bytes(case: BenchCase) -> float:
 
 def _composed(sample: Sample) -> Callable[[], torch.Tensor]:
     """The operators of this package one after the other."""
-    a = {n: x if x is None or n not in POOLS else x.clone() for n, x in sample.args.items()}
-    groups, d = a["ck"].shape[0] // a["k0"][0].numel(), a["q0"].shape[2]  # type: ignore[union-attr, index]
+    a: dict[str, Any] = {n: x if x is None or n not in POOLS else x.clone() for n, x in sample.args.items()}
+    groups, d = a["ck"].shape[0] // a["k0"][0].numel(), a["q0"].shape[2]
+    maps = {n: sample["wphi"].repeat_interleave(a[n].shape[0] // d // sample["wphi"].shape[0], 0) for n in ("cq", "ck")}
 
     def call() -> torch.Tensor:
         features = []
@@ -157,11 +158,11 @@ def _composed(sample: Sample) -> Callable[[], torch.Tensor]:
                 a[past],
                 a[taps],
                 channel_groups=repeat,
-                head_dim=d,  # type: ignore[union-attr, arg-type]
+                head_dim=d,
             )
-            features.append(subquad.feature_map(y.unflatten(1, (-1, d))[:, None], a["wphi"])[:, 0])
-        g = F.logsigmoid(a["u"].float()) / 16.0  # type: ignore[union-attr]
-        return subquad.gated_linear_attention_step(*features, a["v"], g, a["state"], z=a["z"])  # type: ignore[arg-type]
+            features.append(subquad.feature_map(y.unflatten(1, (-1, d))[:, None], maps[taps])[:, 0])
+        g = F.logsigmoid(a["u"].float()) / 16.0
+        return subquad.gated_linear_attention_step(*features, a["v"], g, a["state"], z=a["z"])
 
     return call
 
@@ -172,11 +173,13 @@ def _eager(sample: Sample) -> Callable[[], torch.Tensor]:
     d, states = a["q0"].shape[2], a["state"].shape[1]
     repeat, values = states // a["k0"].shape[1], states // a["v"].shape[1]
 
+    maps = {n: sample["wphi"].repeat_interleave(a[n].shape[0] // d // sample["wphi"].shape[0], 0) for n in ("cq", "ck")}
+
     def convolved(x: str, past: str, taps: str, times: int) -> torch.Tensor:
         window = torch.cat([a[past], a[x].flatten(1)[..., None]], 2)
         a[past].copy_(window[..., 1:])
         lines = window.unflatten(1, (-1, d)).repeat_interleave(times, 1).flatten(1, 2)
-        y = torch.einsum("bhd,hdf->bhf", (lines * a[taps]).sum(2).unflatten(1, (-1, d)), a["wphi"])
+        y = torch.einsum("bhd,hdf->bhf", (lines * a[taps]).sum(2).unflatten(1, (-1, d)), maps[taps])
         return torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp_min(1e-12).float()
 
     def call() -> torch.Tensor:
@@ -185,7 +188,9 @@ def _eager(sample: Sample) -> Callable[[], torch.Tensor]:
         a["state"].mul_(decay[..., None])
         a["state"].addcmul_(k[..., None], a["v"].float().repeat_interleave(values, 1)[:, :, None])
         a["z"].mul_(decay).add_(k)
-        return (torch.einsum("bhk,bhkv->bhv", q, a["state"]) / (q * a["z"]).sum(-1, keepdim=True)).to(a["v"].dtype)
+        q = q.unflatten(1, (states, -1))
+        o = torch.einsum("bsgk,bskv->bsgv", q, a["state"]) / torch.einsum("bsgk,bsk->bsg", q, a["z"])[..., None]
+        return o.flatten(1, 2).to(a["v"].dtype)
 
     return call
 
