@@ -12,6 +12,7 @@ import subquad
 from subquad import _native
 from subquad._schemas import HANDLES
 from subquad.testing import Sampler, assert_close, assert_same_bits
+from subquad.testing.specs import lawcat_decode_step as lawcat
 from subquad.testing.specs.gated_linear_attention import draw, oracle, step, step_oracle
 
 
@@ -70,6 +71,22 @@ def test_the_walk_keeps_the_state_in_registers(emulator: ctypes.CDLL, tokens: in
     assert stored == states + 4 * (tokens * (128 + 1) + 128)
 
 
+@pytest.mark.parametrize("states", [2, 8])
+def test_a_lawcat_step_moves_its_states_and_little_else(emulator: ctypes.CDLL, states: int) -> None:
+    """States are read and written once, maps and taps once for every head, also where keys share their past."""
+    d, f, taps, heads, keys = 64, 32, 4, 8, 2
+    sample = lawcat.draw(Sampler(), "layer", (heads, keys, states), d, f, d, batch=1)
+    a = {n: x for n, x in sample.args.items() if x is not None}
+    loaded, stored = traffic(emulator, lambda: subquad.lawcat_decode_step(**a, backend="simt"))
+    moved = 4 * (a["state"].numel() + a["z"].numel())
+    weights = 4 * (heads + states) * d * (f + taps)
+    tokens = 4 * (heads + states) * d * taps + 4 * keys * d * taps + 4 * states * 3 * d  # past and present; v and u
+    again = 0 if heads // states <= 4 else moved
+    assert moved + weights <= loaded <= moved + weights + tokens + again
+    past = 4 * (heads + keys) * d * (taps - 1)
+    assert stored == moved + past + 4 * heads * d
+
+
 @pytest.mark.parametrize("heads", [(5, 1, 1, 1), (9, 1, 1, 1), (12, 2, 1, 2)])
 @pytest.mark.parametrize(("dk", "dv"), [(5, 7), (65, 33), (129, 36), (256, 256)])
 def test_more_query_heads_than_a_block_takes(heads: tuple[int, int, int, int], dk: int, dv: int) -> None:
@@ -83,7 +100,8 @@ def test_more_query_heads_than_a_block_takes(heads: tuple[int, int, int, int], d
         *(sample[n] for n in "qkvg"), initial_state=(sample["s0"], sample["z0"]), normalize=True,
         output_final_state=True, backend="simt",
     )  # fmt: skip
-    expected = oracle(**{n: None if x is None else x.double() for n, x in sample.args.items()}, normalize=True)
+    doubles: dict[str, Any] = {n: None if x is None else x.double() for n, x in sample.args.items()}
+    expected = oracle(**doubles, normalize=True)
     for a, b in zip((whole[0], *whole[1]), expected, strict=True):  # type: ignore[misc]
         assert_close(a.double(), b, 1e-5)
 
@@ -94,6 +112,22 @@ def test_bounds_are_not_trusted(emulator: ctypes.CDLL) -> None:
     for bounds in ([-5, 3, 100], [4, 2, 1 << 40], [0, -(1 << 40), 6]):
         args = (q, k, v, None, None, None, torch.tensor(bounds), 1.0, 1e-10, True)
         HANDLES["simt"]["gated_linear_attention_fwd"](*args)
+
+
+def test_a_lawcat_step_skips_places_outside_the_pools(emulator: ctypes.CDLL) -> None:
+    sample = lawcat.draw(Sampler(), "places", (4, 2, 4), 8, 4, 8, batch=4)
+    a = {n: sample.args.get(n) for n in lawcat.FLOATS}
+    order = ("q0", "k0", "v", "u", "cq", "ck", "cq_bias", "ck_bias", "wphi", "wphi", *lawcat.POOLS)
+    pools = {n: sample[n][:3].clone() for n in lawcat.POOLS}
+    before = {n: x.clone() for n, x in pools.items()}
+    tensors = [pools.get(n, a[n]) for n in order]
+    indices = torch.tensor([-7, 3, 1 << 40, 1])
+    options = (indices, False, 16.0, -torch.inf, 1.0, 1e-10, 1e-12)
+    o = HANDLES["simt"]["lawcat_decode_step_"](*tensors, *options)
+    assert not bool(o[:3].any()) and bool(o[3].all())
+    for name, pool in pools.items():
+        assert_same_bits(pool[[0, 2]], before[name][[0, 2]], name)
+        assert not torch.equal(pool[1], before[name][1]), name
 
 
 def test_places_outside_the_pool_are_skipped(emulator: ctypes.CDLL) -> None:

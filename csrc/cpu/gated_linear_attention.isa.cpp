@@ -59,7 +59,7 @@ void step(const GlaStepParams& p, int64_t item) {
     return;
   }
   float* const state = p.s + (slot * p.states + s) * p.dk * p.dv;
-  fetch_state(state, p.dk, p.dv);
+  fetch(state, p.dk * p.dv * 4);
   float decay[kStepWidth], k[kStepWidth], v[kStepWidth], q[kStepHeads * kStepWidth], o[kStepHeads * kStepWidth];
   widen_token(static_cast<const T*>(p.k) + (b * p.k_heads + s * p.k_heads / p.states) * p.dk, p.dk, k);
   widen_token(static_cast<const T*>(p.v) + (b * p.v_heads + s * p.v_heads / p.states) * p.dv, p.dv, v);

@@ -57,11 +57,11 @@ void step_columns(const StepToken& t, int64_t first) {
     for (int n = 0; n < kVecs; ++n) lanes_narrow(t.o + h * kStepWidth + first + n * kLanes, sums[h][n]);
 }
 
-/// The first rows of a state, while what goes through it is being made.
-inline void fetch_state(const float* state, int64_t dk, int64_t dv) {
-  constexpr int64_t kFloats = 16, kLines = 128;  // of a cache line; how many of them
-  const int64_t lines = dk * dv / kFloats;
-  for (int64_t i = 0; i < (lines < kLines ? lines : kLines); ++i) __builtin_prefetch(state + i * kFloats, 0, 2);
+/// Ask for the first kilobytes of what is needed soon, while other work is done.
+inline void fetch(const void* from, int64_t bytes) {
+  constexpr int64_t kLine = 64, kMost = 8192;
+  for (int64_t i = 0; i < (bytes < kMost ? bytes : kMost); i += kLine)
+    __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
 }
 
 template <bool kUpdate, int kHeads>

@@ -143,7 +143,10 @@ void step(const LawcatDecodeStepParams& p, int64_t item) {
     const T *token = at(p.k, (b * p.k_heads + head) * p.d), *filters = at(p.ck, s * filter);
     const T* bias = at(p.ck_bias, s * p.d);
     float* const state = p.s + (slot * p.states + s) * keys * p.dv;
-    fetch_state(state, keys, p.dv);
+    float* const z = p.z == nullptr ? nullptr : p.z + (slot * p.states + s) * keys;
+    fetch(state, keys * p.dv * 4);
+    if (z != nullptr) fetch(z, keys * 4);
+    fetch(conv_q + s * per_state * past, past * static_cast<int64_t>(sizeof(T)));
     convolve<T, kTaps>(p.d, p.taps, token, filters, bias, p.silu, conv_k, x);
     map_features(x, at(p.wphi_k, s * p.key_maps / p.states * map), p.d, p.f, p.fm_eps, k);
     if (const int64_t own = b * p.g_heads + s * p.g_heads / p.states; p.gate != GateKind::kNone && own != gate) {
@@ -157,7 +160,6 @@ void step(const LawcatDecodeStepParams& p, int64_t item) {
       for (int64_t c = n; c < keys; ++c) decay[c] = decay[0];
     }
     widen_token(at(p.v, (b * p.v_heads + s * p.v_heads / p.states) * p.dv), p.dv, v);
-    float* z = p.z == nullptr ? nullptr : p.z + (slot * p.states + s) * keys;
     for (int64_t c = 0; c < keys && z != nullptr; ++c) z[c] = decay[c] * z[c] + k[c];
     const StepToken through{state, keys, p.dv, decay, k, v, q, o};
     for (int64_t first = 0; first < per_state; first += kStepHeads) {

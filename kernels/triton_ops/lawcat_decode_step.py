@@ -202,7 +202,7 @@ def lawcat_decode_step_(
             clamp_min, scale, eps, fm_eps, GATE=0 if u is None else u.dim() - 1, NORMALIZE=z is not None,
             INDEXED=state_indices is not None, TAPS=taps, Q_BIAS=cq_bias is not None, K_BIAS=ck_bias is not None, SILU=silu,
             BD=min(16, triton.next_power_of_2(d)), BF=triton.next_power_of_2(f), BV=min(16, triton.next_power_of_2(dv)),
-            num_warps=4,
+            num_warps=8 if f > 32 else 4,
         )  # fmt: skip
     return o
 
