@@ -134,7 +134,7 @@ def bench_sample(case: BenchCase, device: str) -> Sample:
 def bench_oracle(sample: Sample, result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first rows, against the definition."""
     rows = SPEC.rows
-    few = {n: x[:2] if x is not None and n in rows else x for n, x in sample.args.items()}
+    few: dict[str, Any] = {n: x[:2] if x is not None and n in rows else x for n, x in sample.args.items()}
     return result[:2], oracle(**few, **sample.kwargs)[0]
 
 
@@ -162,7 +162,7 @@ def _composed(sample: Sample) -> Callable[[], torch.Tensor]:
             )
             features.append(subquad.feature_map(y.unflatten(1, (-1, d))[:, None], maps[taps])[:, 0])
         g = F.logsigmoid(a["u"].float()) / 16.0
-        return subquad.gated_linear_attention_step(*features, a["v"], g, a["state"], z=a["z"])
+        return subquad.gated_linear_attention_step(features[0], features[1], a["v"], g, a["state"], z=a["z"])
 
     return call
 

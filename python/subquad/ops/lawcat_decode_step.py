@@ -207,19 +207,20 @@ def _check_shapes(
     if u is not None:
         _check_logits(u, q0, states, keys)
     wide = torch.float64 if q0.dtype is torch.float64 else torch.float32
-    for name, x in (("state", state), ("z", z)):
-        if x is None:
+    sums: dict[str, torch.Tensor | None] = {"state": state, "z": z}
+    for name, pool_of in sums.items():
+        if pool_of is None:
             continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-        if x.shape != state.shape[: x.dim()] or x.dim() != (4 if name == "state" else 3):
-            raise ValueError(f"{name}: expected shape {[pool, states, keys]}, got {list(x.shape)}")
-        if x.dtype is not wide:
-            raise TypeError(f"{name}: expected {wide}, got {x.dtype}")
-        if x.device != q0.device:
-            raise ValueError(f"{name}: expected device {q0.device} as q0 has, got {x.device}")
-    for name, x in (("conv_q", conv_q), ("conv_k", conv_k), ("state", state), ("z", z)):
-        if x is not None and not x.is_contiguous():
+        if not isinstance(pool_of, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(pool_of).__name__}")
+        if name == "z" and pool_of.shape != (pool, states, keys):
+            raise ValueError(f"z: expected shape {[pool, states, keys]}, got {list(pool_of.shape)}")
+        if pool_of.dtype is not wide:
+            raise TypeError(f"{name}: expected {wide}, got {pool_of.dtype}")
+        if pool_of.device != q0.device:
+            raise ValueError(f"{name}: expected device {q0.device} as q0 has, got {pool_of.device}")
+    for name, pool_of in {"conv_q": conv_q, "conv_k": conv_k, **sums}.items():
+        if pool_of is not None and not pool_of.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, since it is updated in place")
     if state_indices is not None:
         return _checks.indices("state_indices", state_indices, batch, pool, q0.device)
