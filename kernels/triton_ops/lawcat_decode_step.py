@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._common.aot import AotCase
+from ._common.linear import token_tile
 from ._common.numerics import cast
 
 
@@ -95,19 +96,6 @@ def _decay(u_ptr, at, some, tau, clamp_min, GATE: tl.constexpr):
 
 
 @triton.jit
-def _tile(s_ptr, rows, some, cols, dv, key, decay, value, UPDATE: tl.constexpr):
-    """A tile of the state after the token; written with UPDATE."""
-    at = rows[:, None] * dv + cols[None, :]
-    mask = some[:, None] & (cols < dv)[None, :]
-    state = tl.load(s_ptr + at, mask, other=0.0)
-    if UPDATE:
-        state = tl.where(mask, state * decay[:, None] + key[:, None] * value[None, :], 0.0)
-        tl.debug_barrier()  # small tiles are held several times: all copies are read before one is written
-        tl.store(s_ptr + at, state, mask)
-    return state
-
-
-@triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, u_ptr, cq_ptr, ck_ptr, cq_bias_ptr, ck_bias_ptr, wphi_ptr, wphi_k_ptr, conv_q_ptr, conv_k_ptr, s_ptr,
     z_ptr, index_ptr, o_ptr, batch, pool, q_heads, k_heads, v_heads, g_heads, states, maps, key_maps, d, dv, f, tau, clamp_min,
@@ -167,13 +155,13 @@ def _decode_kernel(
                         tl.float32
                     )
                     if r == 0:
-                        state_up = _tile(s_ptr + own * dv, half, some, cols, dv, key_up, decay_up, value, True)
-                        state_down = _tile(
+                        state_up = token_tile(s_ptr + own * dv, half, some, cols, dv, key_up, decay_up, value, True)
+                        state_down = token_tile(
                             s_ptr + own * dv, f + half, some, cols, dv, key_down, decay_down, value, True
                         )
                     else:
-                        state_up = _tile(s_ptr + own * dv, half, some, cols, dv, key_up, decay_up, value, False)
-                        state_down = _tile(
+                        state_up = token_tile(s_ptr + own * dv, half, some, cols, dv, key_up, decay_up, value, False)
+                        state_down = token_tile(
                             s_ptr + own * dv, f + half, some, cols, dv, key_down, decay_down, value, False
                         )
                     out = (tl.sum(up[:, None] * state_up, 0) + tl.sum(down[:, None] * state_down, 0)) / total
