@@ -33,6 +33,7 @@ from ._common.linear import (
     rows_of,
     slot_of,
     span_of,
+    token_tile,
 )  # fmt: skip
 from ._common.numerics import cast
 
@@ -382,18 +383,14 @@ def _step_kernel(
     z = tl.zeros([BK], tl.float32)
     if NORMALIZE:
         z = tl.load(z_ptr + own * dk + chan, inside, other=0.0) * decay + key
+        tl.debug_barrier()  # few channels are held by several threads: all have read before one writes
         tl.store(z_ptr + own * dk + chan, z, inside)
     group = q_heads // states
+    value_ptr = v_ptr + (row * v_heads + s * v_heads // states) * dv
     for first in range(0, dv, BV):
         cols = first + tl.arange(0, BV)
-        value = tl.load(v_ptr + (row * v_heads + s * v_heads // states) * dv + cols, cols < dv, other=0.0).to(
-            tl.float32
-        )
-        tile = own * dk * dv + chan[:, None] * dv + cols[None, :]
-        mask = inside[:, None] & (cols < dv)[None, :]
-        state = tl.load(s_ptr + tile, mask, other=0.0) * decay[:, None] + key[:, None] * value[None, :]
-        state = tl.where(mask, state, 0.0)
-        tl.store(s_ptr + tile, state, mask)
+        value = tl.load(value_ptr + cols, cols < dv, other=0.0).to(tl.float32)
+        state = token_tile(s_ptr + own * dk * dv, chan, inside, cols, dv, key, decay, value, True)
         for h in range(group):
             head = row * q_heads + s * group + h
             q = tl.load(q_ptr + head * dk + chan, inside, other=0.0).to(tl.float32) * scale

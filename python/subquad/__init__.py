@@ -17,6 +17,7 @@ from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from .ops.feature_map import feature_map
 from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
+from .ops.lawcat_decode_step import lawcat_decode_step
 from .rope import RopeSpec
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_step",
     "interval_attention",
+    "lawcat_decode_step",
     "sparsity_report",
     "track_sparsity",
     "trainable_parameters",

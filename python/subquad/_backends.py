@@ -42,13 +42,13 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cats_activation": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "causal_conv1d": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
     "interval_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
-    "gated_linear_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
+    "gated_linear_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "lawcat_decode_step": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
 }
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     (stem, backend): REFERENCE if backend == "reference" else Capability() for stem in STEMS for backend in BACKENDS
 }
-CAPABILITIES["gated_linear_attention", "simt"] = Capability(missing="there is no CUDA C++ kernel yet")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _override: str | None = None

@@ -165,7 +165,7 @@ OPS: dict[str, Op] = {
         cuda=False,
     ),
     "gated_linear_attention_fwd": Op(
-        "gated_linear_attention", f"({_GLA}) -> (Tensor, Tensor, Tensor, Tensor)", _gla_fwd, cuda=False
+        "gated_linear_attention", f"({_GLA}) -> (Tensor, Tensor, Tensor, Tensor)", _gla_fwd
     ),
     "gated_linear_attention_bwd": Op(
         "gated_linear_attention",
@@ -179,7 +179,6 @@ OPS: dict[str, Op] = {
         "(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor(a!) state, Tensor(b!)? z, Tensor? state_indices, float scale, "
         "float eps) -> Tensor",
         lambda q, k, v, *_: q.new_empty((*q.shape[:2], v.shape[2])),
-        cuda=False,
     ),
     "feature_map_fwd": Op("feature_map", f"({_FEATURE_MAP}) -> Tensor", _feature_map_fwd),
     "feature_map_bwd": Op(
@@ -203,10 +202,17 @@ OPS: dict[str, Op] = {
         "Tensor? conv_state_indices, int groups, int head_dim, bool silu) -> Tensor",
         lambda x, conv_state, weight, *_: x.new_empty((*x.shape[:2], weight.shape[0])),
     ),
+    "lawcat_decode_step_": Op(
+        "lawcat_decode_step",
+        "(Tensor q0, Tensor k0, Tensor v, Tensor? u, Tensor cq, Tensor ck, Tensor? cq_bias, Tensor? ck_bias, Tensor wphi, "
+        "Tensor wphi_k, Tensor(a!) conv_q, Tensor(b!) conv_k, Tensor(c!) state, Tensor(d!)? z, Tensor? state_indices, "
+        "bool silu, float tau, float clamp_min, float scale, float eps, float fm_eps) -> Tensor",
+        lambda q0, k0, v, *_: q0.new_empty((*q0.shape[:2], v.shape[2])),
+    ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))
 # Ops of one paper whose names have nothing in common.
-FAMILIES = {"lawcat": ("causal_conv1d", "feature_map", "gated_linear_attention")}
+FAMILIES = {"lawcat": ("causal_conv1d", "feature_map", "gated_linear_attention", "lawcat_decode_step")}
 
 
 def in_family(stem: str, family: str | None) -> bool:

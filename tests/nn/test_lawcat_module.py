@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import subquad
+import subquad.nn.lawcat
 from subquad.nn import LawcatAttention, LawcatCache
 from subquad.nn._window import window_terms
 from subquad.nn.lawcat import rotate
@@ -124,6 +125,51 @@ def test_cache(name: str, lengths: tuple[int, ...]) -> None:
             start += length
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=2e-6)
     assert cache.states[0].seen == start
+
+
+@each_option
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_one_operator_decodes_what_several_do(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lawcat_decode_step` against the separate operators: outputs and every state, with a row that is skipped."""
+    layer = layer_of(name, clamp_min=-0.06).to(dtype)
+    x, mask = torch.randn(3, 9, 32).to(dtype), torch.ones(3, 9)
+    mask[1, 7] = 0
+    calls = []
+    fused = subquad.nn.lawcat.lawcat_decode_step
+    monkeypatch.setattr(subquad.nn.lawcat, "lawcat_decode_step", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    found = {}
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(layer, "_fuses", lambda: False)
+        cache, outputs = LawcatCache(), []
+        for first, last in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+            piece = tuple(p.to(dtype) for p in positions(last - first, first))
+            outputs.append(layer.mix(x[:, first:last], piece, mask[:, :last], cache))
+        assert len(calls) == (0 if layer.window_size else 4), "the four single tokens go through one operator"
+        found[apart] = [torch.cat(outputs, 1), *cache.states[0].tensors().values()]
+    for one, two in zip(found[False], found[True], strict=True):
+        tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_other_feature_maps_and_gates_are_composed() -> None:
+    """What one operator does not have goes on to work: an exchanged map or gate."""
+    from subquad.nn import LearnedFeatureMap
+
+    class Slower(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -x[..., :16].abs()
+
+    for change in ("feature_map", "gate"):
+        layer = layer_of("default")
+        other = LearnedFeatureMap(4, 8, 4, kind="exp") if change == "feature_map" else Slower()
+        setattr(layer, change, other)
+        assert not layer._fuses() and layer_of("default")._fuses()
+        x, cache = torch.randn(2, 6, 32), LawcatCache()
+        pieces = [layer.mix(piece, past_key_values=cache) for piece in x.split([4, 1, 1], 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), layer.mix(x), rtol=1e-5, atol=1e-5)
 
 
 def test_cache_memory_is_constant() -> None:

@@ -281,6 +281,29 @@ def _compiled_chunks(sample: Sample) -> Callable[[], torch.Tensor] | None:
     return lambda: compiled(*tensors).to(sample["q"].dtype)
 
 
+def step_bench_sample(case: BenchCase, device: str) -> Sample:
+    p = case.params
+    heads = (p["heads"], p["states"], p["kv_heads"], p["kv_heads"])
+    return draw_step(Sampler(p["dtype"], device), case.id, heads, p["d"], p["d"], batch=p["rows"], normalize=True)
+
+
+def step_bench_oracle(sample: Sample, result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first rows, against the definition."""
+    few = {n: None if x is None else x[:2] for n, x in sample.args.items()}
+    return result[:2], step_oracle(**few)[0]  # type: ignore[arg-type]
+
+
+def step_in_place(s0: torch.Tensor, z0: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
+    """What the benchmarks call: the states go on from call to call."""
+    return subquad.gated_linear_attention_step(**arguments, state=s0, z=z0)
+
+
+def _bandwidth(sample: Sample) -> Callable[[], torch.Tensor]:
+    """Reading and writing the states, and nothing else: the bound."""
+    state = sample["s0"].clone()
+    return lambda: state.mul_(0.999)
+
+
 _TOLERANCE = Tolerance(
     forward={torch.float32: 5e-6, torch.bfloat16: 3e-3, torch.float16: 6e-4},
     grad={torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3},
@@ -288,8 +311,6 @@ _TOLERANCE = Tolerance(
 )
 _MISSING = {
     "nn": "LawcatAttention holds the projections",
-    "cuda": "not written yet: Triton computes there",
-    "simt": "there is no CUDA C++ kernel yet",
     "check:dtypes": "gates may be float32 beside 16-bit tensors, states always are; tests/ops checks q, k and v",
     "check:autocast": "q, k and v are cast, gates and states are not; tests/ops checks that",
 }
@@ -321,6 +342,21 @@ STEP = OpSpec(
     rows=INPUTS,
     inference=True,
     tol=_TOLERANCE,
+    bench=tuple(
+        BenchCase(f"step-{name}-b{rows}-{kind}", {**sizes, "kv_heads": 8, "d": d, "rows": rows, "dtype": dtype}, quick)
+        for name, sizes, d, rows, quick in (
+            ("8b", {"heads": 32, "states": 32}, 128, 1, False),
+            ("8b", {"heads": 32, "states": 32}, 128, 32, False),
+            ("8b-shared", {"heads": 32, "states": 8}, 128, 96, False),
+            ("1b", {"heads": 32, "states": 32}, 64, 4, True),
+        )
+        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    ),
+    bench_sample=step_bench_sample,
+    bench_fn=step_in_place,
+    bench_oracle=step_bench_oracle,
+    bytes=lambda case: 8.0 * case.params["rows"] * case.params["states"] * case.params["d"] ** 2,
+    peers={"read+write": _bandwidth},
     missing=_MISSING | {f"check:{name}": "has no gradient, and works in place" for name in _GRADIENT_CHECKS},
 )
 SPECS = (SPEC, STEP)

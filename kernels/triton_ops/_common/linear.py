@@ -177,3 +177,16 @@ def row_gradients(
             dden += tl.load(delta_ptr + block * total_rows + row_at, live, other=0.0)
         dden = -dden * inverse * inverse
     return rows_of(grad_ptr, row_at, live, dv, 1, dv, first, BV) * inverse[:, None], dden
+
+
+@triton.jit
+def token_tile(s_ptr, rows, some, cols, dv, key, decay, value, UPDATE: tl.constexpr):
+    """A tile of a state [K, dv] after one token, 0 outside; with UPDATE it is written, else it was."""
+    at = rows[:, None] * dv + cols[None, :]
+    mask = some[:, None] & (cols < dv)[None, :]
+    state = tl.load(s_ptr + at, mask, other=0.0)
+    if UPDATE:
+        state = tl.where(mask, state * decay[:, None] + key[:, None] * value[None, :], 0.0)
+        tl.debug_barrier()  # small tiles are held by several threads: all have read before one writes
+        tl.store(s_ptr + at, state, mask)
+    return state

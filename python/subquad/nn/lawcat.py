@@ -13,6 +13,7 @@ from ..masks import IntervalMask
 from ..ops import _checks
 from ..ops.causal_conv1d import causal_conv1d_update
 from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from ..ops.lawcat_decode_step import MAX_DIM, lawcat_decode_step
 from ._window import window_terms
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
@@ -61,8 +62,12 @@ class GateProjection(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """g [..., out_dim] float32 of x [..., hidden_size]."""
-        g = F.logsigmoid(super().forward(x).float()) / self.normalizer
+        g = F.logsigmoid(self.logits(x).float()) / self.normalizer
         return g if self.clamp_min is None else g.clamp_min(self.clamp_min)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x Wa Wb + b, of which `forward` makes the gates."""
+        return super().forward(x)
 
 
 class LawcatAttention(nn.Module):
@@ -337,19 +342,23 @@ class LawcatAttention(nn.Module):
         mixed = self._sequences(packed, position_embeddings, None, state, bounds)
         return mixed.new_zeros(b * t, mixed.shape[2]).index_copy(0, rows, mixed[0]).unflatten(0, (b, t))
 
-    def _projected(
+    def _heads(
         self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """q [B, T, HQ, d] and k [B, T, HKV, d] of the linear branch, v, and the gate."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [B, T, HQ, d] and k [B, T, HKV, d] of the linear branch, and v."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         if self.rope == "linear" and positions is not None:
             q, k = rotate(q, *positions), rotate(k, *positions)
-        g: torch.Tensor | None = None if self.gate is None else self.gate(x)
-        if g is not None and self.gate_kind == "vector":
-            g = g.unflatten(-1, (self.num_kv_heads, -1))
-        return q, k, v, g
+        return q, k, v
+
+    def _gates(self, x: torch.Tensor, logits: bool = False) -> torch.Tensor | None:
+        """g [B, T, HKV, K] or [B, T, HKV], or what `GateProjection` makes it of."""
+        if self.gate is None:
+            return None
+        g: torch.Tensor = self.gate.logits(x) if logits else self.gate(x)
+        return g.unflatten(-1, (self.num_kv_heads, -1)) if self.gate_kind == "vector" else g
 
     def _features(
         self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: torch.Tensor | None
@@ -387,7 +396,8 @@ class LawcatAttention(nn.Module):
         state: LawcatState | None,
         cu_seqlens: torch.Tensor | None,
     ) -> torch.Tensor:
-        q0, k0, v, g = self._projected(x, positions)
+        q0, k0, v = self._heads(x, positions)
+        g = self._gates(x)
         if tokens is not None:
             q0, k0, v = (torch.where(tokens[..., None, None], a, 0) for a in (q0, k0, v))
         q, k = self._features(q0, k0, state, cu_seqlens)
@@ -462,7 +472,37 @@ class LawcatAttention(nn.Module):
         rows = None
         if tokens is not None:
             rows = torch.where(tokens[:, 0], torch.arange(x.shape[0], device=x.device), -1).int()
-        q0, k0, v, g = self._projected(x, positions)
+        q0, k0, v = (part[:, 0] for part in self._heads(x, positions))
+        step = self._fused_step if self._fuses() else self._composed_step
+        return step(x, q0, k0, v, state, rows).flatten(1)[:, None]
+
+    def _fuses(self) -> bool:
+        """Whether one operator has it all: gate and feature maps of LAWCAT's form, which a user may have exchanged."""
+        if self.gate is not None and type(self.gate) is not GateProjection:
+            return False
+        maps = [phi for phi in (self.feature_map, self.feature_map_k) if phi is not None]
+        return self.feature_map.out_dim <= MAX_DIM and all(
+            type(phi) is LearnedFeatureMap and phi.kind == "softmax" and phi.fullspace and not phi.skip_connection
+            and phi.eps == self.feature_map.eps
+            for phi in maps
+        )  # fmt: skip
+
+    def _fused_step(
+        self, x: torch.Tensor, q0: torch.Tensor, k0: torch.Tensor, v: torch.Tensor, state: LawcatState, rows: Any
+    ) -> torch.Tensor:
+        u, gate = self._gates(x, logits=True), self.gate
+        options: dict[str, Any] = {} if gate is None else {"tau": gate.normalizer, "clamp_min": gate.clamp_min}
+        assert state.conv_q is not None and state.conv_k is not None and state.s is not None
+        return lawcat_decode_step(
+            q0, k0, v, None if u is None else u[:, 0], self.conv_q.weight, self.conv_k.weight, self.feature_map.layer,
+            state.conv_q, state.conv_k, state.s, state.z, cq_bias=self.conv_q.bias, ck_bias=self.conv_k.bias,
+            wphi_k=None if self.feature_map_k is None else self.feature_map_k.layer, activation=self.conv_q.activation,
+            state_indices=rows, eps=self.eps, fm_eps=self.feature_map.eps, backend=self.backend, **options,
+        )  # fmt: skip
+
+    def _composed_step(
+        self, x: torch.Tensor, q0: torch.Tensor, k0: torch.Tensor, v: torch.Tensor, state: LawcatState, rows: Any
+    ) -> torch.Tensor:
         features = []
         for conv, past, y, phi in (
             (self.conv_q, state.conv_q, q0, self._map_q),
@@ -470,16 +510,16 @@ class LawcatAttention(nn.Module):
         ):
             assert past is not None
             y = causal_conv1d_update(
-                y.flatten(2), past, conv.weight, conv.bias, activation=conv.activation, conv_state_indices=rows,
+                y.flatten(1), past, conv.weight, conv.bias, activation=conv.activation, conv_state_indices=rows,
                 channel_groups=conv.channel_groups, head_dim=conv.head_dim, backend=self.backend,
             )  # fmt: skip
-            features.append(phi(y.unflatten(-1, (-1, self.head_dim)))[:, 0])
+            features.append(phi(y.unflatten(-1, (-1, self.head_dim))[:, None])[:, 0])
+        g = self._gates(x)
         assert state.s is not None
-        o = gated_linear_attention_step(
-            features[0], features[1], v[:, 0], None if g is None else g[:, 0], state.s, z=state.z,
+        return gated_linear_attention_step(
+            features[0], features[1], v, None if g is None else g[:, 0], state.s, z=state.z,
             state_indices=rows, eps=self.eps, backend=self.backend,
         )  # fmt: skip
-        return o.flatten(1)[:, None]
 
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"

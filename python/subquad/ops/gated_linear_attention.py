@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import reference
+from .. import _backends, reference
 from .._backends import resolve
 from .._schemas import HANDLES
 from . import _checks
@@ -14,6 +14,7 @@ from ._autograd import once_differentiable
 
 STEM = "gated_linear_attention"
 MAX_HEAD_DIM = 256
+RECURRENT_TOKENS = 64  # up to here the CUDA C++ kernel, which walks token by token, is the better choice
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -80,7 +81,7 @@ def gated_linear_attention(
     cu_seqlens = _cu_seqlens(cu_seqlens, q)
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     s0, z0 = _initial_state(initial_state, normalize, (count, states, k.shape[3], v.shape[3]), q)
-    name = resolve(STEM, q.device.type, backend)
+    name = _backend(backend, q, k, v, g, s0, z0)
     z: torch.Tensor | None
     if name == "reference" or torch._C._are_functorch_transforms_active():
         args = (q, k, v, g, s0, z0, cu_seqlens, scale, eps, normalize)
@@ -128,6 +129,22 @@ def _backward_backend(forward: str, device: str) -> str:
     if forward == "simt":
         return resolve(STEM, device, "native")
     return resolve(STEM, device, "triton") if forward == "native" and device == "cuda" else forward
+
+
+def _backend(requested: str | None, *tensors: torch.Tensor | None) -> str:
+    q = tensors[0]
+    assert q is not None
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    few = q.shape[1] <= RECURRENT_TOKENS and not training
+    return _token_backend(requested, q) if few else resolve(STEM, q.device.type, requested)
+
+
+def _token_backend(requested: str | None, q: torch.Tensor) -> str:
+    """CUDA C++ for a few tokens on a GPU, where it is there and nobody asks for another."""
+    name = resolve(STEM, q.device.type, requested)
+    if q.device.type == "cuda" and _backends.is_automatic(requested):
+        return "native" if _backends.unavailable(STEM, "native", "cuda") is None else name
+    return name
 
 
 def gated_linear_attention_step(
@@ -181,7 +198,7 @@ def gated_linear_attention_step(
         _in_place("z", z, (pool, states, width), q)
     scale = width**-0.5 if scale is None else _checks.number("scale", scale)
     eps = _checks.number("eps", eps)
-    name = resolve(STEM, q.device.type, backend)
+    name = _token_backend(backend, q)
     if name != "reference":
         _checks.not_double("q", q, name)
         q, k, v = (x.contiguous() for x in (q, k, v))

@@ -1,6 +1,14 @@
 """Plain PyTorch oracles: differentiable, float64-capable, free of triton and of native code."""
 
-from . import cats_activation, cats_mlp, causal_conv1d, feature_map, gated_linear_attention, interval_attention
+from . import (
+    cats_activation,
+    cats_mlp,
+    causal_conv1d,
+    feature_map,
+    gated_linear_attention,
+    interval_attention,
+    lawcat_decode_step,
+)
 
 __all__ = [
     "cats_activation",
@@ -9,4 +17,5 @@ __all__ = [
     "feature_map",
     "gated_linear_attention",
     "interval_attention",
+    "lawcat_decode_step",
 ]

@@ -172,6 +172,7 @@ class OpSpec:
         bench, bench_sample, flops, bytes, peers: benchmark cases, the call of a case, its arithmetic, its least traffic,
             and other implementations of the same call by name (a peer may be None for a case it does not have). A case
             with the parameter `backward` is timed with its gradients.
+        bench_fn: what is timed where that is not `fn`: an operator in place, whose `fn` copies what it would write to.
         bench_oracle: takes the sample in float64 and a result; returns a part of the result and the oracle of that part.
             For cases too large for the whole reference.
         missing: what this op does not have, and why, by backend ("simt"), place ("nn") or check ("check:vmap").
@@ -193,6 +194,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = DTYPES
     bench: tuple[BenchCase, ...] = ()
     bench_sample: Callable[[BenchCase, str], Sample] | None = None
+    bench_fn: Callable[..., Any] | None = None
     flops: Callable[[BenchCase], float] | None = None
     bytes: Callable[[BenchCase], float] | None = None
     bench_oracle: Callable[[Sample, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
