@@ -75,7 +75,7 @@ class AttentionTransfer:
 
     def __call__(self, layer: LawcatAttention, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """A layer's forward while the transfer is on: learn from the teacher, and return what it says."""
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.pop("past_key_values", None) is not None:
             raise ValueError("past_key_values: expected None during attention transfer; pass use_cache=False")
         assert layer.original is not None
         heard: list[torch.Tensor] = []

@@ -267,6 +267,7 @@ class LawcatAttention(nn.Module):
         attention_mask: torch.Tensor | IntervalMask | None = None,
         past_key_values: Any = None,
         cu_seqlens: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """As transformers' attention is called.
@@ -278,6 +279,7 @@ class LawcatAttention(nn.Module):
                 bool or additive, or transformers' with attn_implementation="subquad". Padding changes nothing, wherever it is.
             past_key_values: a `LawcatCache`, or a cache of transformers; it is advanced.
             cu_seqlens: [N + 1], bounds of sequences packed into B = 1.
+            cache: another name of `past_key_values`, which transformers uses from 5.24 on.
             kwargs: what else the model passes; `output_attentions` is refused.
 
         Returns:
@@ -286,6 +288,7 @@ class LawcatAttention(nn.Module):
         Raises:
             ValueError: a mask that is not causal with padding; options that this attention does not have.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if self._transfer is not None:
             return self._transfer(
                 self,

@@ -82,7 +82,7 @@ def state_of(cache: Any, layer_idx: int | None) -> LawcatState | None:
             raise ValueError(
                 f"past_key_values: expected an unused layer {layer_idx}, got one that holds keys and values"
             )
-        layers[layer_idx] = kind()
+        layers[layer_idx] = kind(layers[layer_idx])
     state: LawcatState = layers[layer_idx].state
     return state
 
@@ -107,10 +107,13 @@ def cache_layer_class() -> type:
         is_sliding = False
         is_croppable = False
 
-        def __init__(self) -> None:
+        def __init__(self, replaced: Any = None) -> None:
             LinearAttentionLayer.__init__(self, number_of_states=2)
             self.state = LawcatState()
             self.keys = self.values = None
+            # transformers may make the mask of all layers after this one: it has the columns of a preallocated cache.
+            preallocated = not getattr(replaced, "is_sliding", False)
+            self.columns: int | None = getattr(replaced, "max_cache_len", None) if preallocated else None
 
         def __getattribute__(self, name: str) -> Any:
             if name in ("conv_states", "recurrent_states", "has_previous_state"):
@@ -133,7 +136,7 @@ def cache_layer_class() -> type:
             return self.state.seen
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return self.state.seen + query_length, 0
+            return self.columns or self.state.seen + query_length, 0
 
         def get_max_length(self) -> int:
             return -1
