@@ -15,20 +15,32 @@ class LawcatState:
 
     Attributes:
         conv_q, conv_k: last conv_size - 1 queries [N, HQ d, W-1] and keys [N, HKV d, W-1] before the convolution.
+        conv_v: such values, where they are convolved.
         s, z: states of `gated_linear_attention`, [N, HS, K, V] and [N, HS, K] float32.
         window_k, window_v: last window_size - 1 rotated keys and values [N, w-1, HKV, d] of the hybrid.
         window_visible: bool [N, w-1], False where there is none.
+        late_k, late_v, late_g: features, values and gates of the last window_size tokens, which a linear branch that does not
+            cover the window has not seen yet.
         seen: tokens that went by, padding included.
     """
 
     conv_q: torch.Tensor | None = None
     conv_k: torch.Tensor | None = None
+    conv_v: torch.Tensor | None = None
     s: torch.Tensor | None = None
     z: torch.Tensor | None = None
     window_k: torch.Tensor | None = None
     window_v: torch.Tensor | None = None
     window_visible: torch.Tensor | None = None
+    late_k: torch.Tensor | None = None
+    late_v: torch.Tensor | None = None
+    late_g: torch.Tensor | None = None
     seen: int = 0
+
+    @property
+    def late(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """late_k, late_v and late_g; None before the first call."""
+        return None if self.late_k is None or self.late_v is None else (self.late_k, self.late_v, self.late_g)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is there, by name."""
