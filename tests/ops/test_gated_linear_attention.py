@@ -289,7 +289,11 @@ def rows(heads: int = 2, width: int = 8, tokens: int = 4, batch: int = 1) -> tor
         ({"initial_state": torch.zeros(1, 2, 8, 7)}, ValueError, r"initial_state: expected shape \[1, 2, 8, 8\]"),
         ({"initial_state": torch.zeros(1, 2, 8, 8).bfloat16()}, TypeError, "initial_state: expected torch.float32"),
         ({"initial_state": torch.zeros(1, 2, 8, 8), "normalize": True}, ValueError, r"initial_state: .*\[1, 2, 8, 9\]"),
-        ({"initial_state": (torch.zeros(1, 2, 8, 8),), "normalize": True}, TypeError, "initial_state: expected the pair"),
+        (
+            {"initial_state": (torch.zeros(1, 2, 8, 8),), "normalize": True},
+            TypeError,
+            "initial_state: expected the pair",
+        ),
         ({"initial_state": (torch.zeros(1, 2, 8, 8),) * 2}, TypeError, "initial_state: expected one tensor"),
         ({"cu_seqlens": torch.tensor([1, 4])}, ValueError, "cu_seqlens: expected bounds from 0 to 4, got 1"),
         ({"cu_seqlens": torch.tensor([0, 3])}, ValueError, "cu_seqlens: expected bounds from 0 to 4, got 0 to 3"),

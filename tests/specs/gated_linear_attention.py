@@ -249,7 +249,8 @@ def _sdpa_causal(sample: Sample) -> Callable[[], torch.Tensor]:
 def chunked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, chunk: int = 64) -> torch.Tensor:
     """The chunked form in PyTorch operations, normalised: what one writes without a kernel."""
     b, t, h = q.shape[:3]
-    q, k, v, g = (x.float().transpose(1, 2).reshape(b, h, t // chunk, chunk, -1) for x in (q, k, v, g))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, g = (x.to(wide).transpose(1, 2).reshape(b, h, t // chunk, chunk, -1) for x in (q, k, v, g))
     decay = g.cumsum(3)
     middle = decay[:, :, :, chunk // 2 : chunk // 2 + 1]
     qb, kb = q * (decay - middle).exp(), k * (middle - decay).exp()
