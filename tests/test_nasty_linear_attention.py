@@ -198,6 +198,19 @@ def test_convolution_shorter_than_its_taps(backend: str, tokens: int) -> None:
         assert_close(one.double(), two, 1e-6)
 
 
+@backend_params("causal_conv1d")
+def test_infinite_weights_beyond_the_end(backend: str) -> None:
+    """dx of the last inputs of a sequence has no term from outputs that do not exist, whatever their weight."""
+    s = Sampler()
+    x, w = s.normal(1, 9, 3).requires_grad_(), s.normal(3, 4)
+    w[:, 0] = torch.inf
+    bounds = torch.tensor([0, 4, 9])
+    y, _ = subquad.causal_conv1d(x, w, cu_seqlens=bounds, backend=backend)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    reached = torch.tensor([True, False, False, False, True, True, False, False, False])
+    assert torch.equal(dx[0].isfinite().all(-1), ~reached) and bool((dx[0, reached] == torch.inf).all())
+
+
 PACKED = {
     "empty": (0, 0, 5, 5, 9, 9),
     "ones": (0, 1, 2, 3, 4),
@@ -382,6 +395,19 @@ def test_large_and_tiny_values(backend: str, device: str) -> None:
     slack = 1e-6 * float(sample["v"].abs().max())
     least, most = sample["v"].cummin(1).values, sample["v"].cummax(1).values
     assert bool((o >= least - slack).all()) and bool((o <= most + slack).all())
+
+
+@backend_params(STEM, *KERNELS)
+def test_large_keys_under_decay(backend: str, device: str) -> None:
+    """A key that overflows when the decay of its chunk is divided out: every token has its own small error."""
+    sample = draw(Sampler(device=device), "keys", 40, (1, 1, 1, 1), 4, 3, batch=1, final=False)
+    g, k = torch.zeros_like(sample["g"]), sample["k"].clone()
+    g[:, 16:31], k[:, 31] = -2.5, k[:, 31] * 1e30
+    large = sample.replace(g=g, k=k)
+    (o,) = SPEC.fn(**large.args, backend=backend)
+    (expected,) = oracle(**large.to(torch.float64, ("q", "k", "v", "g")).args, final=False)
+    for t in range(40):
+        assert_close(o[:, t].double(), expected[:, t], 1e-5, f"token {t}")
 
 
 @backend_params(STEM, "native", "triton")
