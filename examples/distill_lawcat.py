@@ -28,9 +28,8 @@ from rich.table import Table
 from torch import nn
 
 import subquad
-from subquad.demo.model import DemoError, load, texts, windows
+from subquad.demo.model import DemoError, cache_name, load, texts, windows
 from subquad.integrations.transformers import LawcatConfig, convert, revert
-from subquad.nn import LawcatAttention
 
 CONFIG = LawcatConfig()
 PROMPT = "The Python interpreter"
@@ -130,11 +129,12 @@ def memory(cache: Any) -> int:
 def generate(model: nn.Module, tokenizer: Any, new: int) -> dict[str, Any]:
     """Greedy text, and the bytes of its cache after a quarter of it and at the end."""
     token = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    name = cache_name(model)
     cache, ids, sizes = None, [], []
     start = time.perf_counter()
     for step in range(new):
-        out = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = model(token, use_cache=True, logits_to_keep=1, **{name: cache})
+        cache, token = out[name], out.logits[:, -1:].argmax(-1)
         ids.append(int(token))
         if step in (new // 4, new - 1):
             sizes.append(memory(cache))
@@ -177,9 +177,11 @@ def main() -> int:
         ("softmax", perplexity(model, heldout), generate(model, tokenizer, 64))
     ]
 
-    convert(model, attention=CONFIG)
-    new = sum(p.numel() for m in model.modules() if isinstance(m, LawcatAttention) for p in m.new_parameters().values())
-    console.print(f"{count} layers converted, {new:,} new parameters; the hybrid keeps softmax in layers {kept}")
+    converted = convert(model, attention=CONFIG)
+    console.print(
+        f"{len(converted)} layers converted, {converted.new_parameters:,} new parameters beside "
+        f"{converted.shared_parameters:,} shared ones; the hybrid keeps softmax in layers {kept}"
+    )
     before = layer_losses(model, heldout)
     rows.append(("all linear, untrained", perplexity(model, heldout), {}))
     start = time.perf_counter()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from subquad import attention_transfer, attention_transfer_loss, trainable_parameters
+from subquad.demo.model import cache_name
 from subquad.integrations.transformers import LawcatConfig, convert, register, revert
 from subquad.nn import LawcatAttention
 
@@ -24,7 +25,7 @@ def model_of(family: str = "Llama", implementation: str = "sdpa", **more: Any) -
     sizes |= {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256, "initializer_range": 0.3}
     if family == "Mistral":
         sizes["sliding_window"] = 6
-    config = getattr(transformers, f"{family}Config")(**sizes, **more)
+    config = getattr(transformers, f"{family}Config")(**(sizes | more))
     config._attn_implementation = implementation
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
@@ -102,6 +103,71 @@ def test_batch_of_unequal_prompts(implementation: str, layers: list[int] | None)
         assert torch.equal(got[row], alone[0]), row
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share_kv_features": True},
+        {"window_size": 3, "linear_covers_window": False, "linear_scale": 1.0, "gate": "none", "rope": "linear"},
+        {"conv_on_v": True, "use_output_gate": True, "gate": "scalar"},
+    ],
+    ids="-".join,
+)
+def test_heads_that_do_not_fill_the_hidden_size(family: str, options: dict[str, Any]) -> None:
+    """Four heads of 10 in a model of width 32, one key head; decoding is the full forward."""
+    model = model_of(family, num_key_value_heads=1, head_dim=10)
+    convert(model, attention=LawcatConfig(**options), layers=[0, 2])
+    stir(model)
+    with torch.no_grad():
+        want = model(ids(), use_cache=False).logits
+        out = model(ids()[:, :8], use_cache=True)
+        name = cache_name(model)
+        for t in range(8, 12):
+            out = model(ids()[:, t : t + 1], use_cache=True, **{name: out[name]})
+            torch.testing.assert_close(out.logits[:, 0], want[:, t], rtol=1e-4, atol=1e-4)
+
+
+def test_counts_of_a_conversion() -> None:
+    model = model_of()
+    before = sum(p.numel() for p in model.parameters())
+    report = convert(model, attention="lawcat", layers=[0, 2])
+    assert report.new_parameters == sum(p.numel() for p in model.parameters()) - before
+    assert report.shared_parameters == 2 * sum(p.numel() for p in model.model.layers[1].self_attn.parameters())
+    assert report.new_parameters == sum(p.numel() for p in trainable_parameters(model).values())
+
+
+def test_lora() -> None:
+    """LoRA put on converted layers, and layers converted that have it: in stage two it alone is trained."""
+    peft = pytest.importorskip("peft")
+    for first in ("convert", "wrap"):
+        model = model_of()
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+        if first == "convert":
+            convert(model, attention="lawcat", layers=[1])
+        model = peft.get_peft_model(model, config)
+        if first == "wrap":
+            names = convert(model, attention="lawcat", layers=[1])
+            assert names == ["base_model.model.model.layers.1.self_attn"]
+        with attention_transfer(model) as transfer:
+            model(ids(), use_cache=False)
+            transfer.loss().backward()
+        names = set(trainable_parameters(model, stage=2)) - set(trainable_parameters(model))
+        assert names and {n.split("self_attn.")[1].split(".")[0] for n in names if "lora" in n} == {"q_proj", "v_proj"}
+        assert not any("base_layer" in n for n in names)
+        assert greedy(model, ids(), 3).shape == (2, 15)
+
+
+def test_lora_by_name() -> None:
+    """The same without the library: what is named lora_ counts."""
+    model = model_of()
+    convert(model, attention="lawcat", layers=[1])
+    projection = model.model.layers[1].self_attn.q_proj
+    projection.lora_a = torch.nn.Parameter(torch.zeros(2, 32))
+    names = set(trainable_parameters(model, stage=2)) - set(trainable_parameters(model))
+    base = "model.layers.1.self_attn."
+    assert names == {f"{base}q_proj.lora_a"} | {f"{base}{n}_proj.weight" for n in "kvo"}
+
+
 def test_beam_search() -> None:
     model = model_of()
     convert(model, attention="lawcat")
@@ -126,29 +192,31 @@ def test_cache_is_constant_and_linear() -> None:
     convert(model, attention="lawcat")
     sizes = set()
     with torch.no_grad():
-        cache = model(ids(), use_cache=True).past_key_values
+        name = cache_name(model)
+        cache = model(ids(), use_cache=True)[name]
         for step in range(5):
-            model(ids(2, 1), past_key_values=cache, use_cache=True)
+            model(ids(2, 1), use_cache=True, **{name: cache})
             states = [layer.state.tensors().values() for layer in cache.layers]
             sizes.add(sum(x.numel() for state in states for x in state))
             assert cache.get_seq_length() == 13 + step
     assert len(sizes) == 1
-    assert all(cache.is_linear) and cache.has_previous_state(0)
+    assert cache.has_previous_state(0)
     assert cache.layers[0].recurrent_states[0].shape == (2, 4, 8, 8)
     with pytest.raises(RuntimeError, match="cannot forget"):
         cache.crop(-1)
     cache.reset()
     with torch.no_grad():
-        again = model(ids(), past_key_values=cache, use_cache=True).logits
+        again = model(ids(), use_cache=True, **{name: cache}).logits
         assert torch.equal(again, model(ids(), use_cache=True).logits)
 
 
 def test_a_cache_with_keys_is_refused() -> None:
     model = model_of()
-    cache = model(ids(), use_cache=True).past_key_values
+    name = cache_name(model)
+    cache = model(ids(), use_cache=True)[name]
     convert(model, attention="lawcat")
     with pytest.raises(ValueError, match="past_key_values: expected an unused layer"):
-        model(ids(2, 1), past_key_values=cache)
+        model(ids(2, 1), **{name: cache})
 
 
 def test_save_and_load() -> None:

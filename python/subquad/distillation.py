@@ -75,7 +75,7 @@ class AttentionTransfer:
 
     def __call__(self, layer: LawcatAttention, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """A layer's forward while the transfer is on: learn from the teacher, and return what it says."""
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.pop("past_key_values", None) is not None:
             raise ValueError("past_key_values: expected None during attention transfer; pass use_cache=False")
         assert layer.original is not None
         heard: list[torch.Tensor] = []
@@ -147,7 +147,8 @@ def trainable_parameters(model: nn.Module, stage: int = 1) -> dict[str, nn.Param
 
     Args:
         model: with converted layers.
-        stage: 1 for what LAWCAT adds (convolutions, feature maps, gates), 2 for the projections too, where LAWCAT uses LoRA.
+        stage: 1 for what LAWCAT adds (convolutions, feature maps, gates), 2 for the projections too: of one with LoRA
+            (parameters named lora_...), as LAWCAT has it, the LoRA alone.
 
     Raises:
         ValueError: another stage, or a model without converted layers.
@@ -160,8 +161,9 @@ def trainable_parameters(model: nn.Module, stage: int = 1) -> dict[str, nn.Param
             chosen |= {id(p): f"{name}.{own}".lstrip(".") for own, p in module.new_parameters().items()}
             if stage == 2:
                 for own in _PROJECTIONS:
-                    parts = getattr(module, own).named_parameters()
-                    chosen |= {id(p): f"{name}.{own}.{part}".lstrip(".") for part, p in parts}
+                    parts = dict(getattr(module, own).named_parameters())
+                    lora = {part: p for part, p in parts.items() if "lora_" in part}
+                    chosen |= {id(p): f"{name}.{own}.{part}".lstrip(".") for part, p in (lora or parts).items()}
     if not chosen:
         raise ValueError('model: expected layers made by convert(model, attention="lawcat"), got none')
     found = {}

@@ -29,7 +29,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rope": {"rope": "linear"},
     "window": {"window_size": 5},
     "affine": {"window_size": 3, "affine_window": True, "rope": "linear", "share_kv_features": True},
-}
+    "before": {"window_size": 5, "linear_covers_window": False, "share_kv_features": True},
+    "before-scalar": {"window_size": 3, "linear_covers_window": False, "gate": "scalar", "conv_on_v": True},
+    "lolcats": {
+        "window_size": 4, "linear_covers_window": False, "linear_scale": 1.0, "rope": "linear", "gate": "none",
+        "tie_qk_feature_map": False, "conv_size": 1,
+    },
+    "values": {"conv_on_v": True, "conv_bias": True, "qk_norm": True},
+    "gated": {"use_output_gate": True},
+}  # fmt: skip
 each_option = pytest.mark.parametrize("name", OPTIONS)
 
 
@@ -49,22 +57,29 @@ def positions(t: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def defined(layer: LawcatAttention, x: torch.Tensor) -> torch.Tensor:
-    """The layer in float64, token by token and head by head."""
+    """The layer in float64, token by token, every weight of a past token written out."""
     layer = layer.double()
-    b, t, d = *x.shape[:2], layer.head_dim
+    t, d = x.shape[1], layer.head_dim
     heads, kv = layer.num_heads, layer.num_kv_heads
     cos, sin = (p.double() for p in positions(t))
     q, k, v = (p(x.double()).unflatten(-1, (-1, d)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    if layer.q_norm is not None:
+        q, k = (
+            y * (y.square().mean(-1, True) + 1e-6).rsqrt() * n.weight for y, n in ((q, layer.q_norm), (k, layer.k_norm))
+        )
     rotated = rotate(q, cos, sin), rotate(k, cos, sin).repeat_interleave(heads // kv, 2)
     if layer.rope == "linear":
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if not layer.share_kv_features:
         k = k.repeat_interleave(heads // kv, 2)
 
-    def features(y: torch.Tensor, conv: Any, phi: Any) -> torch.Tensor:
+    def convolved(y: torch.Tensor, conv: Any) -> torch.Tensor:
         y = F.pad(y.flatten(2).mT, (conv.kernel_size - 1, 0))
         y = F.conv1d(y, conv.weight, conv.bias, groups=y.shape[1]).mT.unflatten(-1, (-1, d))
-        y = F.silu(y) if conv.activation else y
+        return F.silu(y) if conv.activation else y
+
+    def features(y: torch.Tensor, conv: Any, phi: Any) -> torch.Tensor:
+        y = convolved(y, conv)
         weight = phi.layer.repeat_interleave(y.shape[2] // phi.num_heads, 0)
         y = torch.einsum("bthd,hdf->bthf", y, weight)
         return (
@@ -73,20 +88,20 @@ def defined(layer: LawcatAttention, x: torch.Tensor) -> torch.Tensor:
 
     phi_k = layer.feature_map if layer.feature_map_k is None else layer.feature_map_k
     q, k = features(q, layer.conv_q, layer.feature_map), features(k, layer.conv_k, phi_k)
+    v = v if layer.conv_v is None else convolved(v, layer.conv_v)
     v = v.repeat_interleave(heads // kv, 2)
     g = torch.zeros_like(k)
     if layer.gate is not None:
         u = torch.nn.Sequential.forward(layer.gate, x.double()).unflatten(-1, (kv, -1))
         g = (F.logsigmoid(u) / 16).repeat_interleave(heads // kv, 2).expand_as(k)
-    s = x.new_zeros(b, heads, k.shape[-1], d, dtype=torch.float64)
-    z = s[..., 0]
     out = []
+    scale = k.shape[-1] ** -0.5 if layer.linear_scale is None else layer.linear_scale
     for i in range(t):
-        s = s * g[:, i].exp()[..., None] + k[:, i, :, :, None] * v[:, i, :, None]
-        z = z * g[:, i].exp() + k[:, i]
-        scale = k.shape[-1] ** -0.5
-        near = scale * torch.einsum("bhk,bhkv->bhv", q[:, i], s)
-        total = scale * (q[:, i] * z).sum(-1, keepdim=True)
+        seen = i + 1 if layer.linear_covers_window else max(0, i + 1 - layer.window_size)
+        passed = (g[:, : i + 1].sum(1, True) - g[:, : i + 1].cumsum(1))[:, :seen].exp()
+        weights = scale * torch.einsum("bhk,bjhk->bhj", q[:, i], passed * k[:, :seen])
+        near = torch.einsum("bhj,bjhv->bhv", weights, v[:, :seen])
+        total = weights.sum(-1, keepdim=True)
         if layer.window_size:
             first = max(0, i - layer.window_size + 1)
             logits = torch.einsum("bhd,bjhd->bhj", rotated[0][:, i], rotated[1][:, first : i + 1]) * d**-0.5
@@ -96,7 +111,11 @@ def defined(layer: LawcatAttention, x: torch.Tensor) -> torch.Tensor:
             near = w * torch.einsum("bhj,bjhv->bhv", e, v[:, first : i + 1]) + rest * near
             total = w * e.sum(-1, keepdim=True) + rest * total
         out.append(near / (total + layer.eps) if layer.normalize else near)
-    return layer.o_proj(torch.stack(out, 1).flatten(2))
+    mixed = torch.stack(out, 1)
+    if layer.output_gate is not None:
+        mixed = mixed * (mixed.square().mean(-1, True) + 1e-5).rsqrt() * layer.output_norm.weight
+        mixed = mixed * F.silu(layer.output_gate(x.double())).unflatten(-1, (-1, d))
+    return layer.o_proj(mixed.flatten(2))
 
 
 @each_option
@@ -173,7 +192,7 @@ def test_other_feature_maps_and_gates_are_composed() -> None:
 
 
 def test_cache_memory_is_constant() -> None:
-    for name in ("default", "window"):
+    for name in ("default", "window", "before", "values"):
         layer, cache, sizes = layer_of(name), LawcatCache(), set()
         with torch.no_grad():
             for i in range(12):
@@ -192,7 +211,7 @@ MASKS = {
 
 @pytest.mark.parametrize("where", MASKS)
 @pytest.mark.parametrize("filler", [float("nan"), 1e30])
-@pytest.mark.parametrize("name", ["default", "scalar", "shared"])
+@pytest.mark.parametrize("name", ["default", "scalar", "shared", "values", "gated"])
 def test_padding_changes_nothing(where: str, filler: float, name: str) -> None:
     """Every token has the output it has in its sequence alone; then decoding goes on from the same states."""
     layer, mask = layer_of(name), torch.tensor(MASKS[where])
@@ -220,7 +239,7 @@ def test_padding_changes_nothing(where: str, filler: float, name: str) -> None:
         assert not got[~mask.bool()].any()
 
 
-@pytest.mark.parametrize("name", ["window", "affine"])
+@pytest.mark.parametrize("name", ["window", "affine", "before", "before-scalar"])
 def test_padding_of_the_hybrid(name: str) -> None:
     layer, mask = layer_of(name), torch.tensor(MASKS["left"][:2])
     x = torch.where(mask.bool()[..., None], torch.randn(2, 7, 32), float("nan"))
@@ -253,6 +272,16 @@ def test_packed_sequences_equal_separate_ones() -> None:
         got = layer(x, cu_seqlens=torch.tensor(bounds))[0]
         parts = [layer(x[:, a:b])[0] for a, b in itertools.pairwise(bounds) if b > a]
     torch.testing.assert_close(got, torch.cat(parts, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_with_gradients() -> None:
+    """One token after others, with gradients on: the states are not changed in place, and the gradient is that of one call."""
+    layer, x = layer_of("default"), torch.randn(2, 6, 32)
+    expected = torch.autograd.grad(layer(x)[0][:, -1].square().sum(), layer.conv_k.weight)
+    cache = LawcatCache()
+    layer(x[:, :-1], past_key_values=cache)
+    found = torch.autograd.grad(layer(x[:, -1:], past_key_values=cache)[0].square().sum(), layer.conv_k.weight)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_beams() -> None:
@@ -335,6 +364,8 @@ def test_state_dict_round_trip() -> None:
         ({"rope": "both"}, ValueError, "rope: expected"),
         ({"conv_size": 9}, ValueError, "kernel_size"),
         ({"window_size": -1}, ValueError, "window_size"),
+        ({"linear_covers_window": False}, ValueError, "linear_covers_window: expected True without a window"),
+        ({"linear_scale": float("nan")}, ValueError, "linear_scale: expected a finite number"),
         ({"window_size": 4, "normalize": False}, ValueError, "window_size: expected 0 with normalize=False"),
         ({"share_qk_conv": True, "share_kv_features": True}, ValueError, "share_qk_conv: expected False"),
     ],

@@ -255,7 +255,8 @@ def _sdpa_causal(sample: Sample) -> Callable[[], torch.Tensor] | None:
 def chunked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, chunk: int = 64) -> torch.Tensor:
     """The chunked form in PyTorch operations, normalised: what one writes without a kernel."""
     b, t, h = q.shape[:3]
-    q, k, v, g = (x.float().transpose(1, 2).reshape(b, h, t // chunk, chunk, -1) for x in (q, k, v, g))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, g = (x.to(wide).transpose(1, 2).reshape(b, h, t // chunk, chunk, -1) for x in (q, k, v, g))
     decay = g.cumsum(3)
     middle = decay[:, :, :, chunk // 2 : chunk // 2 + 1]
     qb, kb = q * (decay - middle).exp(), k * (middle - decay).exp()
@@ -307,7 +308,7 @@ def _bandwidth(sample: Sample) -> Callable[[], torch.Tensor]:
 _TOLERANCE = Tolerance(
     forward={torch.float32: 5e-6, torch.bfloat16: 3e-3, torch.float16: 6e-4},
     grad={torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3},
-    factor=3.0,
+    factor=1.5,
 )
 _MISSING = {
     "nn": "LawcatAttention holds the projections",

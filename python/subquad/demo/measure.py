@@ -16,6 +16,7 @@ from torch import nn
 
 from ..calibration import track_sparsity
 from ..nn.cats_mlp import CATSMLP
+from .model import cache_name
 from .variants import Variant
 
 Tick = Callable[[], None]
@@ -43,14 +44,15 @@ class Decoder:
         self.variant = variant
         variant.activate()
         out = variant.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
+        self._name = cache_name(variant.model)
+        self._cache = out[self._name]
         self.token = out.logits[:, -1].argmax(-1, keepdim=True)
 
     def step(self, token: torch.Tensor | None = None) -> torch.Tensor:
         """Feed `token` `[1, 1]` (default: the model's own last one). Returns logits `[1, V]`."""
         fed = self.token if token is None else token
-        out = self.variant.model(input_ids=fed, past_key_values=self._cache, use_cache=True)
-        self._cache = out.past_key_values
+        out = self.variant.model(input_ids=fed, use_cache=True, **{self._name: self._cache})
+        self._cache = out[self._name]
         self.token = out.logits[:, -1].argmax(-1, keepdim=True)
         return out.logits[:, -1]
 
@@ -72,7 +74,8 @@ def disagreement(reference: nn.Module, converted: nn.Module, ids: torch.Tensor) 
     logits = []
     for model in (reference, converted):
         prefill = model(input_ids=ids[:, :-1], use_cache=True)
-        last = model(input_ids=ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
+        name = cache_name(model)
+        last = model(input_ids=ids[:, -1:], use_cache=True, **{name: prefill[name]})
         logits.append((prefill.logits.float(), last.logits.float()))
     (a, b), (c, d) = logits
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -95,6 +96,11 @@ def texts() -> tuple[str, str]:
                 seen.add(paragraph.strip())
                 parts[number % 2].append(paragraph)
     return "\n\n".join(parts[0]), "\n\n".join(parts[1])
+
+
+def cache_name(model: nn.Module) -> str:
+    """What a model calls the argument and the result that hold its cache: "cache" from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def windows(tokenizer: Any, text: str, tokens: int, length: int, device: torch.device | str) -> list[torch.Tensor]:

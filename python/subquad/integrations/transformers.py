@@ -15,12 +15,38 @@ from torch import nn
 from ..masks import IntervalMask
 from ..nn.cats_mlp import dense_state_dict
 from ..nn.conversion import CatsConfig, convert_mlps, revert_mlps
+from ..nn.lawcat import LawcatAttention
 from ..nn.lawcat_conversion import LawcatConfig, convert_attentions, revert_attentions
 from ..ops.interval_attention import interval_attention
 
 MLPS = ("cats",)
 ATTENTIONS = ("lawcat",)
 NAME = "subquad"  # the value of attn_implementation
+
+
+class ConversionReport(list[str]):
+    """Qualified names of the modules that `convert` converted.
+
+    Attributes:
+        new_parameters: how many numbers they have that the model had not: what attention transfer trains.
+        shared_parameters: how many they took over.
+    """
+
+    new_parameters = 0
+    shared_parameters = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Iterable[str]) -> ConversionReport:
+        report = cls(names)
+        new: dict[int, int] = {}
+        shared: dict[int, int] = {}
+        for name in report:
+            module = model.get_submodule(name)
+            added = module.new_parameters().values() if isinstance(module, LawcatAttention) else ()
+            new |= {id(p): p.numel() for p in added}
+            shared |= {id(p): p.numel() for p in module.parameters() if id(p) not in new}
+        report.new_parameters, report.shared_parameters = sum(new.values()), sum(shared.values())
+        return report
 
 
 def convert(
@@ -30,7 +56,7 @@ def convert(
     attention: str | LawcatConfig | None = None,
     layers: Iterable[int | str] | None = None,
     **options: Any,
-) -> list[str]:
+) -> ConversionReport:
     """Replace layers of a model by subquad's, in place, sharing the weights. All or nothing: errors change nothing.
 
     A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. Converted attention
@@ -47,7 +73,7 @@ def convert(
         options: fields of the `CatsConfig` or `LawcatConfig` that a name stands for. With both, give config objects.
 
     Returns:
-        Qualified names of the modules converted.
+        Qualified names of the modules converted, a list that also counts their new and shared parameters.
 
     Raises:
         ValueError: for an unknown conversion, an unknown entry of `layers`, a model without such layers, or a layer that
@@ -70,9 +96,9 @@ def convert(
     attention_config = _config("attention", attention, ATTENTIONS, LawcatConfig, options)
     converted = [] if attention_config is None else convert_attentions(model, attention_config, wanted)
     if mlp_config is None:
-        return converted
+        return ConversionReport.of(model, converted)
     try:
-        return converted + convert_mlps(model, mlp_config, wanted)
+        return ConversionReport.of(model, converted + convert_mlps(model, mlp_config, wanted))
     except BaseException:
         for name in converted:
             model.set_submodule(name, model.get_submodule(name).to_attention(), strict=True)  # type: ignore[operator]
@@ -353,6 +379,7 @@ def _from_tensor(mask: torch.Tensor, tk: int) -> IntervalMask:
 
 __all__ = [
     "CatsConfig",
+    "ConversionReport",
     "LawcatConfig",
     "attention_forward",
     "attention_mask",

@@ -54,3 +54,40 @@ def window_terms(
         numerators.reshape(b, blocks * window, heads, v.shape[3])[:, :t],
         total.reshape(b, blocks * window, heads, 1)[:, :t],
     )
+
+
+Late = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def delayed(
+    k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, window: int, late: Late | None
+) -> tuple[torch.Tensor, torch.Tensor, Late]:
+    r"""Keys and values that enter the state `window` tokens late, decayed by the gates they passed meanwhile.
+
+    Linear attention of them and of `g` then sees the tokens before the window alone, each with the weight that it would have had.
+
+    Args:
+        k, v: features [B, T, HK, K] and values [B, T, HV, V].
+        g: gates [B, T, HG, K] or [B, T, HG], where HG divides HK; or None.
+        window: tokens of delay.
+        late: the last `window` of k, v and g before these; None at the beginning of the sequences.
+
+    Returns:
+        (k, v of the delayed tokens, `late` for the next call).
+    """
+    t = k.shape[1]
+
+    def with_past(x: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
+        before = x.new_zeros(x.shape[0], window, *x.shape[2:]) if past is None else past
+        return torch.cat([before, x], 1)
+
+    past = (None, None, None) if late is None else late
+    keys, values = with_past(k, past[0]), with_past(v, past[1])
+    gates = None if g is None else with_past(g, past[2])
+    entering = keys[:, :t]
+    if gates is not None:
+        passed = gates[:, 1:].unfold(1, window, 1).sum(-1)  # of the tokens after the entering one, to the current one
+        passed = passed.repeat_interleave(k.shape[2] // passed.shape[2], 2).exp()
+        entering = entering * (passed if passed.dim() == 4 else passed[..., None])
+    rest = keys[:, t:], values[:, t:], None if gates is None else gates[:, t:]
+    return entering, values[:, :t], rest

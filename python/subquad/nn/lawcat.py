@@ -14,7 +14,8 @@ from ..ops import _checks
 from ..ops.causal_conv1d import causal_conv1d_update
 from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..ops.lawcat_decode_step import MAX_DIM, lawcat_decode_step
-from ._window import window_terms
+from ._tokens import rotate, sliding_window, tokens_of
+from ._window import delayed, window_terms
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 from .lawcat_cache import LawcatState, state_of
@@ -85,14 +86,19 @@ class LawcatAttention(nn.Module):
         conv_size: taps W of the convolutions, 1 to 8.
         conv_bias, qk_activation: of the convolutions; None or "silu".
         share_qk_conv: one convolution for q and k.
+        conv_on_v: one for v, too.
+        qk_norm: RMSNorm of every head of q and k before everything else.
         tie_qk_feature_map: one feature map for q and k.
         gate: "vector" (per key channel), "scalar" (per head) or "none".
         gate_rank, gate_logit_normalizer, clamp_min: see `GateProjection`.
         normalize, eps: see `subquad.gated_linear_attention`.
         rope: "linear" rotates q and k of the linear branch; "none" leaves position to convolution and decay.
         window_size: keys of an additional softmax over the last tokens, 0 for none. Both branches are divided by one common
-            denominator; the linear one sees all tokens.
+            denominator; the softmax is of rotated q and k whatever `rope` is.
         affine_window: weigh the branches by w and 1 - w instead of w and 1.
+        linear_covers_window: False: the linear branch sees only the tokens before the window, as in LoLCATs (2410.10254).
+        linear_scale: factor of the linear branch's scores beside a window; None for K ** -0.5, in LoLCATs 1.
+        use_output_gate: o is normalised (RMSNorm) and multiplied by silu(x Wg) before `o_proj`, as in GLA.
         share_kv_features: keys are convolved and mapped once per key-value head, not per query head: HKV states instead of HQ.
         feature_init: "eye" or "kaiming".
         proj_bias: whether the projections have a bias.
@@ -132,6 +138,8 @@ class LawcatAttention(nn.Module):
         conv_bias: bool = False,
         qk_activation: str | None = None,
         share_qk_conv: bool = False,
+        conv_on_v: bool = False,
+        qk_norm: bool = False,
         tie_qk_feature_map: bool = True,
         gate: str = "vector",
         gate_rank: int | None = 16,
@@ -142,7 +150,10 @@ class LawcatAttention(nn.Module):
         rope: str = "none",
         window_size: int = 0,
         affine_window: bool = False,
+        linear_covers_window: bool = True,
+        linear_scale: float | None = None,
         share_kv_features: bool = False,
+        use_output_gate: bool = False,
         feature_init: str = "eye",
         proj_bias: bool = False,
         layer_idx: int | None = None,
@@ -168,6 +179,8 @@ class LawcatAttention(nn.Module):
         _checks.choice("rope", rope, ROPES)
         if window_size and not normalize:
             raise ValueError("window_size: expected 0 with normalize=False, for the branches share a denominator")
+        if not window_size and not linear_covers_window:
+            raise ValueError("linear_covers_window: expected True without a window, got False")
         if share_qk_conv and share_kv_features and num_heads != num_kv_heads:
             raise ValueError(
                 "share_qk_conv: expected False with share_kv_features, whose convolutions differ in channels"
@@ -176,13 +189,16 @@ class LawcatAttention(nn.Module):
         self.head_dim, self.feature_dim, self.window_size = head_dim, feature_dim, window_size
         self.normalize, self.eps, self.rope, self.affine_window = normalize, eps, rope, affine_window
         self.layer_idx, self.backend, self.share_kv_features = layer_idx, backend, share_kv_features
+        self.linear_covers_window = linear_covers_window
+        self.linear_scale = None if linear_scale is None else _checks.number("linear_scale", linear_scale)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
         for name, heads in widths.items():
             self.add_module(name, nn.Linear(hidden_size, heads * head_dim, bias=proj_bias, **options))
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=proj_bias, **options)
-        self.q_norm: nn.Module | None = None
-        self.k_norm: nn.Module | None = None
+        norms = [nn.RMSNorm(head_dim, eps=1e-6, **options) if qk_norm else None for _ in range(2)]
+        self.q_norm: nn.Module | None = norms[0]
+        self.k_norm: nn.Module | None = norms[1]
         key_heads = num_kv_heads if share_kv_features else num_heads
         groups = 1 if share_kv_features else num_heads // num_kv_heads
         conv: dict[str, Any] = {"bias": conv_bias, "activation": qk_activation, "init": "identity", "backend": backend}
@@ -191,6 +207,7 @@ class LawcatAttention(nn.Module):
         self.conv_k = ShortConvolution(
             key_heads * head_dim, conv_size, channel_groups=groups, head_dim=head_dim, **conv
         )
+        self.conv_v = ShortConvolution(num_kv_heads * head_dim, conv_size, **conv) if conv_on_v else None
         if share_qk_conv:
             self.conv_k.weight, self.conv_k.bias = self.conv_q.weight, self.conv_q.bias
         # Tied maps of different head counts are one map per key head, which its group of queries shares.
@@ -209,6 +226,10 @@ class LawcatAttention(nn.Module):
         )
         self.gate_kind = gate
         self.window_factor = nn.Parameter(torch.full((num_heads,), -2.197, **options)) if window_size else None
+        self.output_gate = (
+            nn.Linear(hidden_size, num_heads * head_dim, bias=False, **options) if use_output_gate else None
+        )
+        self.output_norm = nn.RMSNorm(head_dim, eps=1e-5, **options) if use_output_gate else None
         self._transfer: Callable[..., tuple[torch.Tensor, None]] | None = None
         self._remember(None)
 
@@ -246,7 +267,9 @@ class LawcatAttention(nn.Module):
         layer = cls(q.in_features, heads, kv_heads, head_dim=width, **(defaults | options))  # type: ignore[union-attr, arg-type]
         for name, part in zip(("q_proj", "k_proj", "v_proj", "o_proj"), parts, strict=True):
             setattr(layer, name, part)
-        layer.q_norm, layer.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        for name in ("q_norm", "k_norm"):
+            if getattr(attention, name, None) is not None:
+                setattr(layer, name, getattr(attention, name))
         layer._remember(attention)
         return layer.train(attention.training)
 
@@ -272,6 +295,7 @@ class LawcatAttention(nn.Module):
         attention_mask: torch.Tensor | IntervalMask | None = None,
         past_key_values: Any = None,
         cu_seqlens: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """As transformers' attention is called.
@@ -283,6 +307,7 @@ class LawcatAttention(nn.Module):
                 bool or additive, or transformers' with attn_implementation="subquad". Padding changes nothing, wherever it is.
             past_key_values: a `LawcatCache`, or a cache of transformers; it is advanced.
             cu_seqlens: [N + 1], bounds of sequences packed into B = 1.
+            cache: another name of `past_key_values`, which transformers uses from 5.24 on.
             kwargs: what else the model passes; `output_attentions` is refused.
 
         Returns:
@@ -291,6 +316,7 @@ class LawcatAttention(nn.Module):
         Raises:
             ValueError: a mask that is not causal with padding; options that this attention does not have.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if self._transfer is not None:
             return self._transfer(
                 self,
@@ -325,22 +351,43 @@ class LawcatAttention(nn.Module):
         tokens = tokens_of(attention_mask, b, t, window, None if state is None else state.seen)
         if state is not None:
             state.seen += t
-        frozen = not torch.is_grad_enabled() or not hidden_states.requires_grad
-        if t == 1 and state is not None and state.s is not None and frozen and not self.window_size:
-            return self._step(hidden_states, position_embeddings, tokens, state)
+        mixed = self._mixed(hidden_states, position_embeddings, tokens, state, cu_seqlens)
+        if self.output_gate is None or self.output_norm is None:
+            return mixed
+        gate = F.silu(self.output_gate(hidden_states))
+        if tokens is not None:
+            gate = torch.where(tokens[..., None], gate, 0)
+        normed: torch.Tensor = self.output_norm(mixed.unflatten(-1, (-1, self.head_dim)))
+        return normed.flatten(-2) * gate
+
+    def _mixed(
+        self,
+        x: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: torch.Tensor | None,
+        state: LawcatState | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of the tokens there are, 0 at the others: one step in place, or sequences."""
+        b, t, _ = x.shape
+        if t == 1 and state is not None and state.s is not None and not self.window_size and self._frozen(x):
+            return self._step(x, positions, tokens, state)
         if tokens is None or self.window_size or torch.compiler.is_compiling():
-            return self._sequences(hidden_states, position_embeddings, tokens, state, cu_seqlens)
+            return self._sequences(x, positions, tokens, state, cu_seqlens)
         # Without the padding: chunks then begin where they do in a sequence alone, and the operators give the same bits.
         rows = tokens.flatten().nonzero()[:, 0]
         if rows.shape[0] == b * t:
-            return self._sequences(hidden_states, position_embeddings, None, state, cu_seqlens)
+            return self._sequences(x, positions, None, state, cu_seqlens)
         bounds = F.pad(tokens.sum(1).cumsum(0), (1, 0))
-        if position_embeddings is not None:
-            cos, sin = (x.expand(b, t, -1).flatten(0, 1)[None, rows] for x in position_embeddings)
-            position_embeddings = (cos, sin)
-        packed = hidden_states.flatten(0, 1)[None, rows]
-        mixed = self._sequences(packed, position_embeddings, None, state, bounds)
+        if positions is not None:
+            cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, rows] for p in positions)
+            positions = (cos, sin)
+        mixed = self._sequences(x.flatten(0, 1)[None, rows], positions, None, state, bounds)
         return mixed.new_zeros(b * t, mixed.shape[2]).index_copy(0, rows, mixed[0]).unflatten(0, (b, t))
+
+    def _frozen(self, x: torch.Tensor) -> bool:
+        """Whether no gradient can flow, so that states may be changed in place."""
+        return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _heads(
         self, x: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor] | None
@@ -401,8 +448,16 @@ class LawcatAttention(nn.Module):
         if tokens is not None:
             q0, k0, v = (torch.where(tokens[..., None, None], a, 0) for a in (q0, k0, v))
         q, k = self._features(q0, k0, state, cu_seqlens)
+        if self.conv_v is not None:
+            past = None if state is None else state.conv_v
+            flat, last = self.conv_v(
+                v.flatten(2), cache=past, output_final_state=state is not None, cu_seqlens=cu_seqlens
+            )
+            v = flat.unflatten(-1, (-1, self.head_dim))
+            if state is not None:
+                state.conv_v = last
         if tokens is not None:
-            k = torch.where(tokens[..., None, None], k, 0)
+            k, v = (torch.where(tokens[..., None, None], a, 0) for a in (k, v))
             if g is not None:
                 g = torch.where(tokens.view(*tokens.shape, *(1,) * (g.dim() - 2)), g, 0)
         if self.window_size:
@@ -447,9 +502,14 @@ class LawcatAttention(nn.Module):
             state.window_k, state.window_v, state.window_visible = keys[:, last:], values[:, last:], visible[:, last:]
         near, near_sum = window_terms(q0, keys, values, self.window_size, visible)
         initial = None if state is None else state.s
+        k, v = k.float(), F.pad(v.float(), (0, 1), value=1.0)
+        if not self.linear_covers_window:
+            k, v, late = delayed(k, v, g, self.window_size, None if state is None else state.late)
+            if state is not None:
+                state.late_k, state.late_v, state.late_g = late
         wide, final = gated_linear_attention(
-            q.float(), k.float(), F.pad(v.float(), (0, 1), value=1.0), g, initial_state=initial,
-            output_final_state=state is not None, backend=self.backend,
+            q.float(), k, v, g, initial_state=initial, output_final_state=state is not None,
+            scale=self.linear_scale, backend=self.backend,
         )  # fmt: skip
         if state is not None:
             assert isinstance(final, torch.Tensor)
@@ -459,7 +519,7 @@ class LawcatAttention(nn.Module):
         rest = 1 - factor if self.affine_window else 1.0
         far, far_sum = wide[..., :-1], wide[..., -1:]
         y = (factor * near + rest * far) / (factor * near_sum + rest * far_sum + self.eps)
-        return y.to(v.dtype).flatten(2)
+        return y.to(values.dtype).flatten(2)
 
     def _step(
         self,
@@ -478,7 +538,7 @@ class LawcatAttention(nn.Module):
 
     def _fuses(self) -> bool:
         """Whether one operator has it all: gate and feature maps of LAWCAT's form, which a user may have exchanged."""
-        if self.gate is not None and type(self.gate) is not GateProjection:
+        if self.conv_v is not None or (self.gate is not None and type(self.gate) is not GateProjection):
             return False
         maps = [phi for phi in (self.feature_map, self.feature_map_k) if phi is not None]
         return self.feature_map.out_dim <= MAX_DIM and all(
@@ -503,17 +563,14 @@ class LawcatAttention(nn.Module):
     def _composed_step(
         self, x: torch.Tensor, q0: torch.Tensor, k0: torch.Tensor, v: torch.Tensor, state: LawcatState, rows: Any
     ) -> torch.Tensor:
-        features = []
-        for conv, past, y, phi in (
-            (self.conv_q, state.conv_q, q0, self._map_q),
-            (self.conv_k, state.conv_k, k0, self._map_k),
-        ):
-            assert past is not None
-            y = causal_conv1d_update(
-                y.flatten(1), past, conv.weight, conv.bias, activation=conv.activation, conv_state_indices=rows,
-                channel_groups=conv.channel_groups, head_dim=conv.head_dim, backend=self.backend,
-            )  # fmt: skip
-            features.append(phi(y.unflatten(-1, (-1, self.head_dim))[:, None])[:, 0])
+        features = [
+            phi(self._convolved(conv, past, y[:, None], rows))[:, 0]
+            for conv, past, y, phi in (
+                (self.conv_q, state.conv_q, q0, self._map_q),
+                (self.conv_k, state.conv_k, k0, self._map_k),
+            )
+        ]
+        v = v if self.conv_v is None else self._convolved(self.conv_v, state.conv_v, v[:, None], rows)[:, 0]
         g = self._gates(x)
         assert state.s is not None
         return gated_linear_attention_step(
@@ -521,66 +578,17 @@ class LawcatAttention(nn.Module):
             state_indices=rows, eps=self.eps, backend=self.backend,
         )  # fmt: skip
 
+    def _convolved(
+        self, conv: ShortConvolution, past: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One token [B, 1, H, d] of `conv`, whose state `past` is updated."""
+        assert past is not None
+        y = causal_conv1d_update(
+            x.flatten(2), past, conv.weight, conv.bias, activation=conv.activation, conv_state_indices=rows,
+            channel_groups=conv.channel_groups, head_dim=conv.head_dim, backend=self.backend,
+        )  # fmt: skip
+        return y.unflatten(-1, (-1, self.head_dim))
+
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, d] rotated as transformers does it: halves are pairs; cos and sin [B|1, T, <= d]."""
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    a, b = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, rest], -1).to(x.dtype)
-
-
-def sliding_window(attention: nn.Module) -> int | None:
-    """The window of an attention layer of transformers, which some keep in their config only."""
-    config = getattr(attention, "config", None)
-    window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    return window
-
-
-def tokens_of(
-    mask: torch.Tensor | IntervalMask | None,
-    batch: int,
-    length: int,
-    window: int | None = None,
-    seen: int | None = None,
-) -> torch.Tensor | None:
-    """Which of the current `length` positions are tokens, bool [B, T], from any mask that a causal model is given.
-
-    Args:
-        mask: see `LawcatAttention.forward`.
-        batch, length: B and T.
-        window: of the sliding window that the mask may have, since linear attention does not need it.
-        seen: positions before these; a preallocated cache has columns for later ones.
-
-    Raises:
-        ValueError: a mask of another shape, or that is not causal with padding.
-    """
-    if mask is None:
-        return None
-    if isinstance(mask, IntervalMask):
-        if not hasattr(mask, "padding"):
-            raise ValueError("attention_mask: expected a causal mask of the model, got another IntervalMask")
-        padding: torch.Tensor | None = mask.padding
-        return None if padding is None else padding[:, -length:].expand(batch, -1)
-    if mask.dim() == 2:
-        if mask.shape[0] != batch or mask.shape[1] < length:
-            raise ValueError(f"attention_mask: expected shape [{batch}, >= {length}], got {list(mask.shape)}")
-        return mask[:, -length:].bool()
-    if mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] < length:
-        raise ValueError(f"attention_mask: expected [B, 1, {length}, >= {length}] or [B, T], got {list(mask.shape)}")
-    visible = mask if mask.dtype is torch.bool else mask == 0
-    past = mask.shape[3] - length if seen is None else min(seen, mask.shape[3] - length)
-    visible = visible[..., past : past + length]
-    tokens = visible[:, 0].diagonal(0, 1, 2)
-    if not torch.compiler.is_compiling():
-        row, column = (torch.arange(length, device=mask.device) for _ in range(2))
-        causal = column <= row[:, None]
-        if window is not None:
-            causal = causal & (column > row[:, None] - window)
-        if not bool((visible == (causal & tokens[:, None, None])).all()):
-            raise ValueError("attention_mask: expected a causal mask with padding, got another pattern")
-    return tokens.expand(batch, -1)

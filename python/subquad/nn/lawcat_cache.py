@@ -15,20 +15,32 @@ class LawcatState:
 
     Attributes:
         conv_q, conv_k: last conv_size - 1 queries [N, HQ d, W-1] and keys [N, HKV d, W-1] before the convolution.
+        conv_v: such values, where they are convolved.
         s, z: states of `gated_linear_attention`, [N, HS, K, V] and [N, HS, K] float32.
         window_k, window_v: last window_size - 1 rotated keys and values [N, w-1, HKV, d] of the hybrid.
         window_visible: bool [N, w-1], False where there is none.
+        late_k, late_v, late_g: features, values and gates of the last window_size tokens, which a linear branch that does not
+            cover the window has not seen yet.
         seen: tokens that went by, padding included.
     """
 
     conv_q: torch.Tensor | None = None
     conv_k: torch.Tensor | None = None
+    conv_v: torch.Tensor | None = None
     s: torch.Tensor | None = None
     z: torch.Tensor | None = None
     window_k: torch.Tensor | None = None
     window_v: torch.Tensor | None = None
     window_visible: torch.Tensor | None = None
+    late_k: torch.Tensor | None = None
+    late_v: torch.Tensor | None = None
+    late_g: torch.Tensor | None = None
     seen: int = 0
+
+    @property
+    def late(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """late_k, late_v and late_g; None before the first call."""
+        return None if self.late_k is None or self.late_v is None else (self.late_k, self.late_v, self.late_g)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is there, by name."""
@@ -82,7 +94,7 @@ def state_of(cache: Any, layer_idx: int | None) -> LawcatState | None:
             raise ValueError(
                 f"past_key_values: expected an unused layer {layer_idx}, got one that holds keys and values"
             )
-        layers[layer_idx] = kind()
+        layers[layer_idx] = kind(layers[layer_idx])
     state: LawcatState = layers[layer_idx].state
     return state
 
@@ -107,10 +119,13 @@ def cache_layer_class() -> type:
         is_sliding = False
         is_croppable = False
 
-        def __init__(self) -> None:
+        def __init__(self, replaced: Any = None) -> None:
             LinearAttentionLayer.__init__(self, number_of_states=2)
             self.state = LawcatState()
             self.keys = self.values = None
+            # transformers may make the mask of all layers after this one: it has the columns of a preallocated cache.
+            preallocated = not getattr(replaced, "is_sliding", False)
+            self.columns: int | None = getattr(replaced, "max_cache_len", None) if preallocated else None
 
         def __getattribute__(self, name: str) -> Any:
             if name in ("conv_states", "recurrent_states", "has_previous_state"):
@@ -133,7 +148,7 @@ def cache_layer_class() -> type:
             return self.state.seen
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return self.state.seen + query_length, 0
+            return self.columns or self.state.seen + query_length, 0
 
         def get_max_length(self) -> int:
             return -1

@@ -22,6 +22,7 @@ class LawcatConfig:
     conv_bias: bool = False
     qk_activation: str | None = None
     share_qk_conv: bool = False
+    conv_on_v: bool = False
     tie_qk_feature_map: bool = True
     gate: str = "vector"
     gate_rank: int | None = 16
@@ -32,7 +33,10 @@ class LawcatConfig:
     rope: str = "none"
     window_size: int = 0
     affine_window: bool = False
+    linear_covers_window: bool = True
+    linear_scale: float | None = None
     share_kv_features: bool = False
+    use_output_gate: bool = False
     feature_init: str = "eye"
     backend: str | None = None
 

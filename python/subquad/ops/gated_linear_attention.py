@@ -48,8 +48,9 @@ def gated_linear_attention(
         g: logarithm of the decay, per key channel [B, T, HG, K] or per head [B, T, HG], float32 or q's dtype; None: no decay.
         scale: factor of the scores; None for K ** -0.5.
         initial_state: S [N, HS, K, V] float32; with `normalize` the pair (S, z [N, HS, K]), where z may also be
-            [N, 1, HS, K]. N is B, or the number of sequences.
-        output_final_state: also return the state after the last token, in the same form.
+            [N, 1, HS, K], or one tensor [N, HS, K, V + 1] with z as its last column. N is B, or the number of sequences.
+        output_final_state: also return the state after the last token: S, with `normalize` (S, z), or one tensor with z as
+            its last column where `initial_state` was one.
         cu_seqlens: [N + 1] int32 or int64, the bounds of N sequences packed into B = 1; empty ones are allowed.
         normalize: divide by the decayed sum of the scores.
         eps: added to that sum.
@@ -96,7 +97,9 @@ def gated_linear_attention(
             o, _, s, z = HANDLES[name][f"{STEM}_fwd"](*tensors, cu_seqlens, scale, eps, normalize)
     if not output_final_state:
         return o, None
-    return o, (s, z) if normalize else s  # type: ignore[return-value]
+    if z is None or not normalize:
+        return o, s
+    return o, torch.cat([s, z.unsqueeze(-1)], -1) if isinstance(initial_state, torch.Tensor) else (s, z)
 
 
 class _Attention(torch.autograd.Function):
@@ -305,6 +308,9 @@ def _initial_state(
     if state is None:
         return None, None
     if normalize:
+        if isinstance(state, torch.Tensor):
+            wide = _state("initial_state", state, (*shape[:3], shape[3] + 1), q)
+            return wide[..., :-1].contiguous(), wide[..., -1].contiguous()
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             raise TypeError("initial_state: expected the pair (S, z) because normalize=True")
         s, z = state

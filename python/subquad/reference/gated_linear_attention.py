@@ -42,7 +42,7 @@ def gated_linear_attention(
     if q.shape[1] == 0:
         nothing = sum(x.sum().to(wide) for x in (q, k, v, g) if x is not None)
         o = nothing * values.new_zeros(*q.shape[:3], v.shape[3])
-        return o.to(q.dtype), s0, z0 if normalize else None
+        return o.to(q.dtype), s0.clone(), z0.clone() if normalize else None
     s, z, outputs, history = s0, z0, [], []
     if cu_seqlens is not None:
         tokens = torch.arange(q.shape[1], device=q.device)
