@@ -139,8 +139,6 @@ inline void vec_sums(const Vec* a, float* out) {
 }
 #endif
 
-constexpr int kLanes = Vec::kLanes;
-
 // Weights are consumed in blocks of two vectors. Narrow types are widened without shuffling lanes across registers, so
 // the float side (x, partial y) is kept in the matching order: see `packed_index`.
 constexpr int kBlock = 2 * Vec::kLanes;

@@ -533,12 +533,13 @@ class LawcatAttention(nn.Module):
         if tokens is not None:
             rows = torch.where(tokens[:, 0], torch.arange(x.shape[0], device=x.device), -1).int()
         q0, k0, v = (part[:, 0] for part in self._heads(x, positions))
+        v = v if self.conv_v is None else self._convolved(self.conv_v, state.conv_v, v[:, None], rows)[:, 0]
         step = self._fused_step if self._fuses() else self._composed_step
         return step(x, q0, k0, v, state, rows).flatten(1)[:, None]
 
     def _fuses(self) -> bool:
         """Whether one operator has it all: gate and feature maps of LAWCAT's form, which a user may have exchanged."""
-        if self.conv_v is not None or (self.gate is not None and type(self.gate) is not GateProjection):
+        if self.gate is not None and type(self.gate) is not GateProjection:
             return False
         maps = [phi for phi in (self.feature_map, self.feature_map_k) if phi is not None]
         return self.feature_map.out_dim <= MAX_DIM and all(
@@ -570,7 +571,6 @@ class LawcatAttention(nn.Module):
                 (self.conv_k, state.conv_k, k0, self._map_k),
             )
         ]
-        v = v if self.conv_v is None else self._convolved(self.conv_v, state.conv_v, v[:, None], rows)[:, 0]
         g = self._gates(x)
         assert state.s is not None
         return gated_linear_attention_step(
