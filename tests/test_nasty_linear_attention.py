@@ -161,14 +161,11 @@ def test_features_that_underflow_in_fp16(backend: str, device: str) -> None:
         assert not bool(grad.isnan().any())  # but 1 / eps does not fit into fp16
 
 
-LENGTHS = (1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 63, 64, 65)
-
-
 @backend_params(STEM, *KERNELS)
-@pytest.mark.parametrize("tokens", [*LENGTHS, 127, 129, 257])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 257])
 def test_lengths(backend: str, device: str, tokens: int) -> None:
-    if backend != "native" and tokens > 65:
-        pytest.skip("no edge of this kernel")
+    if backend != "native" and tokens not in (1, 2, 16, 31, 32, 33, 65):
+        pytest.skip("the edges of this kernel are enough for an interpreter")
     sample = draw(
         Sampler(device=device), "length", tokens, (2, 1, 1, 1), 6, 5, mean=0.3, batch=1, normalize=True, state=True
     )
@@ -226,6 +223,8 @@ PACKED = {
 def test_packed(backend: str, device: str, name: str, integers: torch.dtype) -> None:
     """As the sequences alone, gradients too; an empty one hands its state and its gradient through, to the bit."""
     bounds = PACKED[name]
+    if backend != "native" and integers is torch.int32 and name != "empty":
+        pytest.skip("one of these is enough for an interpreter")
     sample = draw(
         Sampler(device=device),
         name,
@@ -271,6 +270,8 @@ def test_too_wide() -> None:
 @pytest.mark.parametrize("gate", ["channel", "head"])
 def test_shared_heads_are_repeated_ones(backend: str, device: str, heads: tuple[int, ...], gate: str) -> None:
     """Results as if heads were repeated in memory, gradients their sums over the group."""
+    if backend != "native" and gate == "head" and heads not in ((4, 2, 4, 1), (8, 1, 1, 1)):
+        pytest.skip("two of these are enough for an interpreter")
     sample = draw(Sampler(device=device), "heads", 19, heads, 6, 5, gate=gate, batch=1, normalize=True, final=False)
     found = outputs_of(sample, backend)
     wide = {n: x.double().requires_grad_() for n, x in sample.args.items() if x is not None}
@@ -343,20 +344,20 @@ def test_bad_gates_reach_no_earlier_token(backend: str, device: str, gate: str) 
         Sampler(device=device), "gates", 36, (2, 2, 2, 2), 7, 5, gate=gate, batch=2, normalize=True, final=False
     )
     (clean,) = SPEC.fn(**sample.args, **sample.kwargs, backend=backend)
-    for value in (torch.nan, torch.inf):
+    for place, value in itertools.product((9, 21) if backend == "native" else (21,), (torch.nan, torch.inf)):
         g = sample["g"].clone()
-        g[1, 21] = value
+        g[1, place] = value
         (o,) = SPEC.fn(**sample.replace(g=g).args, **sample.kwargs, backend=backend)
         assert_same_bits(o[0], clean[0])
-        assert_close(o[1, :21].double(), clean[1, :21].double(), 1e-6)
-        assert not bool(o[1, 21].isfinite().any())
+        assert_close(o[1, :place].double(), clean[1, :place].double(), 1e-6)
+        assert not bool(o[1, place].isfinite().any())
 
 
 @backend_params(STEM, *KERNELS)
 def test_nan_in_one_row_leaves_the_gradients_of_others(backend: str, device: str) -> None:
     sample = draw(Sampler(device=device), "nan", 20, (2, 1, 1, 1), 7, 5, batch=2, normalize=True, final=False)
     clean = outputs_of(sample, backend)
-    for name in ("q", "k", "v", "g"):
+    for name in ("q", "k", "v", "g") if backend == "native" else ("v", "g"):
         x = sample[name].clone()
         x[1, 11] = torch.nan
         found = outputs_of(sample.replace(**{name: x}), backend)
@@ -404,7 +405,7 @@ def test_large_keys_under_decay(backend: str, device: str) -> None:
     g, k = torch.zeros_like(sample["g"]), sample["k"].clone()
     g[:, 16:31], k[:, 31] = -2.5, k[:, 31] * 1e30
     large = sample.replace(g=g, k=k)
-    (o,) = SPEC.fn(**large.args, backend=backend)
+    (o,) = SPEC.fn(**large.args, final=False, backend=backend)
     (expected,) = oracle(**large.to(torch.float64, ("q", "k", "v", "g")).args, final=False)
     for t in range(40):
         assert_close(o[:, t].double(), expected[:, t], 1e-5, f"token {t}")
