@@ -331,6 +331,8 @@ WRONG: dict[str, tuple[str, type[Exception], dict[str, Any]]] = {
     "mask of other sizes": ("mask", ValueError, {"mask": IntervalMask.causal(5, 6)}),
     "mask of another batch": ("mask", ValueError, {"mask": IntervalMask.from_dense(torch.ones(3, 1, 4, 6) > 0)}),
     "infinite scale": ("scale", ValueError, {"scale": float("inf")}),
+    "scale beyond float32": ("scale", ValueError, {"scale": 1e39}),
+    "scale is nan": ("scale", ValueError, {"scale": float("nan")}),
     "scale is a tensor": ("scale", TypeError, {"scale": torch.ones(())}),
     "sinks of another length": ("sink_logits", ValueError, {"sink_logits": torch.zeros(3)}),
     "sinks are ints": ("sink_logits", TypeError, {"sink_logits": torch.zeros(2, dtype=torch.int64)}),
