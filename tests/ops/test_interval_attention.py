@@ -289,14 +289,13 @@ def test_decoding(name: str, heads: tuple[int, int], dtype: torch.dtype, backend
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.full((2, 300, heads[1], 140), torch.nan, dtype=dtype)
     v = wide[..., 3:73].copy_(v)
-    for tensor in (k, v):
-        tensor[:, ~dense.any(0)] = torch.nan
+    v[:, ~dense.any(0)] = torch.nan
     bias = torch.where(torch.arange(300) % 11 == 5, -torch.inf, torch.linspace(-1, 1, 300))
-    k[:, 5::11] = torch.nan
     sinks = torch.linspace(-1, 1, heads[0])
-    for options in ({"key_bias": bias}, {"key_bias": bias, "sink_logits": sinks}):
+    for options in ({}, {"sink_logits": sinks}, {"key_bias": bias}, {"key_bias": bias, "sink_logits": sinks}):
+        keys = dense & (bias != -torch.inf) if "key_bias" in options else dense
+        k[:, ~keys.any(0)] = torch.nan
         out, lse = subquad.interval_attention(q, k, v, mask, return_lse=True, backend=backend, **options)
-        keys = dense & (bias != -torch.inf)
         visible = IntervalMask.from_dense(keys)
         clean = [torch.where(keys.any(0)[None, :, None, None], x, 0.0).double() for x in (k, v)]
         options = {n: x.double().nan_to_num(neginf=0.0) for n, x in options.items()}
