@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
 from subquad import IntervalMask
-from subquad.integrations.transformers import attention_forward, register
+from subquad.integrations.transformers import attention_forward, attention_mask, register
 from subquad.testing import backend_params
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
@@ -30,6 +31,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {}),
+    "gemma3": ("Gemma3", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     "gpt-oss": ("GptOss", {"sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1}),
 }
 
@@ -39,20 +42,24 @@ def _registered() -> None:
     register()
 
 
+MODELS_REFUSED = {"gemma2": ("Gemma2", {"sliding_window": 4})}
+
+
 def models(name: str) -> tuple[Any, Any]:
     """The same random weights under both implementations."""
     torch.manual_seed(0)
-    family, more = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**TINY, **more)
+    family, more = (MODELS | MODELS_REFUSED)[name]
+    configs = [getattr(transformers, f"{family}{kind}", None) for kind in ("TextConfig", "Config")]
+    config = next(c for c in configs if c is not None)(**TINY, **more)
     config._attn_implementation = "eager"
     eager = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     if name == "gpt-oss":
         for layer in eager.model.layers:
             torch.nn.init.normal_(layer.self_attn.sinks)
-    ours = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    ours = getattr(transformers, f"{family}ForCausalLM")(copy.deepcopy(config)).eval()  # models share the object
     ours.load_state_dict(eager.state_dict())
     ours.set_attn_implementation("subquad")
-    assert ours.config._attn_implementation == "subquad"
+    assert (eager.config._attn_implementation, ours.config._attn_implementation) == ("eager", "subquad")
     return eager, ours
 
 
@@ -134,6 +141,51 @@ def test_masks_in_four_dimensions(kind: str) -> None:
     torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("keys", [17, 30])
+def test_images_in_a_sliding_layer(keys: int) -> None:
+    """Gemma 3: image tokens see their image both ways, farther than the window that the layer names; also before a
+    preallocated cache is full."""
+    image = torch.zeros(keys, dtype=torch.bool)
+    image[5:14] = True
+    sliding = transformers.masking_utils.sliding_window_causal_mask_function(4)
+
+    def function(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return sliding(b, h, q, kv) | (image[q] & image[kv])
+
+    t, j = torch.arange(17)[:, None], torch.arange(keys)
+    dense = ((j <= t) & (t - j < 4)) | (image[:17, None] & image)
+    mask = attention_mask(
+        batch_size=1, q_length=17, kv_length=keys, q_offset=0, kv_offset=0, mask_function=function, use_vmap=True
+    )
+    assert torch.equal(mask.to_dense()[0, 0], dense)
+    check_window(mask, dense, 17, keys)
+
+
+@pytest.mark.parametrize("first_row", [0, 9, 27])
+def test_a_window_that_only_the_layer_names(first_row: int) -> None:
+    """The keys up to the row's own are counted from where the queries stand, in a preallocated cache too."""
+    function = transformers.masking_utils.causal_mask_function
+    mask = attention_mask(
+        batch_size=1, q_length=3, kv_length=30, q_offset=first_row, kv_offset=0, mask_function=function
+    )
+    t, j = torch.arange(3)[:, None] + first_row, torch.arange(30)
+    check_window(mask, (j <= t) & (t - j < 4), 3, 30)
+
+
+def check_window(mask: Any, dense: torch.Tensor, tq: int, tk: int) -> None:
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (tq, tk, tk))
+    module = torch.nn.Module().eval()
+    out, _ = attention_forward(module, q, k, v, mask, sliding_window=4)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    torch.testing.assert_close(out.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_capped_scores_is_refused() -> None:
+    _, model = models("gemma2")
+    with pytest.raises(ValueError, match=r"^softcap: "):
+        model(input_ids=tokens())
+
+
 def test_an_encoder_sees_both_ways() -> None:
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -197,6 +249,9 @@ def refused(**options: Any) -> None:
         ("dropout", {"dropout": 0.1}),
         ("softcap", {"softcap": 30.0}),
         ("output_attentions", {"output_attentions": True}),
+        ("sinks", {"sinks": torch.zeros(1, 2, 4, 1)}),
+        ("indices", {"indices": torch.zeros(1, 4, 2)}),
+        ("block_indices", {"block_indices": torch.zeros(1, 1, 4, 2)}),
         ("position_bias", {"position_bias": torch.zeros(1)}),
         ("attention_mask", {"attention_mask": torch.full((1, 1, 4, 4), -1.5)}),
         ("attention_mask", {"attention_mask": torch.zeros(1, 4)}),

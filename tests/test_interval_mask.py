@@ -75,6 +75,16 @@ def random_cases() -> list[tuple[str, IntervalMask, torch.Tensor]]:
             IntervalMask.mma(31, [(a, b), (b, c)], [(c, d)]),
             dense(31, 31, lambda t, j, a=a, c=c, d=d: j <= t or (a <= t < c and c <= j < d)),
         ))  # fmt: skip
+        images = [sorted((draw(0, 30), draw(0, 30))) for _ in range(3)]
+        asked = [sorted((draw(0, 30), draw(0, 30))) for _ in range(3)]
+        images[2] = images[0]  # one image with two questions; the spans may overlap
+        cases.append((
+            f"mma-overlapping-{n}",
+            IntervalMask.mma(30, [(x, y) for x, y in images], [(x, y) for x, y in asked]),
+            dense(30, 30, lambda t, j, i=images, q=asked: j <= t or any(
+                x <= t < y and u <= j < z for (x, y), (u, z) in zip(i, q, strict=True)
+            )),
+        ))  # fmt: skip
         prefix, sizes, suffix = draw(0, 5), [draw(0, 6) for _ in range(3)], draw(0, 5)
         edges = [prefix + sum(sizes[:i]) for i in range(4)]
         owner = [-1] * prefix + [i for i in range(3) for _ in range(sizes[i])] + [-1] * suffix
@@ -201,6 +211,16 @@ def test_algebra() -> None:
         seen = square[0, 0, low:high]
         closed = not (seen[:, :low].any() or seen[:, high:].any())
         assert IntervalMask.from_dense(square).is_closed(low, high) is closed
+
+
+def test_algebra_of_intervals_with_gaps_in_their_order() -> None:
+    """Empty intervals may stand anywhere in a mask made by hand."""
+    mask = IntervalMask(intervals((0, 1, 6, 9)), intervals((5, 1, 8, 9)), tk=10)
+    seen = torch.tensor([[[[1, 1, 1, 1, 1, 0, 1, 1, 0, 0]]]]) > 0
+    assert torch.equal(mask.to_dense(), seen) and torch.equal((~mask).to_dense(), ~seen)
+    assert torch.equal((mask & mask).to_dense(), seen) and torch.equal((mask | mask).to_dense(), seen)
+    assert not (mask & ~mask).to_dense().any() and (mask | ~mask).to_dense().all()
+    assert torch.equal(mask.permute(key=torch.arange(9, -1, -1)).to_dense(), seen.flip(-1))
 
 
 def test_plan_against_dense() -> None:
@@ -353,6 +373,11 @@ WRONG: dict[str, tuple[str, type[Exception], Callable[[], Any]]] = {
     "reversed": ("starts", ValueError, lambda: IntervalMask(intervals((3, 4)), intervals((1, 4)), tk=4)),
     "unsorted": ("starts", ValueError, lambda: IntervalMask(intervals((2, 0)), intervals((3, 1)), tk=4)),
     "overlapping": ("starts", ValueError, lambda: IntervalMask(intervals((0, 1)), intervals((2, 3)), tk=4)),
+    "overlapping behind an empty one": (
+        "starts",
+        ValueError,
+        lambda: IntervalMask(intervals((0, 1, 2)), intervals((5, 1, 4)), tk=6),
+    ),
     "half a lifetime": (
         "key_stop",
         ValueError,
@@ -375,6 +400,16 @@ WRONG: dict[str, tuple[str, type[Exception], Callable[[], Any]]] = {
     "keys of a shifted mask": ("mask", ValueError, lambda: shifted().with_keys(torch.ones(1, 4) > 0)),
     "concat of nothing": ("masks", ValueError, lambda: IntervalMask.concat([])),
     "permutation is short": ("key", ValueError, lambda: IntervalMask.causal(4).permute(key=torch.tensor([1, 0]))),
+    "permutation beyond the keys": ("key", ValueError, lambda: IntervalMask.causal(2).permute(key=torch.tensor([0, 2]))),
+    "permutation beyond the rows": ("query", ValueError, lambda: IntervalMask.causal(2).permute(query=torch.tensor([-1]))),
+    "permutation of floats": ("key", TypeError, lambda: IntervalMask.causal(2).permute(key=torch.zeros(2))),
+    "keys without rows": ("tq", ValueError, lambda: IntervalMask.causal(None, 5)),
+    "dense is a list": ("mask", TypeError, lambda: IntervalMask.from_dense([[True]])),  # type: ignore[arg-type]
+    "visible is a list": ("visible", TypeError, lambda: IntervalMask.causal(1).with_keys([[True]])),  # type: ignore[arg-type]
+    "spans are lists": ("start", TypeError, lambda: IntervalMask.spans([[1]], [[2]], 3)),  # type: ignore[arg-type]
+    "shift is a float": ("shift", TypeError, lambda: IntervalMask.pine(1, [2], 1, torch.zeros(1, 1, 2, 1))),
+    "shift of other rows": ("shift", ValueError, lambda: IntervalMask.pine(1, [2], 3, torch.zeros(1, 1, 2, 1).int())),
+    "shift without documents": ("lengths", ValueError, lambda: IntervalMask.pine(1, [], 3, torch.zeros(1, 1, 3, 0).int())),
     "window of all keys": ("window", ValueError, lambda: IntervalMask.packed(torch.tensor([0, 6]), causal=False, window=2)),
     "packed window": ("window", ValueError, lambda: IntervalMask.packed(torch.tensor([0, 6]), window=-5)),
     "packed sinks": ("sink_tokens", ValueError, lambda: IntervalMask.packed(torch.tensor([0, 6]), sink_tokens=-1, window=1)),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 import subquad
 from subquad import RopeSpec
-from subquad.recipes import pine_attention, segment_lse, soft_causal_attention
+from subquad.recipes import pine_attention, pine_importance, segment_lse, soft_causal_attention
 from subquad.testing import Sampler, backend_params
 
 BOTH = ("native", "reference")
@@ -97,11 +98,14 @@ def test_pine_does_not_depend_on_the_order(order: tuple[int, ...], backend: str)
 
 
 def literal_pine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: list[list[int]]) -> torch.Tensor:
-    """One batch entry, one head, query by query: keys are re-positioned and rotated for each."""
+    """One batch entry, one head, query by query: keys are re-positioned and rotated for each.
+
+    `order`: the documents from the most important on, to each document and to each token of the suffix.
+    """
     edges = [PREFIX, *(PREFIX + sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS)))]
     total, outputs = edges[-1], []
     for t in range(q.shape[0]):
-        group = next((i for i in range(len(LENGTHS)) if edges[i] <= t < edges[i + 1]), len(LENGTHS))
+        group = next((i for i in range(len(LENGTHS)) if edges[i] <= t < edges[i + 1]), len(LENGTHS) + t - total)
         at = {j: j for j in range(PREFIX)} | {j: j for j in range(total, q.shape[0])}
         if t >= PREFIX:
             end = total
@@ -120,14 +124,44 @@ def literal_pine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: list[
 @backend_params("interval_attention", *BOTH)
 def test_pine_is_the_literal_algorithm(backend: str) -> None:
     q, k, v = tensors(1, 25, heads=1, kv_heads=1)
-    order = [[0, 2, 1], [1, 0, 2], [2, 1, 0], [1, 2, 0]]
-    importance = torch.zeros(1, 1, 4, 3)
+    order = [[0, 2, 1], [1, 0, 2], [2, 1, 0], [1, 2, 0], [0, 1, 2], [2, 0, 1], [2, 1, 0], [0, 2, 1]]
+    importance = torch.zeros(1, 1, 3 + SUFFIX, 3)
     for group, documents in enumerate(order):
         for rank, document in enumerate(documents):
             importance[0, 0, group, document] = -rank
     out = pine_attention(q, k, v, PREFIX, LENGTHS, ROPE, importance=importance, backend=backend)
     expected = literal_pine(q[0, :, 0].double(), k[0, :, 0].double(), v[0, :, 0].double(), order)
     torch.testing.assert_close(out[0, :, 0], expected.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_importance_is_mass_per_token() -> None:
+    """The official algorithm: per query a softmax over the documents' keys, summed per document, divided by its length."""
+    q, k, _ = (x.double() for x in tensors(2, 25, heads=4))
+    ours = pine_importance(q, k, PREFIX, LENGTHS, backend="reference")
+    edges = [4, 11, 14, 20]
+    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2))[..., 4:20] / math.sqrt(8)
+
+    def mass(rows: slice, hidden: slice) -> torch.Tensor:
+        part = scores[:, :, rows].clone()
+        part[..., hidden] = -torch.inf
+        p = part.softmax(-1)
+        return torch.stack([p[..., a - 4 : b - 4].sum(-1) / (b - a) for a, b in pairwise(edges)], -1)
+
+    for i, (a, b) in enumerate(pairwise(edges)):
+        expected = mass(slice(a, b), slice(a - 4, b - 4)).mean(2)
+        expected[..., i] = torch.inf
+        torch.testing.assert_close(ours[:, :, i], expected, check_dtype=False)
+    torch.testing.assert_close(ours[:, :, 3:], mass(slice(20, 25), slice(0, 0)), check_dtype=False)
+
+
+@backend_params("interval_attention", *BOTH)
+def test_the_suffix_of_pine_is_causal(backend: str) -> None:
+    """What comes later does not change the order of documents for an earlier token: prefill is decoding, token by token."""
+    q, k, v = tensors(2, 25, heads=4)
+    whole = pine_attention(q, k, v, PREFIX, LENGTHS, ROPE, backend=backend)
+    for t in range(20, 25):
+        cut = pine_attention(q[:, :t], k[:, :t], v[:, :t], PREFIX, LENGTHS, ROPE, backend=backend)
+        torch.testing.assert_close(cut, whole[:, :t], atol=1e-5, rtol=1e-5)
 
 
 def test_pine_with_one_document_is_causal_attention() -> None:

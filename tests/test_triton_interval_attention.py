@@ -67,6 +67,57 @@ def test_tiles(name: str, dtype: torch.dtype, backend: str) -> None:
         assert float((actual.double() - expected).abs().max()) <= limit
 
 
+def far_apart(x: torch.Tensor) -> torch.Tensor:
+    """x with its heads, the last of which begins beyond element 2^31; only touched pages take memory."""
+    b, t, heads, d = x.shape
+    stride = 2**31 // (heads - 1) + 16
+    memory = torch.empty((heads - 1) * stride + b * t * d, dtype=x.dtype)
+    return memory.as_strided(x.shape, (t * d, d, stride, 1)).copy_(x)
+
+
+@backend_params("interval_attention", "triton")
+def test_offsets_beyond_32_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    torch.use_deterministic_algorithms(False)  # poisoning would touch it
+
+    # The interpreter copies whole storages to the host and back; these are on the host, and too large to copy.
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
+    args = [Sampler(torch.bfloat16, seed=i).normal(1, 5, 3, 16) for i in range(3)]
+    results = []
+    for tensors in (args, [far_apart(x) for x in args]):
+        leaves = [x.requires_grad_() for x in tensors]
+        out = subquad.interval_attention(*leaves, IntervalMask.causal(), backend=backend)
+        assert isinstance(out, torch.Tensor)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_grids_hold_a_large_batch_of_many_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second and third dimension of a grid hold 65535 programs; batch times heads may be more."""
+    from subquad.kernels import interval_attention as kernels
+
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("fwd", "dq", "dkdv"):
+        monkeypatch.setattr(kernels, f"_interval_attention_{name}_kernel", Recorder())
+    q = torch.empty((2**12, 130, 32, 1, 16), device="meta")
+    k, lse = torch.empty((2**12, 130, 32, 16), device="meta"), torch.empty((2**12, 130, 32), device="meta")
+    mask = (None, None, None, None, 0, -1, True, None, None, 0.25, [])
+    kernels.interval_attention_fwd(q, k, k, *mask)
+    kernels.interval_attention_bwd(k, lse, k, lse, q, k, k, *mask)
+    assert len(grids) == 3 and all(grid[1:] == (32, 2**12) for grid in grids)
+    with pytest.raises(ValueError, match=r"^q: expected a batch"):
+        kernels.interval_attention_fwd(q[:1].expand(2**16, -1, -1, -1, -1), k, k, *mask)
+
+
 @backend_params("interval_attention", "triton")
 @pytest.mark.parametrize("where", ["k", "v", "q"])
 def test_nan_in_several_tiles(where: str, backend: str) -> None:

@@ -196,16 +196,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
   const int64_t delta_items = (rows + kDeltaRows - 1) / kDeltaRows;
   parallel_items(delta_items, delta_items <= 1,
                  [&](int64_t i) { kernels.delta(p, grads, i * kDeltaRows, std::min(rows, (i + 1) * kDeltaRows)); });
-  const int64_t ranges = kernels.ranges(p), elements = dq.numel();
-  Tensor parts = empty({ranges > 1 ? ranges * elements : 0}, ScalarType::Float);
-  auto* dq_parts = static_cast<float*>(parts.mutable_data_ptr());
+  const int64_t dq_parts = kernels.dq_parts(p), elements = dq.numel();
+  Tensor parts = empty({dq_parts * elements}, ScalarType::Float);
+  auto* part_sums = static_cast<float*>(parts.mutable_data_ptr());
   parallel_items_with_scratch(
-      p.batch * p.kv_heads * ranges, is_small(p), kernels.backward_scratch(p, grads),
-      [&](int64_t item, void* scratch) { kernels.backward(p, grads, item, dq_parts, scratch); });
-  if (ranges > 1) {
+      kernels.backward_items(p), is_small(p), kernels.backward_scratch(p, grads),
+      [&](int64_t item, void* scratch) { kernels.backward(p, grads, item, part_sums, scratch); });
+  if (dq_parts > 0) {
     const int64_t items = (elements + kSumElements - 1) / kSumElements;
     parallel_items(items, items <= 1, [&](int64_t i) {
-      kernels.sum_dq(p, grads, dq_parts, i * kSumElements, std::min(elements, (i + 1) * kSumElements));
+      kernels.sum_dq(p, grads, part_sums, i * kSumElements, std::min(elements, (i + 1) * kSumElements));
     });
   }
   return {dq, dk, dv, dkey_bias, delta};

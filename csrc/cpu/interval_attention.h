@@ -18,9 +18,12 @@ struct IntervalAttentionKernels {
   /// grads.delta of (position, head) pairs [begin, end); before any `backward`.
   void (*delta)(const IntervalAttentionParams&, const IntervalAttentionGrads&, int64_t begin, int64_t end);
 
-  /// Number of key ranges per head. With more than one, each writes its part of dq, as floats in the layout of dq, to
-  /// dq_parts + range * (elements of dq), and `sum_dq` adds them.
-  int64_t (*ranges)(const IntervalAttentionParams&);
+  /// The keys of a head are cut into ranges, whose shares of dq are summed in their order. Where heads are few, each
+  /// range is an item, writes its share as floats in the layout of dq to dq_parts + range * (elements of dq), and
+  /// `sum_dq` adds them. Where heads are many, an item takes all ranges of one head and sums in one part: the same
+  /// bits. No part: dq is written.
+  int64_t (*backward_items)(const IntervalAttentionParams&);
+  int64_t (*dq_parts)(const IntervalAttentionParams&);
   int64_t (*backward_scratch)(const IntervalAttentionParams&, const IntervalAttentionGrads&);
   void (*backward)(const IntervalAttentionParams&, const IntervalAttentionGrads&, int64_t item, float* dq_parts,
                    void* scratch);

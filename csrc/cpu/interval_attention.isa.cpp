@@ -43,12 +43,20 @@ void delta(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads
 
 constexpr int64_t kBackwardItems = 8;  // as many, where the keys allow it: enough to keep several threads busy
 
+/// Not from the batch, so that a sequence has the same bits alone and among others.
 int64_t range_keys(const IntervalAttentionParams& p) {
-  const int64_t wanted = ceil_div(kBackwardItems, p.batch * p.kv_heads);
+  const int64_t wanted = ceil_div(kBackwardItems, p.kv_heads);
   return larger(1, ceil_div(ceil_div(p.mask.tk, kKeys), wanted)) * kKeys;
 }
 
 int64_t ranges(const IntervalAttentionParams& p) { return larger(1, ceil_div(p.mask.tk, range_keys(p))); }
+
+/// Ranges of a head that are items of their own.
+int64_t split_ranges(const IntervalAttentionParams& p) { return p.batch * p.kv_heads < kBackwardItems ? ranges(p) : 1; }
+
+int64_t backward_items(const IntervalAttentionParams& p) { return p.batch * p.kv_heads * split_ranges(p); }
+
+int64_t dq_parts(const IntervalAttentionParams& p) { return ranges(p) > 1 ? split_ranges(p) : 0; }
 
 template <class T>
 int64_t backward_scratch(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads) {
@@ -56,30 +64,33 @@ int64_t backward_scratch(const IntervalAttentionParams& p, const IntervalAttenti
 }
 
 template <class T>
-void backward(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, int64_t item, float* dq_parts,
+void backward(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, int64_t item, float* parts,
               void* scratch) {
-  const int64_t count = ranges(p), head = item / count, range = item % count, keys = range_keys(p);
-  float* part = nullptr;
-  if (count > 1) part = dq_parts + range * p.batch * p.mask.tq * p.heads * p.slots * p.d;
-  BackwardRange<T>(p, grads, keys, Arena(scratch))
-      .run(head / p.kv_heads, head % p.kv_heads, range * keys, smaller(p.mask.tk, (range + 1) * keys), part);
+  const int64_t all = ranges(p), split = split_ranges(p), head = item / split, keys = range_keys(p);
+  const int64_t begin = split > 1 ? item % split : 0, end = split > 1 ? begin + 1 : all;
+  float* part = all > 1 ? parts + begin * p.batch * p.mask.tq * p.heads * p.slots * p.d : nullptr;
+  BackwardRange<T> keys_of_range(p, grads, keys, Arena(scratch));
+  for (int64_t range = begin; range < end; ++range)
+    keys_of_range.run(head / p.kv_heads, head % p.kv_heads, range * keys, smaller(p.mask.tk, (range + 1) * keys), part,
+                      range > begin);
 }
 
 template <class T>
-void sum_dq(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, const float* dq_parts, int64_t begin,
+void sum_dq(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, const float* parts, int64_t begin,
             int64_t end) {
-  const int64_t count = ranges(p), elements = p.batch * p.mask.tq * p.heads * p.slots * p.d;
+  const int64_t count = dq_parts(p), elements = p.batch * p.mask.tq * p.heads * p.slots * p.d;
   T* dq = static_cast<T*>(grads.dq);
   for (int64_t i = begin; i < end; ++i) {
     float sum = 0.0f;
-    for (int64_t range = 0; range < count; ++range) sum += dq_parts[range * elements + i];
+    for (int64_t part = 0; part < count; ++part) sum += parts[part * elements + i];
     dq[i] = from_float<T>(sum * p.scale);
   }
 }
 
 template <class T>
 IntervalAttentionKernels kernels() {
-  return {forward_scratch<T>, forward_items, forward<T>, delta<T>, ranges, backward_scratch<T>, backward<T>, sum_dq<T>};
+  return {forward_scratch<T>, forward_items,       forward<T>,  delta<T>, backward_items,
+          dq_parts,           backward_scratch<T>, backward<T>, sum_dq<T>};
 }
 
 }  // namespace

@@ -23,7 +23,6 @@ class BackwardRange {
   using Element = typename Words::Element;
 
  public:
-  /// Keys [first_key, last_key) are this range; `partial_dq` is its part of dq, or null when dq is written itself.
   BackwardRange(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, int64_t range_keys, Arena arena)
       : p_(p),
         grads_(grads),
@@ -55,9 +54,10 @@ class BackwardRange {
 
   int64_t bytes() const { return bytes_; }
 
-  /// Keys [first, last) of one head, `first` a multiple of kKeys.
-  void run(int64_t b, int64_t kv_head, int64_t first, int64_t last, float* partial_dq) {
-    first_ = first, last_ = last, partial_dq_ = partial_dq;
+  /// Keys [first, last) of one head, `first` a multiple of kKeys. Their share of dq goes to `dq_part`, or is added to
+  /// what is there; null: dq is written.
+  void run(int64_t b, int64_t kv_head, int64_t first, int64_t last, float* dq_part, bool add) {
+    first_ = first, last_ = last, dq_part_ = dq_part, add_ = add;
     const int64_t per_kv = p_.heads / p_.kv_heads, all_rows = p_.mask.tq * per_kv;
     const int64_t padded = round_up(last - first, kKeys);
     zero_words(dk_, padded * q_cols_);
@@ -114,12 +114,13 @@ class BackwardRange {
         static_cast<const T*>(p_.v) + rows.b * p_.v_stride_b + key * p_.v_stride_t + rows.kv_head * p_.v_stride_h;
     bool finite = load_keys<Words>(k, p_.k_stride_t, live, p_.d, k_, q_words_) && rows_finite;
     finite &= load_keys<Words>(v, p_.v_stride_t, live, p_.dv, v_, v_words_);
+    const bool biased = masks_by_bias(p_, rows, key, live);
     bool all_full = true;
     for (int64_t g = 0; g < groups; ++g) {
       hulls_[g] = seen.hull(g, key, live);
       all_full &= hulls_[g].full;
     }
-    if (!finite && (!all_full || masks_by_bias(p_, rows, key, live))) {
+    if (!finite && (!all_full || biased)) {
       for (int64_t row = 0; row < rows.count; ++row) add_visible_pairs(seen, row, key);
       return;
     }
@@ -129,7 +130,7 @@ class BackwardRange {
     for (int64_t g = 0; g < groups;) {
       int64_t stop = g + 1;
       while (stop < groups && same(hulls_[g], hulls_[stop])) ++stop;
-      add_groups(seen, key, live, g, stop);
+      add_groups(seen, key, live, g, stop, biased);
       g = stop;
     }
     add_key_gradients(key, groups);
@@ -138,7 +139,7 @@ class BackwardRange {
   static bool same(const Hull& a, const Hull& b) { return a.begin == b.begin && a.end == b.end && a.full == b.full; }
 
   /// Weights and score gradients of groups [g, stop) of one hull, and their share of dq.
-  void add_groups(const VisibleKeys& seen, int64_t key, int64_t live, int64_t g, int64_t stop) {
+  void add_groups(const VisibleKeys& seen, int64_t key, int64_t live, int64_t g, int64_t stop, bool biased) {
     const Hull& hull = hulls_[g];
     const bool any = hull.begin < hull.end;
     const int64_t begin = any ? hull.begin / kLanes * kLanes : 0, end = any ? round_up(hull.end, kLanes) : 0;
@@ -154,7 +155,9 @@ class BackwardRange {
       zero_words(x, begin), zero_words(d, begin);
       zero_words(x + end, kKeys - end), zero_words(d + end, kKeys - end);
       if (!any) continue;
-      scale_scores(x, begin, end, p_.scale * kLog2e, bias_row(p_, *rows_, i, key), live);
+      const float* bias = bias_row(p_, *rows_, i, key);
+      scale_scores(x, begin, end, p_.scale * kLog2e, bias, live);
+      if (biased && bias != nullptr) hide_biased(bias, begin, smaller(end, live), x);
       if (!hull.full || end > live) seen.fill_hidden(i, key, begin, end, -__builtin_inff(), x);
       score_gradients(x, d, begin, end, lse2_[i], delta_[i]);
       if (grads_.dkey_bias != nullptr && i < rows_->count) {
@@ -233,8 +236,9 @@ class BackwardRange {
     for (int64_t row = 0; row < rows_->count; ++row) {
       const int64_t at = (flat(*rows_, row) * p_.slots + slot) * p_.d;
       const float* sums = dq_ + row * q_cols_;
-      if (partial_dq_ != nullptr) {
-        for (int64_t c = 0; c < p_.d; ++c) partial_dq_[at + c] = sums[c];
+      if (dq_part_ != nullptr) {
+        float* part = dq_part_ + at;
+        for (int64_t c = 0; c < p_.d; ++c) part[c] = add_ ? part[c] + sums[c] : sums[c];
       } else {
         T* dq = static_cast<T*>(grads_.dq) + at;
         for (int64_t c = 0; c < p_.d; ++c) dq[c] = from_float<T>(sums[c] * p_.scale);
@@ -256,7 +260,8 @@ class BackwardRange {
   const IntervalAttentionGrads& grads_;
   const RowTile* rows_ = nullptr;
   int64_t first_ = 0, last_ = 0;
-  float* partial_dq_ = nullptr;
+  float* dq_part_ = nullptr;
+  bool add_ = false;
   const int64_t q_words_, v_words_, q_cols_, v_cols_;
   float *const q_, *const q_right_,
                        *const grad_,

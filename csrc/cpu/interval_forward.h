@@ -65,6 +65,42 @@ inline void scale_scores(float* x, int64_t begin, int64_t end, float scale2, con
   }
 }
 
+/// x = -inf where the bias is -inf, whatever the product was: over columns [begin, end).
+inline void hide_biased(const float* bias, int64_t begin, int64_t end, float* x) {
+  for (int64_t j = begin; j < end; ++j) x[j] = bias[j] == -__builtin_inff() ? bias[j] : x[j];
+}
+
+/// out[j] = a . rows[j] for the first `count` rows of n floats.
+inline void dot_rows(const float* a, const float* rows, int64_t stride, int64_t count, int64_t n, float* out) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float* b = rows + j * stride;
+    Vec sums = vec_zero();
+    int64_t c = 0;
+    for (; c + kLanes <= n; c += kLanes) sums = vec_fma(vec_load(a + c), vec_load(b + c), sums);
+    float sum = vec_sum(sums);
+    for (; c < n; ++c) sum += a[c] * b[c];
+    out[j] = sum;
+  }
+}
+
+/// out += weights[j] * rows[j] over the first `count` rows of n floats.
+inline void add_weighted_rows(const float* weights, const float* rows, int64_t stride, int64_t count, int64_t n,
+                              float* out) {
+  constexpr int kVecs = 4;
+  int64_t c = 0;
+  for (; c + kVecs * kLanes <= n; c += kVecs * kLanes) {
+    Vec sums[kVecs];
+    for (int i = 0; i < kVecs; ++i) sums[i] = vec_load(out + c + i * kLanes);
+    for (int64_t j = 0; j < count; ++j) {
+      const Vec w = vec_set(weights[j]);
+      for (int i = 0; i < kVecs; ++i) sums[i] = vec_fma(w, vec_load(rows + j * stride + c + i * kLanes), sums[i]);
+    }
+    for (int i = 0; i < kVecs; ++i) vec_store(out + c + i * kLanes, sums[i]);
+  }
+  for (; c < n; ++c)
+    for (int64_t j = 0; j < count; ++j) out[c] += weights[j] * rows[j * stride + c];
+}
+
 /// The largest of columns [begin, end); NaN is passed over.
 inline float largest(const float* x, int64_t begin, int64_t end) {
   Vec top = vec_set(-__builtin_inff());
@@ -85,6 +121,8 @@ inline float exponentials(float* x, int64_t begin, int64_t end, float top) {
   return vec_sum(sum);
 }
 
+constexpr int64_t kFewRows = 2;  // up to so many rows per key head, keys and values are not packed, but read once
+
 template <class T>
 class ForwardTile {
   using Words = typename WordsOf<T>::Type;
@@ -92,6 +130,7 @@ class ForwardTile {
  public:
   ForwardTile(const IntervalAttentionParams& p, Arena arena)
       : p_(p),
+        few_rows_(Words::kDepth == 1 && p.mask.tq * (p.heads / p.kv_heads) <= kFewRows),
         q_words_(padded_words<Words>(p.d)),
         out_cols_(round_up(p.dv, 16)),
         q_(arena.take<float>(kRows * q_words_)),
@@ -135,25 +174,71 @@ class ForwardTile {
         static_cast<const T*>(p_.k) + rows.b * p_.k_stride_b + key * p_.k_stride_t + rows.kv_head * p_.k_stride_h;
     const T* v =
         static_cast<const T*>(p_.v) + rows.b * p_.v_stride_b + key * p_.v_stride_t + rows.kv_head * p_.v_stride_h;
+    if constexpr (Words::kDepth == 1) {
+      if (few_rows_) return add_keys_to_few_rows(seen, key, live, k, v);
+    }
     load_keys<Words>(k, p_.k_stride_t, live, p_.d, k_, q_words_);
     transpose_words(k_, kKeys, q_words_, kt_, kKeys);
     const bool finite = load_keys<Words>(v, p_.v_stride_t, live, p_.dv, v_, out_cols_ / Words::kDepth);
     if constexpr (Words::kDepth == 2) Words::pair_rows(v_, kKeys, out_cols_, v_pairs_);
-    const bool biased_away = !finite && masks_by_bias(p_, rows, key, live);
+    const bool biased = masks_by_bias(p_, rows, key, live);
     for (int64_t g = 0; g < groups; ++g) hulls_[g] = seen.hull(g, key, live);
     for (int64_t g = 0; g < groups;) {
       int64_t stop = g + 1;
       while (stop < groups && same(hulls_[g], hulls_[stop])) ++stop;
       if (hulls_[g].begin < hulls_[g].end)
-        add_groups(seen, key, live, g, stop, finite || (hulls_[g].full && !biased_away));
+        add_groups(seen, key, live, g, stop, biased, finite || (hulls_[g].full && !biased));
       g = stop;
     }
   }
 
   static bool same(const Hull& a, const Hull& b) { return a.begin == b.begin && a.end == b.end && a.full == b.full; }
 
-  /// Groups [g, stop) of one hull. `direct`: hidden values may be multiplied by their weight of 0.
-  void add_groups(const VisibleKeys& seen, int64_t key, int64_t live, int64_t g, int64_t stop, bool direct) {
+  /// Rows of decoding: each key and value is used once, straight from memory (16-bit ones widened).
+  void add_keys_to_few_rows(const VisibleKeys& seen, int64_t key, int64_t live, const T* k, const T* v) {
+    const Hull hull = seen.hull(0, key, live);
+    if (hull.begin >= hull.end) return;
+    const float *keys = k_, *values = v_;
+    int64_t key_stride = q_words_, value_stride = out_cols_;
+    if constexpr (std::is_same_v<T, float>) {
+      keys = k, key_stride = p_.k_stride_t;
+      values = v, value_stride = p_.v_stride_t;
+    } else {
+      load_keys<Words>(k, p_.k_stride_t, live, p_.d, k_, q_words_);
+      load_keys<Words>(v, p_.v_stride_t, live, p_.dv, v_, out_cols_);
+    }
+    const bool biased = masks_by_bias(p_, *rows_, key, live);
+    const int64_t begin = hull.begin / kLanes * kLanes, end = round_up(hull.end, kLanes);
+    for (int64_t row = 0; row < rows_->count; ++row) {
+      float *x = scores_ + row * kKeys, *out = out_ + row * out_cols_;
+      dot_rows(q_ + row * q_words_, keys + begin * key_stride, key_stride, smaller(end, live) - begin, p_.d, x + begin);
+      finish_scores(seen, hull, row, key, live, biased, begin, end, x);
+      soften(row, x, begin, end);
+      if (hull.full && !biased) {
+        add_weighted_rows(x, values, value_stride, live, p_.dv, out);
+        continue;
+      }
+      const float* bias = bias_row(p_, *rows_, row, key);
+      for (int64_t j = hull.begin; j < hull.end; ++j) {
+        if (!seen.sees(row, key, j) || (bias != nullptr && bias[j] == -__builtin_inff())) continue;
+        add_weighted_rows(x + j, values + j * value_stride, value_stride, 1, p_.dv, out);
+      }
+    }
+  }
+
+  /// Products become scores: scaled, biased, -inf where hidden.
+  void finish_scores(const VisibleKeys& seen, const Hull& hull, int64_t row, int64_t key, int64_t live, bool biased,
+                     int64_t begin, int64_t end, float* x) const {
+    const float* bias = bias_row(p_, *rows_, row, key);
+    scale_scores(x, begin, end, p_.scale * kLog2e, bias, live);
+    if (biased && bias != nullptr) hide_biased(bias, begin, smaller(end, live), x);
+    if (!hull.full || end > live) seen.fill_hidden(row, key, begin, end, -__builtin_inff(), x);
+  }
+
+  /// Groups [g, stop) of one hull. `biased`: some bias is -inf; `direct`: hidden values may be multiplied by their
+  /// weight of 0.
+  void add_groups(const VisibleKeys& seen, int64_t key, int64_t live, int64_t g, int64_t stop, bool biased,
+                  bool direct) {
     const Hull& hull = hulls_[g];
     const int64_t begin = hull.begin / kLanes * kLanes, end = round_up(hull.end, kLanes);
     const int64_t row = g * kTileRows, rows = (stop - g) * kTileRows;
@@ -162,8 +247,7 @@ class ForwardTile {
                    {scores + begin, kKeys}, false);
     for (int64_t i = 0; i < rows; ++i) {
       float* x = scores + i * kKeys;
-      scale_scores(x, begin, end, p_.scale * kLog2e, bias_row(p_, *rows_, row + i, key), live);
-      if (!hull.full || end > live) seen.fill_hidden(row + i, key, begin, end, -__builtin_inff(), x);
+      finish_scores(seen, hull, row + i, key, live, biased, begin, end, x);
       soften(row + i, x, begin, end);
     }
     if (direct) {
@@ -223,6 +307,7 @@ class ForwardTile {
 
   const IntervalAttentionParams& p_;
   const RowTile* rows_ = nullptr;
+  const bool few_rows_;
   const int64_t q_words_, out_cols_;
   float *const q_, *const k_, *const kt_, *const v_, *const v_pairs_, *const scores_, *const out_, *const top_,
                                                                                                        *const sum_;

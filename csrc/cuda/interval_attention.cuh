@@ -117,7 +117,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
   const int64_t low = total * split / splits, high = total * (split + 1) / splits;
 
   const auto load_query = [&](int64_t slot) {
-    __syncthreads();  // the last tile's scores may still be being made
     for (int i = thread; i < kAttentionRows * kMaxHeadDim; i += kAttentionThreads) {
       const int row = i / kMaxHeadDim, c = i % kMaxHeadDim;
       float x = 0.0f;

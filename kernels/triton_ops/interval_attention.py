@@ -41,6 +41,7 @@ from ._common.intervals import (
 from ._common.numerics import cast
 
 LN2 = tl.constexpr(0.6931471805599453)
+MAX_GRID = 65535  # programs in the second and third dimension
 
 
 @triton.jit
@@ -84,15 +85,15 @@ def _interval_attention_fwd_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     PLAIN: tl.constexpr = not (LIFETIME or BIAS)
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1)
     first = tl.program_id(0) * BM
     rows = first + tl.arange(0, BM)
-    k_ptr += b * k_b + (h // GROUP) * k_h
-    v_ptr += b * v_b + (h // GROUP) * v_h
-    bias_ptr += b * bias_b + h * bias_h
-    life_ptr += b * life_b + h * life_h
-    death_ptr += b * life_b + h * life_h
+    k_ptr += b * k_b + (h // GROUP).to(tl.int64) * k_h
+    v_ptr += b * v_b + (h // GROUP).to(tl.int64) * v_h
+    bias_ptr += b * bias_b + h.to(tl.int64) * bias_h
+    life_ptr += b * life_b + h.to(tl.int64) * life_h
+    death_ptr += b * life_b + h.to(tl.int64) * life_h
     starts_ptr += (b * mask_b + h * mask_h) * tq * M
     ends_ptr += (b * mask_b + h * mask_h) * tq * M
     scale2 = scale * LOG2E
@@ -105,7 +106,7 @@ def _interval_attention_fwd_kernel(
         total = tl.zeros([BM], tl.float32)
     for slot in range(SLOTS):
         bad = 0
-        q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, first, q_t, tq, d, BM, BD)
+        q = load_rows(q_ptr + b * q_b + h.to(tl.int64) * q_h + slot * q_s, first, q_t, tq, d, BM, BD)
         entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + first // PLAN_Q
         masked, both, sinks, low, full_low, full_high = visits(
             count_ptr + 2 * entry, first, tl.minimum(first + BM, tq) - 1, tq, tk, sink_tokens, window,
@@ -201,15 +202,15 @@ def _interval_attention_dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     PLAIN: tl.constexpr = not (LIFETIME or BIAS)
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1)
     first = tl.program_id(0) * BM
     rows = first + tl.arange(0, BM)
-    k_ptr += b * k_b + (h // GROUP) * k_h
-    v_ptr += b * v_b + (h // GROUP) * v_h
-    bias_ptr += b * bias_b + h * bias_h
-    life_ptr += b * life_b + h * life_h
-    death_ptr += b * life_b + h * life_h
+    k_ptr += b * k_b + (h // GROUP).to(tl.int64) * k_h
+    v_ptr += b * v_b + (h // GROUP).to(tl.int64) * v_h
+    bias_ptr += b * bias_b + h.to(tl.int64) * bias_h
+    life_ptr += b * life_b + h.to(tl.int64) * life_h
+    death_ptr += b * life_b + h.to(tl.int64) * life_h
     starts_ptr += (b * mask_b + h * mask_h) * tq * M
     ends_ptr += (b * mask_b + h * mask_h) * tq * M
     scale2 = scale * LOG2E
@@ -225,7 +226,7 @@ def _interval_attention_dq_kernel(
     lse2 = load_lse2(lse_ptr, row, live)
     for slot in range(SLOTS):
         bad = 0
-        q = load_rows(q_ptr + b * q_b + h * q_h + slot * q_s, first, q_t, tq, d, BM, BD)
+        q = load_rows(q_ptr + b * q_b + h.to(tl.int64) * q_h + slot * q_s, first, q_t, tq, d, BM, BD)
         dq = tl.zeros([BM, BD], tl.float32)
         entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nq + first // PLAN_Q
         masked, both, sinks, low, full_low, full_high = visits(
@@ -273,8 +274,9 @@ def _dkdv_tile(
     q = load_rows(q_ptr, start, q_stride, tq, d, BM, BD)
     grad = load_rows(grad_ptr, start, heads * dv, tq, dv, BM, BDV)
     live = rows < tq
-    lse2 = load_lse2(lse_ptr, rows * heads, live)
-    delta = tl.load(delta_ptr + rows * heads, live, other=0.0)
+    at = rows.to(tl.int64) * heads
+    lse2 = load_lse2(lse_ptr, at, live)
+    delta = tl.load(delta_ptr + at, live, other=0.0)
     if MASKED:
         keep = visible(
             rows, cols, starts_ptr, ends_ptr, life_ptr, death_ptr, bias, tq, tk, sink_tokens, window, slot,
@@ -304,24 +306,24 @@ def _interval_attention_dkdv_kernel(
 ):  # fmt: skip
     PLAIN: tl.constexpr = not (LIFETIME or BIAS)
     kv_heads = heads // GROUP
-    b = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv_head = tl.program_id(1) % kv_heads
+    b = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(1)
     first = tl.program_id(0) * BN
     cols = first + tl.arange(0, BN)
     scale2 = scale * LOG2E
-    k = load_rows(k_ptr + b * k_b + kv_head * k_h, first, k_t, tk, d, BN, BD)
-    v = load_rows(v_ptr + b * v_b + kv_head * v_h, first, v_t, tk, dv, BN, BDV)
+    k = load_rows(k_ptr + b * k_b + kv_head.to(tl.int64) * k_h, first, k_t, tk, d, BN, BD)
+    v = load_rows(v_ptr + b * v_b + kv_head.to(tl.int64) * v_h, first, v_t, tk, dv, BN, BDV)
     dk = tl.zeros([BN, BD], tl.float32)
     dv_sum = tl.zeros([BN, BDV], tl.float32)
     for g in range(GROUP):
         h = kv_head * GROUP + g
-        bias = load_bias(bias_ptr + b * bias_b + h * bias_h, cols, tk, BIAS)
+        bias = load_bias(bias_ptr + b * bias_b + h.to(tl.int64) * bias_h, cols, tk, BIAS)
         dbias = tl.zeros([BN], tl.float32)
         head = b * tq * heads + h
-        life = b * life_b + h * life_h
+        life = b * life_b + h.to(tl.int64) * life_h
         mask = (b * mask_b + h * mask_h) * tq * M
         for slot in range(SLOTS):
-            q_head = q_ptr + b * q_b + h * q_h + slot * q_s
+            q_head = q_ptr + b * q_b + h.to(tl.int64) * q_h + slot * q_s
             bad = 0
             entry = ((b * mask_b + h * mask_h) * SLOTS + slot) * nk + first // PLAN_K
             masked, both, sinks, low, full_low, full_high = visits(
@@ -400,8 +402,10 @@ def _call(
     scale: float,
     plan: list[torch.Tensor],
 ) -> _Call:
-    tq, heads, slots, d = q.shape[1:]
+    batch, tq, heads, slots, d = q.shape
     tk, kv_heads, dv = k.shape[1], k.shape[2], v.shape[3]
+    if batch > MAX_GRID:
+        raise ValueError(f"q: expected a batch of at most {MAX_GRID}, as a grid has, got {batch}")
     mask_b = mask_h = life_b = life_h = bias_b = bias_h = 0
     m = 1
     if starts is not None and ends is not None:
@@ -463,7 +467,7 @@ def interval_attention_fwd(
         out `[B, Tq, Hq, Dv]` like q, lse fp32 `[B, Tq, Hq]`, contiguous.
 
     Raises:
-        ValueError: a mask without its plan, or slots that do not fit it.
+        ValueError: a mask without its plan, slots that do not fit it, or a batch of more than 65535.
     """
     batch, tq, heads = q.shape[:3]
     c = _call(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, scale, plan)
@@ -471,7 +475,7 @@ def interval_attention_fwd(
     lse = q.new_empty((batch, tq, heads), dtype=torch.float32)
     options = launch_options(c.width, q.dtype is torch.float32, "fwd")
     if lse.numel():
-        _interval_attention_fwd_kernel[(triton.cdiv(tq, options["BM"]), batch * heads)](
+        _interval_attention_fwd_kernel[(triton.cdiv(tq, options["BM"]), heads, batch)](
             q, k, v, *c.tensors, q if sink_logits is None else sink_logits, c.plan[0], c.plan[1], out, lse, *c.sizes,
             SINKS=sink_logits is not None, **c.constants, **options,
         )  # fmt: skip
@@ -516,13 +520,13 @@ def interval_attention_bwd(
     delta = torch.empty_like(lse)
     if lse.numel():
         options = launch_options(c.width, q.dtype is torch.float32, "dq")
-        _interval_attention_dq_kernel[(triton.cdiv(tq, options["BM"]), batch * heads)](
+        _interval_attention_dq_kernel[(triton.cdiv(tq, options["BM"]), heads, batch)](
             q, k, v, *c.tensors, c.plan[0], c.plan[1], grad_out, grad_lse, out, lse, dq, delta, *c.sizes,
             **c.constants, **options,
         )  # fmt: skip
     if batch * tk * kv_heads:
         options = launch_options(c.width, q.dtype is torch.float32, "dkdv")
-        _interval_attention_dkdv_kernel[(triton.cdiv(tk, options["BN"]), batch * kv_heads)](
+        _interval_attention_dkdv_kernel[(triton.cdiv(tk, options["BN"]), kv_heads, batch)](
             q, k, v, *c.tensors, c.plan[2], c.plan[3], grad_out, lse, delta, dk, dv, dkey_bias, *c.sizes,
             **c.constants, **options,
         )  # fmt: skip

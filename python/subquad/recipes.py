@@ -110,31 +110,29 @@ def pine_importance(
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """How important each document is to each document and to the suffix: float32 [B, H, n + 1, n].
+    """How important each document is to each document, and to each token of the suffix: float32 [B, H, n + suffix, n].
 
-    For document i the mean over its tokens, for the suffix the mean over its tokens, of the attention mass that goes to document
-    j per token of j; queries and keys without rotation, so that order does not count. A document is the most important to itself.
+    For a token of the suffix the attention mass that goes to document j, per token of j; for document i the mean of that over its
+    tokens, among the other documents. Queries and keys without rotation, so that order does not count. A document is the most
+    important to itself. A token of the suffix has an order of its own, so that the suffix stays causal.
     """
     n = len(lengths)
     edges = _edges(prefix, lengths)
     lse = segment_lse(q[:, prefix:], k, edges, scale=scale, backend=backend)
     per_token = 1.0 / torch.tensor(lengths, dtype=lse.dtype, device=lse.device).clamp_min(1)
     rows = []
-    for i in range(n + 1):
-        begin = edges[i] - prefix
-        end = edges[i + 1] - prefix if i < n else lse.shape[1]
-        group = lse[:, begin:end]
-        if i < n:
-            own = torch.arange(n, device=lse.device) == i
-            group = group.masked_fill(own, -torch.inf)
-        mass = group.softmax(-1).nan_to_num() * per_token  # one document alone has no others
-        mean = mass.mean(1) if end > begin else mass.new_zeros((mass.shape[0], *mass.shape[2:]))
-        rows.append(mean.masked_fill(own, torch.inf) if i < n else mean)
-    return torch.stack(rows, 2)
+    for i in range(n):
+        own = torch.arange(n, device=lse.device) == i
+        others = lse[:, edges[i] - prefix : edges[i + 1] - prefix].masked_fill(own, -torch.inf)
+        mass = others.softmax(-1).nan_to_num() * per_token  # one document alone has no others
+        mean = mass.sum(1) / max(1, lengths[i])
+        rows.append(mean.masked_fill(own, torch.inf)[:, :, None])
+    suffix = lse[:, edges[n] - prefix :].softmax(-1) * per_token
+    return torch.cat([*rows, suffix.transpose(1, 2)], 2)
 
 
 def pine_shift(importance: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Position shifts int32 [B, H, n + 1, n] from `pine_importance`: the tokens of the documents ranked before each.
+    """Position shifts int32 [B, H, n + suffix, n] from `pine_importance`: the tokens of the documents ranked before each.
 
     The most important document stands last, next to the query. Equal importance keeps the order of the documents: then, and only
     then, the result depends on that order.
@@ -167,8 +165,8 @@ def pine_attention(
         prefix: tokens before the documents.
         lengths: tokens of each document.
         rope: the rotary embedding.
-        importance: [B|1, H|1, n + 1, n], the order in which each document (last: the suffix) sees the documents; None for
-            `pine_importance`. The order is not differentiable.
+        importance: [B|1, H|1, n + suffix, n], how important the documents are to each document, then to each token of the
+            suffix; None for `pine_importance`. The order is not differentiable.
         scale, backend: as in `interval_attention`.
 
     Returns:
@@ -184,8 +182,8 @@ def pine_attention(
     if importance is None:
         with torch.no_grad():
             importance = pine_importance(q, k, prefix, lengths, scale=scale, backend=backend)
-    if importance.dim() != 4 or importance.shape[2:] != (n + 1, n):
-        raise ValueError(f"importance: expected shape [B|1, H|1, {n + 1}, {n}], got {list(importance.shape)}")
+    if importance.dim() != 4 or importance.shape[2:] != (n + t - total, n):
+        raise ValueError(f"importance: expected shape [B|1, H|1, {n + t - total}, {n}], got {list(importance.shape)}")
     mask = IntervalMask.pine(prefix, lengths, t - total, shift=pine_shift(importance, lengths))
     positions = _pine_positions(prefix, lengths, t).to(q.device)[:, None]
     out = interval_attention(

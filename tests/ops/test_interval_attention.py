@@ -245,14 +245,85 @@ def test_garbage_indices_stay_inside(backend: str) -> None:
 
 
 @backend_params("interval_attention")
-def test_bias_of_minus_infinity_masks(backend: str) -> None:
-    q, k, v = tensors(1, 20, 30, 8)
+@pytest.mark.parametrize("tq", [1, 20])
+@pytest.mark.parametrize(("where", "value"), [("v", torch.nan), ("k", torch.nan), ("k", torch.inf), ("k", 3e38)])
+def test_bias_of_minus_infinity_masks(where: str, value: float, tq: int, backend: str) -> None:
+    """Whatever the hidden keys and values hold; a product with 3e38 overflows, though all elements are finite."""
     hidden = torch.arange(30) % 3 == 0
-    v[:, hidden] = float("nan")
+    args = dict(zip("qkv", tensors(1, tq, 30, 8), strict=True))
+    args[where][:, hidden] = value
     bias = torch.where(hidden, -torch.inf, 0.0)
-    out = subquad.interval_attention(q, k, v, IntervalMask.full(), key_bias=bias, backend=backend)
-    expected = subquad.interval_attention(q, k[:, ~hidden], v[:, ~hidden], IntervalMask.full(), backend="reference")
+    leaves = {n: x.requires_grad_() for n, x in args.items()}
+    out = subquad.interval_attention(**leaves, mask=IntervalMask.full(), key_bias=bias, backend=backend)
+    seen = {"q": args["q"], **{n: args[n][:, ~hidden] for n in "kv"}}
+    expected = subquad.interval_attention(**seen, mask=IntervalMask.full(), backend="reference")
     torch.testing.assert_close(out, expected)
+    if backend == "reference":  # dense products: its gradients are not what this is about
+        return
+    grads = torch.autograd.grad(out.sum(), list(leaves.values()))
+    for grad, other in zip(grads, torch.autograd.grad(expected.sum(), list(leaves.values())), strict=True):
+        torch.testing.assert_close(grad, other, atol=1e-5, rtol=1e-4)
+
+
+DECODING: dict[str, IntervalMask] = {
+    "full": IntervalMask.full(),
+    "window": IntervalMask.sink(3, 170),
+    "runs": IntervalMask.from_dense((torch.arange(300) % 37 < 30).expand(2, 300)),
+    "lifetime": IntervalMask.full(2, 300).with_key_lifetime(
+        torch.zeros(1, 1, 300).int(), torch.arange(300).int()[None, None] % 3
+    ),
+}
+
+
+@backend_params("interval_attention", "native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(3, 3), (2, 1)])
+@pytest.mark.parametrize("name", DECODING)
+def test_decoding(name: str, heads: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    """One or two rows per key head: keys, of any strides, are read where they stand."""
+    mask = DECODING[name]
+    q, k, v = tensors(2, 2, 300, 70, heads=heads, dtype=dtype)
+    if heads == (2, 1):
+        q, mask = q[:, :1], mask if mask.tq is None else IntervalMask.from_dense(mask.to_dense()[:, :, :1])
+    dense = mask.to_dense(q.shape[1], 300)[0, 0]
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.full((2, 300, heads[1], 140), torch.nan, dtype=dtype)
+    v = wide[..., 3:73].copy_(v)
+    v[:, ~dense.any(0)] = torch.nan
+    bias = torch.where(torch.arange(300) % 11 == 5, -torch.inf, torch.linspace(-1, 1, 300))
+    sinks = torch.linspace(-1, 1, heads[0])
+    for options in ({}, {"sink_logits": sinks}, {"key_bias": bias}, {"key_bias": bias, "sink_logits": sinks}):
+        keys = dense & (bias != -torch.inf) if "key_bias" in options else dense
+        k[:, ~keys.any(0)] = torch.nan
+        out, lse = subquad.interval_attention(q, k, v, mask, return_lse=True, backend=backend, **options)
+        visible = IntervalMask.from_dense(keys)
+        clean = [torch.where(keys.any(0)[None, :, None, None], x, 0.0).double() for x in (k, v)]
+        options = {n: x.double().nan_to_num(neginf=0.0) for n, x in options.items()}
+        expected = subquad.interval_attention(
+            q.double(), *clean, visible, return_lse=True, backend="reference", **options
+        )
+        limit = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(out.double(), expected[0], atol=limit, rtol=limit)
+        torch.testing.assert_close(lse.double(), expected[1], atol=limit, rtol=limit)
+
+
+@backend_params("interval_attention", "native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [3, 9])
+def test_gradients_do_not_depend_on_the_batch(batch: int, dtype: torch.dtype, backend: str) -> None:
+    """With few heads the keys are cut into ranges, taken apart or together: a sequence has the same bits alone."""
+    q, k, v = (x.requires_grad_() for x in tensors(batch, 150, 400, 24, heads=(2, 1), dtype=dtype))
+    upstream = Sampler(dtype, seed=5).normal(batch, 150, 2, 24)
+
+    def gradients(s: slice) -> tuple[torch.Tensor, ...]:
+        out = subquad.interval_attention(q[s], k[s], v[s], IntervalMask.causal(), backend=backend)
+        assert isinstance(out, torch.Tensor)
+        return torch.autograd.grad(out, (q, k, v), upstream[s])
+
+    whole = gradients(slice(None))
+    for i in (0, batch - 1):
+        for name, a, b in zip("qkv", whole, gradients(slice(i, i + 1)), strict=True):
+            assert_same_bits(a[i], b[i], f"d{name}")
 
 
 @backend_params("interval_attention", *KERNELS)
@@ -335,6 +406,8 @@ WRONG: dict[str, tuple[str, type[Exception], dict[str, Any]]] = {
     "mask of other sizes": ("mask", ValueError, {"mask": IntervalMask.causal(5, 6)}),
     "mask of another batch": ("mask", ValueError, {"mask": IntervalMask.from_dense(torch.ones(3, 1, 4, 6) > 0)}),
     "infinite scale": ("scale", ValueError, {"scale": float("inf")}),
+    "scale beyond float32": ("scale", ValueError, {"scale": 1e39}),
+    "scale is nan": ("scale", ValueError, {"scale": float("nan")}),
     "scale is a tensor": ("scale", TypeError, {"scale": torch.ones(())}),
     "sinks of another length": ("sink_logits", ValueError, {"sink_logits": torch.zeros(3)}),
     "sinks are ints": ("sink_logits", TypeError, {"sink_logits": torch.zeros(2, dtype=torch.int64)}),

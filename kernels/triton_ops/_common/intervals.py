@@ -229,7 +229,7 @@ def load_lse2(lse_ptr, at, live):
 # product is three. The largest tiles that need no spills, with the matrix units of each generation (8: mma, 9: wgmma, 10:
 # tcgen05), as `subquad gpu-report` shows; not measured on a GPU.
 TILES: dict[str, dict[int | str, tuple[tuple[int, ...], ...]]] = {
-    "fwd": {"any": ((128, 32, 8, 2), (64, 64, 8, 1), (32, 32, 4, 1))},
+    "fwd": {"any": ((128, 32, 8, 2), (64, 64, 8, 1), (32, 32, 4, 2))},
     "dq": {
         "any": ((64, 32, 8, 1), (64, 32, 8, 1), (16, 32, 4, 1)),
         10: ((64, 32, 8, 1), (64, 64, 8, 1), (16, 16, 4, 1)),

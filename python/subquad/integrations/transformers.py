@@ -22,6 +22,10 @@ from ..ops.interval_attention import interval_attention
 MLPS = ("cats",)
 ATTENTIONS = ("lawcat",)
 NAME = "subquad"  # the value of attn_implementation
+# Arguments that models give to their attention functions and that change the result: refused where they are given.
+UNSUPPORTED = (
+    "softcap", "head_mask", "position_bias", "cache", "output_attentions", "sinks", "indices", "block_indices",
+)  # fmt: skip
 
 
 class ConversionReport(list[str]):
@@ -204,6 +208,7 @@ def attention_mask(
         mask = mask.with_keys(padding.to(device))
     mask.window = width  # says to the layers that their sliding window is in it already
     model_mask = _ModelMask.of(mask)
+    model_mask.first_row = q_offset - kv_offset
     if not bidirectional:
         model_mask.padding = padding  # says to linear layers which tokens exist
     return model_mask
@@ -214,6 +219,7 @@ class _ModelMask(IntervalMask):
 
     ndim = 4
     padding: torch.Tensor | None
+    first_row: int | torch.Tensor | None = None  # which key stands where the first query does; None: the mask is final
 
     @classmethod
     def of(cls, mask: IntervalMask) -> _ModelMask:
@@ -332,14 +338,13 @@ def attention_forward(
         (out [B, Tq, Hq, D], None).
 
     Raises:
-        ValueError: dropout in training, `softcap`, `head_mask`, `position_bias`, a paged cache, `output_attentions`, or a float
-            mask with biases: what this attention does not have.
+        ValueError: dropout in training, one of `UNSUPPORTED`, or a float mask with biases: what this attention does not have.
     """
     if dropout and module.training:
         raise ValueError(
             f"dropout: expected 0 in training with attn_implementation={NAME!r}, got {dropout}; set it in the config"
         )
-    for name in ("softcap", "head_mask", "position_bias", "cache", "output_attentions"):
+    for name in UNSUPPORTED:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: attn_implementation={NAME!r} has no such thing; use 'eager' for this model")
     tq, tk = query.shape[2], key.shape[2]
@@ -348,8 +353,8 @@ def attention_forward(
         attention_mask = IntervalMask.causal(tq, tk) if causal else IntervalMask.full(tq, tk)
     elif isinstance(attention_mask, torch.Tensor):
         attention_mask = _from_tensor(attention_mask, tk)
-    if sliding_window is not None and attention_mask.window != sliding_window:
-        attention_mask = attention_mask & IntervalMask.sliding(sliding_window, tq, tk).materialize(device=query.device)
+    if sliding_window is not None:
+        attention_mask = _windowed(attention_mask, sliding_window, tq, tk, query.device)
     out = interval_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -360,6 +365,14 @@ def attention_forward(
     )
     assert isinstance(out, torch.Tensor)
     return out, None
+
+
+def _windowed(mask: IntervalMask, window: int, tq: int, tk: int, device: torch.device) -> IntervalMask:
+    """The mask with a sliding window, if it has none. A predicate of transformers has, and may show more than the window."""
+    first_row: int | torch.Tensor | None = mask.first_row if isinstance(mask, _ModelMask) else tk - tq
+    if mask.window == window or first_row is None:
+        return mask
+    return mask & _plain(False, window, tq, tk, first_row, 0, device).materialize(device=device)
 
 
 def _from_tensor(mask: torch.Tensor, tk: int) -> IntervalMask:

@@ -54,7 +54,8 @@ def intersection(a: Intervals, b: Intervals, tk: int) -> Intervals:
 
 
 def complement(a: Intervals, tk: int) -> Intervals:
-    """Keys of [0, tk) that are not in the canonical set a."""
+    """Keys of [0, tk) that are not in a."""
+    a = canonical(*a, tk)
     starts = torch.nn.functional.pad(a[1], (1, 0), value=0)
     ends = torch.nn.functional.pad(a[0], (0, 1), value=tk)
     return canonical(starts, ends, tk)

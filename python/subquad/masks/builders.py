@@ -58,10 +58,10 @@ def packed(cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, sink_tokens: in
 
 def mma(tq: int, images: Sequence[Span], questions: Sequence[Span]) -> Intervals:
     i = torch.arange(tq)
-    first, last = torch.zeros_like(i), torch.zeros_like(i)
-    for (a, b), (c, d) in zip(images, questions, strict=True):
-        first[a:b], last[a:b] = c, d
-    return stack((0, i + 1), (first, last))
+    questions_seen = [
+        (c, torch.where((i >= a) & (i < b), d, c)) for (a, b), (c, d) in zip(images, questions, strict=True)
+    ]
+    return stack((0, i + 1), *questions_seen)
 
 
 def pine(prefix: int, lengths: Sequence[int], suffix: int) -> Intervals:
@@ -77,7 +77,10 @@ def pine(prefix: int, lengths: Sequence[int], suffix: int) -> Intervals:
 def pine_shifted(
     prefix: int, lengths: Sequence[int], suffix: int, shift: torch.Tensor
 ) -> tuple[Intervals, torch.Tensor]:
-    """Intervals prefix, every document, suffix; and the shift [B|1, H|1, Tq, n + 2] of each."""
+    """Intervals prefix, every document, suffix; and the shift [B|1, H|1, Tq, n + 2] of each.
+
+    Rows of `shift`: one for each document, then one for each token of the suffix.
+    """
     n = len(lengths)
     edges = torch.tensor([prefix, *lengths]).cumsum(0)
     total = int(edges[-1])
@@ -90,7 +93,8 @@ def pine_shifted(
         stop = torch.where(~in_suffix & (group == j), i + 1, high)
         pairs.append((low, torch.where(in_prefix, low, stop)))
     pairs.append((total, torch.where(in_suffix, i + 1, total)))
-    rows = shift.to(torch.int32)[:, :, torch.where(in_suffix, n, group).to(shift.device)]
+    row = torch.where(in_suffix, n + i - total, group).to(shift.device)
+    rows = shift.to(torch.int32)[:, :, row]
     zero = rows.new_zeros((*rows.shape[:-1], 1))
     return stack(*pairs), torch.cat([zero, rows, zero], -1)
 

@@ -31,6 +31,19 @@ def integers(name: str, value: torch.Tensor, dims: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}")
 
 
+def booleans(name: str, value: torch.Tensor) -> None:
+    """A bool tensor."""
+    if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+
+
+def places(name: str, value: torch.Tensor, length: int) -> None:
+    """A list of places in a sequence of `length` tokens."""
+    integers(name, value, (1,))
+    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < length:
+        raise ValueError(f"{name}: expected numbers in [0, {length}), got {int(value.min())} to {int(value.max())}")
+
+
 def indices(name: str, value: torch.Tensor, dims: int, like: torch.Tensor | None = None) -> None:
     """An int32 tensor of `dims` dimensions, shaped and placed as `like`."""
     if not isinstance(value, torch.Tensor):
@@ -58,13 +71,15 @@ def lifetime(key_start: torch.Tensor | None, key_stop: torch.Tensor | None, tk: 
 
 
 def sorted_intervals(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> None:
-    """Inside [0, tk], sorted and disjoint in every row."""
+    """Inside [0, tk]; those that are not empty sorted and disjoint in every row."""
     wrong = (starts < 0) | (ends > tk) | (starts > ends)
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
         got = f"[{int(starts[at])}, {int(ends[at])}) at {list(at)}"
         raise ValueError(f"starts: expected intervals with 0 <= start <= end <= {tk}, got {got}")
-    bad = (starts[..., 1:] < ends[..., :-1]) & (starts[..., 1:] < ends[..., 1:])
+    live = starts < ends
+    reach = torch.where(live, ends, 0).cummax(-1).values
+    bad = live[..., 1:] & (starts[..., 1:] < reach[..., :-1])
     if bool(bad.any()):
         at = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f"starts: expected sorted intervals that do not overlap, got others in row {list(at[:3])}")

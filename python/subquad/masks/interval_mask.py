@@ -95,9 +95,9 @@ class IntervalMask:
 
     @classmethod
     def _plain(cls, causal: bool, sink_tokens: int, window: int, tq: int | None, tk: int | None) -> IntervalMask:
-        for name, size in (("tq", tq), ("tk", tk)):
-            if size is not None:
-                checks.size(name, size)
+        checks.sizes(**{name: size for name, size in (("tq", tq), ("tk", tk)) if size is not None})
+        if tq is None and tk is not None:
+            raise ValueError(f"tq: expected a size, as tk = {tk} is one, got None")
         mask = cls.__new__(cls)
         mask.starts = mask.ends = mask.key_start = mask.key_stop = mask.shift = None
         mask.tq, mask.tk = tq, tq if tk is None else tk
@@ -195,7 +195,8 @@ class IntervalMask:
         Args:
             tq: length of the sequence.
             images: spans [start, stop) of image tokens.
-            questions: the span of the question of each image, or one for all.
+            questions: the span of the question of each image, or one for all; an image with several questions stands in
+                `images` several times.
         """
         for name, spans in (("images", images), ("questions", questions)):
             checks.spans_inside(name, spans, tq)
@@ -211,8 +212,8 @@ class IntervalMask:
 
         Args:
             prefix, lengths, suffix: numbers of tokens; `lengths` of the documents.
-            shift: int [B|1, H|1, n + 1, n]: by how many positions a query of document i (or, last, of the suffix) is rotated for
-                document j. Without it the mask has no `shift`.
+            shift: int [B|1, H|1, n + suffix, n]: by how many positions a query is rotated for document j: a row for each
+                document, then one for each token of the suffix. Without it the mask has no `shift`.
         """
         for name, size in (("prefix", prefix), ("suffix", suffix), *(("lengths", n) for n in lengths)):
             checks.size(name, size)
@@ -220,10 +221,11 @@ class IntervalMask:
         if shift is None:
             return cls._of(builders.pine(prefix, lengths, suffix), tk)
         n = len(lengths)
-        if shift.dim() != 4 or shift.shape[2:] != (n + 1, n) or shift.is_floating_point():
-            raise ValueError(
-                f"shift: expected integers [B|1, H|1, {n + 1}, {n}], got {shift.dtype} {list(shift.shape)}"
-            )
+        if n == 0:
+            raise ValueError("lengths: expected at least one document to shift for, got none")
+        checks.integers("shift", shift, (4,))
+        if shift.shape[2:] != (n + suffix, n):
+            raise ValueError(f"shift: expected shape [B|1, H|1, {n + suffix}, {n}], got {list(shift.shape)}")
         (starts, ends), turns = builders.pine_shifted(prefix, lengths, suffix, shift)
         starts, ends = (x.to(torch.int32).to(shift.device) for x in (starts, ends))
         return cls._raw(starts, ends, tk, shift=turns)
@@ -309,10 +311,10 @@ class IntervalMask:
             tk: number of keys.
             window: also the `window` keys up to the row's own.
         """
-        if start.dim() != 4 or start.shape != stop.shape:
-            raise ValueError(f"start: expected [B|1, H|1, Tq, k] as stop, got {list(start.shape)}, {list(stop.shape)}")
         checks.integers("start", start, (4,))
         checks.integers("stop", stop, (4,))
+        if start.shape != stop.shape:
+            raise ValueError(f"start: expected [B|1, H|1, Tq, k] as stop, got {list(start.shape)}, {list(stop.shape)}")
         checks.sizes(tk=tk, window=0 if window is None else window)
         stop = torch.where(start < 0, start, stop)
         spans = algebra.canonical(start.long(), stop.long(), tk)
@@ -324,8 +326,7 @@ class IntervalMask:
     @classmethod
     def from_dense(cls, mask: torch.Tensor) -> IntervalMask:
         """From a bool tensor [Tq, Tk], [B|1, Tq, Tk] or [B|1, H|1, Tq, Tk]; True where a row sees a key."""
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"mask: expected bool, got {mask.dtype}")
+        checks.booleans("mask", mask)
         if mask.dim() not in (2, 3, 4):
             raise ValueError(f"mask: expected [Tq, Tk], [B, Tq, Tk] or [B, H, Tq, Tk], got {list(mask.shape)}")
         wide = mask[:, None] if mask.dim() == 3 else mask
@@ -381,12 +382,14 @@ class IntervalMask:
         Permuting keys splits intervals anew; that is done for some rows at a time.
         """
         starts, ends, tk = self._intervals("mask")
-        if key is not None and key.shape != (tk,):
-            raise ValueError(f"key: expected shape [{tk}], got {list(key.shape)}")
         if query is not None:
+            checks.places("query", query, starts.shape[2])
             starts, ends = starts[:, :, query], ends[:, :, query]
         if key is None:
             return self._raw(starts, ends, tk)
+        checks.places("key", key, tk)
+        if key.shape != (tk,):
+            raise ValueError(f"key: expected shape [{tk}], got {list(key.shape)}")
         rows = [
             algebra.from_dense(algebra.contains(s, e, tk)[..., key])
             for s, e in zip(starts.split(256, 2), ends.split(256, 2), strict=True)
@@ -398,8 +401,7 @@ class IntervalMask:
     def with_keys(self, visible: torch.Tensor) -> IntervalMask:
         """The mask without the keys that are False in `visible`, a bool tensor [B, Tk]: padding, for example."""
         starts, ends, tk = self._intervals("mask", lifetimes=True)
-        if visible.dtype is not torch.bool:
-            raise TypeError(f"visible: expected bool, got {visible.dtype}")
+        checks.booleans("visible", visible)
         if visible.dim() != 2 or visible.shape[1] != tk:
             raise ValueError(f"visible: expected shape [B, {tk}], got {list(visible.shape)}")
         keys = algebra.from_dense(visible[:, None, None])

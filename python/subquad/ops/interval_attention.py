@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -188,8 +187,8 @@ def _scale(scale: float | None, head_dim: int) -> float:
         return float(head_dim**-0.5)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scale: expected a finite float32, got {scale}")
     return float(scale)
 
 
