@@ -10,7 +10,6 @@
 
 namespace subquad::cpu::SUBQUAD_ISA {
 
-constexpr int kLanes = Vec::kLanes;
 typedef float Lanes __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t LaneBits __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t LaneHalves __attribute__((vector_size(kLanes * 2)));

@@ -11,7 +11,6 @@
 
 namespace subquad::cpu::SUBQUAD_ISA {
 
-constexpr int kLanes = Vec::kLanes;
 constexpr int kTileRows = 4;                       // rows of a product that share the loads of its right operand
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;    // vectors of a row in registers
 constexpr int64_t kTileCols = kTileVecs * kLanes;  // the columns they hold

@@ -131,6 +131,8 @@ inline void widen(const Half* p, Vec& low, Vec& high) {
 
 #endif
 
+constexpr int kLanes = Vec::kLanes;
+
 #if !defined(SQ_VEC_SUMS)
 inline void vec_sums(const Vec* a, float* out) {
   for (int i = 0; i < 16; ++i) out[i] = vec_sum(a[i]);

@@ -474,11 +474,15 @@ inline dim3 conv_grid(const ConvParams& p, int64_t channels, int per_thread) {
 }
 
 template <class T>
+void causal_conv1d_final_state(const ConvParams& p, sq::stream_t stream) {
+  if (p.final_state == nullptr || p.sequences * p.inputs == 0 || p.taps == 1) return;
+  SQ_LAUNCH((causal_conv1d_final_kernel<T>), ceil_div(p.sequences * p.inputs, kConvThreads), kConvThreads, 0, stream,
+            p);
+}
+
+template <class T>
 void causal_conv1d_forward(const ConvParams& p, sq::stream_t stream) {
-  if (p.final_state != nullptr && p.sequences * p.inputs > 0 && p.taps > 1) {
-    SQ_LAUNCH((causal_conv1d_final_kernel<T>), ceil_div(p.sequences * p.inputs, kConvThreads), kConvThreads, 0, stream,
-              p);
-  }
+  causal_conv1d_final_state<T>(p, stream);
   if (p.batch * p.time * p.channels == 0) return;
   with_taps(p.taps, [&](auto taps) {
     constexpr int K = taps > 4 ? std::min(4, kVecElems<T>) : kVecElems<T>;

@@ -37,11 +37,10 @@ __device__ __forceinline__ void load_tile(const FeatureMapParams& p, int64_t hea
   }
 }
 
-/// y = x weight of one head; a thread owns columns.
+/// y = x weight; a thread owns columns.
 template <class T>
-__device__ __forceinline__ void project_tile(const FeatureMapParams& p, int64_t head, const float* x, float* y) {
+__device__ __forceinline__ void project_tile(const FeatureMapParams& p, const T* weight, const float* x, float* y) {
   const int d = static_cast<int>(p.d), f = static_cast<int>(p.f);
-  const T* weight = static_cast<const T*>(p.weight) + head * p.d * p.f;
   for (int j = static_cast<int>(threadIdx.x); j < f; j += kMapThreads) {
     float sum[kMapRows] = {};
     for (int k = 0; k < d; ++k) {
@@ -111,19 +110,12 @@ __device__ __forceinline__ void map_row(const FeatureMapParams& p, const float* 
 
 __device__ __forceinline__ float clamped(float value, float eps) { return value < eps ? eps : value; }
 
+/// Features of the first `count` rows of y, one warp a row, where token `first` of the head begins.
 template <class T>
-__global__ void __launch_bounds__(kMapThreads) feature_map_fwd_kernel(FeatureMapParams p) {
-  SQ_DYNAMIC_SHARED(float, x);
-  float* y = p.weight == nullptr ? x : x + kMapRows * p.d;
-  const int64_t head = static_cast<int64_t>(blockIdx.x) % p.heads, first = blockIdx.x / p.heads * kMapRows;
-  load_tile<T>(p, head, first, p.rows, x);
-  __syncthreads();
-  if (p.weight != nullptr) {
-    project_tile<T>(p, head, x, y);
-    __syncthreads();
-  }
+__device__ __forceinline__ void store_tile(const FeatureMapParams& p, int64_t head, int64_t first, int64_t count,
+                                           const float* y) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, f = static_cast<int>(p.f);
-  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < kMapRows && first + r < p.rows; r += kMapThreads / kWarp) {
+  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < kMapRows && r < count; r += kMapThreads / kWarp) {
     float up[kMapSlots], down[kMapSlots];
     map_row(p, y + r * f, up, down);
     T* out = static_cast<T*>(p.out) + ((first + r) * p.heads + head) * p.features;
@@ -136,6 +128,20 @@ __global__ void __launch_bounds__(kMapThreads) feature_map_fwd_kernel(FeatureMap
       }
     }
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMapThreads) feature_map_fwd_kernel(FeatureMapParams p) {
+  SQ_DYNAMIC_SHARED(float, x);
+  float* y = p.weight == nullptr ? x : x + kMapRows * p.d;
+  const int64_t head = static_cast<int64_t>(blockIdx.x) % p.heads, first = blockIdx.x / p.heads * kMapRows;
+  load_tile<T>(p, head, first, p.rows, x);
+  __syncthreads();
+  if (p.weight != nullptr) {
+    project_tile<T>(p, static_cast<const T*>(p.weight) + head * p.d * p.f, x, y);
+    __syncthreads();
+  }
+  store_tile<T>(p, head, first, p.rows - first, y);
 }
 
 /// A row of y becomes its gradient.
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(kMapThreads) feature_map_bwd_kernel(FeatureMap
     load_tile<T>(p, head, first, end, x);
     __syncthreads();
     if (weighted) {
-      project_tile<T>(p, head, x, y);
+      project_tile<T>(p, weight, x, y);
       __syncthreads();
     }
     const int count = static_cast<int>(end - first < kMapRows ? end - first : kMapRows);

@@ -18,68 +18,11 @@ import triton
 import triton.language as tl
 
 from ._common.aot import AotCase
+from ._common.features import ELU1, EXP, HEDGEHOG2, RELU, features, slope, store_features
 from ._common.numerics import INTERPRET, cast, widen_if_interpreted
 
-SOFTMAX, EXP, RELU, ELU1, HEDGEHOG2 = (tl.constexpr(code) for code in range(5))
 MAX_DIM = 256
 _REDUCE = {"BLOCK": 1024, "num_warps": 4}
-
-
-@triton.jit
-def _normalised(y, top, COLS: tl.constexpr):
-    """exp(y - top) and its sums over the columns."""
-    e = tl.exp(y - top[:, None])
-    return e, tl.sum(e, axis=1)
-
-
-@triton.jit
-def _value(y, KIND: tl.constexpr):
-    if KIND == RELU:
-        return tl.where(y <= 0.0, 0.0, y)
-    elif KIND == ELU1:
-        return tl.where(y > 0.0, y + 1.0, tl.exp(tl.where(y > 0.0, 0.0, y)))
-    else:
-        return tl.exp(y)
-
-
-@triton.jit
-def _slope(y, value, KIND: tl.constexpr):
-    if KIND == RELU:
-        return tl.where(y <= 0.0, 0.0, 1.0)
-    elif KIND == ELU1:
-        return tl.where(y > 0.0, 1.0, value)
-    else:
-        return value
-
-
-@triton.jit
-def _features(y, inside, KIND: tl.constexpr, FULLSPACE: tl.constexpr, F: tl.constexpr):
-    """The map of y and of -y [rows, F], not clamped; a softmax is 0 outside."""
-    if KIND == SOFTMAX or KIND == HEDGEHOG2:  # noqa: SIM109
-        up = tl.where(inside, y, float("-inf"))
-        top = tl.max(up, axis=1)
-        if FULLSPACE:
-            down = tl.where(inside, -y, float("-inf"))
-            top_down = tl.max(down, axis=1)
-            if KIND == HEDGEHOG2:
-                top = tl.maximum(top, top_down)
-                top_down = top
-            up, total = _normalised(up, top, F)
-            down, total_down = _normalised(down, top_down, F)
-            if KIND == HEDGEHOG2:
-                total += total_down
-                total_down = total
-            return up / total[:, None], down / total_down[:, None]
-        else:
-            up, total = _normalised(up, top, F)
-            up = up / total[:, None]
-            return up, up
-    else:
-        up = _value(y, KIND)
-        if FULLSPACE:
-            return up, _value(-y, KIND)
-        else:
-            return up, up
 
 
 @triton.jit
@@ -106,7 +49,7 @@ def _gradient(
     cols = tl.arange(0, F)
     inside = (cols < f)[None, :]
     mask = live[:, None] & inside
-    up, down = _features(y, inside, KIND, FULLSPACE, F)
+    up, down = features(y, inside, KIND, FULLSPACE, F)
     g = tl.load(grad_rows[:, None] + cols[None, :], mask, other=0.0).to(tl.float32)
     g = tl.where(up < eps, 0.0, g)
     SUMS: tl.constexpr = KIND != EXP and KIND != RELU and KIND != ELU1
@@ -122,12 +65,12 @@ def _gradient(
             dy = up * (g - dot[:, None]) - down * (h - dot_down[:, None])
         else:
             # Selected, so that an infinite slope is not multiplied by the 0 of a clamped entry.
-            dy = tl.where(up < eps, 0.0, g * _slope(y, up, KIND))
-            dy -= tl.where(down < eps, 0.0, h * _slope(-y, down, KIND))
+            dy = tl.where(up < eps, 0.0, g * slope(y, up, KIND))
+            dy -= tl.where(down < eps, 0.0, h * slope(-y, down, KIND))
     elif SUMS:
         dy = up * (g - tl.sum(up * g, axis=1)[:, None])
     else:
-        dy = tl.where(up < eps, 0.0, g * _slope(y, up, KIND))
+        dy = tl.where(up < eps, 0.0, g * slope(y, up, KIND))
     return tl.where(mask, dy, 0.0)
 
 
@@ -148,15 +91,7 @@ def _feature_map_fwd_kernel(
     if w_ptr is not None:
         w_ptr += head * d * f
     y = _project(_x_rows(x_ptr, row, time, head, stride_b, stride_t, stride_h), w_ptr, live, d, f, D, F, BK)
-    cols = tl.arange(0, F)
-    inside = (cols < f)[None, :]
-    up, down = _features(y, inside, KIND, FULLSPACE, F)
-    mask = live[:, None] & inside
-    HALVES: tl.constexpr = 2 if FULLSPACE else 1
-    out = out_ptr + (row.to(tl.int64) * heads + head)[:, None] * f * HALVES + cols[None, :]
-    tl.store(out, cast(tl.where(up < eps, eps, up), out_ptr.dtype.element_ty), mask)
-    if FULLSPACE:
-        tl.store(out + f, cast(tl.where(down < eps, eps, down), out_ptr.dtype.element_ty), mask)
+    store_features(y, out_ptr, row.to(tl.int64) * heads + head, live, f, eps, KIND, FULLSPACE, F)
 
 
 @triton.jit(do_not_specialize=["rows", "time"])

@@ -44,6 +44,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "interval_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "gated_linear_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "reference")},
     "feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "conv_feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
 }
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     (stem, backend): REFERENCE if backend == "reference" else Capability() for stem in STEMS for backend in BACKENDS

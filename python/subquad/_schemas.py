@@ -119,6 +119,31 @@ def _feature_map_fwd(
     return x.new_empty((*x.shape[:3], 2 * width if fullspace else width))
 
 
+_CONV_FEATURE_MAP = (
+    "(Tensor x, Tensor conv_weight, Tensor fm_weight, Tensor? conv_bias, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor? sequence, int groups, bool silu, int kind, bool fullspace, float eps, bool output_final_state) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def _conv_feature_map_fwd(
+    x: torch.Tensor,
+    conv_weight: torch.Tensor,
+    fm_weight: torch.Tensor,
+    bias: Any,
+    state: Any,
+    cu_seqlens: Any,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`final_state` is empty unless it was asked for, which is the last argument."""
+    width, f = fm_weight.shape[1:]
+    fullspace = rest[-3]
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = (sequences, x.shape[2], conv_weight.shape[1] - 1) if rest[-1] else (0,)
+    shape = (*x.shape[:2], conv_weight.shape[0] // width, 2 * f if fullspace else f)
+    return x.new_empty(shape), x.new_empty(final)
+
+
 _CAUSAL_CONV1D = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, {}Tensor? cu_seqlens, Tensor? sequence, "
     "int groups, int head_dim, bool silu"
@@ -203,10 +228,11 @@ OPS: dict[str, Op] = {
         "Tensor? conv_state_indices, int groups, int head_dim, bool silu) -> Tensor",
         lambda x, conv_state, weight, *_: x.new_empty((*x.shape[:2], weight.shape[0])),
     ),
+    "conv_feature_map_fwd": Op("conv_feature_map", _CONV_FEATURE_MAP, _conv_feature_map_fwd),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))
 # Ops of one paper whose names have nothing in common.
-FAMILIES = {"lawcat": ("causal_conv1d", "feature_map", "gated_linear_attention")}
+FAMILIES = {"lawcat": ("causal_conv1d", "feature_map", "conv_feature_map", "gated_linear_attention")}
 
 
 def in_family(stem: str, family: str | None) -> bool:

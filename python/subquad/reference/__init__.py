@@ -1,11 +1,20 @@
 """Plain PyTorch oracles: differentiable, float64-capable, free of triton and of native code."""
 
-from . import cats_activation, cats_mlp, causal_conv1d, feature_map, gated_linear_attention, interval_attention
+from . import (
+    cats_activation,
+    cats_mlp,
+    causal_conv1d,
+    conv_feature_map,
+    feature_map,
+    gated_linear_attention,
+    interval_attention,
+)
 
 __all__ = [
     "cats_activation",
     "cats_mlp",
     "causal_conv1d",
+    "conv_feature_map",
     "feature_map",
     "gated_linear_attention",
     "interval_attention",

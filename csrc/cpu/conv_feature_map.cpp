@@ -1,0 +1,72 @@
+// subquad::conv_feature_map_fwd on CPU tensors.
+#include "cpu/conv_feature_map.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "cpu/causal_conv1d_binding.h"
+#include "cpu/feature_map_binding.h"
+#include "cpu/isa.h"
+
+namespace subquad::cpu {
+namespace {
+
+constexpr int64_t kItemRows = 256;
+constexpr int64_t kSmallWork = 1 << 16;  // multiplications below which threads do not pay
+
+std::tuple<Tensor, Tensor> conv_feature_map_fwd(const Tensor& x, const Tensor& conv_weight, const Tensor& fm_weight,
+                                                const OptionalTensor& conv_bias, const OptionalTensor& initial_state,
+                                                const OptionalTensor& cu_seqlens, const OptionalTensor& sequence,
+                                                int64_t groups, bool silu, int64_t kind, bool fullspace, double eps,
+                                                bool output_final_state) {
+  STD_TORCH_CHECK(fm_weight.dim() == 3, "fm_weight: expected shape [M, d, f]");
+  ConvFeatureMapParams p{};
+  FeatureMapParams& map = p.map;
+  const int64_t maps = fm_weight.size(0);
+  map.d = fm_weight.size(1);
+  map.f = fm_weight.size(2);
+  STD_TORCH_CHECK(std::min(map.d, map.f) >= 1 && std::max(map.d, map.f) <= kFeatureMaxDim,
+                  "fm_weight: expected shape [M, d, f] with d and f in 1..", kFeatureMaxDim);
+  p.conv = conv_arguments(x, conv_weight, conv_bias, initial_state, cu_seqlens, sequence, groups, map.d, silu,
+                          {"conv_weight", "conv_bias"});
+  map.heads = p.conv.channels / map.d;
+  STD_TORCH_CHECK(maps > 0 ? map.heads % maps == 0 : map.heads == 0, "fm_weight: expected M to divide the ", map.heads,
+                  " heads of conv_weight");
+  check_like(fm_weight, "fm_weight", {maps, map.d, map.f}, x);
+  check_contiguous(fm_weight, "fm_weight");
+  p.sharing = map.heads / std::max<int64_t>(maps, 1);
+  map.weight = fm_weight.const_data_ptr();
+  map.time = p.conv.time;
+  map.rows = p.conv.batch * p.conv.time;
+  set_map_kind(map, kind, fullspace, eps);
+
+  Tensor out = empty({p.conv.batch, map.time, map.heads, map.features}, x.scalar_type());
+  Tensor final_state = output_final_state ? empty({p.conv.sequences, p.conv.inputs, p.conv.taps - 1}, x.scalar_type())
+                                          : empty({0}, x.scalar_type());
+  const ConvFeatureMapKernels kernels = SQ_DISPATCH_ISA(conv_feature_map_kernels, dtype_of(x, "x"));
+  const CausalConv1dKernels conv = SQ_DISPATCH_ISA(causal_conv1d_kernels, dtype_of(x, "x"));
+  if (out.numel() > 0) {
+    const Tensor weights = packed_weights(p.conv, conv);
+    const auto* packed = static_cast<const float*>(weights.const_data_ptr());
+    advise_huge_pages(out);
+    map.out = out.mutable_data_ptr();
+    const int64_t blocks = ceil_div(map.time, kItemRows), items = p.conv.batch * blocks * map.heads;
+    const bool small = map.rows * map.heads * map.d * map.f < kSmallWork;
+    parallel_items_with_scratch(items, small, kernels.scratch_bytes(p), [&](int64_t i, void* scratch) {
+      const int64_t t0 = i / map.heads % blocks * kItemRows;
+      kernels.forward(p, packed, i / map.heads / blocks, t0, std::min(map.time, t0 + kItemRows), i % map.heads,
+                      scratch);
+    });
+  }
+  if (output_final_state && final_state.numel() > 0) {
+    p.conv.final_state = final_state.mutable_data_ptr();
+    parallel_items(p.conv.sequences, true, [&](int64_t n) { conv.final_state(p.conv, n); });
+  }
+  return {out, final_state};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(subquad, CPU, m) { m.impl("conv_feature_map_fwd", TORCH_BOX(&conv_feature_map_fwd)); }
+
+}  // namespace subquad::cpu

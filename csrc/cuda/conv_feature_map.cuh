@@ -1,0 +1,63 @@
+// Causal convolution and feature map in one pass, forward. A block takes a tile of tokens of one head; what the
+// convolution makes of them stays in shared memory, and goes on as a tile of the feature map does.
+#pragma once
+
+#include "../common/conv_feature_map_params.h"
+#include "causal_conv1d.cuh"
+#include "feature_map.cuh"
+
+namespace subquad::cuda {
+
+constexpr int kStripRows = 4;  // tokens that a thread walks down, with the last inputs of its channel in registers
+
+/// x[r * d + k] = channel c + k of the convolution at token first + r; 0 beyond the last token.
+template <class T, int kTaps>
+__device__ __forceinline__ void convolve_tile(const ConvParams& p, int64_t b, int64_t first, int64_t c, float* x) {
+  const int d = static_cast<int>(p.head_dim);
+  for (int i = static_cast<int>(threadIdx.x); i < kMapRows / kStripRows * d; i += kMapThreads) {
+    const int strip = i / d, k = i - strip * d;
+    const int64_t input = conv_input(p, c + k), begin = first + strip * kStripRows;
+    float w[kTaps][1], bias[1], window[kTaps][1];
+    conv_weights<T>(p, c + k, w, bias);
+    ConvSpan s{};
+    for (int r = 0; r < kStripRows; ++r) {
+      const int64_t t = begin + r;
+      float z[1] = {0.0f};
+      if (t < p.time) {
+        if (r == 0 || t == s.end) s = conv_span(p, b, t);
+        if (r == 0 || t == s.start) conv_window<T>(p, b, s, t, input, window);
+        conv_load<1>(conv_x<T>(p, b, t, input), window[0]);
+        conv_sum(w, window, bias, conv_exist(p, s, t), z);
+        if (p.silu) z[0] = activate<Activation::kSilu>(z[0]);
+        conv_shift(window);
+      }
+      x[(strip * kStripRows + r) * d + k] = z[0];
+    }
+  }
+}
+
+template <class T, int kTaps>
+__global__ void __launch_bounds__(kMapThreads) conv_feature_map_fwd_kernel(ConvFeatureMapParams p, int64_t tiles) {
+  SQ_DYNAMIC_SHARED(float, x);
+  float* y = x + kMapRows * p.map.d;
+  const int64_t head = static_cast<int64_t>(blockIdx.x) % p.map.heads, tile = blockIdx.x / p.map.heads;
+  const int64_t b = tile / tiles, first = (tile - b * tiles) * kMapRows;
+  convolve_tile<T, kTaps>(conv_params<kTaps>(p.conv), b, first, head * p.map.d, x);
+  __syncthreads();
+  project_tile<T>(p.map, static_cast<const T*>(p.map.weight) + head / p.sharing * p.map.d * p.map.f, x, y);
+  __syncthreads();
+  store_tile<T>(p.map, head, b * p.conv.time + first, p.conv.time - first, y);
+}
+
+template <class T>
+void conv_feature_map_forward(const ConvFeatureMapParams& p, sq::stream_t stream) {
+  causal_conv1d_final_state<T>(p.conv, stream);
+  if (p.map.rows * p.map.heads == 0) return;
+  with_taps(p.conv.taps, [&](auto taps) {
+    const int64_t tiles = ceil_div(p.conv.time, kMapRows);
+    SQ_LAUNCH((conv_feature_map_fwd_kernel<T, taps>), tiles * p.conv.batch * p.map.heads, kMapThreads,
+              feature_map_shared(p.map), stream, p, tiles);
+  });
+}
+
+}  // namespace subquad::cuda
