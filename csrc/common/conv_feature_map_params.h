@@ -6,11 +6,11 @@
 
 namespace subquad {
 
-/// The convolution has no residual and writes no y; the map has no x and reads the rows that the convolution made.
+/// The convolution has no residual and writes no y; the map has no x and reads the rows that the convolution makes.
 struct ConvFeatureMapParams {
-  CausalConv1dParams conv;  // channels = map.heads * map.d, head_dim = map.d
-  FeatureMapParams map;     // weight: [maps, d, f], of which head h uses h / sharing
-  int64_t sharing;          // heads in a row with one matrix
+  CausalConv1dParams conv;  // channels = map.heads * map.d, head_dim = map.d; grad_y is dy
+  FeatureMapParams map;
+  float* dy;  // [batch, time, heads, d], the gradient of what the convolution makes; backward only
 };
 
 }  // namespace subquad

@@ -10,12 +10,6 @@
 namespace subquad::cpu {
 namespace {
 
-constexpr int64_t kSmall = 1 << 14;  // elements: waking other threads would take as long as the work
-
-CausalConv1dKernels kernels_for(const Tensor& x) { return SQ_DISPATCH_ISA(causal_conv1d_kernels, dtype_of(x, "x")); }
-
-constexpr int64_t kFloatBytes = sizeof(float);
-
 std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                              const OptionalTensor& initial_state, const OptionalTensor& residual,
                                              const OptionalTensor& cu_seqlens, const OptionalTensor& sequence,
@@ -30,7 +24,7 @@ std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weig
   Tensor y = empty({p.batch, p.time, p.channels}, x.scalar_type());
   Tensor final_state =
       output_final_state ? empty({p.sequences, p.inputs, p.taps - 1}, x.scalar_type()) : empty({0}, x.scalar_type());
-  const CausalConv1dKernels kernels = kernels_for(x);
+  const CausalConv1dKernels kernels = conv_kernels(x);
   if (y.numel() > 0) {
     const Tensor weights = packed_weights(p, kernels);
     const auto* packed = static_cast<const float*>(weights.const_data_ptr());
@@ -58,43 +52,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
   CausalConv1dParams p = conv_arguments(x, weight, bias, initial_state, cu_seqlens, sequence, groups, head_dim, silu);
   check_packed(grad_y, "grad_y", {p.batch, p.time, p.channels}, x);
   p.grad_y = grad_y.const_data_ptr();
-  if (grad_final.has_value()) {
-    check_packed(*grad_final, "grad_final", {p.sequences, p.inputs, p.taps - 1}, x);
-    p.grad_final = p.taps > 1 ? grad_final->const_data_ptr() : nullptr;
-  }
-  const ScalarType dtype = x.scalar_type();
-  Tensor dx = empty({p.batch, p.time, p.inputs}, dtype), dweight = empty({p.channels, p.taps}, dtype);
-  Tensor dbias = empty({bias.has_value() ? p.channels : 0}, dtype);
-  Tensor dstate = initial_state.has_value() ? empty({p.sequences, p.inputs, p.taps - 1}, dtype) : empty({0}, dtype);
-  const CausalConv1dKernels kernels = kernels_for(x);
+  set_grad_final(p, grad_final, x);
+  const CausalConv1dKernels kernels = conv_kernels(x);
   const Tensor weights = packed_weights(p, kernels);
-  const auto* packed = static_cast<const float*>(weights.const_data_ptr());
-  const Tensor partial = empty({p.batch, p.blocks(), p.taps + 1, p.channels}, ScalarType::Float);
-  p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  advise_huge_pages(dx);
-  p.dx = dx.mutable_data_ptr();
-  p.dweight = dweight.mutable_data_ptr();
-  if (bias.has_value()) p.dbias = dbias.mutable_data_ptr();
-  const bool small = grad_y.numel() < kSmall;
-  if (grad_y.numel() > 0) {
-    const int64_t width = p.groups == 1 ? p.inputs : p.head_dim, slices = ceil_div(width, kConvBackChannels);
-    const int64_t heads = p.inputs / width, rows = p.blocks(), items = p.batch * rows * heads * slices;
-    const int64_t bytes = (kConvMaxTaps + kConvTile) * std::min(kConvBackChannels, width) * kFloatBytes;
-    parallel_items_with_scratch(items, small, bytes, [&](int64_t i, void* scratch) {
-      const int64_t slice = i % slices, head = i / slices % heads, block = i / slices / heads % rows;
-      const int64_t c0 = head * width + slice * kConvBackChannels;
-      kernels.backward(p, packed, static_cast<float*>(scratch), i / slices / heads / rows, block, c0,
-                       std::min((head + 1) * width, c0 + kConvBackChannels));
-    });
-  }
-  constexpr int64_t kSlice = 128;
-  parallel_items(ceil_div(p.channels, kSlice), small,
-                 [&](int64_t i) { kernels.reduce(p, i * kSlice, std::min(p.channels, (i + 1) * kSlice)); });
-  if (dstate.numel() > 0) {
-    p.dstate = dstate.mutable_data_ptr();
-    parallel_items(p.sequences, dstate.numel() < kSmall / 4, [&](int64_t n) { kernels.state_grad(p, packed, n); });
-  }
-  return {dx, dweight, dbias, dstate};
+  return conv_backward(p, kernels, weights, x.scalar_type(), bias.has_value(), initial_state.has_value());
 }
 
 Tensor causal_conv1d_update_(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
@@ -124,7 +85,7 @@ Tensor causal_conv1d_update_(const Tensor& x, const Tensor& conv_state, const Te
   if (y.numel() == 0) return y;
   p.y = y.mutable_data_ptr();
   p.state = conv_state.mutable_data_ptr();
-  const CausalConv1dKernels kernels = kernels_for(x);
+  const CausalConv1dKernels kernels = conv_kernels(x);
   constexpr int64_t kSlice = 512;
   const int64_t slices = ceil_div(p.inputs, kSlice);
   parallel_items(p.batch * slices, y.numel() < kSmall / 2, [&](int64_t i) {

@@ -33,13 +33,13 @@ void forward(const Params& p, const float* packed, float* scratch, int64_t b, in
 
 // ----------------------------------------------------------------------------------------------------------- backward
 
-/// Rows [t0, t1) of one sequence, and the rows after them that their dx depends on.
-template <class T>
+/// Rows [t0, t1) of one sequence, and the rows after them that their dx depends on. Elements of grad_y are G.
+template <class T, class G>
 struct BackRows {
   const Params* p;
   Span s;
   const T* x;            // row t0, first channel
-  const T* grad;         // row t0 of grad_y
+  const G* grad;         // row t0 of grad_y
   T* dx;                 // row t0
   float* sum;            // [t1 - t0, channels]: dx of earlier groups
   const float* history;  // [taps - 1, channels] or null
@@ -58,8 +58,8 @@ struct Inner {
   static constexpr bool value = false;
 };
 
-template <class T, int kTaps, bool kSilu, bool kWhole>
-inline __attribute__((always_inline)) void backward_lanes(const BackRows<T>& r, int64_t c, int64_t lanes) {
+template <int kTaps, bool kSilu, bool kWhole, class T, class G>
+inline __attribute__((always_inline)) void backward_lanes(const BackRows<T, G>& r, int64_t c, int64_t lanes) {
   const Params& p = *r.p;
   const Lanes zero = lanes_set(0.0f);
   Lanes w[kTaps], window[kTaps], slope[kTaps], dw[kTaps], db = zero;
@@ -129,26 +129,26 @@ inline __attribute__((always_inline)) void backward_lanes(const BackRows<T>& r, 
   }
 }
 
-template <class T, int kTaps, bool kSilu>
-void backward_rows(const BackRows<T>& r) {
+template <int kTaps, bool kSilu, class T, class G>
+void backward_rows(const BackRows<T, G>& r) {
   int64_t c = 0;
-  for (; c + kLanes <= r.channels; c += kLanes) backward_lanes<T, kTaps, kSilu, true>(r, c, kLanes);
-  if (c < r.channels) backward_lanes<T, kTaps, kSilu, false>(r, c, r.channels - c);
+  for (; c + kLanes <= r.channels; c += kLanes) backward_lanes<kTaps, kSilu, true>(r, c, kLanes);
+  if (c < r.channels) backward_lanes<kTaps, kSilu, false>(r, c, r.channels - c);
 }
 
-template <class T>
-void backward_rows(const BackRows<T>& r, int taps, bool silu) {
-#define SQ_CALL(n) (silu ? backward_rows<T, n, true>(r) : backward_rows<T, n, false>(r))
+template <class T, class G>
+void backward_rows(const BackRows<T, G>& r, int taps, bool silu) {
+#define SQ_CALL(n) (silu ? backward_rows<n, true>(r) : backward_rows<n, false>(r))
   SQ_BY_TAPS(taps, SQ_CALL)
 #undef SQ_CALL
 }
 
-template <class T>
+template <class T, class G>
 void backward(const Params& p, const float* packed, float* scratch, int64_t b, int64_t block, int64_t c0, int64_t c1) {
   const int64_t t0 = block * kConvBlock, t1 = t0 + kConvBlock < p.time ? t0 + kConvBlock : p.time, n = c1 - c0;
   const int64_t head = c0 / p.head_dim, inside = c0 - head * p.head_dim;
   float* partial = p.partial + (b * p.blocks() + block) * (p.taps + 1) * p.channels;
-  BackRows<T> r{};
+  BackRows<T, G> r{};
   r.p = &p;
   r.channels = n;
   r.sum = scratch;
@@ -176,13 +176,13 @@ void backward(const Params& p, const float* packed, float* scratch, int64_t b, i
     }
     for (int64_t g = 0; g < p.groups; ++g) {
       const int64_t c = p.groups == 1 ? c0 : (head * p.groups + g) * p.head_dim + inside;
-      r.grad = static_cast<const T*>(p.grad_y) + (b * p.time + t) * p.channels + c;
+      r.grad = static_cast<const G*>(p.grad_y) + (b * p.time + t) * p.channels + c;
       r.weight = packed + c;
       r.bias = packed + p.taps * p.channels + c;
       r.partial = partial + c;
       r.first_group = g == 0;
       r.last_group = g == p.groups - 1;
-      backward_rows<T>(r, p.taps, p.silu);
+      backward_rows(r, p.taps, p.silu);
     }
   }
 }
@@ -231,11 +231,12 @@ void final_state(const Params& p, int64_t n) {
   }
 }
 
-template <class T>
+template <class T, class G>
 void state_grad(const Params& p, const float* packed, int64_t n) {
   const Span s = sequence_of(p, n);
   const int64_t past = p.taps - 1, b = p.cu_seqlens == nullptr ? n : 0, length = s.end - s.start;
-  const T *grad = static_cast<const T*>(p.grad_y), *grad_final = static_cast<const T*>(p.grad_final);
+  const G* grad = static_cast<const G*>(p.grad_y);
+  const T* grad_final = static_cast<const T*>(p.grad_final);
   T* out = static_cast<T*>(p.dstate) + n * p.inputs * past;
   const int64_t rows = length < past ? length : past;
   for (int64_t ci = 0; ci < p.inputs; ++ci) {
@@ -310,21 +311,21 @@ void update(const CausalConv1dUpdateParams& p, int64_t b, int64_t c0, int64_t c1
   }
 }
 
-template <class T>
+template <class T, class G>
 CausalConv1dKernels kernels() {
-  return {pack<T>, forward<T>, backward<T>, reduce<T>, final_state<T>, state_grad<T>, update<T>};
+  return {pack<T>, forward<T>, backward<T, G>, reduce<T>, final_state<T>, state_grad<T, G>, update<T>};
 }
 
 }  // namespace
 
-CausalConv1dKernels causal_conv1d_kernels(DType dtype) {
+CausalConv1dKernels causal_conv1d_kernels(DType dtype, bool wide_gradient) {
   switch (dtype) {
     case DType::kFloat:
-      return kernels<float>();
+      return kernels<float, float>();
     case DType::kBFloat16:
-      return kernels<BFloat16>();
+      return wide_gradient ? kernels<BFloat16, float>() : kernels<BFloat16, BFloat16>();
     default:
-      return kernels<Half>();
+      return wide_gradient ? kernels<Half, float>() : kernels<Half, Half>();
   }
 }
 

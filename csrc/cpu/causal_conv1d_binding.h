@@ -2,11 +2,16 @@
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 
 #include "cpu/binding.h"
 #include "cpu/causal_conv1d.h"
+#include "cpu/isa.h"
 
 namespace subquad::cpu {
+
+constexpr int64_t kSmall = 1 << 14;  // elements: waking other threads would take as long as the work
+constexpr int64_t kFloatBytes = sizeof(float);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -90,6 +95,56 @@ inline Tensor packed_weights(const CausalConv1dParams& p, const CausalConv1dKern
   Tensor packed = empty({p.taps + 1, p.channels}, ScalarType::Float);
   kernels.pack(p, static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
+}
+
+inline CausalConv1dKernels conv_kernels(const Tensor& x, bool wide_gradient = false) {
+  return SQ_DISPATCH_ISA(causal_conv1d_kernels, dtype_of(x, "x"), wide_gradient);
+}
+
+/// The final state's gradient, if there is one.
+inline void set_grad_final(CausalConv1dParams& p, const OptionalTensor& grad_final, const Tensor& x) {
+  if (!grad_final.has_value()) return;
+  check_packed(*grad_final, "grad_final", {p.sequences, p.inputs, p.taps - 1}, x);
+  p.grad_final = p.taps > 1 ? grad_final->const_data_ptr() : nullptr;
+}
+
+/// (dx, dweight, dbias, dstate) of a call whose arguments and gradients are set; `weights` are packed. Like bias and
+/// initial_state, the last two may be left out.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(CausalConv1dParams p,
+                                                                const CausalConv1dKernels& kernels,
+                                                                const Tensor& weights, ScalarType dtype, bool biased,
+                                                                bool stateful) {
+  Tensor dx = empty({p.batch, p.time, p.inputs}, dtype), dweight = empty({p.channels, p.taps}, dtype);
+  Tensor dbias = empty({biased ? p.channels : 0}, dtype);
+  Tensor dstate = stateful ? empty({p.sequences, p.inputs, p.taps - 1}, dtype) : empty({0}, dtype);
+  const auto* packed = static_cast<const float*>(weights.const_data_ptr());
+  const Tensor partial = empty({p.batch, p.blocks(), p.taps + 1, p.channels}, ScalarType::Float);
+  p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  advise_huge_pages(dx);
+  p.dx = dx.mutable_data_ptr();
+  p.dweight = dweight.mutable_data_ptr();
+  if (biased) p.dbias = dbias.mutable_data_ptr();
+  const int64_t elements = p.batch * p.time * p.channels;
+  const bool small = elements < kSmall;
+  if (elements > 0) {
+    const int64_t width = p.groups == 1 ? p.inputs : p.head_dim, slices = ceil_div(width, kConvBackChannels);
+    const int64_t heads = p.inputs / width, rows = p.blocks(), items = p.batch * rows * heads * slices;
+    const int64_t bytes = (kConvMaxTaps + kConvTile) * std::min(kConvBackChannels, width) * kFloatBytes;
+    parallel_items_with_scratch(items, small, bytes, [&](int64_t i, void* scratch) {
+      const int64_t slice = i % slices, head = i / slices % heads, block = i / slices / heads % rows;
+      const int64_t c0 = head * width + slice * kConvBackChannels;
+      kernels.backward(p, packed, static_cast<float*>(scratch), i / slices / heads / rows, block, c0,
+                       std::min((head + 1) * width, c0 + kConvBackChannels));
+    });
+  }
+  constexpr int64_t kSlice = 128;
+  parallel_items(ceil_div(p.channels, kSlice), small,
+                 [&](int64_t i) { kernels.reduce(p, i * kSlice, std::min(p.channels, (i + 1) * kSlice)); });
+  if (dstate.numel() > 0) {
+    p.dstate = dstate.mutable_data_ptr();
+    parallel_items(p.sequences, dstate.numel() < kSmall / 4, [&](int64_t n) { kernels.state_grad(p, packed, n); });
+  }
+  return {dx, dweight, dbias, dstate};
 }
 
 }  // namespace subquad::cpu

@@ -35,23 +35,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
     const OptionalTensor& sequence, int64_t groups, int64_t head_dim, bool silu) {
   CausalConv1dParams p = conv_arguments(x, weight, bias, initial_state, cu_seqlens, sequence, groups, head_dim, silu);
   p.grad_y = packed_pointer(grad_y, "grad_y", {p.batch, p.time, p.channels}, x);
-  p.grad_final = packed_pointer(grad_final, "grad_final", {p.sequences, p.inputs, p.taps - 1}, x);
-  if (p.taps == 1) p.grad_final = nullptr;
-  const ScalarType dtype = x.scalar_type();
-  const Tensor dx = empty_contiguous_like(x), dweight = empty_on(x, {p.channels, p.taps}, dtype);
-  const Tensor dbias = empty_on(x, {bias.has_value() ? p.channels : 0}, dtype);
-  const Tensor dstate =
-      initial_state.has_value() ? empty_on(x, {p.sequences, p.inputs, p.taps - 1}, dtype) : empty_on(x, {0}, dtype);
-  const Tensor partial = empty_on(x, {p.batch, p.blocks(), p.taps + 1, p.channels}, ScalarType::Float);
-  const LaunchScope scope(x, weight, bias, initial_state, cu_seqlens, sequence, grad_y, grad_final, dx, dweight, dbias,
-                          dstate, partial);
-  p.dx = dx.mutable_data_ptr();
-  p.dweight = dweight.mutable_data_ptr();
-  p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  if (bias.has_value()) p.dbias = dbias.mutable_data_ptr();
-  if (initial_state.has_value()) p.dstate = dstate.mutable_data_ptr();
-  dispatch_dtype(x, "x", [&](auto element) { causal_conv1d_backward<decltype(element)>(p, scope.stream()); });
-  return {dx, dweight, dbias, dstate};
+  const ConvGradients grads(p, grad_final, x, bias.has_value(), initial_state.has_value());
+  const LaunchScope scope(x, weight, bias, initial_state, cu_seqlens, sequence, grad_y, grad_final, grads.dx,
+                          grads.dweight, grads.dbias, grads.dstate, grads.partial);
+  dispatch_dtype(x, "x", [&](auto element) {
+    using T = decltype(element);
+    causal_conv1d_backward<T, T>(p, scope.stream());
+  });
+  return {grads.dx, grads.dweight, grads.dbias, grads.dstate};
 }
 
 Tensor causal_conv1d_update_(const Tensor& x, const Tensor& conv_state, const Tensor& weight,

@@ -83,4 +83,25 @@ inline CausalConv1dParams conv_arguments(const Tensor& x, const Tensor& weight, 
   return p;
 }
 
+/// What the backward of the convolution writes; the constructor allocates it and sets its pointers.
+struct ConvGradients {
+  Tensor dx, dweight, dbias, dstate, partial;
+
+  ConvGradients(CausalConv1dParams& p, const OptionalTensor& grad_final, const Tensor& x, bool biased, bool stateful)
+      : dx(empty_on(x, {p.batch, p.time, p.inputs}, x.scalar_type())),
+        dweight(empty_on(x, {p.channels, p.taps}, x.scalar_type())),
+        dbias(empty_on(x, {biased ? p.channels : 0}, x.scalar_type())),
+        dstate(stateful ? empty_on(x, {p.sequences, p.inputs, p.taps - 1}, x.scalar_type())
+                        : empty_on(x, {0}, x.scalar_type())),
+        partial(empty_on(x, {p.batch, p.blocks(), p.taps + 1, p.channels}, ScalarType::Float)) {
+    p.grad_final = packed_pointer(grad_final, "grad_final", {p.sequences, p.inputs, p.taps - 1}, x);
+    if (p.taps == 1) p.grad_final = nullptr;
+    p.dx = dx.mutable_data_ptr();
+    p.dweight = dweight.mutable_data_ptr();
+    p.partial = static_cast<float*>(partial.mutable_data_ptr());
+    if (biased) p.dbias = dbias.mutable_data_ptr();
+    if (stateful) p.dstate = dstate.mutable_data_ptr();
+  }
+};
+
 }  // namespace subquad::cuda

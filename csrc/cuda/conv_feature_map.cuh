@@ -1,5 +1,6 @@
-// Causal convolution and feature map in one pass, forward. A block takes a tile of tokens of one head; what the
-// convolution makes of them stays in shared memory, and goes on as a tile of the feature map does.
+// Causal convolution and feature map in one pass. A block takes a tile of tokens of one head; what the convolution
+// makes of them stays in shared memory, and goes on as a tile of the feature map does. Backward computes both again;
+// the gradient between them is written once, in float, for the backward of the convolution.
 #pragma once
 
 #include "../common/conv_feature_map_params.h"
@@ -44,9 +45,34 @@ __global__ void __launch_bounds__(kMapThreads) conv_feature_map_fwd_kernel(ConvF
   const int64_t b = tile / tiles, first = (tile - b * tiles) * kMapRows;
   convolve_tile<T, kTaps>(conv_params<kTaps>(p.conv), b, first, head * p.map.d, x);
   __syncthreads();
-  project_tile<T>(p.map, static_cast<const T*>(p.map.weight) + head / p.sharing * p.map.d * p.map.f, x, y);
+  project_tile<T>(p.map, static_cast<const T*>(p.map.weight) + head / p.map.sharing * p.map.d * p.map.f, x, y);
   __syncthreads();
   store_tile<T>(p.map, head, b * p.conv.time + first, p.conv.time - first, y);
+}
+
+/// One block per head and chunk of tokens: dy, and the chunk's sum of the matrix's gradient.
+template <class T, int kTaps>
+__global__ void __launch_bounds__(kMapThreads) conv_feature_map_bwd_kernel(ConvFeatureMapParams p) {
+  SQ_DYNAMIC_SHARED(float, x);
+  const FeatureMapParams& map = p.map;
+  float* y = x + kMapRows * map.d;
+  const int64_t head = static_cast<int64_t>(blockIdx.x) % map.heads, chunk = blockIdx.x / map.heads;
+  const int64_t begin = chunk * map.chunk, end = begin + map.chunk < map.rows ? begin + map.chunk : map.rows;
+  const T* weight = static_cast<const T*>(map.weight) + head / map.sharing * map.d * map.f;
+  float* partial = map.partials + (chunk * map.heads + head) * map.d * map.f;
+  int64_t b = begin / map.time, t = begin - b * map.time;
+  for (int64_t first = begin, count; first < end; first += count) {
+    count = end - first < kMapRows ? end - first : kMapRows;
+    if (map.time - t < count) count = map.time - t;
+    __syncthreads();
+    convolve_tile<T, kTaps>(conv_params<kTaps>(p.conv), b, t, head * map.d, x);
+    __syncthreads();
+    project_tile<T>(map, weight, x, y);
+    __syncthreads();
+    backward_tile(map, head, first, static_cast<int>(count), first == begin, weight, x, y, p.dy, partial);
+    t += count;
+    if (t == map.time) t = 0, ++b;
+  }
 }
 
 template <class T>
@@ -58,6 +84,19 @@ void conv_feature_map_forward(const ConvFeatureMapParams& p, sq::stream_t stream
     SQ_LAUNCH((conv_feature_map_fwd_kernel<T, taps>), tiles * p.conv.batch * p.map.heads, kMapThreads,
               feature_map_shared(p.map), stream, p, tiles);
   });
+}
+
+template <class T>
+void conv_feature_map_backward(const ConvFeatureMapParams& p, sq::stream_t stream) {
+  const FeatureMapParams& map = p.map;
+  if (map.rows * map.heads > 0) {
+    with_taps(p.conv.taps, [&](auto taps) {
+      SQ_LAUNCH((conv_feature_map_bwd_kernel<T, taps>), map.chunks * map.heads, kMapThreads, feature_map_shared(map),
+                stream, p);
+    });
+  }
+  if (map.heads > 0) feature_map_reduce<T>(map, stream);
+  causal_conv1d_backward<T, float>(p.conv, stream);
 }
 
 }  // namespace subquad::cuda

@@ -14,6 +14,7 @@ FeatureMapParams make_params(const Tensor& x, const OptionalTensor& weight, int6
   p.rows = x.size(0) * x.size(1);
   p.time = x.size(1);
   p.heads = x.size(2);
+  p.sharing = 1;
   p.d = p.f = x.size(3);
   STD_TORCH_CHECK(p.d >= 1 && p.d <= kFeatureMaxDim, "x: expected a head dimension in 1..", kFeatureMaxDim);
   STD_TORCH_CHECK(p.d == 1 || x.stride(3) == 1, "x: expected a contiguous last dimension");

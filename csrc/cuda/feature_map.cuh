@@ -183,16 +183,43 @@ __device__ __forceinline__ void backward_row(const FeatureMapParams& p, const T*
   }
 }
 
+/// The first `count` rows of y become their gradient; that of x goes to dx, which begins with token `first` of the
+/// head; that of the weight is added to `partial`, or begins it.
+template <class T, class X>
+__device__ __forceinline__ void backward_tile(const FeatureMapParams& p, int64_t head, int64_t first, int count,
+                                              bool begins, const T* weight, const float* x, float* y, X* dx,
+                                              float* partial) {
+  const int d = static_cast<int>(p.d), f = static_cast<int>(p.f), thread = static_cast<int>(threadIdx.x);
+  for (int r = thread / kWarp; r < count; r += kMapThreads / kWarp) {
+    const T* grad = static_cast<const T*>(p.grad_out) + ((first + r) * p.heads + head) * p.features;
+    backward_row(p, grad, y + r * f);
+  }
+  __syncthreads();
+  for (int k = thread; k < d; k += kMapThreads) {
+    for (int r = 0; r < count; ++r) {
+      float sum = weight == nullptr ? y[r * f + k] : 0.0f;
+      for (int j = 0; weight != nullptr && j < f; ++j) {
+        sum = fmaf(y[r * f + j], sq::to_float(sq::load_nc(weight + static_cast<int64_t>(k) * f + j)), sum);
+      }
+      sq::store(dx + ((first + r) * p.heads + head) * p.d + k, sq::from_float<X>(sum));
+    }
+  }
+  for (int i = thread; weight != nullptr && i < d * f; i += kMapThreads) {
+    float sum = begins ? 0.0f : sq::load(partial + i);
+    for (int r = 0; r < count; ++r) sum = fmaf(x[r * d + i / f], y[r * f + i % f], sum);
+    sq::store(partial + i, sum);
+  }
+}
+
 /// One block per head and chunk of rows. It alone writes its partial sum of the weight's gradient, tile after tile.
 template <class T>
 __global__ void __launch_bounds__(kMapThreads) feature_map_bwd_kernel(FeatureMapParams p) {
   SQ_DYNAMIC_SHARED(float, x);
   const bool weighted = p.weight != nullptr;
   float* y = weighted ? x + kMapRows * p.d : x;
-  const int d = static_cast<int>(p.d), f = static_cast<int>(p.f), thread = static_cast<int>(threadIdx.x);
   const int64_t head = static_cast<int64_t>(blockIdx.x) % p.heads, chunk = blockIdx.x / p.heads;
   const int64_t begin = chunk * p.chunk, end = begin + p.chunk < p.rows ? begin + p.chunk : p.rows;
-  const T* weight = static_cast<const T*>(p.weight) + (weighted ? head * p.d * p.f : 0);
+  const T* weight = weighted ? static_cast<const T*>(p.weight) + head / p.sharing * p.d * p.f : nullptr;
   float* partial = p.partials + (weighted ? (chunk * p.heads + head) * p.d * p.f : 0);
   for (int64_t first = begin; first < end; first += kMapRows) {
     __syncthreads();
@@ -203,36 +230,21 @@ __global__ void __launch_bounds__(kMapThreads) feature_map_bwd_kernel(FeatureMap
       __syncthreads();
     }
     const int count = static_cast<int>(end - first < kMapRows ? end - first : kMapRows);
-    for (int r = thread / kWarp; r < count; r += kMapThreads / kWarp) {
-      const T* grad = static_cast<const T*>(p.grad_out) + ((first + r) * p.heads + head) * p.features;
-      backward_row(p, grad, y + r * f);
-    }
-    __syncthreads();
-    for (int k = thread; k < d; k += kMapThreads) {
-      for (int r = 0; r < count; ++r) {
-        float sum = weighted ? 0.0f : y[r * f + k];
-        for (int j = 0; weighted && j < f; ++j) {
-          sum = fmaf(y[r * f + j], sq::to_float(sq::load_nc(weight + static_cast<int64_t>(k) * f + j)), sum);
-        }
-        sq::store(static_cast<T*>(p.dx) + ((first + r) * p.heads + head) * p.d + k, sq::from_float<T>(sum));
-      }
-    }
-    for (int i = thread; weighted && i < d * f; i += kMapThreads) {
-      float sum = first == begin ? 0.0f : sq::load(partial + i);
-      for (int r = 0; r < count; ++r) sum = fmaf(x[r * d + i / f], y[r * f + i % f], sum);
-      sq::store(partial + i, sum);
-    }
+    backward_tile(p, head, first, count, first == begin, weight, x, y, static_cast<T*>(p.dx), partial);
   }
 }
 
-/// dweight from the partial sums, in their order.
+/// dweight from the partial sums of the heads that share it, in their order; `blocks` blocks per matrix.
 template <class T>
-__global__ void __launch_bounds__(kMapThreads) feature_map_reduce_kernel(FeatureMapParams p) {
-  const int64_t size = p.heads * p.d * p.f, i = static_cast<int64_t>(blockIdx.x) * kMapThreads + threadIdx.x;
+__global__ void __launch_bounds__(kMapThreads) feature_map_reduce_kernel(FeatureMapParams p, unsigned blocks) {
+  const int64_t size = p.d * p.f, index = blockIdx.x / blocks;
+  const int64_t i = static_cast<int64_t>(blockIdx.x % blocks) * kMapThreads + threadIdx.x;
   if (i >= size) return;
   float sum = 0.0f;
-  for (int64_t c = 0; c < p.chunks; ++c) sum += sq::load_nc(p.partials + c * size + i);
-  sq::store(static_cast<T*>(p.dweight) + i, sq::from_float<T>(sum));
+  for (int64_t head = index * p.sharing; head < (index + 1) * p.sharing; ++head) {
+    for (int64_t c = 0; c < p.chunks; ++c) sum += sq::load_nc(p.partials + (c * p.heads + head) * size + i);
+  }
+  sq::store(static_cast<T*>(p.dweight) + index * size + i, sq::from_float<T>(sum));
 }
 
 inline std::size_t feature_map_shared(const FeatureMapParams& p) {
@@ -248,13 +260,19 @@ void feature_map_forward(const FeatureMapParams& p, sq::stream_t stream) {
 }
 
 template <class T>
+void feature_map_reduce(const FeatureMapParams& p, sq::stream_t stream) {
+  const int64_t blocks = ceil_div(p.d * p.f, kMapThreads);
+  SQ_LAUNCH((feature_map_reduce_kernel<T>), p.heads / p.sharing * blocks, kMapThreads, 0, stream, p,
+            static_cast<unsigned>(blocks));
+}
+
+template <class T>
 void feature_map_backward(const FeatureMapParams& p, sq::stream_t stream) {
   if (p.heads == 0) return;
   if (p.rows > 0) {
     SQ_LAUNCH((feature_map_bwd_kernel<T>), p.chunks * p.heads, kMapThreads, feature_map_shared(p), stream, p);
   }
-  if (p.weight == nullptr) return;
-  SQ_LAUNCH((feature_map_reduce_kernel<T>), ceil_div(p.heads * p.d * p.f, kMapThreads), kMapThreads, 0, stream, p);
+  if (p.weight != nullptr) feature_map_reduce<T>(p, stream);
 }
 
 }  // namespace subquad::cuda

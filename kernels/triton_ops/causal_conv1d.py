@@ -289,7 +289,7 @@ def _require(condition: bool, name: str, expected: str, tensor: torch.Tensor) ->
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def _packed(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
+def check_packed(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
     if tensor is not None:
         fits = tensor.shape == shape and tensor.dtype == x.dtype and tensor.is_contiguous()
         _require(fits, name, f"a contiguous tensor of shape {list(shape)} and {x.dtype}", tensor)
@@ -322,8 +322,8 @@ def check_channels(
     _require(weight.dim() == 2 and 1 <= weight.shape[1] <= MAX_TAPS, weight_name, taps, weight)
     fits = groups >= 1 and head_dim >= 1 and x.shape[2] % head_dim == 0 and weight.shape[0] == x.shape[2] * groups
     _require(fits, weight_name, f"{groups} times the channels of x, in heads of {head_dim}", weight)
-    _packed(weight_name, weight, tuple(weight.shape), x)
-    _packed(bias_name, bias, (weight.shape[0],), x)
+    check_packed(weight_name, weight, tuple(weight.shape), x)
+    check_packed(bias_name, bias, (weight.shape[0],), x)
     return weight.shape[1]
 
 
@@ -345,7 +345,7 @@ def check_sequences(
         )
         _integers("cu_seqlens", cu_seqlens, sequences + 1)
         _integers("sequence", sequence, x.shape[1])
-    _packed("initial_state", state, (sequences, x.shape[2], taps - 1), x)
+    check_packed("initial_state", state, (sequences, x.shape[2], taps - 1), x)
     return sequences
 
 
@@ -440,8 +440,30 @@ def causal_conv1d_bwd(
     sequences = check_sequences(x, initial_state, cu_seqlens, sequence, taps)
     batch, time, inputs = x.shape
     channels = weight.shape[0]
-    _packed("grad_y", grad_y, (batch, time, channels), x)
-    _packed("grad_final", grad_final, (sequences, inputs, taps - 1), x)
+    check_packed("grad_y", grad_y, (batch, time, channels), x)
+    check_packed("grad_final", grad_final, (sequences, inputs, taps - 1), x)
+    return conv_backward(
+        grad_y, grad_final, x, weight, bias, initial_state, cu_seqlens, sequence, groups, head_dim, silu, sequences
+    )
+
+
+def conv_backward(
+    grad_y: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sequence: torch.Tensor | None,
+    groups: int,
+    head_dim: int,
+    silu: bool,
+    sequences: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `causal_conv1d_bwd` returns, of checked arguments; grad_y may also be fp32."""
+    batch, time, inputs = x.shape
+    channels, taps = weight.shape
     dx, dweight = x.new_empty((batch, time, inputs)), x.new_empty((channels, taps))
     dbias = x.new_empty((channels if bias is not None else 0,))
     dstate = x.new_empty((sequences, inputs, taps - 1) if initial_state is not None else (0,))
@@ -502,11 +524,11 @@ def causal_conv1d_update_(
     taps = check_channels(x, weight, bias, groups, head_dim)
     batch, tokens, inputs = x.shape
     channels = weight.shape[0]
-    _packed("x", x, tuple(x.shape), x)
+    check_packed("x", x, tuple(x.shape), x)
     fits = conv_state.dim() == 3 and conv_state.dtype == x.dtype and conv_state.shape[1] == inputs
     fits = fits and conv_state.shape[2] >= taps - 1 and (conv_state_indices is not None or conv_state.shape[0] == batch)
     _require(fits, "conv_state", f"[{batch} or P, {inputs}, L >= {taps - 1}] in {x.dtype}", conv_state)
-    _packed("residual", residual, (batch, tokens, channels), x)
+    check_packed("residual", residual, (batch, tokens, channels), x)
     _integers("cache_seqlens", cache_seqlens, batch)
     _integers("conv_state_indices", conv_state_indices, batch)
     y = x.new_empty((batch, tokens, channels))

@@ -120,9 +120,8 @@ def _feature_map_fwd(
 
 
 _CONV_FEATURE_MAP = (
-    "(Tensor x, Tensor conv_weight, Tensor fm_weight, Tensor? conv_bias, Tensor? initial_state, Tensor? cu_seqlens, "
-    "Tensor? sequence, int groups, bool silu, int kind, bool fullspace, float eps, bool output_final_state) "
-    "-> (Tensor, Tensor)"
+    "Tensor x, Tensor conv_weight, Tensor fm_weight, Tensor? conv_bias, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor? sequence, int groups, bool silu, int kind, bool fullspace, float eps"
 )
 
 
@@ -142,6 +141,15 @@ def _conv_feature_map_fwd(
     final = (sequences, x.shape[2], conv_weight.shape[1] - 1) if rest[-1] else (0,)
     shape = (*x.shape[:2], conv_weight.shape[0] // width, 2 * f if fullspace else f)
     return x.new_empty(shape), x.new_empty(final)
+
+
+def _conv_feature_map_bwd(
+    grad_phi: torch.Tensor, grad_final: Any, x: torch.Tensor, conv_weight: torch.Tensor, fm_weight: torch.Tensor,
+    bias: Any, state: Any, *_: Any,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The last two are empty where the forward had no such argument."""
+    rest = (x.new_empty((0,)) if a is None else _like(a) for a in (bias, state))
+    return (*map(_like, (x, conv_weight, fm_weight)), *rest)
 
 
 _CAUSAL_CONV1D = (
@@ -228,7 +236,16 @@ OPS: dict[str, Op] = {
         "Tensor? conv_state_indices, int groups, int head_dim, bool silu) -> Tensor",
         lambda x, conv_state, weight, *_: x.new_empty((*x.shape[:2], weight.shape[0])),
     ),
-    "conv_feature_map_fwd": Op("conv_feature_map", _CONV_FEATURE_MAP, _conv_feature_map_fwd),
+    "conv_feature_map_fwd": Op(
+        "conv_feature_map",
+        f"({_CONV_FEATURE_MAP}, bool output_final_state) -> (Tensor, Tensor)",
+        _conv_feature_map_fwd,
+    ),
+    "conv_feature_map_bwd": Op(
+        "conv_feature_map",
+        f"(Tensor grad_phi, Tensor? grad_final, {_CONV_FEATURE_MAP}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _conv_feature_map_bwd,
+    ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))
 # Ops of one paper whose names have nothing in common.

@@ -66,9 +66,7 @@ def draw(
     }
     if cu is not None:
         options["cu_seqlens"] = cu.to(sampler.device)
-    # The gradient goes through a convolution and a gradient that are rounded to the dtype.
-    once = sampler.dtype is torch.float32
-    return Sample(name, args, options, rows_independent=cu is None and not state, rounded_once=once)
+    return Sample(name, args, options, rows_independent=cu is None and not state)
 
 
 def samples(sampler: Sampler) -> Iterator[Sample]:
@@ -103,8 +101,8 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         )
         yield draw(sampler, kind, 1, 5 if small else 37, 2, width, features, (1, 2, 5, 8)[i], bias=True, kind=kind)
     yield draw(sampler, "half", 2, 4, 2, 10, 9, 6, state=True, fullspace=False)
-    if sampler.dtype is torch.float32:  # the gradient clamps by a rounded convolution; eps is no value of the map
-        yield draw(sampler, "clamped", 2, 9, 2, 16, 8, eps=0.0371)
+    # A third of the entries is clamped; eps is no value of the map.
+    yield draw(sampler, "clamped", 2, 9, 2, 16, 8, eps=0.0371)
     if not small:
         yield draw(sampler, "widest", 1, 34, 1, 256, 256)
 
@@ -177,11 +175,11 @@ def flops(case: BenchCase) -> float:
 
 
 def moved(case: BenchCase) -> float:
-    """x and phi; backward, in three operators, also the convolution and its gradient, twice each."""
+    """x and phi; backward also their gradients, x twice, and what lies between them, in float32, twice."""
     p = case.params
     x, phi = p["d"] / p["groups"], 2.0 * p["f"]
-    words = (x + phi) + ((3 * x + phi + 4 * p["d"]) if p["backward"] else 0)
-    return _tokens(case) * words * p["dtype"].itemsize
+    size = p["dtype"].itemsize
+    return _tokens(case) * ((x + phi) * size + ((3 * x + phi) * size + 8 * p["d"] if p["backward"] else 0))
 
 
 SPEC = OpSpec(
@@ -194,7 +192,7 @@ SPEC = OpSpec(
     rows=("x",),
     tol=Tolerance(
         forward={torch.float32: 5e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4},
-        grad={torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+        grad={torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},  # of few elements: half a unit
     ),
     autocast="cast",
     bench=tuple(_bench_cases()),

@@ -81,4 +81,35 @@ def store_features(y, out_ptr, at, live, f, eps, KIND: tl.constexpr, FULLSPACE: 
         tl.store(out + f, cast(tl.where(down < eps, eps, down), out_ptr.dtype.element_ty), mask)
 
 
-__all__ = ["ELU1", "EXP", "HEDGEHOG2", "RELU", "SOFTMAX", "features", "slope", "store_features"]
+@triton.jit
+def gradient(y, grad_rows, live, f, eps, KIND: tl.constexpr, FULLSPACE: tl.constexpr, F: tl.constexpr):
+    """dy [rows, F] in fp32, 0 outside and in rows that do not exist."""
+    cols = tl.arange(0, F)
+    inside = (cols < f)[None, :]
+    mask = live[:, None] & inside
+    up, down = features(y, inside, KIND, FULLSPACE, F)
+    g = tl.load(grad_rows[:, None] + cols[None, :], mask, other=0.0).to(tl.float32)
+    g = tl.where(up < eps, 0.0, g)
+    SUMS: tl.constexpr = KIND != EXP and KIND != RELU and KIND != ELU1
+    if FULLSPACE:
+        h = tl.load(grad_rows[:, None] + f + cols[None, :], mask, other=0.0).to(tl.float32)
+        h = tl.where(down < eps, 0.0, h)
+        if SUMS:
+            dot = tl.sum(up * g, axis=1)
+            dot_down = tl.sum(down * h, axis=1)
+            if KIND == HEDGEHOG2:
+                dot += dot_down
+                dot_down = dot
+            dy = up * (g - dot[:, None]) - down * (h - dot_down[:, None])
+        else:
+            # Selected, so that an infinite slope is not multiplied by the 0 of a clamped entry.
+            dy = tl.where(up < eps, 0.0, g * slope(y, up, KIND))
+            dy -= tl.where(down < eps, 0.0, h * slope(-y, down, KIND))
+    elif SUMS:
+        dy = up * (g - tl.sum(up * g, axis=1)[:, None])
+    else:
+        dy = tl.where(up < eps, 0.0, g * slope(y, up, KIND))
+    return tl.where(mask, dy, 0.0)
+
+
+__all__ = ["ELU1", "HEDGEHOG2", "features", "gradient", "slope", "store_features"]

@@ -43,9 +43,8 @@ def conv_feature_map(
     r"""`feature_map(causal_conv1d(x))`, where the convolved x never goes to memory (LAWCAT, arXiv 2509.18467).
 
     What the convolution gives is not rounded before the map; with float32 the results are those of the two ops up to the order of
-    additions. Differentiable in x, both weights, bias and state, through both results. The gradient takes three operators:
-    the convolution again, in x's dtype, then the backward of the map and that of the convolution. Under autocast everything is
-    converted to its dtype first.
+    additions. Differentiable in x, both weights, bias and state, through both results; backward computes the convolution
+    again, and keeps its gradient in float32. Under autocast everything is converted to its dtype first.
 
     Args:
         x: queries or keys [B, T, Hx, d], float32, bfloat16, float16 (float64 on the reference backend), d in 1..256. Read in
@@ -109,34 +108,26 @@ def conv_feature_map(
 
 
 class _ConvFeatureMap(torch.autograd.Function):
-    """Saves the arguments. Backward makes the convolution again, and hands the gradient through map and convolution."""
+    """Saves the arguments; the convolution and its map are computed again."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         *call, backend = args
-        x, conv_weight, fm_weight, bias, state, cu, sequence, groups, silu, *ctx.map, ctx.final = call
+        x, conv_weight, fm_weight, bias, state, cu, sequence, *ctx.options, ctx.final = call
         ctx.save_for_backward(x, conv_weight, fm_weight, bias, state, cu, sequence)
-        ctx.backend, ctx.conv = backend, (groups, fm_weight.shape[1], silu)
+        ctx.backend = backend
         return HANDLES[backend]["conv_feature_map_fwd"](*call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_phi: torch.Tensor, grad_final: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, conv_weight, fm_weight, bias, state, cu, sequence = ctx.saved_tensors
-        ops = HANDLES[ctx.backend]
-        heads, maps, width = grad_phi.shape[2], *fm_weight.shape[:2]
-        y, _ = ops["causal_conv1d_fwd"](x, conv_weight, bias, state, None, cu, sequence, *ctx.conv, False)
-        shared = heads // max(1, maps)
-        weight = fm_weight.repeat_interleave(shared, 0) if shared > 1 else fm_weight
-        y = y.view(*grad_phi.shape[:3], width)
-        dy, dweight = ops["feature_map_bwd"](grad_phi.contiguous(), y, weight, *ctx.map)
-        if shared > 1:
-            dweight = dweight.unflatten(0, (maps, shared)).sum(1, dtype=torch.float32).to(dweight.dtype)
+        saved = ctx.saved_tensors
+        _, conv_weight, _, bias, state, *_ = saved
         through_state = grad_final.contiguous() if ctx.final and conv_weight.shape[1] > 1 else None
-        dx, dconv, dbias, dstate = ops["causal_conv1d_bwd"](
-            dy.flatten(2), through_state, x, conv_weight, bias, state, cu, sequence, *ctx.conv
+        *grads, dbias, dstate = HANDLES[ctx.backend]["conv_feature_map_bwd"](
+            grad_phi.contiguous(), through_state, *saved, *ctx.options
         )
-        grads = (dx, dconv, dweight, None if bias is None else dbias, None if state is None else dstate)
+        grads += [None if bias is None else dbias, None if state is None else dstate]
         return *grads, None, None, None, None, None, None, None, None, None
 
 
