@@ -37,30 +37,42 @@ __device__ __forceinline__ void convolve_tile(const ConvParams& p, int64_t b, in
   }
 }
 
+/// Matrix of a head. Heads are fewer than 2^31: a 64-bit division would be a function call that spills.
+template <class T>
+__device__ __forceinline__ const T* map_weight(const FeatureMapParams& p, unsigned head) {
+  return static_cast<const T*>(p.weight) + static_cast<int64_t>(head / static_cast<unsigned>(p.sharing)) * p.d * p.f;
+}
+
 template <class T, int kTaps>
-__global__ void __launch_bounds__(kMapThreads) conv_feature_map_fwd_kernel(ConvFeatureMapParams p, int64_t tiles) {
+__global__ void __launch_bounds__(kMapThreads) conv_feature_map_fwd_kernel(ConvFeatureMapParams p, unsigned tiles) {
   SQ_DYNAMIC_SHARED(float, x);
   float* y = x + kMapRows * p.map.d;
-  const int64_t head = static_cast<int64_t>(blockIdx.x) % p.map.heads, tile = blockIdx.x / p.map.heads;
-  const int64_t b = tile / tiles, first = (tile - b * tiles) * kMapRows;
+  const auto heads = static_cast<unsigned>(p.map.heads), tile = blockIdx.x / heads, head = blockIdx.x - tile * heads;
+  const int64_t b = tile / tiles, first = static_cast<int64_t>(tile % tiles) * kMapRows;
   convolve_tile<T, kTaps>(conv_params<kTaps>(p.conv), b, first, head * p.map.d, x);
   __syncthreads();
-  project_tile<T>(p.map, static_cast<const T*>(p.map.weight) + head / p.map.sharing * p.map.d * p.map.f, x, y);
+  project_tile<T>(p.map, map_weight<T>(p.map, head), x, y);
   __syncthreads();
   store_tile<T>(p.map, head, b * p.conv.time + first, p.conv.time - first, y);
 }
 
-/// One block per head and chunk of tokens: dy, and the chunk's sum of the matrix's gradient.
+/// One block per head and chunk of tokens: dy, and the chunk's sum of the matrix's gradient. A chunk is chunk_b rows of
+/// the batch and chunk_t tokens long; chunks are few, so that counting replaces a division.
 template <class T, int kTaps>
-__global__ void __launch_bounds__(kMapThreads) conv_feature_map_bwd_kernel(ConvFeatureMapParams p) {
+__global__ void __launch_bounds__(kMapThreads)
+    conv_feature_map_bwd_kernel(ConvFeatureMapParams p, int64_t chunk_b, int64_t chunk_t) {
   SQ_DYNAMIC_SHARED(float, x);
   const FeatureMapParams& map = p.map;
   float* y = x + kMapRows * map.d;
-  const int64_t head = static_cast<int64_t>(blockIdx.x) % map.heads, chunk = blockIdx.x / map.heads;
+  const auto heads = static_cast<unsigned>(map.heads), chunk = blockIdx.x / heads, head = blockIdx.x - chunk * heads;
   const int64_t begin = chunk * map.chunk, end = begin + map.chunk < map.rows ? begin + map.chunk : map.rows;
-  const T* weight = static_cast<const T*>(map.weight) + head / map.sharing * map.d * map.f;
+  const T* weight = map_weight<T>(map, head);
   float* partial = map.partials + (chunk * map.heads + head) * map.d * map.f;
-  int64_t b = begin / map.time, t = begin - b * map.time;
+  int64_t b = 0, t = 0;
+  for (unsigned i = 0; i < chunk; ++i) {
+    b += chunk_b, t += chunk_t;
+    if (t >= map.time) t -= map.time, ++b;
+  }
   for (int64_t first = begin, count; first < end; first += count) {
     count = end - first < kMapRows ? end - first : kMapRows;
     if (map.time - t < count) count = map.time - t;
@@ -82,7 +94,7 @@ void conv_feature_map_forward(const ConvFeatureMapParams& p, sq::stream_t stream
   with_taps(p.conv.taps, [&](auto taps) {
     const int64_t tiles = ceil_div(p.conv.time, kMapRows);
     SQ_LAUNCH((conv_feature_map_fwd_kernel<T, taps>), tiles * p.conv.batch * p.map.heads, kMapThreads,
-              feature_map_shared(p.map), stream, p, tiles);
+              feature_map_shared(p.map), stream, p, static_cast<unsigned>(tiles));
   });
 }
 
@@ -92,7 +104,7 @@ void conv_feature_map_backward(const ConvFeatureMapParams& p, sq::stream_t strea
   if (map.rows * map.heads > 0) {
     with_taps(p.conv.taps, [&](auto taps) {
       SQ_LAUNCH((conv_feature_map_bwd_kernel<T, taps>), map.chunks * map.heads, kMapThreads, feature_map_shared(map),
-                stream, p);
+                stream, p, map.chunk / map.time, map.chunk % map.time);
     });
   }
   if (map.heads > 0) feature_map_reduce<T>(map, stream);

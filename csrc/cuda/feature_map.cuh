@@ -26,11 +26,15 @@ template <class T>
 __device__ __forceinline__ void load_tile(const FeatureMapParams& p, int64_t head, int64_t first, int64_t end,
                                           float* x) {
   const int d = static_cast<int>(p.d);
+  const int64_t first_batch = first / p.time, first_time = first - first_batch * p.time;
   for (int i = static_cast<int>(threadIdx.x); i < kMapRows * d; i += kMapThreads) {
-    const int64_t row = first + i / d;
+    const int r = i / d;
     float value = 0.0f;
-    if (row < end) {
-      const int64_t offset = row / p.time * p.x_batch + row % p.time * p.x_time + head * p.x_head + i % d;
+    if (first + r < end) {
+      int64_t b = first_batch,
+              t = first_time + r;  // counted on: a 64-bit division is a call, around which values spill
+      for (; t >= p.time; ++b) t -= p.time;
+      const int64_t offset = b * p.x_batch + t * p.x_time + head * p.x_head + (i - r * d);
       value = sq::to_float(sq::load_nc(static_cast<const T*>(p.x) + offset));
     }
     x[i] = value;
@@ -101,10 +105,11 @@ __device__ __forceinline__ void map_row(const FeatureMapParams& p, const float* 
   sum_up = warp_sum(sum_up);
   sum_down = warp_sum(sum_down);
   if (joint) sum_up = sum_down = sum_up + sum_down;
+  const float scale_up = reciprocal(sum_up), scale_down = reciprocal(sum_down);
   SQ_UNROLL
   for (int i = 0; i < kMapSlots; ++i) {
-    up[i] /= sum_up;
-    down[i] /= sum_down;
+    up[i] *= scale_up;
+    down[i] *= scale_down;
   }
 }
 
@@ -147,10 +152,11 @@ __global__ void __launch_bounds__(kMapThreads) feature_map_fwd_kernel(FeatureMap
 /// A row of y becomes its gradient.
 template <class T>
 __device__ __forceinline__ void backward_row(const FeatureMapParams& p, const T* grad, float* y) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, f = static_cast<int>(p.f);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool joint = p.kind == FeatureKind::kHedgehog2;
   float up[kMapSlots], down[kMapSlots], grad_up[kMapSlots], grad_down[kMapSlots];
   map_row(p, y, up, down);
+  int f = again(static_cast<int>(p.f));
   float dot_up = 0.0f, dot_down = 0.0f;
   SQ_UNROLL
   for (int i = 0; i < kMapSlots; ++i) {
@@ -166,6 +172,7 @@ __device__ __forceinline__ void backward_row(const FeatureMapParams& p, const T*
   dot_up = warp_sum(dot_up);
   dot_down = warp_sum(dot_down);
   if (joint) dot_up = dot_down = dot_up + dot_down;
+  f = again(f);
   SQ_UNROLL
   for (int i = 0; i < kMapSlots; ++i) {
     const int j = lane + i * kWarp;
@@ -187,13 +194,15 @@ __device__ __forceinline__ void backward_row(const FeatureMapParams& p, const T*
 /// head; that of the weight is added to `partial`, or begins it.
 template <class T, class X>
 __device__ __forceinline__ void backward_tile(const FeatureMapParams& p, int64_t head, int64_t first, int count,
-                                              bool begins, const T* weight, const float* x, float* y, X* dx,
+                                              int begins, const T* weight, const float* x, float* y, X* dx,
                                               float* partial) {
   const int d = static_cast<int>(p.d), f = static_cast<int>(p.f), thread = static_cast<int>(threadIdx.x);
   for (int r = thread / kWarp; r < count; r += kMapThreads / kWarp) {
     const T* grad = static_cast<const T*>(p.grad_out) + ((first + r) * p.heads + head) * p.features;
     backward_row(p, grad, y + r * f);
   }
+  weight = running_pointer(weight);
+  begins = again(begins);
   __syncthreads();
   for (int k = thread; k < d; k += kMapThreads) {
     for (int r = 0; r < count; ++r) {
@@ -219,13 +228,14 @@ __global__ void __launch_bounds__(kMapThreads) feature_map_bwd_kernel(FeatureMap
   float* y = weighted ? x + kMapRows * p.d : x;
   const int64_t head = static_cast<int64_t>(blockIdx.x) % p.heads, chunk = blockIdx.x / p.heads;
   const int64_t begin = chunk * p.chunk, end = begin + p.chunk < p.rows ? begin + p.chunk : p.rows;
-  const T* weight = weighted ? static_cast<const T*>(p.weight) + head / p.sharing * p.d * p.f : nullptr;
+  const T* weight = weighted ? static_cast<const T*>(p.weight) + head * p.d * p.f : nullptr;
   float* partial = p.partials + (weighted ? (chunk * p.heads + head) * p.d * p.f : 0);
   for (int64_t first = begin; first < end; first += kMapRows) {
     __syncthreads();
     load_tile<T>(p, head, first, end, x);
     __syncthreads();
-    if (weighted) {
+    weight = running_pointer(weight);
+    if (weight != nullptr) {
       project_tile<T>(p, weight, x, y);
       __syncthreads();
     }
