@@ -15,15 +15,16 @@ constexpr int64_t kFeatureTile = 32;     // chunks of time are multiples of it
 /// One call over rows = batch * time tokens. Tensors named `void*` share one element type, which the kernel fixes.
 struct FeatureMapParams {
   const void* x;         // [batch, time, heads, d], elements of a row contiguous, the other strides below
-  const void* weight;    // [heads, d, f] contiguous; null: y is x, and f is d
+  const void* weight;    // [heads / sharing, d, f] contiguous; null: y is x, and f is d
   const void* grad_out;  // [batch, time, heads, features] contiguous, backward only
   void* out;             // likewise, forward only
   void* dx;              // [batch, time, heads, d] contiguous, backward only
-  void* dweight;         // [heads, d, f], backward with a weight only
+  void* dweight;         // like weight, backward with a weight only
   float* partials;       // [chunks, heads, d, f], backward with a weight only
   int64_t rows;
   int64_t time;
   int64_t heads;
+  int64_t sharing;  // heads in a row that use one matrix
   int64_t d;
   int64_t f;
   int64_t features;  // 2 f with both halves, else f

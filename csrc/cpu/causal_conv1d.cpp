@@ -4,101 +4,17 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cpu/binding.h"
+#include "cpu/causal_conv1d_binding.h"
 #include "cpu/isa.h"
 
 namespace subquad::cpu {
 namespace {
 
-void check_like(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& x) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
-  STD_TORCH_CHECK(std::ranges::equal(t.sizes(), shape), name, ": wrong shape for x and weight");
-}
-
-void check_packed(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, const Tensor& x) {
-  check_like(t, name, shape, x);
-  check_contiguous(t, name);
-}
-
-const int32_t* integers(const OptionalTensor& t, const char* name, int64_t size) {
-  if (!t.has_value()) return nullptr;
-  check_contiguous(*t, name);
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->dim() == 1 && t->size(0) == size, name,
-                  ": expected int32 of shape [", size, "]");
-  return static_cast<const int32_t*>(t->const_data_ptr());
-}
-
-/// Shapes of x, weight and bias, which all three operators share.
-template <class P>
-void set_channels(P& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t groups,
-                  int64_t head_dim, bool silu) {
-  STD_TORCH_CHECK(x.dim() == 3, "x: expected 3 dimensions, got ", x.dim());
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) >= 1 && weight.size(1) <= kConvMaxTaps,
-                  "weight: expected shape [D, W] with W in 1..", kConvMaxTaps);
-  STD_TORCH_CHECK(groups >= 1, "groups: expected >= 1, got ", groups);
-  p.batch = x.size(0);
-  p.inputs = x.size(2);
-  p.channels = weight.size(0);
-  p.taps = static_cast<int>(weight.size(1));
-  p.groups = groups;
-  p.head_dim = head_dim;
-  p.silu = silu;
-  STD_TORCH_CHECK(head_dim >= 1 && p.inputs % head_dim == 0 && p.channels == p.inputs * groups,
-                  "head_dim: expected a divisor of the channels of x, and groups times as many in weight");
-  check_packed(weight, "weight", {p.channels, p.taps}, x);
-  p.weight = weight.const_data_ptr();
-  if (bias.has_value()) {
-    check_packed(*bias, "bias", {p.channels}, x);
-    p.bias = bias->const_data_ptr();
-  }
-}
-
-CausalConv1dParams make_params(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                               const OptionalTensor& sequence, int64_t groups, int64_t head_dim, bool silu) {
-  CausalConv1dParams p{};
-  set_channels(p, x, weight, bias, groups, head_dim, silu);
-  p.time = x.size(1);
-  STD_TORCH_CHECK(x.stride(2) == 1 || p.inputs <= 1, "x: expected a contiguous last dimension");
-  STD_TORCH_CHECK(p.time < (int64_t{1} << 31), "x: expected fewer than 2^31 tokens");
-  p.x = x.const_data_ptr();
-  p.x_stride_b = x.stride(0), p.x_stride_t = x.stride(1);
-  p.sequences = p.batch;
-  STD_TORCH_CHECK(cu_seqlens.has_value() == sequence.has_value(), "sequence: expected together with cu_seqlens");
-  if (cu_seqlens.has_value()) {
-    STD_TORCH_CHECK(p.batch == 1, "cu_seqlens: expected a batch of 1, got ", p.batch);
-    STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, "cu_seqlens: expected shape [N + 1]");
-    p.sequences = cu_seqlens->size(0) - 1;
-    STD_TORCH_CHECK(p.sequences > 0 || p.time == 0, "cu_seqlens: expected at least one sequence");
-    p.cu_seqlens = integers(cu_seqlens, "cu_seqlens", p.sequences + 1);
-    p.sequence = integers(sequence, "sequence", p.time);
-  }
-  if (initial_state.has_value()) {
-    check_packed(*initial_state, "initial_state", {p.sequences, p.inputs, p.taps - 1}, x);
-    p.state = p.taps > 1 ? initial_state->const_data_ptr() : nullptr;
-  }
-  return p;
-}
-
-constexpr int64_t kSmall = 1 << 14;  // elements: waking other threads would take as long as the work
-
-CausalConv1dKernels kernels_for(const Tensor& x) { return SQ_DISPATCH_ISA(causal_conv1d_kernels, dtype_of(x, "x")); }
-
-Tensor packed_weights(const CausalConv1dParams& p, const CausalConv1dKernels& kernels) {
-  Tensor packed = empty({p.taps + 1, p.channels}, ScalarType::Float);
-  kernels.pack(p, static_cast<float*>(packed.mutable_data_ptr()));
-  return packed;
-}
-
-constexpr int64_t kFloatBytes = sizeof(float);
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                              const OptionalTensor& initial_state, const OptionalTensor& residual,
                                              const OptionalTensor& cu_seqlens, const OptionalTensor& sequence,
                                              int64_t groups, int64_t head_dim, bool silu, bool output_final_state) {
-  CausalConv1dParams p = make_params(x, weight, bias, initial_state, cu_seqlens, sequence, groups, head_dim, silu);
+  CausalConv1dParams p = conv_arguments(x, weight, bias, initial_state, cu_seqlens, sequence, groups, head_dim, silu);
   if (residual.has_value()) {
     check_like(*residual, "residual", {p.batch, p.time, p.channels}, x);
     STD_TORCH_CHECK(residual->stride(2) == 1 || p.channels <= 1, "residual: expected a contiguous last dimension");
@@ -108,7 +24,7 @@ std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weig
   Tensor y = empty({p.batch, p.time, p.channels}, x.scalar_type());
   Tensor final_state =
       output_final_state ? empty({p.sequences, p.inputs, p.taps - 1}, x.scalar_type()) : empty({0}, x.scalar_type());
-  const CausalConv1dKernels kernels = kernels_for(x);
+  const CausalConv1dKernels kernels = conv_kernels(x);
   if (y.numel() > 0) {
     const Tensor weights = packed_weights(p, kernels);
     const auto* packed = static_cast<const float*>(weights.const_data_ptr());
@@ -133,46 +49,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
     const Tensor& grad_y, const OptionalTensor& grad_final, const Tensor& x, const Tensor& weight,
     const OptionalTensor& bias, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
     const OptionalTensor& sequence, int64_t groups, int64_t head_dim, bool silu) {
-  CausalConv1dParams p = make_params(x, weight, bias, initial_state, cu_seqlens, sequence, groups, head_dim, silu);
+  CausalConv1dParams p = conv_arguments(x, weight, bias, initial_state, cu_seqlens, sequence, groups, head_dim, silu);
   check_packed(grad_y, "grad_y", {p.batch, p.time, p.channels}, x);
   p.grad_y = grad_y.const_data_ptr();
-  if (grad_final.has_value()) {
-    check_packed(*grad_final, "grad_final", {p.sequences, p.inputs, p.taps - 1}, x);
-    p.grad_final = p.taps > 1 ? grad_final->const_data_ptr() : nullptr;
-  }
-  const ScalarType dtype = x.scalar_type();
-  Tensor dx = empty({p.batch, p.time, p.inputs}, dtype), dweight = empty({p.channels, p.taps}, dtype);
-  Tensor dbias = empty({bias.has_value() ? p.channels : 0}, dtype);
-  Tensor dstate = initial_state.has_value() ? empty({p.sequences, p.inputs, p.taps - 1}, dtype) : empty({0}, dtype);
-  const CausalConv1dKernels kernels = kernels_for(x);
+  set_grad_final(p, grad_final, x);
+  const CausalConv1dKernels kernels = conv_kernels(x);
   const Tensor weights = packed_weights(p, kernels);
-  const auto* packed = static_cast<const float*>(weights.const_data_ptr());
-  const Tensor partial = empty({p.batch, p.blocks(), p.taps + 1, p.channels}, ScalarType::Float);
-  p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  advise_huge_pages(dx);
-  p.dx = dx.mutable_data_ptr();
-  p.dweight = dweight.mutable_data_ptr();
-  if (bias.has_value()) p.dbias = dbias.mutable_data_ptr();
-  const bool small = grad_y.numel() < kSmall;
-  if (grad_y.numel() > 0) {
-    const int64_t width = p.groups == 1 ? p.inputs : p.head_dim, slices = ceil_div(width, kConvBackChannels);
-    const int64_t heads = p.inputs / width, rows = p.blocks(), items = p.batch * rows * heads * slices;
-    const int64_t bytes = (kConvMaxTaps + kConvTile) * std::min(kConvBackChannels, width) * kFloatBytes;
-    parallel_items_with_scratch(items, small, bytes, [&](int64_t i, void* scratch) {
-      const int64_t slice = i % slices, head = i / slices % heads, block = i / slices / heads % rows;
-      const int64_t c0 = head * width + slice * kConvBackChannels;
-      kernels.backward(p, packed, static_cast<float*>(scratch), i / slices / heads / rows, block, c0,
-                       std::min((head + 1) * width, c0 + kConvBackChannels));
-    });
-  }
-  constexpr int64_t kSlice = 128;
-  parallel_items(ceil_div(p.channels, kSlice), small,
-                 [&](int64_t i) { kernels.reduce(p, i * kSlice, std::min(p.channels, (i + 1) * kSlice)); });
-  if (dstate.numel() > 0) {
-    p.dstate = dstate.mutable_data_ptr();
-    parallel_items(p.sequences, dstate.numel() < kSmall / 4, [&](int64_t n) { kernels.state_grad(p, packed, n); });
-  }
-  return {dx, dweight, dbias, dstate};
+  return conv_backward(p, kernels, weights, x.scalar_type(), bias.has_value(), initial_state.has_value());
 }
 
 Tensor causal_conv1d_update_(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
@@ -202,7 +85,7 @@ Tensor causal_conv1d_update_(const Tensor& x, const Tensor& conv_state, const Te
   if (y.numel() == 0) return y;
   p.y = y.mutable_data_ptr();
   p.state = conv_state.mutable_data_ptr();
-  const CausalConv1dKernels kernels = kernels_for(x);
+  const CausalConv1dKernels kernels = conv_kernels(x);
   constexpr int64_t kSlice = 512;
   const int64_t slices = ceil_div(p.inputs, kSlice);
   parallel_items(p.batch * slices, y.numel() < kSmall / 2, [&](int64_t i) {

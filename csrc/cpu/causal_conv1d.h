@@ -31,9 +31,10 @@ constexpr int64_t kConvTile = 16;        // rows that a register window walks do
 constexpr int64_t kConvChannels = 2048;  // channels of one work item at most
 constexpr int64_t kConvBackChannels = 512;
 
-#define SQ_DECLARE(isa)                                   \
-  namespace isa {                                         \
-  CausalConv1dKernels causal_conv1d_kernels(DType dtype); \
+// wide_gradient: grad_y is float whatever the other elements are.
+#define SQ_DECLARE(isa)                                                       \
+  namespace isa {                                                             \
+  CausalConv1dKernels causal_conv1d_kernels(DType dtype, bool wide_gradient); \
   }
 SQ_DECLARE(baseline)
 SQ_DECLARE(v3)

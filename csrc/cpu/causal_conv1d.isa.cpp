@@ -1,55 +1,13 @@
-// Causal depthwise convolution for one CPU instruction set. A vector of channels walks down a tile of rows with its
-// last inputs in registers, so every input is loaded once; the next vector follows beside it, so that memory is read in
-// as many forward streams as the tile has rows.
+// Causal depthwise convolution for one CPU instruction set; the forward walk is in causal_conv1d_rows.h.
 #include "cpu/causal_conv1d.h"
 
 #include "common/cats_math.h"
-#include "common/half.h"
-#include "cpu/lanes.h"
+#include "cpu/causal_conv1d_rows.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
-using Params = CausalConv1dParams;
-
-/// The sequence that a token belongs to: its index, its first token and the token after its last.
-struct Span {
-  int64_t n, start, end;
-};
-
-int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
-
-Span span_of(const Params& p, int64_t b, int64_t t) {
-  if (p.cu_seqlens == nullptr) return {b, 0, p.time};
-  const int64_t n = clamp(p.sequence[t], 0, p.sequences - 1);
-  return {n, clamp(p.cu_seqlens[n], 0, t), clamp(p.cu_seqlens[n + 1], t + 1, p.time)};
-}
-
-int64_t input_of(const Params& p, int64_t c) {
-  const int64_t h = c / p.head_dim;
-  return h / p.groups * p.head_dim + (c - h * p.head_dim);
-}
-
-template <class T>
-const T* x_row(const Params& p, int64_t b, int64_t t, int64_t c) {
-  return static_cast<const T*>(p.x) + b * p.x_stride_b + t * p.x_stride_t + c;
-}
-
-/// X at row t of a sequence, which may lie before its start if it has a state.
-template <class T>
-float input_at(const Params& p, int64_t b, const Span& s, int64_t t, int64_t c) {
-  if (t >= s.start) return to_float(*x_row<T>(p, b, t, c));
-  const T* state = static_cast<const T*>(p.state) + (s.n * p.inputs + c) * (p.taps - 1);
-  return to_float(state[p.taps - 1 - (s.start - t)]);
-}
-
-/// Rows t - (taps - 1) .. t - 1 of channels [c, c + n), as floats, for a window that begins before its sequence.
-template <class T>
-void gather_history(const Params& p, int64_t b, const Span& s, int64_t t, int64_t c, int64_t n, float* out) {
-  for (int64_t i = 0; i < p.taps - 1; ++i) {
-    for (int64_t k = 0; k < n; ++k) out[i * n + k] = input_at<T>(p, b, s, t - (p.taps - 1) + i, c + k);
-  }
-}
+using namespace conv;
 
 template <class T>
 void pack(const Params& p, float* packed) {
@@ -62,132 +20,26 @@ void pack(const Params& p, float* packed) {
 
 // ------------------------------------------------------------------------------------------------------------ forward
 
-/// Some rows of one sequence whose taps all exist.
-template <class T>
-struct Rows {
-  const T* x;  // first row, first channel
-  int64_t x_stride;
-  const float* history;  // [taps - 1, channels], or null: the rows before x
-  const T* residual;     // or null
-  int64_t residual_stride;
-  T* y;
-  int64_t y_stride;
-  const float* weight;  // oldest tap of the first channel
-  const float* bias;
-  int64_t weight_stride;
-  int64_t rows, channels;
-};
-
-template <class T, int kTaps, bool kSilu, bool kWhole>
-inline __attribute__((always_inline)) void convolve_lanes(const Rows<T>& r, int64_t c, int64_t lanes) {
-  Lanes w[kTaps], window[kTaps];
-  for (int i = 0; i < kTaps; ++i) w[i] = lanes_load<kWhole>(r.weight + i * r.weight_stride + c, lanes);
-  const Lanes bias = lanes_load<kWhole>(r.bias + c, lanes);
-  for (int i = 0; i < kTaps - 1; ++i) {
-    window[i] = r.history != nullptr ? lanes_load<kWhole>(r.history + i * r.channels + c, lanes)
-                                     : lanes_load<kWhole>(r.x + (i - (kTaps - 1)) * r.x_stride + c, lanes);
-  }
-  for (int64_t t = 0; t < r.rows; ++t) {
-    window[kTaps - 1] = lanes_load<kWhole>(r.x + t * r.x_stride + c, lanes);
-    Lanes z = bias;
-    for (int i = 0; i < kTaps; ++i) z = w[i] * window[i] + z;
-    if constexpr (kSilu) z = lanes_silu(z);
-    if (r.residual != nullptr) z += lanes_load<kWhole>(r.residual + t * r.residual_stride + c, lanes);
-    lanes_store<kWhole>(r.y + t * r.y_stride + c, z, lanes);
-    for (int i = 0; i < kTaps - 1; ++i) window[i] = window[i + 1];
-  }
-}
-
-template <class T, int kTaps, bool kSilu>
-void convolve(const Rows<T>& r) {
-  int64_t c = 0;
-  for (; c + kLanes <= r.channels; c += kLanes) convolve_lanes<T, kTaps, kSilu, true>(r, c, kLanes);
-  if (c < r.channels) convolve_lanes<T, kTaps, kSilu, false>(r, c, r.channels - c);
-}
-
-#define SQ_BY_TAPS(taps, call) \
-  switch (taps) {              \
-    case 1:                    \
-      return call(1);          \
-    case 2:                    \
-      return call(2);          \
-    case 3:                    \
-      return call(3);          \
-    case 4:                    \
-      return call(4);          \
-    case 5:                    \
-      return call(5);          \
-    case 6:                    \
-      return call(6);          \
-    case 7:                    \
-      return call(7);          \
-    default:                   \
-      return call(8);          \
-  }
-
-template <class T>
-void convolve(const Rows<T>& r, int taps, bool silu) {
-#define SQ_CALL(n) (silu ? convolve<T, n, true>(r) : convolve<T, n, false>(r))
-  SQ_BY_TAPS(taps, SQ_CALL)
-#undef SQ_CALL
-}
-
-/// Rows [t0, t1) of n output channels from c on, which lie in one head.
-template <class T>
-void forward_head(const Params& p, const float* packed, float* scratch, int64_t b, int64_t t0, int64_t t1, int64_t c,
-                  int64_t n) {
-  const int64_t input = input_of(p, c);
-  Rows<T> r{};
-  r.x_stride = p.x_stride_t;
-  r.residual_stride = p.residual_stride_t;
-  r.y_stride = r.weight_stride = p.channels;
-  r.bias = packed + p.taps * p.channels + c;
-  r.channels = n;
-  for (int64_t t = t0; t < t1; t += r.rows) {
-    const Span s = span_of(p, b, t);
-    const int64_t before = t - s.start, stop = t1 < s.end ? t1 : s.end;
-    int taps = p.taps;
-    r.history = nullptr;
-    r.rows = (stop - t < kConvTile) ? stop - t : kConvTile;
-    if (before < p.taps - 1) {
-      if (p.state != nullptr) {
-        gather_history<T>(p, b, s, t, input, n, scratch);
-        r.history = scratch;
-      } else {  // taps that do not exist are left out, one row at a time
-        taps = static_cast<int>(before) + 1;
-        r.rows = 1;
-      }
-    }
-    r.x = x_row<T>(p, b, t, input);
-    const int64_t row = b * p.time + t;
-    r.y = static_cast<T*>(p.y) + row * p.channels + c;
-    r.residual = p.residual == nullptr
-                     ? nullptr
-                     : static_cast<const T*>(p.residual) + b * p.residual_stride_b + t * p.residual_stride_t + c;
-    r.weight = packed + (p.taps - taps) * p.channels + c;
-    convolve<T>(r, taps, p.silu);
-  }
-}
-
 template <class T>
 void forward(const Params& p, const float* packed, float* scratch, int64_t b, int64_t t0, int64_t t1, int64_t c0,
              int64_t c1) {
   for (int64_t c = c0; c < c1;) {
     const int64_t left = p.head_dim - c % p.head_dim, n = p.groups == 1 || c1 - c < left ? c1 - c : left;
-    forward_head<T>(p, packed, scratch, b, t0, t1, c, n);
+    T* y = static_cast<T*>(p.y) + (b * p.time + t0) * p.channels + c;
+    forward_head<T>(p, packed, scratch, b, t0, t1, c, n, y, p.channels);
     c += n;
   }
 }
 
 // ----------------------------------------------------------------------------------------------------------- backward
 
-/// Rows [t0, t1) of one sequence, and the rows after them that their dx depends on.
-template <class T>
+/// Rows [t0, t1) of one sequence, and the rows after them that their dx depends on. Elements of grad_y are G.
+template <class T, class G>
 struct BackRows {
   const Params* p;
   Span s;
   const T* x;            // row t0, first channel
-  const T* grad;         // row t0 of grad_y
+  const G* grad;         // row t0 of grad_y
   T* dx;                 // row t0
   float* sum;            // [t1 - t0, channels]: dx of earlier groups
   const float* history;  // [taps - 1, channels] or null
@@ -206,8 +58,8 @@ struct Inner {
   static constexpr bool value = false;
 };
 
-template <class T, int kTaps, bool kSilu, bool kWhole>
-inline __attribute__((always_inline)) void backward_lanes(const BackRows<T>& r, int64_t c, int64_t lanes) {
+template <int kTaps, bool kSilu, bool kWhole, class T, class G>
+inline __attribute__((always_inline)) void backward_lanes(const BackRows<T, G>& r, int64_t c, int64_t lanes) {
   const Params& p = *r.p;
   const Lanes zero = lanes_set(0.0f);
   Lanes w[kTaps], window[kTaps], slope[kTaps], dw[kTaps], db = zero;
@@ -277,26 +129,26 @@ inline __attribute__((always_inline)) void backward_lanes(const BackRows<T>& r, 
   }
 }
 
-template <class T, int kTaps, bool kSilu>
-void backward_rows(const BackRows<T>& r) {
+template <int kTaps, bool kSilu, class T, class G>
+void backward_rows(const BackRows<T, G>& r) {
   int64_t c = 0;
-  for (; c + kLanes <= r.channels; c += kLanes) backward_lanes<T, kTaps, kSilu, true>(r, c, kLanes);
-  if (c < r.channels) backward_lanes<T, kTaps, kSilu, false>(r, c, r.channels - c);
+  for (; c + kLanes <= r.channels; c += kLanes) backward_lanes<kTaps, kSilu, true>(r, c, kLanes);
+  if (c < r.channels) backward_lanes<kTaps, kSilu, false>(r, c, r.channels - c);
 }
 
-template <class T>
-void backward_rows(const BackRows<T>& r, int taps, bool silu) {
-#define SQ_CALL(n) (silu ? backward_rows<T, n, true>(r) : backward_rows<T, n, false>(r))
+template <class T, class G>
+void backward_rows(const BackRows<T, G>& r, int taps, bool silu) {
+#define SQ_CALL(n) (silu ? backward_rows<n, true>(r) : backward_rows<n, false>(r))
   SQ_BY_TAPS(taps, SQ_CALL)
 #undef SQ_CALL
 }
 
-template <class T>
+template <class T, class G>
 void backward(const Params& p, const float* packed, float* scratch, int64_t b, int64_t block, int64_t c0, int64_t c1) {
   const int64_t t0 = block * kConvBlock, t1 = t0 + kConvBlock < p.time ? t0 + kConvBlock : p.time, n = c1 - c0;
   const int64_t head = c0 / p.head_dim, inside = c0 - head * p.head_dim;
   float* partial = p.partial + (b * p.blocks() + block) * (p.taps + 1) * p.channels;
-  BackRows<T> r{};
+  BackRows<T, G> r{};
   r.p = &p;
   r.channels = n;
   r.sum = scratch;
@@ -324,13 +176,13 @@ void backward(const Params& p, const float* packed, float* scratch, int64_t b, i
     }
     for (int64_t g = 0; g < p.groups; ++g) {
       const int64_t c = p.groups == 1 ? c0 : (head * p.groups + g) * p.head_dim + inside;
-      r.grad = static_cast<const T*>(p.grad_y) + (b * p.time + t) * p.channels + c;
+      r.grad = static_cast<const G*>(p.grad_y) + (b * p.time + t) * p.channels + c;
       r.weight = packed + c;
       r.bias = packed + p.taps * p.channels + c;
       r.partial = partial + c;
       r.first_group = g == 0;
       r.last_group = g == p.groups - 1;
-      backward_rows<T>(r, p.taps, p.silu);
+      backward_rows(r, p.taps, p.silu);
     }
   }
 }
@@ -379,11 +231,12 @@ void final_state(const Params& p, int64_t n) {
   }
 }
 
-template <class T>
+template <class T, class G>
 void state_grad(const Params& p, const float* packed, int64_t n) {
   const Span s = sequence_of(p, n);
   const int64_t past = p.taps - 1, b = p.cu_seqlens == nullptr ? n : 0, length = s.end - s.start;
-  const T *grad = static_cast<const T*>(p.grad_y), *grad_final = static_cast<const T*>(p.grad_final);
+  const G* grad = static_cast<const G*>(p.grad_y);
+  const T* grad_final = static_cast<const T*>(p.grad_final);
   T* out = static_cast<T*>(p.dstate) + n * p.inputs * past;
   const int64_t rows = length < past ? length : past;
   for (int64_t ci = 0; ci < p.inputs; ++ci) {
@@ -458,21 +311,21 @@ void update(const CausalConv1dUpdateParams& p, int64_t b, int64_t c0, int64_t c1
   }
 }
 
-template <class T>
+template <class T, class G>
 CausalConv1dKernels kernels() {
-  return {pack<T>, forward<T>, backward<T>, reduce<T>, final_state<T>, state_grad<T>, update<T>};
+  return {pack<T>, forward<T>, backward<T, G>, reduce<T>, final_state<T>, state_grad<T, G>, update<T>};
 }
 
 }  // namespace
 
-CausalConv1dKernels causal_conv1d_kernels(DType dtype) {
+CausalConv1dKernels causal_conv1d_kernels(DType dtype, bool wide_gradient) {
   switch (dtype) {
     case DType::kFloat:
-      return kernels<float>();
+      return kernels<float, float>();
     case DType::kBFloat16:
-      return kernels<BFloat16>();
+      return wide_gradient ? kernels<BFloat16, float>() : kernels<BFloat16, BFloat16>();
     default:
-      return kernels<Half>();
+      return wide_gradient ? kernels<Half, float>() : kernels<Half, Half>();
   }
 }
 

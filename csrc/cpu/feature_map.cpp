@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cpu/binding.h"
+#include "cpu/feature_map_binding.h"
 #include "cpu/isa.h"
 
 namespace subquad::cpu {
@@ -19,6 +19,7 @@ FeatureMapParams make_params(const Tensor& x, const OptionalTensor& weight, int6
   p.rows = x.size(0) * x.size(1);
   p.time = x.size(1);
   p.heads = x.size(2);
+  p.sharing = 1;
   p.d = p.f = x.size(3);
   STD_TORCH_CHECK(p.d >= 1 && p.d <= kFeatureMaxDim, "x: expected a head dimension in 1..", kFeatureMaxDim);
   STD_TORCH_CHECK(p.d == 1 || x.stride(3) == 1, "x: expected a contiguous last dimension");
@@ -32,12 +33,7 @@ FeatureMapParams make_params(const Tensor& x, const OptionalTensor& weight, int6
     check_contiguous(w, "weight");
     p.weight = w.const_data_ptr();
   }
-  STD_TORCH_CHECK(kind >= 0 && kind < kFeatureKindCount, "kind: unknown code ", kind);
-  p.kind = static_cast<FeatureKind>(kind);
-  STD_TORCH_CHECK(fullspace || p.kind != FeatureKind::kHedgehog2, "fullspace: expected true with this kind");
-  p.fullspace = fullspace;
-  p.features = fullspace ? 2 * p.f : p.f;
-  p.eps = p.kind == FeatureKind::kElu1 ? -__builtin_inff() : static_cast<float>(eps);
+  set_map_kind(p, kind, fullspace, eps);
   p.x = x.const_data_ptr();
   p.x_batch = x.stride(0);
   p.x_time = x.stride(1);

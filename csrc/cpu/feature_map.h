@@ -14,8 +14,8 @@ struct FeatureMapKernels {
   void (*forward)(const FeatureMapParams&, int64_t head, int64_t begin, int64_t end, void* scratch);
   /// dx of one chunk of rows, and its sum of the weight's gradient into `partials`.
   void (*backward)(const FeatureMapParams&, int64_t head, int64_t chunk, void* scratch);
-  /// dweight of one head from the partial sums, in their order.
-  void (*reduce)(const FeatureMapParams&, int64_t head);
+  /// dweight of one matrix from the partial sums, in their order.
+  void (*reduce)(const FeatureMapParams&, int64_t index);
 };
 
 #define SQ_DECLARE(isa)                               \

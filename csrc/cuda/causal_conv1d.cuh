@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_fwd_kernel
 
 /// dx of one block of tokens, and its partial sums of dweight and dbias. With several groups dx is added up over them
 /// in dynamic shared memory, [kConvBlock, kWarp, K] floats, of which a thread touches its own alone.
-template <class T, int K, int kTaps>
+template <class T, class G, int K, int kTaps>
 __global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_bwd_kernel(ConvParams params) {
   const ConvParams p = conv_params<kTaps>(params);
   SQ_SHARED(float, warps, kConvWarps*(kTaps + 1) * kWarp * K);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_bwd_kernel
             if (t == s.end) s = conv_span(p, b, t);
             if (t == first || t == s.start) conv_window<T>(p, b, s, t, ci, window);
             conv_load<K>(conv_x<T>(p, b, t, ci), window[0]);
-            conv_load<K>(static_cast<const T*>(p.grad_y) + (b * p.time + t) * p.channels + c, dz);
+            conv_load<K>(static_cast<const G*>(p.grad_y) + (b * p.time + t) * p.channels + c, dz);
             const int exist = conv_exist(p, s, t);
             if (p.silu) {
               float z[K];
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_final_kernel(ConvP
 
 /// dstate of one channel of one sequence per thread: from the first taps - 1 tokens, and straight through short
 /// sequences.
-template <class T>
+template <class T, class G>
 __global__ void __launch_bounds__(kConvThreads) causal_conv1d_dstate_kernel(ConvParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x, past = p.taps - 1;
   if (i >= p.sequences * p.inputs) return;
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_dstate_kernel(Conv
     for (int r = 0; r < kConvMaxTaps - 1; ++r) {
       if (r >= past || r >= length) continue;
       const int64_t t = s.start + r;
-      float dz = sq::to_float(sq::load_nc(static_cast<const T*>(p.grad_y) + (b * p.time + t) * p.channels + c));
+      float dz = sq::to_float(sq::load_nc(static_cast<const G*>(p.grad_y) + (b * p.time + t) * p.channels + c));
       if (p.silu) {
         float z[1];
         conv_window<T>(p, b, s, t, ci, window);
@@ -439,17 +439,16 @@ __global__ void __launch_bounds__(kConvThreads) causal_conv1d_update_kernel(Conv
 
 // ---------------------------------------------------------------------------------------------------------- launches
 
-/// Whether accesses of K elements are aligned in every row of every tensor of the call.
-template <int K, class T>
+/// Whether accesses of K elements are aligned in every row of every tensor of the call. Elements of grad_y are G.
+template <int K, class T, class G = T>
 bool conv_aligned(const ConvParams& p) {
   bool aligned = p.channels % K == 0 && p.inputs % K == 0 && p.x_stride_b % K == 0 && p.x_stride_t % K == 0;
   aligned = aligned && p.residual_stride_b % K == 0 && p.residual_stride_t % K == 0;
   aligned = aligned && (p.groups == 1 || p.head_dim % K == 0);
-  for (const void* tensor :
-       {p.x, p.residual, static_cast<const void*>(p.y), p.grad_y, static_cast<const void*>(p.dx)}) {
+  for (const void* tensor : {p.x, p.residual, static_cast<const void*>(p.y), static_cast<const void*>(p.dx)}) {
     aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % (K * sizeof(T)) == 0;
   }
-  return aligned;
+  return aligned && reinterpret_cast<uintptr_t>(p.grad_y) % (K * sizeof(G)) == 0;
 }
 
 /// fn(constant of the taps): 2, 3 and 4 have kernels of their own.
@@ -474,11 +473,15 @@ inline dim3 conv_grid(const ConvParams& p, int64_t channels, int per_thread) {
 }
 
 template <class T>
+void causal_conv1d_final_state(const ConvParams& p, sq::stream_t stream) {
+  if (p.final_state == nullptr || p.sequences * p.inputs == 0 || p.taps == 1) return;
+  SQ_LAUNCH((causal_conv1d_final_kernel<T>), ceil_div(p.sequences * p.inputs, kConvThreads), kConvThreads, 0, stream,
+            p);
+}
+
+template <class T>
 void causal_conv1d_forward(const ConvParams& p, sq::stream_t stream) {
-  if (p.final_state != nullptr && p.sequences * p.inputs > 0 && p.taps > 1) {
-    SQ_LAUNCH((causal_conv1d_final_kernel<T>), ceil_div(p.sequences * p.inputs, kConvThreads), kConvThreads, 0, stream,
-              p);
-  }
+  causal_conv1d_final_state<T>(p, stream);
   if (p.batch * p.time * p.channels == 0) return;
   with_taps(p.taps, [&](auto taps) {
     constexpr int K = taps > 4 ? std::min(4, kVecElems<T>) : kVecElems<T>;
@@ -491,7 +494,8 @@ void causal_conv1d_forward(const ConvParams& p, sq::stream_t stream) {
   });
 }
 
-template <class T>
+/// Elements of grad_y are G.
+template <class T, class G>
 void causal_conv1d_backward(const ConvParams& p, sq::stream_t stream) {
   const bool any = p.batch * p.time * p.channels > 0;
   if (any) {
@@ -501,10 +505,10 @@ void causal_conv1d_backward(const ConvParams& p, sq::stream_t stream) {
       const auto shared = [&](int per_thread) {
         return p.groups == 1 ? size_t{0} : static_cast<size_t>(kConvBlock) * kWarp * per_thread * sizeof(float);
       };
-      if (conv_aligned<K, T>(p)) {
-        SQ_LAUNCH((causal_conv1d_bwd_kernel<T, K, taps>), conv_grid(p, p.inputs, K), block, shared(K), stream, p);
+      if (conv_aligned<K, T, G>(p)) {
+        SQ_LAUNCH((causal_conv1d_bwd_kernel<T, G, K, taps>), conv_grid(p, p.inputs, K), block, shared(K), stream, p);
       } else {
-        SQ_LAUNCH((causal_conv1d_bwd_kernel<T, 1, taps>), conv_grid(p, p.inputs, 1), block, shared(1), stream, p);
+        SQ_LAUNCH((causal_conv1d_bwd_kernel<T, G, 1, taps>), conv_grid(p, p.inputs, 1), block, shared(1), stream, p);
       }
     });
   }
@@ -513,8 +517,8 @@ void causal_conv1d_backward(const ConvParams& p, sq::stream_t stream) {
               stream, p, any ? p.batch * p.blocks() : int64_t{0});
   }
   if (p.dstate != nullptr && p.sequences * p.inputs > 0 && p.taps > 1) {
-    SQ_LAUNCH((causal_conv1d_dstate_kernel<T>), ceil_div(p.sequences * p.inputs, kConvThreads), kConvThreads, 0, stream,
-              p);
+    SQ_LAUNCH((causal_conv1d_dstate_kernel<T, G>), ceil_div(p.sequences * p.inputs, kConvThreads), kConvThreads, 0,
+              stream, p);
   }
 }
 

@@ -70,6 +70,26 @@ __device__ __forceinline__ T* running_pointer(T* p) {
   return p;
 }
 
+/// v, but the compiler cannot see that it is v: what depends on it is computed again, where keeping it would spill.
+__device__ __forceinline__ int again(int v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
+/// 1 / v to a unit in the last place, for v that is not subnormal. A division calls a function, around which values
+/// spill.
+__device__ __forceinline__ float reciprocal(float v) {
+#ifdef __CUDA_ARCH__
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+#else
+  return 1.0f / v;
+#endif
+}
+
 /// Sum over the warp; every lane gets the same bits (a butterfly adds in one fixed order).
 __device__ __forceinline__ float warp_sum(float v) {
   SQ_UNROLL

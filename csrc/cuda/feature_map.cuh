@@ -26,22 +26,25 @@ template <class T>
 __device__ __forceinline__ void load_tile(const FeatureMapParams& p, int64_t head, int64_t first, int64_t end,
                                           float* x) {
   const int d = static_cast<int>(p.d);
+  const int64_t first_batch = first / p.time, first_time = first - first_batch * p.time;
   for (int i = static_cast<int>(threadIdx.x); i < kMapRows * d; i += kMapThreads) {
-    const int64_t row = first + i / d;
+    const int r = i / d;
     float value = 0.0f;
-    if (row < end) {
-      const int64_t offset = row / p.time * p.x_batch + row % p.time * p.x_time + head * p.x_head + i % d;
+    if (first + r < end) {
+      int64_t b = first_batch,
+              t = first_time + r;  // counted on: a 64-bit division is a call, around which values spill
+      for (; t >= p.time; ++b) t -= p.time;
+      const int64_t offset = b * p.x_batch + t * p.x_time + head * p.x_head + (i - r * d);
       value = sq::to_float(sq::load_nc(static_cast<const T*>(p.x) + offset));
     }
     x[i] = value;
   }
 }
 
-/// y = x weight of one head; a thread owns columns.
+/// y = x weight; a thread owns columns.
 template <class T>
-__device__ __forceinline__ void project_tile(const FeatureMapParams& p, int64_t head, const float* x, float* y) {
+__device__ __forceinline__ void project_tile(const FeatureMapParams& p, const T* weight, const float* x, float* y) {
   const int d = static_cast<int>(p.d), f = static_cast<int>(p.f);
-  const T* weight = static_cast<const T*>(p.weight) + head * p.d * p.f;
   for (int j = static_cast<int>(threadIdx.x); j < f; j += kMapThreads) {
     float sum[kMapRows] = {};
     for (int k = 0; k < d; ++k) {
@@ -102,28 +105,22 @@ __device__ __forceinline__ void map_row(const FeatureMapParams& p, const float* 
   sum_up = warp_sum(sum_up);
   sum_down = warp_sum(sum_down);
   if (joint) sum_up = sum_down = sum_up + sum_down;
+  const float scale_up = reciprocal(sum_up), scale_down = reciprocal(sum_down);
   SQ_UNROLL
   for (int i = 0; i < kMapSlots; ++i) {
-    up[i] /= sum_up;
-    down[i] /= sum_down;
+    up[i] *= scale_up;
+    down[i] *= scale_down;
   }
 }
 
 __device__ __forceinline__ float clamped(float value, float eps) { return value < eps ? eps : value; }
 
+/// Features of the first `count` rows of y, one warp a row, where token `first` of the head begins.
 template <class T>
-__global__ void __launch_bounds__(kMapThreads) feature_map_fwd_kernel(FeatureMapParams p) {
-  SQ_DYNAMIC_SHARED(float, x);
-  float* y = p.weight == nullptr ? x : x + kMapRows * p.d;
-  const int64_t head = static_cast<int64_t>(blockIdx.x) % p.heads, first = blockIdx.x / p.heads * kMapRows;
-  load_tile<T>(p, head, first, p.rows, x);
-  __syncthreads();
-  if (p.weight != nullptr) {
-    project_tile<T>(p, head, x, y);
-    __syncthreads();
-  }
+__device__ __forceinline__ void store_tile(const FeatureMapParams& p, int64_t head, int64_t first, int64_t count,
+                                           const float* y) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, f = static_cast<int>(p.f);
-  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < kMapRows && first + r < p.rows; r += kMapThreads / kWarp) {
+  for (int r = static_cast<int>(threadIdx.x) / kWarp; r < kMapRows && r < count; r += kMapThreads / kWarp) {
     float up[kMapSlots], down[kMapSlots];
     map_row(p, y + r * f, up, down);
     T* out = static_cast<T*>(p.out) + ((first + r) * p.heads + head) * p.features;
@@ -138,13 +135,28 @@ __global__ void __launch_bounds__(kMapThreads) feature_map_fwd_kernel(FeatureMap
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(kMapThreads) feature_map_fwd_kernel(FeatureMapParams p) {
+  SQ_DYNAMIC_SHARED(float, x);
+  float* y = p.weight == nullptr ? x : x + kMapRows * p.d;
+  const int64_t head = static_cast<int64_t>(blockIdx.x) % p.heads, first = blockIdx.x / p.heads * kMapRows;
+  load_tile<T>(p, head, first, p.rows, x);
+  __syncthreads();
+  if (p.weight != nullptr) {
+    project_tile<T>(p, static_cast<const T*>(p.weight) + head * p.d * p.f, x, y);
+    __syncthreads();
+  }
+  store_tile<T>(p, head, first, p.rows - first, y);
+}
+
 /// A row of y becomes its gradient.
 template <class T>
 __device__ __forceinline__ void backward_row(const FeatureMapParams& p, const T* grad, float* y) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, f = static_cast<int>(p.f);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool joint = p.kind == FeatureKind::kHedgehog2;
   float up[kMapSlots], down[kMapSlots], grad_up[kMapSlots], grad_down[kMapSlots];
   map_row(p, y, up, down);
+  int f = again(static_cast<int>(p.f));
   float dot_up = 0.0f, dot_down = 0.0f;
   SQ_UNROLL
   for (int i = 0; i < kMapSlots; ++i) {
@@ -160,6 +172,7 @@ __device__ __forceinline__ void backward_row(const FeatureMapParams& p, const T*
   dot_up = warp_sum(dot_up);
   dot_down = warp_sum(dot_down);
   if (joint) dot_up = dot_down = dot_up + dot_down;
+  f = again(f);
   SQ_UNROLL
   for (int i = 0; i < kMapSlots; ++i) {
     const int j = lane + i * kWarp;
@@ -177,56 +190,71 @@ __device__ __forceinline__ void backward_row(const FeatureMapParams& p, const T*
   }
 }
 
+/// The first `count` rows of y become their gradient; that of x goes to dx, which begins with token `first` of the
+/// head; that of the weight is added to `partial`, or begins it.
+template <class T, class X>
+__device__ __forceinline__ void backward_tile(const FeatureMapParams& p, int64_t head, int64_t first, int count,
+                                              int begins, const T* weight, const float* x, float* y, X* dx,
+                                              float* partial) {
+  const int d = static_cast<int>(p.d), f = static_cast<int>(p.f), thread = static_cast<int>(threadIdx.x);
+  for (int r = thread / kWarp; r < count; r += kMapThreads / kWarp) {
+    const T* grad = static_cast<const T*>(p.grad_out) + ((first + r) * p.heads + head) * p.features;
+    backward_row(p, grad, y + r * f);
+  }
+  weight = running_pointer(weight);
+  begins = again(begins);
+  __syncthreads();
+  for (int k = thread; k < d; k += kMapThreads) {
+    for (int r = 0; r < count; ++r) {
+      float sum = weight == nullptr ? y[r * f + k] : 0.0f;
+      for (int j = 0; weight != nullptr && j < f; ++j) {
+        sum = fmaf(y[r * f + j], sq::to_float(sq::load_nc(weight + static_cast<int64_t>(k) * f + j)), sum);
+      }
+      sq::store(dx + ((first + r) * p.heads + head) * p.d + k, sq::from_float<X>(sum));
+    }
+  }
+  for (int i = thread; weight != nullptr && i < d * f; i += kMapThreads) {
+    float sum = begins ? 0.0f : sq::load(partial + i);
+    for (int r = 0; r < count; ++r) sum = fmaf(x[r * d + i / f], y[r * f + i % f], sum);
+    sq::store(partial + i, sum);
+  }
+}
+
 /// One block per head and chunk of rows. It alone writes its partial sum of the weight's gradient, tile after tile.
 template <class T>
 __global__ void __launch_bounds__(kMapThreads) feature_map_bwd_kernel(FeatureMapParams p) {
   SQ_DYNAMIC_SHARED(float, x);
   const bool weighted = p.weight != nullptr;
   float* y = weighted ? x + kMapRows * p.d : x;
-  const int d = static_cast<int>(p.d), f = static_cast<int>(p.f), thread = static_cast<int>(threadIdx.x);
   const int64_t head = static_cast<int64_t>(blockIdx.x) % p.heads, chunk = blockIdx.x / p.heads;
   const int64_t begin = chunk * p.chunk, end = begin + p.chunk < p.rows ? begin + p.chunk : p.rows;
-  const T* weight = static_cast<const T*>(p.weight) + (weighted ? head * p.d * p.f : 0);
+  const T* weight = weighted ? static_cast<const T*>(p.weight) + head * p.d * p.f : nullptr;
   float* partial = p.partials + (weighted ? (chunk * p.heads + head) * p.d * p.f : 0);
   for (int64_t first = begin; first < end; first += kMapRows) {
     __syncthreads();
     load_tile<T>(p, head, first, end, x);
     __syncthreads();
-    if (weighted) {
-      project_tile<T>(p, head, x, y);
+    weight = running_pointer(weight);
+    if (weight != nullptr) {
+      project_tile<T>(p, weight, x, y);
       __syncthreads();
     }
     const int count = static_cast<int>(end - first < kMapRows ? end - first : kMapRows);
-    for (int r = thread / kWarp; r < count; r += kMapThreads / kWarp) {
-      const T* grad = static_cast<const T*>(p.grad_out) + ((first + r) * p.heads + head) * p.features;
-      backward_row(p, grad, y + r * f);
-    }
-    __syncthreads();
-    for (int k = thread; k < d; k += kMapThreads) {
-      for (int r = 0; r < count; ++r) {
-        float sum = weighted ? 0.0f : y[r * f + k];
-        for (int j = 0; weighted && j < f; ++j) {
-          sum = fmaf(y[r * f + j], sq::to_float(sq::load_nc(weight + static_cast<int64_t>(k) * f + j)), sum);
-        }
-        sq::store(static_cast<T*>(p.dx) + ((first + r) * p.heads + head) * p.d + k, sq::from_float<T>(sum));
-      }
-    }
-    for (int i = thread; weighted && i < d * f; i += kMapThreads) {
-      float sum = first == begin ? 0.0f : sq::load(partial + i);
-      for (int r = 0; r < count; ++r) sum = fmaf(x[r * d + i / f], y[r * f + i % f], sum);
-      sq::store(partial + i, sum);
-    }
+    backward_tile(p, head, first, count, first == begin, weight, x, y, static_cast<T*>(p.dx), partial);
   }
 }
 
-/// dweight from the partial sums, in their order.
+/// dweight from the partial sums of the heads that share it, in their order; `blocks` blocks per matrix.
 template <class T>
-__global__ void __launch_bounds__(kMapThreads) feature_map_reduce_kernel(FeatureMapParams p) {
-  const int64_t size = p.heads * p.d * p.f, i = static_cast<int64_t>(blockIdx.x) * kMapThreads + threadIdx.x;
+__global__ void __launch_bounds__(kMapThreads) feature_map_reduce_kernel(FeatureMapParams p, unsigned blocks) {
+  const int64_t size = p.d * p.f, index = blockIdx.x / blocks;
+  const int64_t i = static_cast<int64_t>(blockIdx.x % blocks) * kMapThreads + threadIdx.x;
   if (i >= size) return;
   float sum = 0.0f;
-  for (int64_t c = 0; c < p.chunks; ++c) sum += sq::load_nc(p.partials + c * size + i);
-  sq::store(static_cast<T*>(p.dweight) + i, sq::from_float<T>(sum));
+  for (int64_t head = index * p.sharing; head < (index + 1) * p.sharing; ++head) {
+    for (int64_t c = 0; c < p.chunks; ++c) sum += sq::load_nc(p.partials + (c * p.heads + head) * size + i);
+  }
+  sq::store(static_cast<T*>(p.dweight) + index * size + i, sq::from_float<T>(sum));
 }
 
 inline std::size_t feature_map_shared(const FeatureMapParams& p) {
@@ -242,13 +270,19 @@ void feature_map_forward(const FeatureMapParams& p, sq::stream_t stream) {
 }
 
 template <class T>
+void feature_map_reduce(const FeatureMapParams& p, sq::stream_t stream) {
+  const int64_t blocks = ceil_div(p.d * p.f, kMapThreads);
+  SQ_LAUNCH((feature_map_reduce_kernel<T>), p.heads / p.sharing * blocks, kMapThreads, 0, stream, p,
+            static_cast<unsigned>(blocks));
+}
+
+template <class T>
 void feature_map_backward(const FeatureMapParams& p, sq::stream_t stream) {
   if (p.heads == 0) return;
   if (p.rows > 0) {
     SQ_LAUNCH((feature_map_bwd_kernel<T>), p.chunks * p.heads, kMapThreads, feature_map_shared(p), stream, p);
   }
-  if (p.weight == nullptr) return;
-  SQ_LAUNCH((feature_map_reduce_kernel<T>), ceil_div(p.heads * p.d * p.f, kMapThreads), kMapThreads, 0, stream, p);
+  if (p.weight != nullptr) feature_map_reduce<T>(p, stream);
 }
 
 }  // namespace subquad::cuda

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ._common.activations import activate, activate_grad
 from ._common.aot import AotCase
+from ._common.convolution import convolve, spans, tap
 from ._common.numerics import cast
 
 MAX_TAPS = 8
@@ -25,57 +26,6 @@ BACK_ROWS = 32  # with more per thread, the backward of silu with a state spills
 _BACK_TILE = {**_TILE, "ROWS": BACK_ROWS, "num_warps": 8}
 _FLAT = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 _VARIES = ["time", "tiles", "sequences"]
-
-
-@triton.jit
-def _spans(rows, time, cu_ptr, sequence_ptr, sequences, batch, HAS_CU: tl.constexpr):
-    """Of each row: its sequence, how many tokens of it came before, how many there are from this one on."""
-    if HAS_CU:
-        inside = (rows >= 0) & (rows < time)
-        n = tl.load(sequence_ptr + rows, inside, other=0)
-        n = tl.minimum(tl.maximum(n, 0), sequences - 1).to(tl.int64)
-        start = tl.load(cu_ptr + n, inside, other=0)
-        end = tl.load(cu_ptr + n + 1, inside, other=0)
-        start = tl.minimum(tl.maximum(start, 0), rows)
-        end = tl.minimum(tl.maximum(end, rows + 1), time)
-        return n, rows - start, end - rows
-    else:
-        return (rows * 0).to(tl.int64) + batch, rows, time - rows
-
-
-@triton.jit
-def _tap(
-    x_ptr, x_stride, state_ptr, rows, before, n, c, mask, inputs,
-    TAPS: tl.constexpr, J: tl.constexpr, HAS_STATE: tl.constexpr,
-):  # fmt: skip
-    """[rows, c] of the input J tokens back: x, or the state where the sequence had not begun (0 without one)."""
-    inside = (before >= J)[:, None]
-    offsets = (rows - J).to(tl.int64)[:, None] * x_stride + c[None, :]
-    x = tl.load(x_ptr + offsets, mask & inside, other=0.0).to(tl.float32)
-    if HAS_STATE and J > 0:
-        slot = TAPS - 1 - J + before
-        offsets = (n[:, None] * inputs + c[None, :]) * (TAPS - 1) + slot[:, None]
-        x = tl.where(inside, x, tl.load(state_ptr + offsets, mask & (inside == 0), other=0.0).to(tl.float32))
-    return x
-
-
-@triton.jit
-def _sum(
-    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, rows, before, n, ci, c, mask, inputs, channels,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-):  # fmt: skip
-    """The convolution before its activation, oldest tap first; a tap that does not exist is not multiplied."""
-    z = tl.zeros(mask.shape, tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + c, c < channels, other=0.0).to(tl.float32)[None, :]
-    for i in tl.static_range(TAPS):
-        x = _tap(x_ptr, x_stride, state_ptr, rows, before, n, ci, mask, inputs, TAPS, TAPS - 1 - i, HAS_STATE)
-        w = tl.load(weight_ptr + c.to(tl.int64) * TAPS + i, c < channels, other=0.0).to(tl.float32)[None, :]
-        if HAS_STATE:
-            z += x * w
-        else:
-            z = tl.where((before >= TAPS - 1 - i)[:, None], z + x * w, z)
-    return z
 
 
 @triton.jit
@@ -107,9 +57,9 @@ def _causal_conv1d_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr, HAS_CU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     b, _, rows, c, mask = _tile(time, tiles, channels, ROWS, COLS)
-    n, before, _ = _spans(rows, time, cu_ptr, sequence_ptr, sequences, b, HAS_CU)
+    n, before, _ = spans(rows, time, cu_ptr, sequence_ptr, sequences, b, HAS_CU)
     ci = _input(c, groups, head_dim, GROUPED)
-    z = _sum(
+    z = convolve(
         x_ptr + b * x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, rows, before, n, ci, c, mask, inputs, channels,
         TAPS, HAS_BIAS, HAS_STATE,
     )  # fmt: skip
@@ -131,7 +81,7 @@ def _causal_conv1d_bwd_kernel(
 ):  # fmt: skip
     b, tile, rows, ci, mask = _tile(time, tiles, inputs, ROWS, COLS)
     x_ptr += b * x_stride_b
-    n, before, left = _spans(rows, time, cu_ptr, sequence_ptr, sequences, b, HAS_CU)
+    n, before, left = spans(rows, time, cu_ptr, sequence_ptr, sequences, b, HAS_CU)
     dx = tl.zeros([ROWS, COLS], tl.float32)
     partial_ptr += (b * tiles + tile) * (TAPS + 1) * channels
     for g in range(groups):
@@ -145,7 +95,7 @@ def _causal_conv1d_bwd_kernel(
             offsets = (b * time + rows + j)[:, None] * channels + c[None, :]
             dz = tl.load(grad_ptr + offsets, late, other=0.0).to(tl.float32)
             if SILU:
-                z = _sum(
+                z = convolve(
                     x_ptr, x_stride_t, weight_ptr, bias_ptr, state_ptr, rows + j, before + j, n, ci, c, late, inputs,
                     channels, TAPS, HAS_BIAS, HAS_STATE,
                 )  # fmt: skip
@@ -154,7 +104,7 @@ def _causal_conv1d_bwd_kernel(
             dx = tl.where(late, dx + dz * w[None, :], dx)
             if j == 0:
                 for i in tl.static_range(TAPS):
-                    x = _tap(
+                    x = tap(
                         x_ptr, x_stride_t, state_ptr, rows, before, n, ci, mask, inputs, TAPS, TAPS - 1 - i, HAS_STATE
                     )
                     product = tl.where(mask, dz * x, 0.0)
@@ -252,7 +202,7 @@ def _causal_conv1d_dstate_kernel(
                 dz = tl.load(grad_ptr + (b * time + start + r) * channels + c, live, other=0.0).to(tl.float32)
                 if SILU:
                     before = tl.zeros([1], tl.int32) + r
-                    z = _sum(
+                    z = convolve(
                         x_ptr + b * x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, start + before, before,
                         (before * 0).to(tl.int64) + n, ci, c, live[None, :], inputs, channels, TAPS, HAS_BIAS, True,
                     )  # fmt: skip
@@ -339,7 +289,7 @@ def _require(condition: bool, name: str, expected: str, tensor: torch.Tensor) ->
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def _packed(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
+def check_packed(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
     if tensor is not None:
         fits = tensor.shape == shape and tensor.dtype == x.dtype and tensor.is_contiguous()
         _require(fits, name, f"a contiguous tensor of shape {list(shape)} and {x.dtype}", tensor)
@@ -357,26 +307,34 @@ def _integers(name: str, tensor: torch.Tensor | None, size: int) -> None:
         _require(fits, name, f"int32 [{size}]", tensor)
 
 
-def _channels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int, head_dim: int) -> int:
-    """The number of taps, after the checks that all three operators share."""
+def check_channels(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    groups: int,
+    head_dim: int,
+    weight_name: str = "weight",
+    bias_name: str = "bias",
+) -> int:
+    """The number of taps, after the checks that all operators share."""
     _require(x.dim() == 3, "x", "3 dimensions", x)
-    _require(
-        weight.dim() == 2 and 1 <= weight.shape[1] <= MAX_TAPS, "weight", f"[D, W] with W in 1..{MAX_TAPS}", weight
-    )
+    taps = f"[D, W] with W in 1..{MAX_TAPS}"
+    _require(weight.dim() == 2 and 1 <= weight.shape[1] <= MAX_TAPS, weight_name, taps, weight)
     fits = groups >= 1 and head_dim >= 1 and x.shape[2] % head_dim == 0 and weight.shape[0] == x.shape[2] * groups
-    _require(fits, "weight", f"{groups} times the channels of x, in heads of {head_dim}", weight)
-    _packed("weight", weight, tuple(weight.shape), x)
-    _packed("bias", bias, (weight.shape[0],), x)
+    _require(fits, weight_name, f"{groups} times the channels of x, in heads of {head_dim}", weight)
+    check_packed(weight_name, weight, tuple(weight.shape), x)
+    check_packed(bias_name, bias, (weight.shape[0],), x)
     return weight.shape[1]
 
 
-def _sequences(
+def check_sequences(
     x: torch.Tensor,
     state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     sequence: torch.Tensor | None,
     taps: int,
 ) -> int:
+    """The number of sequences, after the checks of what has one entry for each."""
     _rows("x", x, tuple(x.shape), x)
     if cu_seqlens is None or sequence is None:
         sequences = x.shape[0]
@@ -387,7 +345,7 @@ def _sequences(
         )
         _integers("cu_seqlens", cu_seqlens, sequences + 1)
         _integers("sequence", sequence, x.shape[1])
-    _packed("initial_state", state, (sequences, x.shape[2], taps - 1), x)
+    check_packed("initial_state", state, (sequences, x.shape[2], taps - 1), x)
     return sequences
 
 
@@ -422,13 +380,12 @@ def causal_conv1d_fwd(
     Raises:
         ValueError: for shapes, dtypes or strides outside the above.
     """
-    taps = _channels(x, weight, bias, groups, head_dim)
-    sequences = _sequences(x, initial_state, cu_seqlens, sequence, taps)
+    taps = check_channels(x, weight, bias, groups, head_dim)
+    sequences = check_sequences(x, initial_state, cu_seqlens, sequence, taps)
     batch, time, inputs = x.shape
     channels = weight.shape[0]
     _rows("residual", residual, (batch, time, channels), x)
     y = x.new_empty((batch, time, channels))
-    final = x.new_empty((sequences, inputs, taps - 1) if output_final_state else (0,))
     has_state, has_cu = initial_state is not None and taps > 1, cu_seqlens is not None
     if y.numel():
         tiles = triton.cdiv(time, ROWS)
@@ -439,12 +396,21 @@ def causal_conv1d_fwd(
             TAPS=taps, SILU=silu, GROUPED=groups > 1, HAS_BIAS=bias is not None, HAS_STATE=has_state,
             HAS_RESIDUAL=residual is not None, HAS_CU=has_cu, **_TILE,
         )  # fmt: skip
+    return y, final_state(x, initial_state, cu_seqlens, taps, sequences) if output_final_state else x.new_empty((0,))
+
+
+def final_state(
+    x: torch.Tensor, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None, taps: int, sequences: int
+) -> torch.Tensor:
+    """The last inputs `[N, D / groups, W - 1]` of every sequence, of checked arguments."""
+    time, inputs = x.shape[1:]
+    final = x.new_empty((sequences, inputs, taps - 1))
     if final.numel():
         _causal_conv1d_final_kernel[(sequences * triton.cdiv(inputs, _FLAT["BLOCK"]),)](
             x, x.stride(0), x.stride(1), initial_state, cu_seqlens, final, time, inputs,
-            TAPS=taps, HAS_STATE=has_state, HAS_CU=has_cu, **_FLAT,
+            TAPS=taps, HAS_STATE=initial_state is not None and taps > 1, HAS_CU=cu_seqlens is not None, **_FLAT,
         )  # fmt: skip
-    return y, final
+    return final
 
 
 def causal_conv1d_bwd(
@@ -470,12 +436,34 @@ def causal_conv1d_bwd(
     Raises:
         ValueError: as `causal_conv1d_fwd`.
     """
-    taps = _channels(x, weight, bias, groups, head_dim)
-    sequences = _sequences(x, initial_state, cu_seqlens, sequence, taps)
+    taps = check_channels(x, weight, bias, groups, head_dim)
+    sequences = check_sequences(x, initial_state, cu_seqlens, sequence, taps)
     batch, time, inputs = x.shape
     channels = weight.shape[0]
-    _packed("grad_y", grad_y, (batch, time, channels), x)
-    _packed("grad_final", grad_final, (sequences, inputs, taps - 1), x)
+    check_packed("grad_y", grad_y, (batch, time, channels), x)
+    check_packed("grad_final", grad_final, (sequences, inputs, taps - 1), x)
+    return conv_backward(
+        grad_y, grad_final, x, weight, bias, initial_state, cu_seqlens, sequence, groups, head_dim, silu, sequences
+    )
+
+
+def conv_backward(
+    grad_y: torch.Tensor,
+    grad_final: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sequence: torch.Tensor | None,
+    groups: int,
+    head_dim: int,
+    silu: bool,
+    sequences: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `causal_conv1d_bwd` returns, of checked arguments; grad_y may also be fp32."""
+    batch, time, inputs = x.shape
+    channels, taps = weight.shape
     dx, dweight = x.new_empty((batch, time, inputs)), x.new_empty((channels, taps))
     dbias = x.new_empty((channels if bias is not None else 0,))
     dstate = x.new_empty((sequences, inputs, taps - 1) if initial_state is not None else (0,))
@@ -533,14 +521,14 @@ def causal_conv1d_update_(
     Raises:
         ValueError: for shapes, dtypes or strides outside the above.
     """
-    taps = _channels(x, weight, bias, groups, head_dim)
+    taps = check_channels(x, weight, bias, groups, head_dim)
     batch, tokens, inputs = x.shape
     channels = weight.shape[0]
-    _packed("x", x, tuple(x.shape), x)
+    check_packed("x", x, tuple(x.shape), x)
     fits = conv_state.dim() == 3 and conv_state.dtype == x.dtype and conv_state.shape[1] == inputs
     fits = fits and conv_state.shape[2] >= taps - 1 and (conv_state_indices is not None or conv_state.shape[0] == batch)
     _require(fits, "conv_state", f"[{batch} or P, {inputs}, L >= {taps - 1}] in {x.dtype}", conv_state)
-    _packed("residual", residual, (batch, tokens, channels), x)
+    check_packed("residual", residual, (batch, tokens, channels), x)
     _integers("cache_seqlens", cache_seqlens, batch)
     _integers("conv_state_indices", conv_state_indices, batch)
     y = x.new_empty((batch, tokens, channels))

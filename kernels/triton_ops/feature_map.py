@@ -18,68 +18,11 @@ import triton
 import triton.language as tl
 
 from ._common.aot import AotCase
+from ._common.features import ELU1, HEDGEHOG2, gradient, store_features
 from ._common.numerics import INTERPRET, cast, widen_if_interpreted
 
-SOFTMAX, EXP, RELU, ELU1, HEDGEHOG2 = (tl.constexpr(code) for code in range(5))
 MAX_DIM = 256
 _REDUCE = {"BLOCK": 1024, "num_warps": 4}
-
-
-@triton.jit
-def _normalised(y, top, COLS: tl.constexpr):
-    """exp(y - top) and its sums over the columns."""
-    e = tl.exp(y - top[:, None])
-    return e, tl.sum(e, axis=1)
-
-
-@triton.jit
-def _value(y, KIND: tl.constexpr):
-    if KIND == RELU:
-        return tl.where(y <= 0.0, 0.0, y)
-    elif KIND == ELU1:
-        return tl.where(y > 0.0, y + 1.0, tl.exp(tl.where(y > 0.0, 0.0, y)))
-    else:
-        return tl.exp(y)
-
-
-@triton.jit
-def _slope(y, value, KIND: tl.constexpr):
-    if KIND == RELU:
-        return tl.where(y <= 0.0, 0.0, 1.0)
-    elif KIND == ELU1:
-        return tl.where(y > 0.0, 1.0, value)
-    else:
-        return value
-
-
-@triton.jit
-def _features(y, inside, KIND: tl.constexpr, FULLSPACE: tl.constexpr, F: tl.constexpr):
-    """The map of y and of -y [rows, F], not clamped; a softmax is 0 outside."""
-    if KIND == SOFTMAX or KIND == HEDGEHOG2:  # noqa: SIM109
-        up = tl.where(inside, y, float("-inf"))
-        top = tl.max(up, axis=1)
-        if FULLSPACE:
-            down = tl.where(inside, -y, float("-inf"))
-            top_down = tl.max(down, axis=1)
-            if KIND == HEDGEHOG2:
-                top = tl.maximum(top, top_down)
-                top_down = top
-            up, total = _normalised(up, top, F)
-            down, total_down = _normalised(down, top_down, F)
-            if KIND == HEDGEHOG2:
-                total += total_down
-                total_down = total
-            return up / total[:, None], down / total_down[:, None]
-        else:
-            up, total = _normalised(up, top, F)
-            up = up / total[:, None]
-            return up, up
-    else:
-        up = _value(y, KIND)
-        if FULLSPACE:
-            return up, _value(-y, KIND)
-        else:
-            return up, up
 
 
 @triton.jit
@@ -99,39 +42,6 @@ def _project(x_rows, w_ptr, live, d, f, D: tl.constexpr, F: tl.constexpr, BK: tl
 
 
 @triton.jit
-def _gradient(
-    y, grad_rows, live, f, eps, KIND: tl.constexpr, FULLSPACE: tl.constexpr, F: tl.constexpr
-):  # fmt: skip
-    """dy [rows, F] in fp32, 0 outside and in rows that do not exist."""
-    cols = tl.arange(0, F)
-    inside = (cols < f)[None, :]
-    mask = live[:, None] & inside
-    up, down = _features(y, inside, KIND, FULLSPACE, F)
-    g = tl.load(grad_rows[:, None] + cols[None, :], mask, other=0.0).to(tl.float32)
-    g = tl.where(up < eps, 0.0, g)
-    SUMS: tl.constexpr = KIND != EXP and KIND != RELU and KIND != ELU1
-    if FULLSPACE:
-        h = tl.load(grad_rows[:, None] + f + cols[None, :], mask, other=0.0).to(tl.float32)
-        h = tl.where(down < eps, 0.0, h)
-        if SUMS:
-            dot = tl.sum(up * g, axis=1)
-            dot_down = tl.sum(down * h, axis=1)
-            if KIND == HEDGEHOG2:
-                dot += dot_down
-                dot_down = dot
-            dy = up * (g - dot[:, None]) - down * (h - dot_down[:, None])
-        else:
-            # Selected, so that an infinite slope is not multiplied by the 0 of a clamped entry.
-            dy = tl.where(up < eps, 0.0, g * _slope(y, up, KIND))
-            dy -= tl.where(down < eps, 0.0, h * _slope(-y, down, KIND))
-    elif SUMS:
-        dy = up * (g - tl.sum(up * g, axis=1)[:, None])
-    else:
-        dy = tl.where(up < eps, 0.0, g * _slope(y, up, KIND))
-    return tl.where(mask, dy, 0.0)
-
-
-@triton.jit
 def _x_rows(x_ptr, rows, time, head, stride_b, stride_t, stride_h):
     batch = rows // time
     return x_ptr + batch.to(tl.int64) * stride_b + (rows - batch * time).to(tl.int64) * stride_t + head * stride_h
@@ -148,15 +58,7 @@ def _feature_map_fwd_kernel(
     if w_ptr is not None:
         w_ptr += head * d * f
     y = _project(_x_rows(x_ptr, row, time, head, stride_b, stride_t, stride_h), w_ptr, live, d, f, D, F, BK)
-    cols = tl.arange(0, F)
-    inside = (cols < f)[None, :]
-    up, down = _features(y, inside, KIND, FULLSPACE, F)
-    mask = live[:, None] & inside
-    HALVES: tl.constexpr = 2 if FULLSPACE else 1
-    out = out_ptr + (row.to(tl.int64) * heads + head)[:, None] * f * HALVES + cols[None, :]
-    tl.store(out, cast(tl.where(up < eps, eps, up), out_ptr.dtype.element_ty), mask)
-    if FULLSPACE:
-        tl.store(out + f, cast(tl.where(down < eps, eps, down), out_ptr.dtype.element_ty), mask)
+    store_features(y, out_ptr, row.to(tl.int64) * heads + head, live, f, eps, KIND, FULLSPACE, F)
 
 
 @triton.jit(do_not_specialize=["rows", "time"])
@@ -172,7 +74,7 @@ def _feature_map_dx_kernel(
     y = _project(_x_rows(x_ptr, row, time, head, stride_b, stride_t, stride_h), w_ptr, live, d, f, D, F, BK)
     HALVES: tl.constexpr = 2 if FULLSPACE else 1
     at = row.to(tl.int64) * heads + head
-    dy = _gradient(y, grad_ptr + at * f * HALVES, live, f, eps, KIND, FULLSPACE, F)
+    dy = gradient(y, grad_ptr + at * f * HALVES, live, f, eps, KIND, FULLSPACE, F)
     cols = tl.arange(0, F)
     if w_ptr is None:
         dx = dx_ptr + at[:, None] * d + cols[None, :]
@@ -208,7 +110,7 @@ def _feature_map_dw_kernel(
         x_rows = _x_rows(x_ptr, row, time, head, stride_b, stride_t, stride_h)
         y = _project(x_rows, w_ptr, live, d, f, D, F, BK)
         at = row.to(tl.int64) * heads + head
-        dy = _gradient(y, grad_ptr + at * f * HALVES, live, f, eps, KIND, FULLSPACE, F)
+        dy = gradient(y, grad_ptr + at * f * HALVES, live, f, eps, KIND, FULLSPACE, F)
         x = tl.load(x_rows[:, None] + k[None, :], live[:, None] & (k < d)[None, :], other=0.0).to(tl.float32)
         acc = tl.dot(tl.trans(x), dy, acc, input_precision="tf32x3")
     out = partial_ptr + ((part.to(tl.int64) * heads + head) * d + k)[:, None] * f + cols[None, :]
@@ -216,16 +118,28 @@ def _feature_map_dw_kernel(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _feature_map_reduce_kernel(partial_ptr, dw_ptr, chunks, size, BLOCK: tl.constexpr):
-    """dW from the partial sums, in their order."""
+def _feature_map_reduce_kernel(partial_ptr, dw_ptr, chunks, heads, sharing, entries, size, BLOCK: tl.constexpr):
+    """dW from the partial sums of the heads that share it, in their order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = at // entries
     acc = tl.zeros([BLOCK], tl.float32)
-    for c in range(chunks):
-        acc += tl.load(partial_ptr + tl.cast(c, tl.int64) * size + at, at < size, other=0.0)
+    for h in range(sharing):
+        first = (index * sharing + h) * entries + (at - index * entries)
+        for c in range(chunks):
+            acc += tl.load(partial_ptr + tl.cast(c, tl.int64) * heads * entries + first, at < size, other=0.0)
     tl.store(dw_ptr + at, cast(acc, dw_ptr.dtype.element_ty), at < size)
 
 
-def _chunk(rows: int) -> int:
+def reduce_partials(partials: torch.Tensor, dweight: torch.Tensor) -> None:
+    """dweight `[M, d, f]` from fp32 partials `[chunks, H, d, f]`; H / M heads in a row share a matrix."""
+    chunks, heads, d, f = partials.shape
+    size = dweight.numel()
+    _feature_map_reduce_kernel[(triton.cdiv(size, _REDUCE["BLOCK"]),)](
+        partials, dweight, chunks, heads, heads // dweight.shape[0], d * f, size, **_REDUCE
+    )
+
+
+def chunk_of(rows: int) -> int:
     """Tokens in one partial sum: from the shape alone, at most 16 sums."""
     return triton.cdiv(max(256, triton.cdiv(rows, 16)), 32) * 32
 
@@ -317,7 +231,7 @@ def feature_map_bwd(
         return dx, x.new_empty((0,))
     if rows * heads == 0:
         return dx, torch.zeros_like(weight)
-    chunk = _chunk(rows)
+    chunk = chunk_of(rows)
     chunks = triton.cdiv(rows, chunk)
     dweight = x.new_empty(weight.shape)
     partials = x.new_empty((chunks, heads, d, f), dtype=torch.float32)
@@ -325,8 +239,7 @@ def feature_map_bwd(
     _feature_map_dw_kernel[(constants["D"] // depth * chunks * heads,)](
         grad_out, x, weight, partials, *sizes, chunk, BM=block, BD=depth, **constants
     )
-    size = heads * d * f
-    _feature_map_reduce_kernel[(triton.cdiv(size, _REDUCE["BLOCK"]),)](partials, dweight, chunks, size, **_REDUCE)
+    reduce_partials(partials, dweight)
     return dx, dweight
 
 

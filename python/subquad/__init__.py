@@ -14,6 +14,7 @@ from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_update
+from .ops.conv_feature_map import conv_feature_map
 from .ops.feature_map import feature_map
 from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
@@ -62,6 +63,7 @@ __all__ = [
     "cats_mlp",
     "causal_conv1d",
     "causal_conv1d_update",
+    "conv_feature_map",
     "feature_map",
     "gated_linear_attention",
     "gated_linear_attention_step",

@@ -44,6 +44,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "interval_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "gated_linear_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
+    "conv_feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
     "lawcat_decode_step": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
 }
 CAPABILITIES: dict[tuple[str, str], Capability] = {

@@ -119,6 +119,39 @@ def _feature_map_fwd(
     return x.new_empty((*x.shape[:3], 2 * width if fullspace else width))
 
 
+_CONV_FEATURE_MAP = (
+    "Tensor x, Tensor conv_weight, Tensor fm_weight, Tensor? conv_bias, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor? sequence, int groups, bool silu, int kind, bool fullspace, float eps"
+)
+
+
+def _conv_feature_map_fwd(
+    x: torch.Tensor,
+    conv_weight: torch.Tensor,
+    fm_weight: torch.Tensor,
+    bias: Any,
+    state: Any,
+    cu_seqlens: Any,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`final_state` is empty unless it was asked for, which is the last argument."""
+    width, f = fm_weight.shape[1:]
+    fullspace = rest[-3]
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = (sequences, x.shape[2], conv_weight.shape[1] - 1) if rest[-1] else (0,)
+    shape = (*x.shape[:2], conv_weight.shape[0] // width, 2 * f if fullspace else f)
+    return x.new_empty(shape), x.new_empty(final)
+
+
+def _conv_feature_map_bwd(
+    grad_phi: torch.Tensor, grad_final: Any, x: torch.Tensor, conv_weight: torch.Tensor, fm_weight: torch.Tensor,
+    bias: Any, state: Any, *_: Any,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The last two are empty where the forward had no such argument."""
+    rest = (x.new_empty((0,)) if a is None else _like(a) for a in (bias, state))
+    return (*map(_like, (x, conv_weight, fm_weight)), *rest)
+
+
 _CAUSAL_CONV1D = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, {}Tensor? cu_seqlens, Tensor? sequence, "
     "int groups, int head_dim, bool silu"
@@ -209,10 +242,28 @@ OPS: dict[str, Op] = {
         "bool silu, float tau, float clamp_min, float scale, float eps, float fm_eps) -> Tensor",
         lambda q0, k0, v, *_: q0.new_empty((*q0.shape[:2], v.shape[2])),
     ),
+    "conv_feature_map_fwd": Op(
+        "conv_feature_map",
+        f"({_CONV_FEATURE_MAP}, bool output_final_state) -> (Tensor, Tensor)",
+        _conv_feature_map_fwd,
+    ),
+    "conv_feature_map_bwd": Op(
+        "conv_feature_map",
+        f"(Tensor grad_phi, Tensor? grad_final, {_CONV_FEATURE_MAP}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _conv_feature_map_bwd,
+    ),
 }
 STEMS = tuple(dict.fromkeys(op.stem for op in OPS.values()))
 # Ops of one paper whose names have nothing in common.
-FAMILIES = {"lawcat": ("causal_conv1d", "feature_map", "gated_linear_attention", "lawcat_decode_step")}
+FAMILIES = {
+    "lawcat": (
+        "causal_conv1d",
+        "feature_map",
+        "conv_feature_map",
+        "gated_linear_attention",
+        "lawcat_decode_step",
+    )
+}
 
 
 def in_family(stem: str, family: str | None) -> bool:

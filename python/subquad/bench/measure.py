@@ -143,7 +143,9 @@ def run_case(spec: OpSpec, case: BenchCase, device: str, backend: str, plan: Pla
             result.bytes_ratio = spec.bytes(case) / spec.bytes(twin) if spec.bytes else None
         if failure is None:
             if case.params.get("backward"):
-                sample = sample.replace(**{n: sample[n].requires_grad_() for n in spec.grad_args if n in sample.args})
+                sample = sample.replace(
+                    **{n: sample[n].requires_grad_() for n in spec.grad_args if sample.args.get(n) is not None}
+                )
             calls = {OURS: _ours(spec, sample, backend)}
             calls |= {name: peer for name, build in spec.peers.items() if (peer := build(sample)) is not None}
             result.times = interleaved({n: with_gradients(call, sample) for n, call in calls.items()}, plan, device)

@@ -12,6 +12,7 @@ from torch import nn
 from ..masks import IntervalMask
 from ..ops import _checks
 from ..ops.causal_conv1d import causal_conv1d_update
+from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..ops.lawcat_decode_step import MAX_DIM, lawcat_decode_step
 from ._tokens import rotate, sliding_window, tokens_of
@@ -410,15 +411,18 @@ class LawcatAttention(nn.Module):
     def _features(
         self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keep = state is not None
+        """Convolution and map in one pass."""
+        phi_k = self.feature_map if self.feature_map_k is None else self.feature_map_k
         features = []
-        convs = (("conv_q", self.conv_q, q, self._map_q), ("conv_k", self.conv_k, k, self._map_k))
-        for name, conv, x, phi in convs:
-            past = None if state is None else getattr(state, name)
-            y, last = conv(x.flatten(2), cache=past, output_final_state=keep, cu_seqlens=cu_seqlens)
+        for name, conv, x, phi in (("conv_q", self.conv_q, q, self.feature_map), ("conv_k", self.conv_k, k, phi_k)):
+            mapped, last = conv_feature_map(
+                x, conv.weight, phi.layer, conv.bias, initial_state=None if state is None else getattr(state, name),
+                output_final_state=state is not None, activation=conv.activation, cu_seqlens=cu_seqlens, kind=phi.kind,
+                fullspace=phi.fullspace, eps=phi.eps, backend=self.backend,
+            )  # fmt: skip
             if state is not None:
                 setattr(state, name, last)
-            features.append(phi(y.unflatten(-1, (-1, self.head_dim))))
+            features.append(mapped)
         return features[0], features[1]
 
     def _map_q(self, q: torch.Tensor) -> torch.Tensor:

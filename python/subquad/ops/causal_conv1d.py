@@ -70,19 +70,19 @@ def causal_conv1d(
     """
     if isinstance(x, torch.Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, initial_state, residual = _cast(dtype, x, weight, bias, initial_state, residual)
+        x, weight, bias, initial_state, residual = cast_all(dtype, x, weight, bias, initial_state, residual)
     _checks.tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: expected shape [B, T, D], got {list(x.shape)}")
-    silu = _activation(activation)
+    silu = activation_flag(activation)
     _checks.flag("output_final_state", output_final_state)
     weight, groups, width = _channels(x, weight, bias, channel_groups, head_dim)
     channels, taps = weight.shape
-    cu, sequence = _sequences(cu_seqlens, x)
+    cu, sequence = sequence_bounds(cu_seqlens, x)
     sequences = x.shape[0] if cu is None else cu.shape[0] - 1
-    state = _state(initial_state, sequences, taps, x)
+    state = initial_state_of(initial_state, sequences, taps, x)
     if residual is not None:
-        _same("residual", residual, (*x.shape[:2], channels), x)
+        require_like("residual", residual, (*x.shape[:2], channels), x)
     name = resolve(STEM, x.device.type, backend)
     if name == "reference" or torch._C._are_functorch_transforms_active():
         y, final = reference.causal_conv1d.causal_conv1d(x, weight, bias, state, residual, cu, groups, width, silu)
@@ -90,7 +90,7 @@ def causal_conv1d(
     _checks.not_double("x", x, name)
     x = _last_contiguous(x)
     residual = None if residual is None else _last_contiguous(residual)
-    weight, bias, state = weight.contiguous(), _contiguous(bias), _contiguous(state)
+    weight, bias, state = weight.contiguous(), contiguous_or_none(bias), contiguous_or_none(state)
     inputs = (x, weight, bias, state, residual)
     options = (cu, sequence, groups, width, silu, output_final_state)
     if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs):
@@ -165,21 +165,21 @@ def causal_conv1d_update(
         (tensor([[21.]]), tensor([2.]))
     """
     if isinstance(conv_state, torch.Tensor) and torch.is_autocast_enabled(conv_state.device.type):
-        x, weight, bias, residual = _cast(conv_state.dtype, x, weight, bias, residual)
+        x, weight, bias, residual = cast_all(conv_state.dtype, x, weight, bias, residual)
     _checks.tensor("x", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x: expected shape [B, D] or [B, s, D], got {list(x.shape)}")
-    silu = _activation(activation)
+    silu = activation_flag(activation)
     weight, groups, width = _channels(x, weight, bias, channel_groups, head_dim)
     batch, taps = x.shape[0], weight.shape[1]
-    _same("conv_state", conv_state, None, x)
+    require_like("conv_state", conv_state, None, x)
     lacking = conv_state_indices is None and conv_state.dim() > 0 and conv_state.shape[0] != batch
     if conv_state.dim() != 3 or conv_state.shape[1] != x.shape[-1] or conv_state.shape[2] < taps - 1 or lacking:
         pool = "P" if conv_state_indices is not None else batch
         expected = f"[{pool}, {x.shape[-1]}, L >= {taps - 1}]"
         raise ValueError(f"conv_state: expected shape {expected}, got {list(conv_state.shape)}")
     if residual is not None:
-        _same("residual", residual, (*x.shape[:-1], weight.shape[0]), x)
+        require_like("residual", residual, (*x.shape[:-1], weight.shape[0]), x)
     _index("cache_seqlens", cache_seqlens, batch, x, 0, None)
     _index("conv_state_indices", conv_state_indices, batch, x, -1, conv_state.shape[0])
     named = {"x": x, "conv_state": conv_state, "weight": weight, "bias": bias, "residual": residual}
@@ -193,7 +193,7 @@ def causal_conv1d_update(
     tokens = x if x.dim() == 3 else x[:, None]
     if residual is not None:
         residual = (residual if x.dim() == 3 else residual[:, None]).contiguous()
-    seqlens, indices = _contiguous(cache_seqlens), _contiguous(conv_state_indices)
+    seqlens, indices = contiguous_or_none(cache_seqlens), contiguous_or_none(conv_state_indices)
     if name == "reference":
         y, state = reference.causal_conv1d.causal_conv1d_update(
             tokens, conv_state, weight, bias, residual, seqlens, indices, groups, width, silu
@@ -203,20 +203,20 @@ def causal_conv1d_update(
     else:
         _checks.not_double("x", x, name)
         y = HANDLES[name]["causal_conv1d_update_"](
-            tokens.contiguous(), conv_state, weight.contiguous(), _contiguous(bias), residual,
+            tokens.contiguous(), conv_state, weight.contiguous(), contiguous_or_none(bias), residual,
             seqlens, indices, groups, width, silu,
         )  # fmt: skip
     return y if x.dim() == 3 else y.squeeze(1)
 
 
-def _activation(activation: str | None) -> bool:
+def activation_flag(activation: str | None) -> bool:
     """Whether it is silu."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
     return activation is not None
 
 
-def _same(name: str, value: object, shape: tuple[int, ...] | None, x: torch.Tensor) -> None:
+def require_like(name: str, value: object, shape: tuple[int, ...] | None, x: torch.Tensor) -> None:
     """`value` is a tensor with x's dtype and device, and of this shape if one is given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -237,7 +237,7 @@ def _channels(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, channel_groups: int, head_dim: int | None
 ) -> tuple[torch.Tensor, int, int]:
     """(weight [D, W], G, head width) after checking them, and the bias, against the channels of x."""
-    _same("weight", weight, None, x)
+    require_like("weight", weight, None, x)
     if weight.dim() == 3 and weight.shape[1] == 1:
         weight = weight[:, 0]
     if weight.dim() != 2 or not 1 <= weight.shape[1] <= MAX_TAPS:
@@ -257,11 +257,13 @@ def _channels(
         expected = f"[{inputs * groups}, W] for {inputs} channels of x and channel_groups {groups}"
         raise ValueError(f"weight: expected shape {expected}, got {list(weight.shape)}")
     if bias is not None:
-        _same("bias", bias, (channels,), x)
+        require_like("bias", bias, (channels,), x)
     return weight, groups, width
 
 
-def _sequences(cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def sequence_bounds(
+    cu_seqlens: torch.Tensor | None, x: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(bounds [N + 1], sequence of every token [T]) as int32, made without asking the device for a value."""
     if cu_seqlens is None:
         return None, None
@@ -313,11 +315,11 @@ def _index(name: str, value: torch.Tensor | None, batch: int, x: torch.Tensor, l
             raise ValueError(f"{name}: expected numbers of {expected}, got {least} to {most}")
 
 
-def _state(state: torch.Tensor | None, sequences: int, taps: int, x: torch.Tensor) -> torch.Tensor | None:
+def initial_state_of(state: torch.Tensor | None, sequences: int, taps: int, x: torch.Tensor) -> torch.Tensor | None:
     """[N, D/G, W-1], without the column that flash-linear-attention keeps in front."""
     if state is None:
         return None
-    _same("initial_state", state, None, x)
+    require_like("initial_state", state, None, x)
     if state.shape == (sequences, x.shape[2], taps):
         state = state[:, :, 1:]
     if state.shape != (sequences, x.shape[2], taps - 1):
@@ -326,12 +328,12 @@ def _state(state: torch.Tensor | None, sequences: int, taps: int, x: torch.Tenso
     return state if taps > 1 else None
 
 
-def _cast(dtype: torch.dtype, *values: Any) -> Any:
+def cast_all(dtype: torch.dtype, *values: Any) -> Any:
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(v.to(dtype) if isinstance(v, torch.Tensor) and v.dtype in narrow else v for v in values)
 
 
-def _contiguous(value: torch.Tensor | None) -> torch.Tensor | None:
+def contiguous_or_none(value: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value.contiguous()
 
 

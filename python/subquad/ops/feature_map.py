@@ -58,11 +58,7 @@ def feature_map(
     if isinstance(x, torch.Tensor) and weight is not None and torch.is_autocast_enabled(x.device.type):
         x, weight = _autocast(x), _autocast(weight)
     _check_tensors(x, weight)
-    code = _checks.choice("kind", kind, KINDS)
-    _checks.flag("fullspace", fullspace)
-    if kind == "hedgehog2" and not fullspace:
-        raise ValueError("fullspace: expected True with kind 'hedgehog2', whose softmax spans both halves, got False")
-    eps = _eps(eps)
+    code, eps = map_options(kind, fullspace, eps)
     name = resolve("feature_map", x.device.type, backend)
     if name == "reference" or torch._C._are_functorch_transforms_active():
         with torch.autocast(x.device.type, enabled=False):  # y is not rounded
@@ -124,9 +120,14 @@ def _check_tensors(x: torch.Tensor, weight: torch.Tensor | None) -> None:
     _checks.like("weight", weight, tuple(weight.shape), x, "x")
 
 
-def _eps(eps: float) -> float:
+def map_options(kind: str, fullspace: bool, eps: float) -> tuple[int, float]:
+    """(code of the kind, eps) after checking all three."""
+    code = _checks.choice("kind", kind, KINDS)
+    _checks.flag("fullspace", fullspace)
+    if kind == "hedgehog2" and not fullspace:
+        raise ValueError("fullspace: expected True with kind 'hedgehog2', whose softmax spans both halves, got False")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a float, got {type(eps).__name__}")
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps: expected a finite number that is not negative, got {eps}")
-    return float(eps)
+    return code, float(eps)
