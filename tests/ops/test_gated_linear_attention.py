@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -134,6 +135,30 @@ def test_nan_gradient_stays_at_and_before_its_token(backend: str, device: str) -
     for grad in (dk, dv, dg):
         assert bool(grad[:, 22:].isfinite().all())
     assert bool(dk[:, 21].isnan().all())
+
+
+@backend_params("gated_linear_attention", "triton")
+def test_launches(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normalised, one gate per channel: two kernels forward, four backward."""
+    module = import_module("subquad.kernels.gated_linear_attention")
+    launched: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in [n for n in vars(module) if n.endswith("_kernel")]:
+        monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
+    sample = draw(Sampler(torch.bfloat16, device), "launches", 5, (2, 2, 2, 2), 8, 8, batch=1, normalize=True)
+    leaves = {n: sample[n].clone().requires_grad_() for n in ("q", "k", "v", "g")}
+    o = SPECS[0].fn(**leaves, **sample.kwargs, backend=backend)[0]
+    assert launched == ["_walk_kernel", "_output_kernel"]
+    o.sum().backward()
+    assert launched[2:] == ["_walk_kernel", "_dden_kernel", "_reverse_walk_kernel", "_dqkv_kernel"]
 
 
 @backend_params("gated_linear_attention", *KERNELS)

@@ -197,7 +197,8 @@ def _split_calls(case: Case) -> None:
     second = case.call(sample, **{n: x[1] for n, x in parts.items()}, s0=first[1], z0=first[2])
     joined = (torch.cat([first[0], second[0]], 1), *second[1:])
     for name, one, two in zip(("o", "s", "z"), whole, joined, strict=True):
-        assert_close(two.double(), one.double(), 5e-6 if one.dtype is torch.float32 else 4e-3, name)
+        products = case.spec.tol.products.get(case.backend, 5e-6) if case.dtype is not torch.float32 else 5e-6
+        assert_close(two.double(), one.double(), products if one.dtype is torch.float32 else 4e-3, name)
 
 
 # --- benchmarks ----------------------------------------
@@ -308,6 +309,7 @@ def _bandwidth(sample: Sample) -> Callable[[], torch.Tensor]:
 _TOLERANCE = Tolerance(
     forward={torch.float32: 5e-6, torch.bfloat16: 3e-3, torch.float16: 6e-4},
     grad={torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3},
+    products={"triton": 6e-4},  # tf32
     factor=1.5,
 )
 _MISSING = {

@@ -1,9 +1,11 @@
-"""Building blocks of chunked linear attention: rows of a chunk with their decays, and what a chunk does to itself.
+"""Building blocks of chunked linear attention: rows of a chunk, its decays, and single tokens.
 
-Within a chunk b is the decay summed from its first token on, to base 2. Two ways lead to the sum over its pairs i >= j of
-scale q_i k_j 2^(b_i - b_j): one product of q 2^(b - m) and k 2^(m - b), with m the b of the middle token, where exponents and
-operands are moderate; and else token by token, where every exponent is a difference at or below zero and a NaN meets no earlier
-token.
+Within a chunk of C tokens b is the decay summed from its first token on, to base 2, and m its value at the middle token. Where
+b - m is moderate everywhere, q 2^(b - m) and k 2^(m - b) are the operands of every product: with the state scaled by 2^m before
+them and by 2^(b_C - m) after them, each product has its true decay. Elsewhere a chunk goes token by token, as the recurrence
+is defined: no exponent is a difference there, and a NaN meets no earlier token.
+
+Tiles are at most 64 x 64, blocks of tokens, key channels and value columns, so that what a program holds fits its registers.
 """
 
 from __future__ import annotations
@@ -11,16 +13,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-HALF_RANGE = tl.constexpr(57.7)  # 40 natural units
-MODERATE = tl.constexpr(1e18)  # products of two operands below it cannot overflow
+from .numerics import INTERPRET, widen_if_interpreted
+
+LOG2E = tl.constexpr(1.4426950408889634)
+FLOOR = tl.constexpr(-60.0)  # a decay of e^-60 is nothing in fp32
+HALF_RANGE = tl.constexpr(57.7)  # 40 natural units: what b - m and m may reach
+MODERATE = tl.constexpr(1e18)  # what the magnitudes of operands may sum to: their products cannot overflow
+
+
+@triton.jit
+def exact_rows_of(ptr, rows, live, stride_t, stride_c, width, first, W: tl.constexpr):
+    """[C, W]: columns first .. first + W of these rows, 0 outside, as an operand of tl.dot that nothing rounds."""
+    cols = first + tl.arange(0, W)
+    at = rows.to(tl.int64)[:, None] * stride_t + cols[None, :] * stride_c
+    return widen_if_interpreted(tl.load(ptr + at, live[:, None] & (cols < width)[None, :], other=0.0))
 
 
 @triton.jit
 def rows_of(ptr, rows, live, stride_t, stride_c, width, first, W: tl.constexpr):
-    """fp32 [C, W]: columns first .. first + W of these rows, 0 outside."""
-    cols = first + tl.arange(0, W)
-    at = rows.to(tl.int64)[:, None] * stride_t + cols[None, :] * stride_c
-    return tl.load(ptr + at, live[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
+    """The same in fp32."""
+    return exact_rows_of(ptr, rows, live, stride_t, stride_c, width, first, W).to(tl.float32)
 
 
 @triton.jit
@@ -32,9 +44,52 @@ def row_of(ptr, row, stride_t, stride_c, width, first, W: tl.constexpr):
 
 
 @triton.jit
-def beyond(x, limit):
-    """How many elements are not within the limit; NaN is not."""
-    return tl.sum((~(tl.abs(x) <= limit)).to(tl.int32))
+def tile_of(own, dk, dv, channel, first, BK: tl.constexpr, BV: tl.constexpr):
+    """Offsets of a block of state number `own` from a key channel and a value column on, and which of them exist."""
+    chan, cols = channel + tl.arange(0, BK), first + tl.arange(0, BV)
+    at = (own * dk + chan)[:, None] * dv + cols[None, :]
+    return at, (chan < dk)[:, None] & (cols < dv)[None, :]
+
+
+@triton.jit
+def vector_of(ptr, own, dk, channel, HERE: tl.constexpr, BK: tl.constexpr):
+    """fp32 [BK]: channels of row `own`, 0 outside and where there is none."""
+    x = tl.zeros([BK], tl.float32)
+    if HERE:
+        chan = channel + tl.arange(0, BK)
+        x = tl.load(ptr + own * dk + chan, chan < dk, other=0.0)
+    return x
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """`x` as an operand of a product: with 11 significant bits, to nearest, for tf32, whose hardware cuts off the others."""
+    if PRECISION == "tf32":
+        if INTERPRET:
+            bits = x.to(tl.int32, bitcast=True)
+            near = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
+            x = tl.where(tl.abs(x) < float("inf"), near, x)
+        else:
+            x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r, r", [x], tl.float32, True, 1)
+    return x
+
+
+@triton.jit
+def exact_sums(signs, x):
+    """signs @ x for a matrix of -1, 0 and 1: three bf16 hold the 24 bits of every element of x."""
+    signs = widen_if_interpreted(signs.to(tl.bfloat16))
+    sums = tl.zeros(x.shape, tl.float32)
+    for _ in tl.static_range(3):
+        part = x.to(tl.bfloat16)
+        sums = tl.dot(signs, widen_if_interpreted(part), sums)
+        x -= part.to(tl.float32)
+    return sums
+
+
+@triton.jit
+def size(x):
+    """Sum of the magnitudes; a NaN anywhere makes it NaN."""
+    return tl.sum(tl.abs(x))
 
 
 @triton.jit
@@ -48,135 +103,111 @@ def span_of(n, cu_ptr, tokens, VARLEN: tl.constexpr):
         batch = n.to(tl.int64)
         start = batch * 0
         end = start + tokens
-    return batch, start, end
+    return batch, start.to(tl.int32), end.to(tl.int32)
 
 
 @triton.jit
 def slot_of(slot, cu_ptr, sequence_ptr, offset_ptr, sequences, chunks, tokens, VARLEN: tl.constexpr, C: tl.constexpr):
-    """Sequence, batch row, first token and end of a chunk slot; an unused slot has no tokens."""
+    """Batch row, first token and end of a chunk slot; an unused slot has no tokens."""
     if VARLEN:
         n = tl.load(sequence_ptr + slot)
         used = n < sequences
         n = tl.minimum(n, sequences - 1)
         batch, start, end = span_of(n, cu_ptr, tokens, VARLEN)
-        start += (slot - tl.load(offset_ptr + n)) * C
+        start += ((slot - tl.load(offset_ptr + n)) * C).to(tl.int32)
         end = tl.where(used, end, start)
     else:
         n = (slot // chunks).to(tl.int64)
         batch, start, end = span_of(n, cu_ptr, tokens, VARLEN)
-        start += (slot - n * chunks) * C
-    return n, batch, start, end
+        start += ((slot - n * chunks) * C).to(tl.int32)
+    return batch, start, end
 
 
 @triton.jit
-def decays(b_ptr, rows, live, t, end, b_t, b_c, dk, GATED: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """b - m [C, BK], m and the last b [BK]; m is 0 when it is NaN, which must stay in its row."""
-    if GATED:
-        last = tl.minimum(t + C, end) - 1
-        middle = row_of(b_ptr, t + (last - t) // 2, b_t, b_c, dk, 0, BK)
-        middle = tl.where(middle == middle, middle, 0.0)
-        whole = row_of(b_ptr, last, b_t, b_c, dk, 0, BK)
-        centred = tl.where(live[:, None], rows_of(b_ptr, rows, live, b_t, b_c, dk, 0, BK) - middle[None, :], 0.0)
+def gate_sums(g, C: tl.constexpr):
+    """b - m [C, W] and m [W] of gates [C, W]; m is NaN where the decays are not moderate.
+
+    b - m is summed from the middle in both directions, not as a difference: a steep gate costs the others no digits.
+    """
+    order = tl.arange(0, C)
+    early = order < C // 2
+    g = tl.where(g < FLOOR, FLOOR, g) * LOG2E
+    after = (~early)[None, :] & (order[None, :] <= order[:, None])
+    signs = after.to(tl.float32) - (early[None, :] & (order[None, :] > order[:, None])).to(tl.float32)
+    ONE: tl.constexpr = g.shape[1] == 1
+    centred = tl.sum(signs * tl.reshape(g, [1, C]), 1)[:, None] if ONE else exact_sums(signs, g)
+    up, down = tl.sum(tl.where(early[:, None], tl.abs(g), 0.0), 0), tl.sum(tl.where(early[:, None], 0.0, tl.abs(g)), 0)
+    middle = tl.sum(tl.where(early[:, None], g, 0.0), 0)
+    return centred, tl.where((up <= HALF_RANGE) & (down <= HALF_RANGE), middle, float("nan"))
+
+
+@triton.jit
+def decays(
+    b_ptr, m_ptr, slot, origin, t, end, heads, head, dk, channel, GATE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
+):
+    """b - m [C, BK], m and b_C - m [BK], as a walk left them; one column where a head has one gate (1) or none (0)."""
+    if GATE == 0:
+        centred = tl.zeros([C, 1], tl.float32)
+        middle = tl.zeros([1], tl.float32)
+        rest = tl.zeros([1], tl.float32)
     else:
-        centred = tl.zeros([C, BK], tl.float32)
-        middle = tl.zeros([BK], tl.float32)
-        whole = tl.zeros([BK], tl.float32)
-    return centred, middle, whole
+        W: tl.constexpr = BK if GATE == 2 else 1
+        width = dk if GATE == 2 else 1
+        first = channel if GATE == 2 else 0
+        rows = t + tl.arange(0, C)
+        b_ptr += (origin * heads + head) * width
+        centred = rows_of(b_ptr, rows, rows < end, heads * width, 1, width, first, W)
+        rest = row_of(b_ptr, tl.minimum(t + C, end) - 1, heads * width, 1, width, first, W)
+        middle = row_of(m_ptr + head * width, slot, heads * width, 1, width, first, W)
+    return centred, middle, rest
 
 
 @triton.jit
-def leaving(k, centred, middle, whole, live):
-    """k 2^(whole - b): what each token leaves in the state."""
-    return tl.where(live[:, None], k * tl.exp2((whole - middle)[None, :] - centred), 0.0)
+def decay_of(g_ptr, row, g_t, g_c, dk, channel, GATE: tl.constexpr, BK: tl.constexpr):
+    """The decay of one token [BK]."""
+    decay = tl.full([BK], 1.0, tl.float32)
+    if GATE > 0:
+        g = row_of(g_ptr, row, g_t, g_c, dk, channel, BK)
+        decay = tl.exp2(tl.where(g < FLOOR, FLOOR, g) * LOG2E)
+    return decay
 
 
 @triton.jit
 def advance(
-    state, z, k, v, centred, middle, whole, live, k_ptr, v_ptr, b_ptr, t, end, k_t, v_t, b_t, b_c, dk, dv, first,
-    GATED: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    state, z, row, k_ptr, v_ptr, g_ptr, k_t, v_t, g_t, g_c, dk, dv, channel, first,
+    GATE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The state and z after a chunk. Token by token where positive gates overflow, for infinities must not meet in a sum."""
-    chan = tl.arange(0, BK)
-    rise = tl.where(live[:, None], (whole - middle)[None, :] - centred, 0.0)
-    if tl.sum((~(rise <= 126.0)).to(tl.int32)) == 0:
-        kh = leaving(k, centred, middle, whole, live)
-        state = state * tl.exp2(whole)[:, None] + tl.dot(tl.trans(kh), v, input_precision=PRECISION)
-        z = z * tl.exp2(whole) + tl.sum(kh, 0)
-    else:
-        before = tl.zeros([BK], tl.float32)
-        for j in range(tl.minimum(C, end - t)):
-            key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
-            value = row_of(v_ptr, t + j, v_t, 1, dv, first, BV)
-            now = before
-            if GATED:
-                now = row_of(b_ptr, t + j, b_t, b_c, dk, 0, BK)
-            decay = tl.exp2(now - before)
-            state = state * decay[:, None] + key[:, None] * value[None, :]
-            z = z * decay + key
-            before = now
-    inside = chan < dk
-    return tl.where(inside[:, None], state, 0.0), tl.where(inside, z, 0.0)  # padding times infinity
+    """The state and z after one more token."""
+    decay = decay_of(g_ptr, row, g_t, g_c, dk, channel, GATE, BK)
+    key = row_of(k_ptr, row, k_t, 1, dk, channel, BK)
+    value = row_of(v_ptr, row, v_t, 1, dv, first, BV)
+    return state * decay[:, None] + key[:, None] * value[None, :], z * decay + key
 
 
 @triton.jit
-def entering(q, centred, middle, live):
-    """q 2^b: how each token sees the state."""
-    return tl.where(live[:, None], q * tl.exp2(centred + middle[None, :]), 0.0)
-
-
-@triton.jit
-def pair_decay(centred, middle, b_ptr, row, later, b_t, b_c, dk, GATED: tl.constexpr, BK: tl.constexpr):
-    """2^(b_i - b_j) [C, BK] of one token j and those after it; 1 before."""
-    if GATED:
-        key = row_of(b_ptr, row, b_t, b_c, dk, 0, BK) - middle
-        centred = tl.exp2(tl.where(later[:, None], centred - key[None, :], 0.0))
-    else:
-        centred += 1.0
-    return centred
-
-
-@triton.jit
-def outputs(
-    q, kb, v, state, z, centred, middle, bad, k_ptr, v_ptr, b_ptr, t, end, live, k_t, v_t, b_t, b_c, dk, dv, first,
-    GATED: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def retreat(
+    dstate, dz, row, at, q_ptr, grad_ptr, den_ptr, dden_ptr, q_t, q_h, dk, dv, channel, first, scale, eps,
+    GROUP: tl.constexpr, NORMALIZE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Numerators [C, BV] and denominators [C] of a chunk for one query head; q is scaled."""
-    order = tl.arange(0, C)
-    qt = entering(q, centred, middle, live)
-    out = tl.dot(qt, state, input_precision=PRECISION)
-    total = tl.sum(qt * z[None, :], 1)
-    qb = q * tl.exp2(centred)
-    if bad + beyond(qb, MODERATE) == 0:
-        scores = tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
-        scores = tl.where(order[:, None] >= order[None, :], scores, 0.0)
-        out += tl.dot(scores, v, input_precision=PRECISION)
-        total += tl.sum(scores, 1)
-    else:
-        for j in range(tl.minimum(C, end - t)):
-            later = order >= j
-            w = pair_decay(centred, middle, b_ptr, t + j, later, b_t, b_c, dk, GATED, BK)
-            key = row_of(k_ptr, t + j, k_t, 1, dk, 0, BK)
-            score = tl.where(later, tl.sum(q * w * key[None, :], 1), 0.0)
-            value = row_of(v_ptr, t + j, v_t, 1, dv, first, BV)
-            out += tl.where(later[:, None], score[:, None] * value[None, :], 0.0)
-            total += score
-    return out, total
+    """The gradients of the state and z with what one token's queries add, before its decay."""
+    for h in range(GROUP):
+        q = row_of(q_ptr + h * q_h, row, q_t, 1, dk, channel, BK) * scale
+        inverse, dden = denominator(den_ptr, dden_ptr, at + h, at >= 0, eps, NORMALIZE)
+        dstate += q[:, None] * (row_of(grad_ptr, at + h, dv, 1, dv, first, BV) * inverse)[None, :]
+        dz += q * dden
+    return dstate, dz
 
 
 @triton.jit
-def row_gradients(
-    grad_ptr, den_ptr, delta_ptr, row_at, live, first, dv, eps, total_rows, NORMALIZE: tl.constexpr, C: tl.constexpr,
-    BV: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the numerators (columns from `first` on) [C, BV] and of the denominators [C]."""
-    inverse = tl.full([C], 1.0, tl.float32)
-    dden = tl.zeros([C], tl.float32)
+def denominator(den_ptr, dden_ptr, at, live, eps, NORMALIZE: tl.constexpr):
+    """1 / (D + eps) and the gradient of D, of rows or of one row; 1 and 0 where nothing is normalised."""
     if NORMALIZE:
-        inverse = tl.where(live, 1.0 / (tl.load(den_ptr + row_at, live, other=1.0) + eps), 0.0)
-        for block in range(tl.cdiv(dv, BV)):
-            dden += tl.load(delta_ptr + block * total_rows + row_at, live, other=0.0)
-        dden = -dden * inverse * inverse
-    return rows_of(grad_ptr, row_at, live, dv, 1, dv, first, BV) * inverse[:, None], dden
+        inverse = 1.0 / (tl.load(den_ptr + at, live, other=1.0) + eps)
+        dden = tl.load(dden_ptr + at, live, other=0.0)
+    else:
+        dden = (at * 0).to(tl.float32)
+        inverse = dden + 1.0
+    return inverse, dden
 
 
 @triton.jit

@@ -117,6 +117,8 @@ class Tolerance:
 
     Attributes:
         forward, grad: largest relative L2 error by dtype of the result.
+        products: backend -> largest relative L2 error of the float32 results of a 16-bit call, where that backend rounds the
+            operands of its products; the three-way rule does not hold there, for the reference rounds none.
         factor, eps: three-way rule, err(kernel) <= factor * err(reference in the same dtype) + eps.
         ulps: units in the last place that one element may be off, besides `elementwise` times the largest element.
     """
@@ -127,6 +129,7 @@ class Tolerance:
     grad: Mapping[torch.dtype, float] = field(
         default_factory=lambda: {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
     )
+    products: Mapping[str, float] = field(default_factory=dict)
     factor: float = 2.0
     eps: float = 1e-6
     ulps: float = 1.0
