@@ -34,7 +34,9 @@ class Task:
     @property
     def missing(self) -> str | None:
         """The spec's reason for not having this, if it declares one."""
-        return self.spec.missing.get(self.backend) or self.spec.missing.get(f"check:{self.check.name}")
+        check = f"check:{self.check.name}"
+        names = (self.backend, check, f"{check}:{self.backend}")
+        return next((self.spec.missing[name] for name in names if name in self.spec.missing), None)
 
     def run(self, device: str = "cpu") -> None:
         """Raise what the check raises."""

@@ -178,7 +178,8 @@ class OpSpec:
         bench_fn: what is timed where that is not `fn`: an operator in place, whose `fn` copies what it would write to.
         bench_oracle: takes the sample in float64 and a result; returns a part of the result and the oracle of that part.
             For cases too large for the whole reference.
-        missing: what this op does not have, and why, by backend ("simt"), place ("nn") or check ("check:vmap").
+        missing: what this op does not have, and why, by backend ("simt"), place ("nn"), check ("check:vmap") or check on one
+            backend ("check:vmap:simt").
     """
 
     name: str
