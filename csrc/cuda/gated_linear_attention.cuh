@@ -22,8 +22,11 @@ __device__ __forceinline__ float gate_decay(const void* g, bool is_float, int64_
                        : sq::to_float(sq::load_nc(static_cast<const T*>(g) + at)));
 }
 
-/// The head of `x` that state head s reads.
-__device__ __forceinline__ int64_t shared_head(int64_t s, int64_t heads, int64_t states) { return s * heads / states; }
+/// The head of a tensor with `heads`, which divide the states, that state head s reads. Divisions of 32 bits
+/// throughout: those of 64 are calls, around which registers are spilled.
+__device__ __forceinline__ int64_t shared_head(int64_t s, int64_t heads, int64_t states) {
+  return static_cast<unsigned>(s) / (static_cast<unsigned>(states) / static_cast<unsigned>(heads));
+}
 
 __device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : (x > high ? high : x);
@@ -33,7 +36,7 @@ __device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int64_t high)
 /// a thread, each with four columns of the state.
 template <class T, int kRows, bool kAligned>
 __global__ void __launch_bounds__(kWalkThreads)
-    gated_linear_walk_kernel(const GatedLinearAttentionParams p, int64_t columns, int64_t head_groups) {
+    gated_linear_walk_kernel(const GatedLinearAttentionParams p, unsigned columns, unsigned head_groups) {
   constexpr int kChannels = kRows * kWalkRows, kOwn = (kChannels + kWalkThreads - 1) / kWalkThreads;
   SQ_SHARED(float, key, kWalkTokens* kChannels);
   SQ_SHARED(float, decay, kWalkTokens* kChannels);
@@ -44,8 +47,9 @@ __global__ void __launch_bounds__(kWalkThreads)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int row = thread / kStepLanes, quad = lane % kStepLanes * kStepQuad;
   const int dk = static_cast<int>(p.dk), dv = static_cast<int>(p.dv);
-  const int64_t unit = blockIdx.x / columns, head_group = unit % head_groups, s = unit / head_groups % p.states;
-  const int64_t n = unit / head_groups / p.states, per_state = p.q.heads / p.states;
+  const unsigned unit = blockIdx.x / columns, head_group = unit % head_groups, states = static_cast<unsigned>(p.states);
+  const int64_t n = unit / head_groups / states, s = unit / head_groups % states;
+  const int64_t per_state = static_cast<unsigned>(p.q.heads) / states;
   const int base = static_cast<int>(blockIdx.x % columns) * kStepTile, col = base + quad;
   const int64_t head = s * per_state + head_group * kWalkHeads, left = per_state - head_group * kWalkHeads;
   const int heads = static_cast<int>(left < kWalkHeads ? left : kWalkHeads);
@@ -192,12 +196,14 @@ __global__ void __launch_bounds__(kStepThreads) gated_linear_step_kernel(const G
   SQ_SHARED(float, totals, kStepHeads* kStepWarps);
   SQ_SHARED(float, parts, kStepWarps * kStepHeads * kGlaMaxDim);
   const int c = static_cast<int>(threadIdx.x), dk = static_cast<int>(p.dk), dv = static_cast<int>(p.dv);
-  const int64_t b = blockIdx.x / p.states, s = blockIdx.x % p.states, per_state = p.q_heads / p.states;
+  const int states = static_cast<int>(p.states), per_state = static_cast<int>(p.q_heads) / states;
+  const int64_t b = blockIdx.x / static_cast<unsigned>(states);
+  const int s = static_cast<int>(blockIdx.x % static_cast<unsigned>(states));
   const int64_t slot = p.state_indices == nullptr ? b : sq::load_nc(p.state_indices + b);
   const int64_t head = b * p.q_heads + s * per_state;
   T* out = static_cast<T*>(p.o) + head * dv;
   if (slot < 0 || slot >= p.pool) {
-    for (int64_t i = c; i < per_state * dv; i += kStepThreads) sq::store(out + i, sq::from_float<T>(0.0f));
+    for (int i = c; i < per_state * dv; i += kStepThreads) sq::store(out + i, sq::from_float<T>(0.0f));
     return;
   }
   float z = 0.0f;
@@ -222,8 +228,8 @@ __global__ void __launch_bounds__(kStepThreads) gated_linear_step_kernel(const G
     value[c] = sq::to_float(sq::load_nc(static_cast<const T*>(p.v) + at));
   }
   float* state = p.s + (slot * p.states + s) * dk * dv;
-  for (int64_t first = 0; first < per_state; first += kStepHeads) {
-    const int heads = static_cast<int>(per_state - first < kStepHeads ? per_state - first : kStepHeads);
+  for (int first = 0; first < per_state; first += kStepHeads) {
+    const int heads = per_state - first < kStepHeads ? per_state - first : kStepHeads;
     __syncthreads();  // the last heads' totals may still be being read
     for (int h = 0; h < heads; ++h) {
       float y = 0.0f;
@@ -250,7 +256,8 @@ inline bool states_aligned(const void* s, int64_t dv) { return is_aligned16(s) &
 template <class T>
 void gated_linear_attention_forward(const GatedLinearAttentionParams& p, sq::stream_t stream) {
   if (p.sequences == 0) return;
-  const int64_t columns = ceil_div(p.dv, kStepTile), groups = ceil_div(p.q.heads / p.states, kWalkHeads);
+  const auto columns = static_cast<unsigned>(ceil_div(p.dv, kStepTile));
+  const auto groups = static_cast<unsigned>(ceil_div(p.q.heads / p.states, kWalkHeads));
   const int64_t blocks = p.sequences * p.states * groups * columns;
   const bool aligned = states_aligned(p.s, p.dv) && (p.s0 == nullptr || is_aligned16(p.s0));
   with_flag(aligned, [&](auto flag) {
