@@ -77,7 +77,8 @@ def agree(sample: Any, backend: str, which: tuple[str, ...] | None = None) -> No
     for name, value in found.items():
         what = expected[name]
         group = 0 if name in "osz" else 1 if name in ("dq", "dk", "dv") else 2
-        l2, peak = ACCURACY[torch.float32 if name in "sz" else sample["q"].dtype][group]
+        exact = name in "sz" and backend not in SPEC.tol.products  # products of 16-bit operands are rounded there
+        l2, peak = ACCURACY[torch.float32 if exact else sample["q"].dtype][group]
         error, most = float((value.double() - what).norm()), float((value.double() - what).abs().max())
         rest = 0.03 * largest if group else 0.0
         assert error <= l2 * (float(what.norm()) + rest), f"{sample.id}: {name}: error {error:.2e}"
@@ -110,7 +111,8 @@ def test_gates_of_16_bits(backend: str, device: str, dtype: torch.dtype, gate: s
         found = SPEC.fn(**sample.args, **sample.kwargs, backend=backend)
         wide = {n: None if x is None else x.double() for n, x in sample.args.items()}
         for one, two in zip(found, oracle(**wide, **sample.kwargs), strict=True):
-            assert_close(one.double(), two, ACCURACY[dtype if one.dtype is dtype else torch.float32][0][0])
+            exact = one.dtype is not dtype and backend not in SPEC.tol.products
+            assert_close(one.double(), two, ACCURACY[torch.float32 if exact else dtype][0][0])
         if not steep:
             agree(sample, backend)
     state, z = sample["s0"].clone(), sample["z0"].clone()

@@ -207,7 +207,8 @@ def _aot_args(dtype: torch.dtype, d: int, heads: int, states: int) -> tuple[Any,
 
 
 AOT = [
-    AotCase(f"{name} D{d} HS{states}", lawcat_decode_step_, partial(_aot_args, dtype, d, 32, states))
+    # Taps are read per channel, in whatever width: "options".
+    AotCase(f"{name} D{d} HS{states} options", lawcat_decode_step_, partial(_aot_args, dtype, d, 32, states))
     for name, dtype, d, states in (
         ("bf16", torch.bfloat16, 128, 32),
         ("bf16", torch.bfloat16, 64, 8),

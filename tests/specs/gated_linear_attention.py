@@ -197,8 +197,8 @@ def _split_calls(case: Case) -> None:
     second = case.call(sample, **{n: x[1] for n, x in parts.items()}, s0=first[1], z0=first[2])
     joined = (torch.cat([first[0], second[0]], 1), *second[1:])
     for name, one, two in zip(("o", "s", "z"), whole, joined, strict=True):
-        products = case.spec.tol.products.get(case.backend, 5e-6) if case.dtype is not torch.float32 else 5e-6
-        assert_close(two.double(), one.double(), products if one.dtype is torch.float32 else 4e-3, name)
+        limit = case.limit(one.dtype, {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3})
+        assert_close(two.double(), one.double(), limit, name)
 
 
 # --- benchmarks ----------------------------------------

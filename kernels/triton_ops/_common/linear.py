@@ -181,7 +181,9 @@ def advance(
     decay = decay_of(g_ptr, row, g_t, g_c, dk, channel, GATE, BK)
     key = row_of(k_ptr, row, k_t, 1, dk, channel, BK)
     value = row_of(v_ptr, row, v_t, 1, dv, first, BV)
-    return state * decay[:, None] + key[:, None] * value[None, :], z * decay + key
+    _at, inside = tile_of(0, dk, dv, channel, first, BK, BV)
+    state = tl.where(inside, state * decay[:, None] + key[:, None] * value[None, :], 0.0)  # padding times infinity
+    return state, z * decay + key
 
 
 @triton.jit
@@ -195,7 +197,8 @@ def retreat(
         inverse, dden = denominator(den_ptr, dden_ptr, at + h, at >= 0, eps, NORMALIZE)
         dstate += q[:, None] * (row_of(grad_ptr, at + h, dv, 1, dv, first, BV) * inverse)[None, :]
         dz += q * dden
-    return dstate, dz
+    _at, inside = tile_of(0, dk, dv, channel, first, BK, BV)
+    return tl.where(inside, dstate, 0.0), tl.where(channel + tl.arange(0, BK) < dk, dz, 0.0)  # padding times infinity
 
 
 @triton.jit

@@ -138,7 +138,7 @@ def dqk_of_chunk(
             flow += q * dq
             tl.store(dq_ptr + at, cast(dq * scale, dq_ptr.dtype.element_ty), mask)
     if GATE == 2:
-        if moderate:
+        if size(flow) <= MODERATE:
             dg = exact_sums(later.to(tl.float32), flow)
         else:
             dg = tl.zeros([C, BK], tl.float32)

@@ -118,7 +118,7 @@ class Tolerance:
     Attributes:
         forward, grad: largest relative L2 error by dtype of the result.
         products: backend -> largest relative L2 error of the float32 results of a 16-bit call, where that backend rounds the
-            operands of its products; the three-way rule does not hold there, for the reference rounds none.
+            operands of its products; the three-way rule does not hold for such calls, for the reference rounds none.
         factor, eps: three-way rule, err(kernel) <= factor * err(reference in the same dtype) + eps.
         ulps: units in the last place that one element may be off, besides `elementwise` times the largest element.
     """

@@ -149,7 +149,7 @@ def nan(case: Case) -> None:
             for i, (actual, expected) in enumerate(zip(case.call(bad), oracle, strict=True)):
                 what = f"{value} in {name}: output {i}"
                 assert_same_nonfinite(actual, expected, what)
-                assert_close(actual, expected, case.spec.tol.forward[actual.dtype], what)
+                assert_close(actual, expected, case.limit(actual.dtype, case.spec.tol.forward), what)
 
 
 @check()
