@@ -10,7 +10,7 @@
 
 namespace subquad::cpu::SUBQUAD_ISA {
 
-constexpr int64_t kSegmentBlocks = 8;
+constexpr int64_t kSegmentBlocks = 4;
 constexpr int64_t kSegment = kSegmentBlocks * kChunk;
 constexpr int64_t kHalvings = 6;  // a block of 32 is halved at most five times
 

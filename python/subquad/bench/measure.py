@@ -123,7 +123,7 @@ def with_gradients(call: Candidate, sample: Sample) -> Candidate:
             output = result[0] if isinstance(result, tuple) else result
             if not upstream:
                 upstream.append(torch.randn_like(output))
-            return torch.autograd.grad(output, leaves, upstream[0])
+            return torch.autograd.grad(output, leaves, upstream[0], allow_unused=True)  # peers have no gates
 
     return run if leaves else call
 
