@@ -22,10 +22,10 @@ __device__ __forceinline__ float gate_decay(const void* g, bool is_float, int64_
                        : sq::to_float(sq::load_nc(static_cast<const T*>(g) + at)));
 }
 
-/// The head of a tensor with `heads`, which divide the states, that state head s reads. Divisions of 32 bits
-/// throughout: those of 64 are calls, around which registers are spilled.
+/// The head of a tensor with `heads` (0: there is none) that state head s reads. Divisions of 32 bits throughout: those
+/// of 64 are calls, around which registers are spilled.
 __device__ __forceinline__ int64_t shared_head(int64_t s, int64_t heads, int64_t states) {
-  return static_cast<unsigned>(s) / (static_cast<unsigned>(states) / static_cast<unsigned>(heads));
+  return static_cast<unsigned>(s) * static_cast<unsigned>(heads) / static_cast<unsigned>(states);
 }
 
 __device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int64_t high) {
