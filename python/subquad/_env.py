@@ -69,6 +69,11 @@ def triton_interpreted() -> bool:
     return _flag("TRITON_INTERPRET", False)
 
 
+def interpret_triton() -> None:
+    """Have Triton kernels run in its interpreter; before triton is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
 def without_triton_interpreter() -> dict[str, str]:
     """A copy of the environment for subprocesses that compile Triton kernels."""
     return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -80,6 +85,7 @@ __all__ = [
     "as_dict",
     "cuda_home",
     "cxx",
+    "interpret_triton",
     "read",
     "triton_interpreted",
     "without_triton_interpreter",

@@ -24,7 +24,7 @@ PLACES = {
     "cuda.cuh.in": "csrc/cuda/{stem}.cuh",
     "cuda.cu.in": "csrc/cuda/{stem}.cu",
     "spec.py.in": "tests/specs/{stem}.py",
-    "test.py.in": "tests/ops/test_{stem}.py",
+    "test.py.in": "tests/ops/{stem}/test_{stem}.py",
     "bench.py.in": "benchmarks/{stem}.py",
 }
 WIRING = {
@@ -80,7 +80,7 @@ def next_steps(stem: str) -> str:
             *lines,
             f'   and "{stem}" in __all__',
             f"4. python/subquad/reference/{stem}.py: the maths. Then the schema, and with it every file above.",
-            f"5. pytest tests/ops/test_{stem}.py: fails until the reference is written, then checks each backend.",
+            f"5. pytest tests/ops/{stem}: fails until the reference is written, then checks each backend.",
             '   A place that is not needed is deleted and declared in the spec: missing={"nn": "reason"}.',
             "6. subquad report --ops: the support table, for README.md. A line in CHANGELOG.md.",
         ]

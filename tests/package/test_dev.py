@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from subquad import _build
-from subquad._dev import nvcc_check, sanitize
+from subquad._dev import fingerprint, nvcc_check, sanitize
 from subquad._schemas import OPS
 
 LOG = """[1/2] nvcc -c toy.cu -o toy.o
@@ -97,3 +98,30 @@ def test_sanitize_rejects_unknown_backends(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as stopped:
         sanitize.main(["fpga"])
     assert stopped.value.code == 2 and "fpga" in capsys.readouterr().err
+
+
+def test_fingerprints_see_one_bit() -> None:
+    x = torch.arange(4.0)
+    other = x.clone()
+    other.view(torch.int32)[2] ^= 1
+    assert fingerprint.digest((x,)) == fingerprint.digest((x.clone(),)) != fingerprint.digest((other,))
+    assert fingerprint.digest((x,)) != fingerprint.digest((x.view(2, 2),))
+    assert fingerprint.digest((torch.zeros(3),)) != fingerprint.digest((-torch.zeros(3),))
+
+
+def test_fingerprints_are_compared_where_both_have_the_op() -> None:
+    before = {"a/native/fp32/s": "1", "a/native/fp32/s/dx": "2", "b/native/fp32/s": "3"}
+    after = {"a/native/fp32/s": "9", "a/native/fp32/t": "4"}
+    assert fingerprint.compare(before, after) == [
+        "a/native/fp32/s: other bits", "a/native/fp32/s/dx: gone", "a/native/fp32/t: new",
+    ]  # fmt: skip
+
+
+def test_fingerprint_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bits.json"
+    options = ["--backends", "reference", "--ops", "cats_activation"]
+    assert fingerprint.main(["--write", str(file), *options]) == 0
+    assert fingerprint.main(["--compare", str(file), *options]) == 0
+    file.write_text(file.read_text().replace('": "', '": "x', 1))
+    assert fingerprint.main(["--compare", str(file), *options]) == 1
+    assert "1 different" in capsys.readouterr().out
