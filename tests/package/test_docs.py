@@ -12,7 +12,7 @@ import torch
 
 from subquad import _env, cli
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "csrc" / "README.md"])
 TOP_LEVEL = ("benchmarks/", "csrc/", "docs/", "kernels/", "python/", "tests/", ".ci/")
 

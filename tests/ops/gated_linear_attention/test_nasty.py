@@ -1,6 +1,6 @@
 """The cases in which linear attention goes wrong: fourteen groups, each of them a test somewhere.
 
- 1 gates 0, -60, -1e4, -inf, alternating, beyond the fast range   ops/test_gated_linear_attention.py; 16-bit gates here
+ 1 gates 0, -60, -1e4, -inf, alternating, beyond the fast range   test_gated_linear_attention.py; 16-bit gates here
  2 saturated, equal and underflowing features                      here; one-hot features there
  3 lengths about tile and chunk edges, shorter than the taps       here
  4 packed sequences: empty, of one token, about a chunk            here; more than a thousand there
@@ -8,12 +8,12 @@
  6 head counts, gradients of shared heads                          here
  7 long sequences                                                  test_long_sequences_do_not_drift there
  8 gradients of parts, states in and out                           here; test_a_gradient_of_the_state_alone there
- 9 padding                                                         here; nn/test_lawcat_module.py, with NaN and 1e30
+ 9 padding                                                         here; models/test_lawcat_module.py, with NaN and 1e30
 10 huge, tiny and no numbers                                       here; test_nothing_reaches_earlier_tokens there
 11 torch.compile, autocast, inference mode                         here; compilation and operators of the generic tests
 12 cancellation in gradients                                       here; test_keys_get_no_gradient_from_constant_values there
 13 second derivatives                                              here; double_backward of the generic tests
-14 models                                                          test_lawcat_transformers.py
+14 models                                                          models/test_lawcat.py
 
 What cannot run here: addresses beyond 2^31 elements, CUDA graphs, a second device.
 """

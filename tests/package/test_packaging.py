@@ -17,7 +17,7 @@ import pytest
 import subquad
 from subquad import _build, _env, _native
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 x86 = pytest.mark.skipif(not _build._isa_flags().get("v4"), reason="instruction sets of x86-64")
 

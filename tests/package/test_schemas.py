@@ -16,7 +16,7 @@ from subquad.testing.case import Case
 from subquad.testing.checks.operators import recorded
 from subquad.testing.specs import SPECS
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def arguments(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from subquad._schemas import OPS, STEMS
 from subquad.testing.checks import CHECKS
 from subquad.testing.specs import SPECS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, TRITON, CSRC = ROOT / "python" / "subquad", ROOT / "kernels" / "triton_ops", ROOT / "csrc"
 TOP_LEVEL = {
     ".ci", ".clang-format", ".clang-tidy", ".editorconfig", ".gitattributes", ".gitignore", ".pre-commit-config.yaml",
@@ -32,7 +32,7 @@ PLACES = {
     "cpu": ("csrc/cpu/{}.h", "csrc/cpu/{}.cpp", "csrc/cpu/{}.isa.cpp"),
     "cuda": ("csrc/cuda/{}.cuh", "csrc/cuda/{}.cu"),
     "spec": ("tests/specs/{}.py",),
-    "test": ("tests/ops/test_{}.py",),
+    "test": ("tests/ops/{0}/test_{0}.py",),
     "bench": ("benchmarks/{}.py",),
 }
 GENERATED = ("build", "dist", "site", "demo")
@@ -110,7 +110,6 @@ def test_every_op_has_its_files(stem: str, place: str) -> None:
         (CSRC / "cuda", "{}.cu"),
         (CSRC / "cpu", "{}.isa.cpp"),
         (ROOT / "tests" / "specs", "{}.py"),
-        (ROOT / "tests" / "ops", "test_{}.py"),
         (ROOT / "benchmarks", "{}.py"),
     ],
     ids=lambda value: name_of(value) if isinstance(value, Path) else "",
@@ -120,6 +119,13 @@ def test_every_file_belongs_to_an_op(folder: Path, pattern: str) -> None:
     own = [p.name for p in FILES if p.parent == folder and p.name.startswith(prefix) and p.name.endswith(suffix)]
     public = [name for name in own if not name.startswith(("_", "conftest"))]
     assert set(public) <= {pattern.format(stem) for stem in STEMS}
+
+
+def test_tests_belong_to_an_op_or_a_room() -> None:
+    tests = ROOT / "tests"
+    parts = {path.relative_to(tests).parts for path in FILES if tests in path.parents}
+    assert {p[0] for p in parts} == {"conftest.py", "emulator", "models", "ops", "package", "specs"}
+    assert {p[1] for p in parts if p[0] == "ops"} == set(STEMS)
 
 
 def test_specs_cover_the_schemas() -> None:

@@ -14,7 +14,7 @@ from subquad._schemas import HANDLES
 from subquad.testing import Sampler, backend_params
 from subquad.testing.specs.cats_mlp import draw
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 H, I = 8, 12  # noqa: E741
 
 

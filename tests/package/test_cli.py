@@ -16,7 +16,7 @@ import subquad
 from subquad import _backends, _env, _native, cli, report
 from subquad._schemas import STEMS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:

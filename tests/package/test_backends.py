@@ -16,7 +16,7 @@ from subquad._schemas import NAMESPACES, STEMS
 from subquad.testing import backend_params
 from subquad.testing.instruments import record_ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Z = torch.linspace(-3.0, 3.0, 7)
 
 

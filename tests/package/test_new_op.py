@@ -13,7 +13,7 @@ import pytest
 from subquad import _build, _env
 from subquad._dev import new_op
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEM = "toy_square"
 REFUSAL = "write the reference of toy_square first"
 
@@ -40,7 +40,7 @@ def wired(tree: Path) -> Path:
 
 def run_tests(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
     settings = [f"PYTHONPATH={tree / 'python'}", "SUBQUAD_JIT=0"]
-    command = ["env", "-u", "SUBQUAD_BACKEND", *settings, sys.executable, "-m", "pytest", f"tests/ops/test_{STEM}.py"]
+    command = ["env", "-u", "SUBQUAD_BACKEND", *settings, sys.executable, "-m", "pytest", f"tests/ops/{STEM}"]
     return subprocess.run([*command, *words], cwd=tree, capture_output=True, text=True, timeout=600)
 
 

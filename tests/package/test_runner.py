@@ -200,7 +200,7 @@ def test_autocast_declaration_is_checked() -> None:
 def test_every_check_has_a_planted_fault() -> None:
     marks = test_planted_fault_is_found.pytestmark  # type: ignore[attr-defined]
     planted = {check for _, check in marks[0].args[1]} | {"autocast"}
-    # switching needs the backend table (tests/test_backends.py), schedules the emulator (tests/test_simt.py)
+    # switching needs the backend table (test_backends.py), schedules the emulator (tests/emulator/test_simt.py)
     assert set(CHECKS) - planted == {"switching", "schedules", "compile_inductor"}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SIMT = Path(__file__).resolve().parents[1] / "csrc" / "simt"
+SIMT = Path(__file__).resolve().parents[2] / "csrc" / "simt"
 RUNTIME = sorted(SIMT.glob("*.cpp"))
 TESTS = [*sorted((SIMT / "tests").glob("test_*.cpp")), SIMT / "tests" / "main.cpp"]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DSUBQUAD_SIMT", "-pthread"]
