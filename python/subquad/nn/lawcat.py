@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import _checks
+from .._packing import Packed
 from ..masks import IntervalMask
-from ..ops import _checks
 from ..ops.causal_conv1d import causal_conv1d_update
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
@@ -295,7 +296,7 @@ class LawcatAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | IntervalMask | None = None,
         past_key_values: Any = None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | Packed | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
@@ -336,7 +337,7 @@ class LawcatAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | IntervalMask | None = None,
         past_key_values: Any = None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | Packed | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The output before `o_proj`, [B, T, HQ d]; arguments of `forward`."""
@@ -347,12 +348,13 @@ class LawcatAttention(nn.Module):
         if cu_seqlens is not None and (self.window_size or attention_mask is not None or past_key_values is not None):
             raise ValueError("cu_seqlens: expected None with a window, a mask or a cache")
         b, t, _ = hidden_states.shape
+        packed = None if cu_seqlens is None else Packed.remembered(cu_seqlens, hidden_states)
         window = None if self.original is None else sliding_window(self.original)
         state = state_of(past_key_values, self.layer_idx)
         tokens = tokens_of(attention_mask, b, t, window, None if state is None else state.seen)
         if state is not None:
             state.seen += t
-        mixed = self._mixed(hidden_states, position_embeddings, tokens, state, cu_seqlens)
+        mixed = self._mixed(hidden_states, position_embeddings, tokens, state, packed)
         if self.output_gate is None or self.output_norm is None:
             return mixed
         gate = F.silu(self.output_gate(hidden_states))
@@ -367,7 +369,7 @@ class LawcatAttention(nn.Module):
         positions: tuple[torch.Tensor, torch.Tensor] | None,
         tokens: torch.Tensor | None,
         state: LawcatState | None,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: Packed | None,
     ) -> torch.Tensor:
         """Attention of the tokens there are, 0 at the others: one step in place, or sequences."""
         b, t, _ = x.shape
@@ -379,7 +381,7 @@ class LawcatAttention(nn.Module):
         rows = tokens.flatten().nonzero()[:, 0]
         if rows.shape[0] == b * t:
             return self._sequences(x, positions, None, state, cu_seqlens)
-        bounds = F.pad(tokens.sum(1).cumsum(0), (1, 0))
+        bounds = Packed(F.pad(tokens.sum(1).cumsum(0), (1, 0)), rows.shape[0])
         if positions is not None:
             cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, rows] for p in positions)
             positions = (cos, sin)
@@ -409,7 +411,7 @@ class LawcatAttention(nn.Module):
         return g.unflatten(-1, (self.num_kv_heads, -1)) if self.gate_kind == "vector" else g
 
     def _features(
-        self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: torch.Tensor | None
+        self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: Packed | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolution and map in one pass."""
         phi_k = self.feature_map if self.feature_map_k is None else self.feature_map_k
@@ -445,7 +447,7 @@ class LawcatAttention(nn.Module):
         positions: tuple[torch.Tensor, torch.Tensor] | None,
         tokens: torch.Tensor | None,
         state: LawcatState | None,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: Packed | None,
     ) -> torch.Tensor:
         q0, k0, v = self._heads(x, positions)
         g = self._gates(x)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .._schemas import NAMESPACES
+from ..contract import NAMESPACES
 from .compare import assert_close, assert_rounded, assert_three_way
 from .spec import OpSpec, Sample, Sampler
 
