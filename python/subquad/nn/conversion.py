@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
-import torch
 from torch import nn
 
 from ._gated import looks_gated
+from ._options import CatsConfig
 from .cats_mlp import CATSMLP
 
 MLP_NAMES = ("mlp", "feed_forward")
-
-
-@dataclass(frozen=True)
-class CatsConfig:
-    """Options of a conversion to CATS; see `CATSMLP`."""
-
-    threshold: float | torch.Tensor | None = None
-    inclusive: bool = False
-    mask_mode: str = "token"
-    prefill: str = "masked"
-    max_sparse_tokens: int | None = None
-    grad: str = "masked"
-    backend: str | None = None
-    down_layout: str = "auto"
 
 
 def find_mlps(model: nn.Module, layers: Iterable[int | str] | None = None) -> dict[str, nn.Module]:

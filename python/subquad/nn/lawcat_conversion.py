@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from torch import nn
 
+from ._options import LawcatConfig
 from .conversion import match_layer
 from .lawcat import LawcatAttention
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
-
-
-@dataclass(frozen=True)
-class LawcatConfig:
-    """Options of a conversion to LAWCAT; see `LawcatAttention`."""
-
-    feature_dim: int | None = None
-    conv_size: int = 4
-    conv_bias: bool = False
-    qk_activation: str | None = None
-    share_qk_conv: bool = False
-    conv_on_v: bool = False
-    tie_qk_feature_map: bool = True
-    gate: str = "vector"
-    gate_rank: int | None = 16
-    gate_logit_normalizer: float = 16.0
-    clamp_min: float | None = None
-    normalize: bool = True
-    eps: float = 1e-10
-    rope: str = "none"
-    window_size: int = 0
-    affine_window: bool = False
-    linear_covers_window: bool = True
-    linear_scale: float | None = None
-    share_kv_features: bool = False
-    use_output_gate: bool = False
-    feature_init: str = "eye"
-    backend: str | None = None
 
 
 def find_attentions(model: nn.Module, layers: Iterable[int | str] | None = None) -> dict[str, nn.Module]:

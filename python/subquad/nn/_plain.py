@@ -1,0 +1,21 @@
+"""Which children of a layer an operator may read."""
+
+from __future__ import annotations
+
+from typing import TypeGuard, TypeVar
+
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def plain(child: nn.Module | None, kind: type[Module]) -> TypeGuard[Module]:
+    """Whether an operator may read the parameters of a child instead of calling it.
+
+    Not where a user has put a module of another class, or changed what a call does: by a hook, or by another `forward` of the
+    object (as accelerate does when it offloads).
+    """
+    if type(child) is not kind:
+        return False
+    hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_pre_hooks, child._backward_hooks)
+    return not any(hooks) and "forward" not in child.__dict__
