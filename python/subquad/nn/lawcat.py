@@ -16,6 +16,7 @@ from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..ops.lawcat_decode_step import MAX_DIM, lawcat_decode_step
 from ._options import LawcatConfig
+from ._plain import plain
 from ._tokens import rotate, sliding_window, tokens_of
 from ._window import delayed, window_terms
 from .causal_conv1d import ShortConvolution
@@ -348,7 +349,7 @@ class LawcatAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention of the tokens there are, 0 at the others: one step in place, or sequences."""
         b, t, _ = x.shape
-        if t == 1 and state is not None and state.s is not None and not self.window_size and self._frozen(x):
+        if t == 1 and state is not None and state.s is not None and not self.window_size and self._steps(x):
             return self._step(x, positions, tokens, state)
         if tokens is None or self.window_size or torch.compiler.is_compiling():
             return self._sequences(x, positions, tokens, state, cu_seqlens)
@@ -363,8 +364,11 @@ class LawcatAttention(nn.Module):
         mixed = self._sequences(x.flatten(0, 1)[None, rows], positions, None, state, bounds)
         return mixed.new_zeros(b * t, mixed.shape[2]).index_copy(0, rows, mixed[0]).unflatten(0, (b, t))
 
-    def _frozen(self, x: torch.Tensor) -> bool:
-        """Whether no gradient can flow, so that states may be changed in place."""
+    def _steps(self, x: torch.Tensor) -> bool:
+        """Whether states may be changed in place: no gradient can flow, and the convolutions are those of this package."""
+        convolutions = (self.conv_q, self.conv_k, self.conv_v)
+        if not all(conv is None or plain(conv, ShortConvolution) for conv in convolutions):
+            return False
         return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _heads(
@@ -388,33 +392,44 @@ class LawcatAttention(nn.Module):
     def _features(
         self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Convolution and map in one pass."""
-        phi_k = self.feature_map if self.feature_map_k is None else self.feature_map_k
+        """Convolution and map, in one pass over memory where one operator has both."""
         features = []
-        for name, conv, x, phi in (("conv_q", self.conv_q, q, self.feature_map), ("conv_k", self.conv_k, k, phi_k)):
-            mapped, last = conv_feature_map(
-                x, conv.weight, phi.layer, conv.bias, initial_state=None if state is None else getattr(state, name),
-                output_final_state=state is not None, activation=conv.activation, cu_seqlens=cu_seqlens, kind=phi.kind,
-                fullspace=phi.fullspace, eps=phi.eps, backend=self.backend,
-            )  # fmt: skip
-            if state is not None:
-                setattr(state, name, last)
+        for name, x, phi in (("conv_q", q, self.feature_map), ("conv_k", k, self._key_map())):
+            conv = getattr(self, name)
+            if plain(conv, ShortConvolution) and plain(phi, LearnedFeatureMap) and not phi.skip_connection:
+                past = None if state is None else getattr(state, name)
+                mapped, last = conv_feature_map(
+                    x, conv.weight, phi.layer, conv.bias, initial_state=past, output_final_state=state is not None,
+                    activation=conv.activation, cu_seqlens=cu_seqlens, kind=phi.kind, fullspace=phi.fullspace,
+                    eps=phi.eps, backend=self.backend,
+                )  # fmt: skip
+                if state is not None:
+                    setattr(state, name, last)
+            else:
+                mapped = _mapped(phi, self._convolve(name, x, state, cu_seqlens))
             features.append(mapped)
         return features[0], features[1]
 
+    def _convolve(
+        self, name: str, x: torch.Tensor, state: LawcatState | None, cu_seqlens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [B, T, H, d] through the convolution of this name, whose past is in the state."""
+        past = None if state is None else getattr(state, name)
+        flat, last = getattr(self, name)(
+            x.flatten(2), cache=past, output_final_state=state is not None, cu_seqlens=cu_seqlens
+        )
+        if state is not None:
+            setattr(state, name, last)
+        return flat.unflatten(-1, (-1, self.head_dim))
+
+    def _key_map(self) -> nn.Module:
+        return self.feature_map if self.feature_map_k is None else self.feature_map_k
+
     def _map_q(self, q: torch.Tensor) -> torch.Tensor:
-        maps = self.feature_map.num_heads
-        if maps == self.num_heads:
-            return self.feature_map(q)
-        b, t, heads, width = q.shape  # tied to the maps of fewer key heads: the group stands in for tokens
-        grouped = q.reshape(b, t, maps, heads // maps, width).transpose(2, 3).reshape(b, -1, maps, width)
-        phi = self.feature_map(grouped)
-        return phi.reshape(b, t, heads // maps, maps, -1).transpose(2, 3).reshape(b, t, heads, -1)
+        return _mapped(self.feature_map, q)
 
     def _map_k(self, k: torch.Tensor) -> torch.Tensor:
-        phi = self.feature_map if self.feature_map_k is None else self.feature_map_k
-        features: torch.Tensor = phi(k)
-        return features
+        return _mapped(self._key_map(), k)
 
     def _sequences(
         self,
@@ -430,13 +445,7 @@ class LawcatAttention(nn.Module):
             q0, k0, v = (torch.where(tokens[..., None, None], a, 0) for a in (q0, k0, v))
         q, k = self._features(q0, k0, state, cu_seqlens)
         if self.conv_v is not None:
-            past = None if state is None else state.conv_v
-            flat, last = self.conv_v(
-                v.flatten(2), cache=past, output_final_state=state is not None, cu_seqlens=cu_seqlens
-            )
-            v = flat.unflatten(-1, (-1, self.head_dim))
-            if state is not None:
-                state.conv_v = last
+            v = self._convolve("conv_v", v, state, cu_seqlens)
         if tokens is not None:
             k, v = (torch.where(tokens[..., None, None], a, 0) for a in (k, v))
             if g is not None:
@@ -520,13 +529,12 @@ class LawcatAttention(nn.Module):
 
     def _fuses(self) -> bool:
         """Whether one operator has it all: gate and feature maps of LAWCAT's form, which a user may have exchanged."""
-        if self.gate is not None and type(self.gate) is not GateProjection:
+        if self.gate is not None and not plain(self.gate, GateProjection):
             return False
-        maps = [phi for phi in (self.feature_map, self.feature_map_k) if phi is not None]
-        return self.feature_map.out_dim <= MAX_DIM and all(
-            type(phi) is LearnedFeatureMap and phi.kind == "softmax" and phi.fullspace and not phi.skip_connection
-            and phi.eps == self.feature_map.eps
-            for phi in maps
+        return all(
+            plain(phi, LearnedFeatureMap) and phi.kind == "softmax" and phi.fullspace and not phi.skip_connection
+            and phi.out_dim <= MAX_DIM and phi.eps == self.feature_map.eps
+            for phi in (self.feature_map, self._key_map())
         )  # fmt: skip
 
     def _fused_step(
@@ -573,3 +581,14 @@ class LawcatAttention(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
+
+
+def _mapped(phi: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """phi(x) of x [B, T, H, d]. Where phi has fewer heads, H / M in a row share one, and the group stands in for tokens."""
+    b, t, heads, width = x.shape
+    maps = getattr(phi, "num_heads", heads)
+    if maps == heads:
+        features: torch.Tensor = phi(x)
+        return features
+    grouped = x.reshape(b, t, maps, heads // maps, width).transpose(2, 3).reshape(b, -1, maps, width)
+    return phi(grouped).reshape(b, t, heads // maps, maps, -1).transpose(2, 3).reshape(b, t, heads, -1)
