@@ -68,7 +68,10 @@ def test_kernel_package_does_not_import_triton() -> None:
         "testing",
         "testing.specs",
         "integrations.transformers",
+        "convert",
         "calibration",
+        "nn.conversion",
+        "nn.lawcat_conversion",
     ],
 )
 def test_optional_packages_are_optional(module: str) -> None:

@@ -167,11 +167,19 @@ def test_triton_kernels_can_be_shipped_alone() -> None:
 
 def test_ops_do_not_import_kernels() -> None:
     assert importing(PACKAGE / "ops", r"(^|\.)(triton|kernels|_native)(\.|$)") == []
-    assert importing(PACKAGE / "ops", r"^\.\.(nn|integrations|testing|calibration)(\.|$)") == []
+    assert importing(PACKAGE / "ops", r"^\.\.(nn|convert|integrations|testing|calibration)(\.|$)") == []
 
 
 def test_modules_do_not_reach_below_the_ops() -> None:
     assert importing(PACKAGE / "nn", r"(^|\.)(triton|kernels|_native|_schemas)(\.|$)") == []
+
+
+def test_modules_do_not_know_who_uses_them() -> None:
+    """Only the files of earlier places look up, to where things are now."""
+    earlier = ("nn/conversion.py", "nn/lawcat_conversion.py")
+    above = importing(PACKAGE / "nn", r"^\.\.(convert|integrations|testing|calibration|distillation|demo)(\.|$)")
+    assert [found for found in above if not any(f"/{name}:" in found for name in earlier)] == []
+    assert importing(PACKAGE / "convert", r"^\.\.(integrations|testing|calibration|distillation|demo)(\.|$)") == []
 
 
 def test_triton_is_imported_lazily() -> None:

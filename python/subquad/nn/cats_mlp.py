@@ -14,6 +14,7 @@ from ..ops import _checks
 from ..ops.cats_activation import GRADS
 from ..ops.cats_mlp import MASK_MODES, MAX_SPARSE_TOKENS, PREFILLS, cats_mlp
 from ..reference.cats_activation import activate
+from ._children import set_mode
 from ._gated import activation_name, gated_parts
 from ._options import CatsConfig
 
@@ -133,7 +134,7 @@ class CATSMLP(nn.Module):
             self.add_module(name, getattr(mlp, name))
         self._remember(mlp)
         self._configure(parts.activation, CatsConfig(**options))
-        self.training = mlp.training
+        set_mode(self, mlp.training, besides=mlp)
         if lay_out:
             self.lay_out()
         return self
@@ -299,7 +300,8 @@ class CATSMLP(nn.Module):
             return GatedMLP(self.gate_proj, self.up_proj, self.down_proj, self.activation).train(self.training)
         for name, child in self.named_children():
             setattr(original, name, child)  # children replaced since the conversion
-        return original.train(self.training)
+        set_mode(original, self.training, besides=self)
+        return original
 
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.intermediate_size}, activation={self.activation!r}, "

@@ -15,8 +15,8 @@ from ..ops.causal_conv1d import causal_conv1d_update
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..ops.lawcat_decode_step import MAX_DIM, lawcat_decode_step
+from ._children import plain, set_mode
 from ._options import LawcatConfig
-from ._plain import plain
 from ._tokens import rotate, sliding_window, tokens_of
 from ._window import delayed, window_terms
 from .causal_conv1d import ShortConvolution
@@ -246,21 +246,22 @@ class LawcatAttention(nn.Module):
         heads, kv_heads = sizes[0] // width, sizes[1] // width
         layer = cls(q.in_features, heads, kv_heads, head_dim=width, parts=parts, **(defaults | options))  # type: ignore
         layer._remember(attention)
-        layer.training = attention.training
-        for name, child in layer.named_children():
-            if name not in parts:  # those of the attention are in their mode
-                child.train(attention.training)
+        set_mode(layer, attention.training, besides=attention)
         return layer
 
     def to_attention(self) -> nn.Module:
-        """The attention this layer was made from.
+        """The attention this layer was made from, with the projections and norms that this layer has now.
 
         Raises:
             ValueError: it was not made from one.
         """
         if self.original is None:
             raise ValueError("original: expected a layer made by from_attention, got one made on its own")
-        return self.original.train(self.training)
+        for name in PROJECTIONS + NORMS:
+            if getattr(self, name) is not getattr(self.original, name, None):
+                setattr(self.original, name, getattr(self, name))
+        set_mode(self.original, self.training, besides=self)
+        return self.original
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """What LAWCAT adds to the projections, by name: convolutions, feature maps, gate, window factor."""

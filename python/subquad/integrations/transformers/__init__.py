@@ -5,10 +5,10 @@ Converting recognises modules by their attributes and never imports the library;
 
 from __future__ import annotations
 
-from ...nn._options import CatsConfig, LawcatConfig
+from ...convert import CatsConfig, ConversionReport, LawcatConfig
 from ...nn.cats_mlp import dense_state_dict
 from .attention import attention_forward, register
-from .convert import ConversionReport, convert, revert
+from .convert import convert, revert
 from .masks import attention_mask
 
 __all__ = [

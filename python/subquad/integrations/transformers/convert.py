@@ -8,37 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ...nn.conversion import CatsConfig, convert_mlps, revert_mlps
-from ...nn.lawcat import LawcatAttention
-from ...nn.lawcat_conversion import LawcatConfig, convert_attentions, revert_attentions
+from ...convert import CatsConfig, ConversionReport, LawcatConfig, Replacement, named, replace, restore
 
-MLPS = ("cats",)
-ATTENTIONS = ("lawcat",)
-
-
-class ConversionReport(list[str]):
-    """Qualified names of the modules that `convert` converted.
-
-    Attributes:
-        new_parameters: how many numbers they have that the model had not: what attention transfer trains.
-        shared_parameters: how many they took over.
-    """
-
-    new_parameters = 0
-    shared_parameters = 0
-
-    @classmethod
-    def of(cls, model: nn.Module, names: Iterable[str]) -> ConversionReport:
-        report = cls(names)
-        new: dict[int, int] = {}
-        shared: dict[int, int] = {}
-        for name in report:
-            module = model.get_submodule(name)
-            added = module.new_parameters().values() if isinstance(module, LawcatAttention) else ()
-            new |= {id(p): p.numel() for p in added}
-            shared |= {id(p): p.numel() for p in module.parameters() if id(p) not in new}
-        report.new_parameters, report.shared_parameters = sum(new.values()), sum(shared.values())
-        return report
+KINDS = ("attention", "mlp")  # in the order in which a report lists them
 
 
 def convert(
@@ -83,37 +55,29 @@ def convert(
         )
     if mlp is not None and attention is not None and options:
         raise TypeError(f"{next(iter(options))}: with mlp and attention, options belong into config objects")
-    wanted = None if layers is None else list(layers)
-    mlp_config = _config("mlp", mlp, MLPS, CatsConfig, options)
-    attention_config = _config("attention", attention, ATTENTIONS, LawcatConfig, options)
-    converted = [] if attention_config is None else convert_attentions(model, attention_config, wanted)
-    if mlp_config is None:
-        return ConversionReport.of(model, converted)
-    try:
-        return ConversionReport.of(model, converted + convert_mlps(model, mlp_config, wanted))
-    except BaseException:
-        for name in converted:
-            model.set_submodule(name, model.get_submodule(name).to_attention(), strict=True)  # type: ignore[operator]
-        raise
+    given = {"attention": attention, "mlp": mlp}
+    conversions = [_conversion(kind, given[kind], options) for kind in KINDS if given[kind] is not None]
+    return replace(model, conversions, layers)
 
 
-def _config(name: str, value: Any, names: tuple[str, ...], kind: Any, options: dict[str, Any]) -> Any:
-    """The config object that the argument `name` of `convert` means."""
-    if value is None:
-        return None
-    if isinstance(value, kind):
-        if options:
-            raise TypeError(
-                f"{next(iter(options))}: options come with {name}={names[0]!r}; with a {kind.__name__}, set them there"
-            )
-        return value
-    if value not in names:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))} or a {kind.__name__}, got {value!r}")
-    known = [field.name for field in fields(kind)]
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise TypeError(f"{unknown[0]}: unknown option; expected some of {', '.join(known)}")
-    return kind(**options)
+def _conversion(kind: str, value: Any, options: dict[str, Any]) -> tuple[Replacement, Any]:
+    """The replacement and the config that an argument of `convert` means."""
+    known = named(kind)
+    names, configs = list(known), " or ".join(f"a {replacement.config.__name__}" for replacement in known.values())
+    if isinstance(value, str) and value in known:
+        config = known[value].config
+        fields_of = [field.name for field in fields(config)]
+        unknown = [option for option in options if option not in fields_of]
+        if unknown:
+            raise TypeError(f"{unknown[0]}: unknown option; expected some of {', '.join(fields_of)}")
+        return known[value], config(**options)
+    for name, replacement in known.items():
+        if isinstance(value, replacement.config):
+            if options:
+                text = f"options come with {kind}={name!r}; with a {replacement.config.__name__}, set them there"
+                raise TypeError(f"{next(iter(options))}: {text}")
+            return replacement, value
+    raise ValueError(f"{kind}: expected one of {', '.join(map(repr, names))} or {configs}, got {value!r}")
 
 
 def revert(model: nn.Module) -> list[str]:
@@ -122,4 +86,4 @@ def revert(model: nn.Module) -> list[str]:
     Returns:
         Qualified names of the modules put back; empty when nothing was converted.
     """
-    return revert_attentions(model) + revert_mlps(model)
+    return restore(model, *KINDS)
