@@ -298,6 +298,18 @@ def test_feature_maps_and_gates_of_another_class(name: str, other: torch.nn.Modu
     check_exchanged(layer, before, x)
 
 
+@torch.no_grad()
+def test_sequences_replace_states() -> None:
+    """Whoever holds the tensors of a state goes on to hold the old ones, exchanged convolutions or not."""
+    layer, cache = layer_of("default", conv_on_v=True), LawcatCache()
+    wrap(layer, "conv_k")
+    layer.mix(torch.randn(2, 4, 32), past_key_values=cache)
+    held = cache.states[0].tensors()
+    before = {name: value.clone() for name, value in held.items()}
+    layer.mix(torch.randn(2, 4, 32), past_key_values=cache)
+    assert all(torch.equal(value, before[name]) for name, value in held.items())
+
+
 def test_gradients_with_an_exchanged_feature_map() -> None:
     layer, x = layer_of("scalar"), torch.randn(2, 8, 32)
     layer.feature_map = LearnedFeatureMap(4, 8, 8, skip_connection=True)

@@ -414,8 +414,9 @@ class LawcatAttention(nn.Module):
     def _convolve(
         self, name: str, x: torch.Tensor, state: LawcatState | None, cu_seqlens: torch.Tensor | None
     ) -> torch.Tensor:
-        """x [B, T, H, d] through the convolution of this name, whose past is in the state."""
+        """x [B, T, H, d] through the convolution of this name, whose past in the state is replaced, not written to."""
         past = None if state is None else getattr(state, name)
+        past = None if past is None else past.clone()  # the module works in place
         flat, last = getattr(self, name)(
             x.flatten(2), cache=past, output_final_state=state is not None, cu_seqlens=cu_seqlens
         )
