@@ -24,6 +24,7 @@ from .rope import RopeSpec
 
 if TYPE_CHECKING:
     from . import compat as compat
+    from . import convert as convert
     from . import integrations as integrations
     from . import nn as nn
     from . import recipes as recipes
@@ -40,7 +41,7 @@ _LAZY = {
     "track_sparsity": "subquad.calibration",
     "trainable_parameters": "subquad.distillation",
 }
-_LAZY_MODULES = ("compat", "integrations", "kernels", "nn", "ops", "recipes", "reference", "testing")
+_LAZY_MODULES = ("compat", "convert", "integrations", "kernels", "nn", "ops", "recipes", "reference", "testing")
 
 
 def __getattr__(name: str) -> Any:

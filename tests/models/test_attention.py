@@ -10,6 +10,7 @@ import torch
 
 from subquad import IntervalMask
 from subquad.integrations.transformers import attention_forward, attention_mask, register
+from subquad.nn import LawcatAttention
 from subquad.testing import backend_params
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
@@ -170,6 +171,43 @@ def test_a_window_that_only_the_layer_names(first_row: int) -> None:
     )
     t, j = torch.arange(3)[:, None] + first_row, torch.arange(30)
     check_window(mask, (j <= t) & (t - j < 4), 3, 30)
+
+
+@pytest.mark.parametrize("keys", [17, 30])
+def test_a_mask_says_what_is_in_it(keys: int) -> None:
+    """By attributes of its own: a growing cache has the plain form of a window, a preallocated one has intervals."""
+    utils = transformers.masking_utils
+    functions = {
+        "sliding": utils.sliding_window_causal_mask_function(4),
+        "causal": utils.causal_mask_function,
+        "full": utils.bidirectional_mask_function,
+        "other": lambda b, h, q, kv: kv <= q + 1,
+    }
+    padding = torch.ones(1, keys, dtype=torch.bool)
+    padding[:, :3] = False
+    made = {
+        name: attention_mask(
+            batch_size=1, q_length=17, kv_length=keys, q_offset=0, kv_offset=0, mask_function=function,
+            attention_mask=padding, use_vmap=True,
+        )
+        for name, function in functions.items()
+    }  # fmt: skip
+    assert {name: mask.sliding_window for name, mask in made.items()} == {
+        "sliding": 4, "causal": -1, "full": -1, "other": -1,
+    }  # fmt: skip
+    assert {name: mask.window for name, mask in made.items() if mask.starts is not None and mask.window != -1} == {}
+    assert [name for name, mask in made.items() if mask.padded_causal] == ["sliding", "causal"]
+    assert all((made[name].padding is not None) == made[name].padded_causal for name in made)
+    assert [mask.first_row for mask in made.values()] == [0, 0, 0, None]
+    layer = LawcatAttention(8, 2)
+    for name in ("sliding", "causal"):
+        tokens = layer(torch.randn(1, 17, 8), attention_mask=made[name])[0]
+        assert tokens.shape == (1, 17, 8)
+    lookalike = IntervalMask.causal(17, keys)
+    lookalike.padding = None
+    for mask in (made["full"], made["other"], lookalike):
+        with pytest.raises(ValueError, match="attention_mask: expected a causal mask of the model"):
+            layer(torch.randn(1, 17, 8), attention_mask=mask)
 
 
 def check_window(mask: Any, dense: torch.Tensor, tq: int, tk: int) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 import subquad
 from subquad.calibration import CatsCalibrator, MagnitudeSketch, sparsity_report, track_sparsity
 from subquad.calibration.sketch import ABOVE, BINS, NAN, OCTAVES, SLOTS, ZERO
+from subquad.convert import CatsConfig, convert_mlps, revert_mlps
 from subquad.nn import CATSMLP
-from subquad.nn.conversion import CatsConfig, convert_mlps, revert_mlps
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
 

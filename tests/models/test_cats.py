@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -220,7 +218,7 @@ def test_out_of_memory_while_laying_out_changes_nothing(monkeypatch: pytest.Monk
 
     def fails(self: CATSMLP) -> None:
         calls.append(self)
-        if len(calls) == 5:  # three while building, then the second of three
+        if len(calls) == 2:
             raise MemoryError
         lay_out(self)
 
@@ -308,16 +306,3 @@ def test_training_through_a_converted_model(ids: torch.Tensor) -> None:
     assert losses[-1] < losses[0]
     gate = model.model.layers[0].mlp.gate_proj.weight.grad
     assert gate.abs().sum() > 0
-
-
-def test_transformers_is_not_imported() -> None:
-    code = (
-        "import sys, torch, subquad, subquad.nn, subquad.integrations.transformers\n"
-        "class Block(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__(); self.mlp = subquad.nn.CATSMLP(4, 8).to_dense()\n"
-        "block = Block()\n"
-        "assert subquad.integrations.transformers.convert(block, mlp='cats') == ['mlp']\n"
-        "assert 'transformers' not in sys.modules and 'triton' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

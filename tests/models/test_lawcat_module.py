@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import subquad
 import subquad.nn.lawcat
-from subquad.nn import LawcatAttention, LawcatCache
+from subquad.nn import LawcatAttention, LawcatCache, LearnedFeatureMap
+from subquad.nn._options import LawcatConfig
 from subquad.nn._window import window_terms
 from subquad.nn.lawcat import rotate
+from subquad.reference.feature_map import KINDS
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -172,23 +176,148 @@ def test_one_operator_decodes_what_several_do(name: str, dtype: torch.dtype, mon
         torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
 
 
+def called(layer: LawcatAttention, x: torch.Tensor) -> torch.Tensor:
+    """The layer before `o_proj` as its children make it, each of them called."""
+
+    def features(y: torch.Tensor, conv: Any, phi: Any) -> torch.Tensor:
+        y = conv(y)[0].unflatten(-1, (-1, layer.head_dim))
+        heads = y.shape[2]
+        if getattr(phi, "num_heads", heads) != heads:
+            wide = LearnedFeatureMap(
+                heads, phi.head_dim, phi.feature_dim, kind=phi.kind, fullspace=phi.fullspace,
+                skip_connection=phi.skip_connection, eps=phi.eps,
+            )  # fmt: skip
+            wide.layer.data = phi.layer.detach().repeat_interleave(heads // phi.num_heads, 0)
+            phi = wide
+        return phi(y)
+
+    phi_k = layer.feature_map if layer.feature_map_k is None else layer.feature_map_k
+    q = features(layer.q_proj(x), layer.conv_q, layer.feature_map)
+    k = features(layer.k_proj(x), layer.conv_k, phi_k)
+    v = layer.v_proj(x) if layer.conv_v is None else layer.conv_v(layer.v_proj(x))[0]
+    g = layer.gate(x) if layer.gate_kind == "scalar" else layer.gate(x).unflatten(-1, (layer.num_kv_heads, -1))
+    o = subquad.gated_linear_attention(q, k, v.unflatten(-1, (-1, layer.head_dim)), g, normalize=True, eps=layer.eps)
+    return (o[0] if isinstance(o, tuple) else o).flatten(2)
+
+
+def check_exchanged(layer: LawcatAttention, before: torch.Tensor, x: torch.Tensor) -> None:
+    """The exchange counts, and counts alike in sequences, in pieces, and in single steps with a row that is skipped."""
+    whole, cache = layer.mix(x), LawcatCache()
+    assert not torch.allclose(whole, before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whole, called(layer, x), rtol=1e-5, atol=1e-5)
+    pieces = [layer.mix(piece, past_key_values=cache) for piece in x.split([4, 1, 1, 2], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+    cache, mask = LawcatCache(), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1]])
+    pieces = [layer.mix(x[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache) for t in range(4)]
+    torch.testing.assert_close(torch.cat(pieces, 1)[0], whole[0, :4], rtol=1e-5, atol=1e-5)
+    alone = layer.mix(x[1:, [0, 1, 3]])[0]
+    torch.testing.assert_close(torch.cat(pieces, 1)[1, [0, 1, 3]], alone, rtol=1e-5, atol=1e-5)
+
+
+CHANGES: list[dict[str, Any]] = [
+    *({"kind": kind} for kind in KINDS if kind != "softmax"), *({"kind": kind, "fullspace": False} for kind in KINDS[:4]),
+    {"skip_connection": True}, {"skip_connection": True, "fullspace": False, "kind": "elu1"}, {"eps": 0.3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: "-".join(map(str, change.values())))
 @torch.no_grad()
-def test_other_feature_maps_and_gates_are_composed() -> None:
-    """What one operator does not have goes on to work: an exchanged map or gate."""
-    from subquad.nn import LearnedFeatureMap
+def test_prefill_is_decoding_with_any_feature_map(change: dict[str, Any], heads: int) -> None:
+    layer, x = layer_of("scalar", tie_qk_feature_map=heads > 1), torch.randn(2, 8, 32)
+    before = layer.mix(x)
+    names = ("feature_map",) if heads > 1 else ("feature_map", "feature_map_k")
+    for name in names:
+        setattr(layer, name, LearnedFeatureMap(heads, 8, 8, **change))
+        getattr(layer, name).layer.add_(0.3 * torch.randn(heads, 8, 8))
+    check_exchanged(layer, before, x)
 
-    class Slower(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return -x[..., :16].abs()
 
-    for change in ("feature_map", "gate"):
-        layer = layer_of("default")
-        other = LearnedFeatureMap(4, 8, 4, kind="exp") if change == "feature_map" else Slower()
-        setattr(layer, change, other)
-        assert not layer._fuses() and layer_of("default")._fuses()
-        x, cache = torch.randn(2, 6, 32), LawcatCache()
-        pieces = [layer.mix(piece, past_key_values=cache) for piece in x.split([4, 1, 1], 1)]
-        torch.testing.assert_close(torch.cat(pieces, 1), layer.mix(x), rtol=1e-5, atol=1e-5)
+class Elu(torch.nn.Module):
+    """A feature map with nothing in common with ours but its call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.elu(3 * x) + 1
+
+
+class Slower(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x[..., :16].abs()
+
+
+class Shifted(torch.nn.Module):
+    """A wrapper that changes the call of what it wraps."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return shifted(self.inner(*args, **kwargs))
+
+
+def shifted(y: Any) -> Any:
+    return (shifted(y[0]), *y[1:]) if isinstance(y, tuple) else y + 0.3 * torch.arange(y.shape[-1]).cos()
+
+
+def wrap(layer: LawcatAttention, name: str) -> None:
+    setattr(layer, name, Shifted(getattr(layer, name)))
+
+
+def hook(layer: LawcatAttention, name: str) -> None:
+    getattr(layer, name).register_forward_hook(lambda module, args, y: shifted(y))
+
+
+def patch(layer: LawcatAttention, name: str) -> None:
+    child = getattr(layer, name)
+    forward = child.forward
+    child.forward = lambda *args, **kwargs: shifted(forward(*args, **kwargs))
+
+
+CHILDREN = ("q_proj", "k_proj", "v_proj", "conv_q", "conv_k", "conv_v", "feature_map", "gate")
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+@pytest.mark.parametrize("how", [wrap, hook, patch])
+@torch.no_grad()
+def test_children_are_seen_as_they_are(name: str, how: Any) -> None:
+    """A module of another class, a hook, another forward of the object: whatever a call of the child does, counts."""
+    layer, x = layer_of("default", conv_on_v=True), torch.randn(2, 8, 32)
+    before = layer.mix(x)
+    how(layer, name)
+    check_exchanged(layer, before, x)
+
+
+@pytest.mark.parametrize(("name", "other"), [("feature_map", Elu()), ("gate", Slower())])
+@torch.no_grad()
+def test_feature_maps_and_gates_of_another_class(name: str, other: torch.nn.Module) -> None:
+    layer, x = layer_of("default"), torch.randn(2, 8, 32)
+    before = layer.mix(x)
+    setattr(layer, name, other)
+    assert not layer._fuses() and layer_of("default")._fuses()
+    check_exchanged(layer, before, x)
+
+
+@torch.no_grad()
+def test_sequences_replace_states() -> None:
+    """Whoever holds the tensors of a state goes on to hold the old ones, exchanged convolutions or not."""
+    layer, cache = layer_of("default", conv_on_v=True), LawcatCache()
+    wrap(layer, "conv_k")
+    layer.mix(torch.randn(2, 4, 32), past_key_values=cache)
+    held = cache.states[0].tensors()
+    before = {name: value.clone() for name, value in held.items()}
+    layer.mix(torch.randn(2, 4, 32), past_key_values=cache)
+    assert all(torch.equal(value, before[name]) for name, value in held.items())
+
+
+def test_gradients_with_an_exchanged_feature_map() -> None:
+    layer, x = layer_of("scalar"), torch.randn(2, 8, 32)
+    layer.feature_map = LearnedFeatureMap(4, 8, 8, skip_connection=True)
+    grads = []
+    for function in (layer.mix, lambda x: called(layer, x)):
+        loss = function(x).square().sum()
+        grads.append(torch.autograd.grad(loss, [layer.feature_map.layer, layer.conv_q.weight, layer.k_proj.weight]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
 def test_cache_memory_is_constant() -> None:
@@ -373,6 +502,70 @@ def test_state_dict_round_trip() -> None:
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LawcatAttention(**{"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2} | options)
+
+
+def test_options_are_those_of_the_config() -> None:
+    """Every field of `LawcatConfig` is an option of the constructor; no other is."""
+    other: dict[str, Any] = {
+        "feature_dim": 3, "conv_size": 2, "conv_bias": True, "qk_activation": "silu", "share_qk_conv": True,
+        "conv_on_v": True, "tie_qk_feature_map": False, "gate": "scalar", "gate_rank": 5, "gate_logit_normalizer": 8.0,
+        "clamp_min": -0.5, "normalize": False, "eps": 1e-3, "rope": "linear", "window_size": 0, "affine_window": True,
+        "linear_covers_window": True, "linear_scale": 0.5, "share_kv_features": False, "use_output_gate": True,
+        "feature_init": "kaiming", "backend": "reference",
+    }  # fmt: skip
+    assert set(other) == {field.name for field in fields(LawcatConfig)}
+    layer, default = LawcatAttention(32, 4, 2, **other), LawcatAttention(32, 4, 2)
+    own = ("feature_dim", "normalize", "eps", "rope", "affine_window", "linear_scale", "backend")
+    assert all(getattr(layer, name) == other[name] for name in own)
+    assert (layer.gate_kind, layer.gate.normalizer, layer.gate.clamp_min) == ("scalar", 8.0, -0.5)
+    assert layer.gate[0].out_features == 5 and layer.feature_map.init == "kaiming" and layer.feature_map_k is not None
+    assert layer.conv_q.kernel_size == 2 and layer.conv_q.bias is not None and layer.conv_q.activation == "silu"
+    assert layer.conv_v is not None and layer.output_gate is not None and layer.conv_k.weight is layer.conv_q.weight
+    assert default.feature_dim == 4 and default.gate_kind == LawcatConfig().gate and default.gate[0].out_features == 16
+    with pytest.raises(TypeError, match="'taps'"):
+        LawcatAttention(32, 4, 2, taps=3)
+
+
+class Softmax(torch.nn.Module):
+    """An attention of a model, as far as a conversion looks at it."""
+
+    def __init__(self, hidden: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.head_dim = width
+        self.q_proj = torch.nn.Linear(hidden, heads * width)
+        self.k_proj, self.v_proj = (torch.nn.Linear(hidden, 2 * width) for _ in range(2))
+        self.o_proj = torch.nn.Linear(heads * width, hidden)
+        self.q_norm = torch.nn.RMSNorm(width)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of every storage that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            self.storages.setdefault(storage.data_ptr(), storage)  # kept alive, so that no address comes twice
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"conv_on_v": True, "use_output_gate": True, "window_size": 4}])
+def test_from_attention_allocates_nothing_in_vain(options: dict[str, Any]) -> None:
+    attention = Softmax(256, 4, 64).eval()
+    attention.q_proj.train()
+    with Allocated() as allocated:
+        layer = LawcatAttention.from_attention(attention, **options)
+    kept = {p.untyped_storage().data_ptr() for p in layer.new_parameters().values()}
+    assert kept <= set(allocated.storages)
+    vain = [storage.nbytes() for address, storage in allocated.storages.items() if address not in kept]
+    assert sum(vain) <= 2 * 4 * 64 * 32  # the start of a feature map, and nothing of the size of a projection
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm")
+    assert all(getattr(layer, name) is getattr(attention, name) for name in parts) and layer.k_norm is None
+    assert [n for n, m in layer.named_modules() if m.training] == ["q_proj"]  # each in the mode it was in
 
 
 def test_bad_calls() -> None:

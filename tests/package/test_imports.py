@@ -60,7 +60,19 @@ def test_kernel_package_does_not_import_triton() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["nn", "ops", "reference", "testing", "testing.specs", "integrations", "calibration"]
+    "module",
+    [
+        "nn",
+        "ops",
+        "reference",
+        "testing",
+        "testing.specs",
+        "integrations.transformers",
+        "convert",
+        "calibration",
+        "nn.conversion",
+        "nn.lawcat_conversion",
+    ],
 )
 def test_optional_packages_are_optional(module: str) -> None:
     """Every part can be imported without what only some users have."""

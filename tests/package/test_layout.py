@@ -182,6 +182,14 @@ def test_modules_do_not_reach_below_the_ops() -> None:
     assert importing(PACKAGE / "nn", r"(^|\.)(triton|kernels|_native|contract)(\.|$)") == []
 
 
+def test_modules_do_not_know_who_uses_them() -> None:
+    """Only the files of earlier places look up, to where things are now."""
+    earlier = ("nn/conversion.py", "nn/lawcat_conversion.py")
+    above = importing(PACKAGE / "nn", r"^\.\.(convert|integrations|testing|calibration|distillation|demo)(\.|$)")
+    assert [found for found in above if not any(f"/{name}:" in found for name in earlier)] == []
+    assert importing(PACKAGE / "convert", r"^\.\.(integrations|testing|calibration|distillation|demo)(\.|$)") == []
+
+
 def test_triton_is_imported_lazily() -> None:
     assert (
         importing(PACKAGE, r"^(triton|transformers|peft|safetensors|gguf|matplotlib|pytest)(\.|$)", module_level=True)
@@ -189,12 +197,25 @@ def test_triton_is_imported_lazily() -> None:
     )
 
 
-def test_integrations_do_not_need_each_other() -> None:
-    for path in below(PACKAGE / "integrations"):
-        others = {p.stem for p in below(PACKAGE / "integrations") if p.stem != "__init__"} - {path.stem}
-        assert not [name for name in imports(path) if name.startswith(".") and name.split(".")[1] in others], name_of(
-            path
-        )
+def crossings(folder: Path) -> list[str]:
+    """ "file: module" where a file or folder of this folder imports its neighbour, or the whole package."""
+    entries = {path.stem for path in folder.iterdir() if path.suffix in ("", ".py")} - {"__init__", "__pycache__"}
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        neighbours = [f"{'.' * len(parts)}{name}" for name in entries - {parts[0]}]
+        for name in imports(path):
+            if any(f"{name}.".startswith(f"{neighbour}.") for neighbour in (*neighbours, "subquad")):
+                found.append(f"{'/'.join(parts)}: {name}")
+    return found
+
+
+def test_integrations_do_not_need_each_other(tmp_path: Path) -> None:
+    assert crossings(PACKAGE / "integrations") == []
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two.py").write_text("from .one.parts import a\nfrom ..nn import b\n")
+    (tmp_path / "one" / "parts.py").write_text("from . import two\nfrom .. import two\nimport subquad.nn\n")
+    assert crossings(tmp_path) == ["one/parts: ..two", "one/parts: subquad.nn", "two: .one.parts.a"]
 
 
 def test_specs_do_not_need_pytest() -> None:

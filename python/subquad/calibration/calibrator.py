@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._backends import SubquadWarning
+from ..convert import CatsConfig, convert_mlps, find_mlps, match_layer
 from ..nn._gated import gated_activation
 from ..nn.cats_mlp import CATSMLP
-from ..nn.conversion import CatsConfig, convert_mlps, find_mlps, match_layer
 from ..reference.cats_activation import activate
 from .sketch import SLOTS, MagnitudeSketch
 

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from ..calibration import CatsCalibrator
+from ..convert import find_attentions, find_mlps, restore
 from ..distillation import attention_transfer, trainable_parameters
 from ..integrations.transformers import convert, register
 from ..nn.cats_mlp import CATSMLP
-from ..nn.conversion import find_mlps
-from ..nn.lawcat_conversion import find_attentions
 
 CATS_TARGETS = (0.3, 0.5, 0.7)
 LAWCAT_KEEP = 5  # one layer of so many stays softmax in the hybrid
@@ -109,9 +108,7 @@ def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[],
             tick()
     linear.requires_grad_(False)
     hybrid = _sharing(linear)
-    for number, (name, layer) in enumerate(find_attentions(hybrid).items()):
-        if number % LAWCAT_KEEP == LAWCAT_KEEP // 2:
-            hybrid.set_submodule(name, layer.to_attention(), strict=True)  # type: ignore[operator]
+    restore(hybrid, "attention", layers=list(find_attentions(hybrid))[LAWCAT_KEEP // 2 :: LAWCAT_KEEP])
     return [Variant("LAWCAT", "lawcat", linear), Variant("LAWCAT hybrid", "lawcat", hybrid)]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..masks import IntervalMask
+from ..masks.model_mask import ModelMask
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -44,9 +45,9 @@ def tokens_of(
     if mask is None:
         return None
     if isinstance(mask, IntervalMask):
-        if not hasattr(mask, "padding"):
+        if not isinstance(mask, ModelMask) or not mask.padded_causal:
             raise ValueError("attention_mask: expected a causal mask of the model, got another IntervalMask")
-        padding: torch.Tensor | None = mask.padding
+        padding = mask.padding
         return None if padding is None else padding[:, -length:].expand(batch, -1)
     if mask.dim() == 2:
         if mask.shape[0] != batch or mask.shape[1] < length:

@@ -14,7 +14,9 @@ from .._backends import BACKENDS
 from ..ops.cats_activation import GRADS
 from ..ops.cats_mlp import MASK_MODES, MAX_SPARSE_TOKENS, PREFILLS, cats_mlp
 from ..reference.cats_activation import activate
+from ._children import set_mode
 from ._gated import activation_name, gated_parts
+from ._options import CatsConfig
 
 DOWN_LAYOUTS = ("auto", "strided", "copy", "keep")
 DENSE = -1.0  # a threshold below every magnitude
@@ -98,28 +100,30 @@ class CATSMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias, device, dtype)
-        self._configure(activation_name(activation), **options)
+        self._configure(activation_name(activation), CatsConfig(**options))
+        self.lay_out()
 
     @classmethod
     def from_llama_mlp(
         cls,
         mlp: nn.Module,
         *,
-        threshold: float | torch.Tensor | None = None,
         share_weights: bool = True,
+        lay_out: bool = True,
         **options: Any,
     ) -> CATSMLP:
         """Build from a dense gated MLP: gate_proj (or a fused gate_up_proj), up_proj, down_proj and an activation.
 
         Args:
             mlp: a LlamaMLP, MistralMLP, Qwen2MLP, GemmaMLP, Phi3MLP or a module shaped like one.
-            threshold: see the class.
             share_weights: keep the very same `nn.Linear` objects; False copies them.
-            options: the keyword arguments of the class from `inclusive` to `down_layout`.
+            lay_out: False leaves the down projection as it is, for a call of `lay_out` later: nothing of `mlp` has changed then.
+            options: the keyword arguments of the class from `threshold` to `down_layout`.
 
         Raises:
             ValueError: if the module cannot be represented (wrapped or quantised projections, unknown activation,
-                `pretraining_tp` above 1, a different formula), or for an unknown option. `mlp` is then unchanged.
+                `pretraining_tp` above 1, a different formula), or an option has no such value. `mlp` is then unchanged.
+            TypeError: for an unknown option.
         """
         parts = gated_parts(mlp)
         self = cls.__new__(cls)
@@ -129,53 +133,44 @@ class CATSMLP(nn.Module):
         for name in parts.projections:
             self.add_module(name, getattr(mlp, name))
         self._remember(mlp)
-        self._configure(parts.activation, threshold=threshold, **options)
-        self.train(mlp.training)
+        self._configure(parts.activation, CatsConfig(**options))
+        set_mode(self, mlp.training, besides=mlp)
+        if lay_out:
+            self.lay_out()
         return self
 
     def _remember(self, original: nn.Module | None) -> None:
         """Keep the dense module without registering it: its parameters are ours already."""
         object.__setattr__(self, "original", original)
 
-    def _configure(
-        self,
-        activation: str,
-        *,
-        threshold: float | torch.Tensor | None = None,
-        inclusive: bool = False,
-        mask_mode: str = "token",
-        prefill: str = "masked",
-        max_sparse_tokens: int | None = None,
-        grad: str = "masked",
-        backend: str | None = None,
-        down_layout: str = "auto",
-    ) -> None:
-        _checks.choice("mask_mode", mask_mode, MASK_MODES)
-        _checks.choice("prefill", prefill, PREFILLS)
-        _checks.choice("grad", grad, GRADS)
-        _checks.choice("down_layout", down_layout, DOWN_LAYOUTS)
-        if max_sparse_tokens is not None and not 0 <= max_sparse_tokens <= MAX_SPARSE_TOKENS:
-            raise ValueError(f"max_sparse_tokens: expected 0 to {MAX_SPARSE_TOKENS}, got {max_sparse_tokens}")
-        if backend is not None:
-            _checks.choice("backend", backend, BACKENDS)
-        self.activation, self.backend, self.max_sparse_tokens = activation, backend, max_sparse_tokens
-        self.mask_mode, self.prefill, self.grad, self.down_layout = mask_mode, prefill, grad, down_layout
+    def _configure(self, activation: str, config: CatsConfig) -> None:
+        _checks.choice("mask_mode", config.mask_mode, MASK_MODES)
+        _checks.choice("prefill", config.prefill, PREFILLS)
+        _checks.choice("grad", config.grad, GRADS)
+        _checks.choice("down_layout", config.down_layout, DOWN_LAYOUTS)
+        limit = config.max_sparse_tokens
+        if limit is not None and not 0 <= limit <= MAX_SPARSE_TOKENS:
+            raise ValueError(f"max_sparse_tokens: expected 0 to {MAX_SPARSE_TOKENS}, got {limit}")
+        if config.backend is not None:
+            _checks.choice("backend", config.backend, BACKENDS)
+        self.activation, self.backend, self.max_sparse_tokens = activation, config.backend, limit
+        self.mask_mode, self.prefill, self.grad = config.mask_mode, config.prefill, config.grad
+        self.down_layout = config.down_layout
         self.hidden_size, self.intermediate_size = self.down_proj.weight.shape
         self.enabled = True
         self._fused = "gate_up_proj" in self._modules
-        self._restrided = False
+        self._layout: tuple[torch.Size, tuple[int, ...]] | None = None  # shape and strides before `lay_out`
         self._copied_from: tuple[int, int] | None = None
         device = self.down_proj.weight.device
         self.register_buffer("threshold", torch.full((), DENSE, device=device, dtype=torch.float32))
-        meta = torch.tensor([_META_VERSION, -1.0, 0.0, float(inclusive)], dtype=torch.float32)
+        meta = torch.tensor([_META_VERSION, -1.0, 0.0, float(config.inclusive)], dtype=torch.float32)
         self.register_buffer("cats_meta", meta.to(device))
         self.register_buffer("down_proj_t", None, persistent=False)
-        self._inclusive = inclusive
-        if threshold is not None:
-            self.set_threshold(threshold)
+        self._inclusive = config.inclusive
+        if config.threshold is not None:
+            self.set_threshold(config.threshold)
         self.register_state_dict_post_hook(_contiguous_down)
         self.register_load_state_dict_post_hook(_after_load)
-        self.lay_out()
 
     # --- threshold ---------------------------------------------------------------------------------------------------
 
@@ -230,8 +225,8 @@ class CATSMLP(nn.Module):
         """Bring the down projection into its layout; needed only after replacing `down_proj.weight` by hand."""
         weight = self.down_proj.weight
         if self.down_layout in ("auto", "strided") and not weight.t().is_contiguous():
+            self._layout = weight.shape, weight.stride()  # first, so that an interrupted change can be undone
             weight.data = weight.data.t().contiguous().t()
-            self._restrided = True
         elif self.down_layout == "copy":
             self.refresh()
 
@@ -248,9 +243,10 @@ class CATSMLP(nn.Module):
 
     def restore_layout(self) -> None:
         """Undo the re-striding of `down_proj.weight`, and let the copy go."""
-        if self._restrided:
-            self.down_proj.weight.data = self.down_proj.weight.data.contiguous()
-            self._restrided = False
+        if self._layout is not None:
+            weight = self.down_proj.weight
+            weight.data = _with_layout(weight.data, *self._layout)
+            self._layout = None
         self.down_proj_t, self._copied_from = None, None
 
     @torch.no_grad()
@@ -304,7 +300,8 @@ class CATSMLP(nn.Module):
             return GatedMLP(self.gate_proj, self.up_proj, self.down_proj, self.activation).train(self.training)
         for name, child in self.named_children():
             setattr(original, name, child)  # children replaced since the conversion
-        return original.train(self.training)
+        set_mode(original, self.training, besides=self)
+        return original
 
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.intermediate_size}, activation={self.activation!r}, "
@@ -372,6 +369,16 @@ class CATSMLP(nn.Module):
             if not meta.is_meta and meta[0] > _META_VERSION:
                 return f"cats_meta: format {int(meta[0])} is newer than {_META_VERSION}, the newest this version reads"
         return None
+
+
+def _with_layout(data: torch.Tensor, shape: torch.Size, strides: tuple[int, ...]) -> torch.Tensor:
+    """The data with these strides; contiguous if it has another shape by now, or the elements would overlap."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if data.shape != shape or extent < data.numel():
+        return data.contiguous()
+    if data.stride() == strides:
+        return data
+    return torch.empty_strided(shape, strides, dtype=data.dtype, device=data.device).copy_(data)
 
 
 def _identity(weight: torch.Tensor) -> tuple[int, int]:

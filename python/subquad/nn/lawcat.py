@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from ..ops.causal_conv1d import causal_conv1d_update
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from ..ops.lawcat_decode_step import MAX_DIM, lawcat_decode_step
+from ._children import plain, set_mode
+from ._options import LawcatConfig
 from ._tokens import rotate, sliding_window, tokens_of
 from ._window import delayed, window_terms
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 from .lawcat_cache import LawcatState, state_of
 
-GATES = ("vector", "scalar", "none")
-ROPES = ("none", "linear")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
 
 
 class GateProjection(nn.Sequential):
@@ -105,6 +107,7 @@ class LawcatAttention(nn.Module):
         feature_init: "eye" or "kaiming".
         proj_bias: whether the projections have a bias.
         layer_idx: number of the layer in a cache.
+        parts: modules to use instead of new ones, by name: projections, q_norm, k_norm.
         backend: of the operators.
         device, dtype: of the parameters.
 
@@ -127,6 +130,9 @@ class LawcatAttention(nn.Module):
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
 
     def __init__(
         self,
@@ -135,39 +141,20 @@ class LawcatAttention(nn.Module):
         num_kv_heads: int | None = None,
         *,
         head_dim: int | None = None,
-        feature_dim: int | None = None,
-        conv_size: int = 4,
-        conv_bias: bool = False,
-        qk_activation: str | None = None,
-        share_qk_conv: bool = False,
-        conv_on_v: bool = False,
         qk_norm: bool = False,
-        tie_qk_feature_map: bool = True,
-        gate: str = "vector",
-        gate_rank: int | None = 16,
-        gate_logit_normalizer: float = 16.0,
-        clamp_min: float | None = None,
-        normalize: bool = True,
-        eps: float = 1e-10,
-        rope: str = "none",
-        window_size: int = 0,
-        affine_window: bool = False,
-        linear_covers_window: bool = True,
-        linear_scale: float | None = None,
-        share_kv_features: bool = False,
-        use_output_gate: bool = False,
-        feature_init: str = "eye",
         proj_bias: bool = False,
         layer_idx: int | None = None,
-        backend: str | None = None,
+        parts: Mapping[str, nn.Module] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
+        config = LawcatConfig(**options)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
         head_dim = hidden_size // max(num_heads, 1) if head_dim is None else head_dim
-        feature_dim = max(head_dim // 2, 1) if feature_dim is None else feature_dim
+        feature_dim = max(head_dim // 2, 1) if config.feature_dim is None else config.feature_dim
         for name, size in (sizes | {"head_dim": head_dim, "feature_dim": feature_dim}).items():
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
@@ -175,65 +162,56 @@ class LawcatAttention(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
-        if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 0:
-            raise ValueError(f"window_size: expected an int >= 0, got {window_size!r}")
-        _checks.choice("gate", gate, GATES)
-        _checks.choice("rope", rope, ROPES)
-        if window_size and not normalize:
-            raise ValueError("window_size: expected 0 with normalize=False, for the branches share a denominator")
-        if not window_size and not linear_covers_window:
-            raise ValueError("linear_covers_window: expected True without a window, got False")
-        if share_qk_conv and share_kv_features and num_heads != num_kv_heads:
-            raise ValueError(
-                "share_qk_conv: expected False with share_kv_features, whose convolutions differ in channels"
-            )
+        config.check(num_heads == num_kv_heads)
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.head_dim, self.feature_dim, self.window_size = head_dim, feature_dim, window_size
-        self.normalize, self.eps, self.rope, self.affine_window = normalize, eps, rope, affine_window
-        self.layer_idx, self.backend, self.share_kv_features = layer_idx, backend, share_kv_features
-        self.linear_covers_window = linear_covers_window
-        self.linear_scale = None if linear_scale is None else _checks.number("linear_scale", linear_scale)
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        widths = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
-        for name, heads in widths.items():
-            self.add_module(name, nn.Linear(hidden_size, heads * head_dim, bias=proj_bias, **options))
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=proj_bias, **options)
-        norms = [nn.RMSNorm(head_dim, eps=1e-6, **options) if qk_norm else None for _ in range(2)]
-        self.q_norm: nn.Module | None = norms[0]
-        self.k_norm: nn.Module | None = norms[1]
-        key_heads = num_kv_heads if share_kv_features else num_heads
-        groups = 1 if share_kv_features else num_heads // num_kv_heads
-        conv: dict[str, Any] = {"bias": conv_bias, "activation": qk_activation, "init": "identity", "backend": backend}
-        conv |= options
-        self.conv_q = ShortConvolution(num_heads * head_dim, conv_size, **conv)
-        self.conv_k = ShortConvolution(
-            key_heads * head_dim, conv_size, channel_groups=groups, head_dim=head_dim, **conv
-        )
-        self.conv_v = ShortConvolution(num_kv_heads * head_dim, conv_size, **conv) if conv_on_v else None
-        if share_qk_conv:
-            self.conv_k.weight, self.conv_k.bias = self.conv_q.weight, self.conv_q.bias
-        # Tied maps of different head counts are one map per key head, which its group of queries shares.
-        maps = key_heads if tie_qk_feature_map else num_heads
-        self.feature_map = LearnedFeatureMap(maps, head_dim, feature_dim, init=feature_init, **options)
-        self.feature_map_k = (
-            None
-            if tie_qk_feature_map
-            else LearnedFeatureMap(key_heads, head_dim, feature_dim, init=feature_init, **options)
-        )
-        gates = {"vector": num_kv_heads * self.feature_map.out_dim, "scalar": num_kv_heads, "none": 0}[gate]
-        self.gate = (
-            GateProjection(hidden_size, gates, gate_rank, gate_logit_normalizer, clamp_min, **options)
-            if gates
-            else None
-        )
-        self.gate_kind = gate
-        self.window_factor = nn.Parameter(torch.full((num_heads,), -2.197, **options)) if window_size else None
-        self.output_gate = (
-            nn.Linear(hidden_size, num_heads * head_dim, bias=False, **options) if use_output_gate else None
-        )
-        self.output_norm = nn.RMSNorm(head_dim, eps=1e-5, **options) if use_output_gate else None
+        self.head_dim, self.feature_dim, self.layer_idx = head_dim, feature_dim, layer_idx
+        self.normalize, self.eps, self.rope = config.normalize, config.eps, config.rope
+        self.window_size, self.affine_window = config.window_size, config.affine_window
+        self.linear_covers_window, self.share_kv_features = config.linear_covers_window, config.share_kv_features
+        self.linear_scale = None if config.linear_scale is None else _checks.number("linear_scale", config.linear_scale)
+        self.gate_kind, self.backend = config.gate, config.backend
+        self._inherit(dict(parts or {}), proj_bias, qk_norm, {"device": device, "dtype": dtype})
+        self._add(config, {"device": device, "dtype": dtype})
         self._transfer: Callable[..., tuple[torch.Tensor, None]] | None = None
         self._remember(None)
+
+    def _inherit(self, parts: dict[str, nn.Module], bias: bool, qk_norm: bool, options: dict[str, Any]) -> None:
+        """Projections and norms, of which those in `parts` are there already."""
+        inner, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        sizes = {"q_proj": (self.hidden_size, inner), "k_proj": (self.hidden_size, keys)}
+        sizes |= {"v_proj": (self.hidden_size, keys), "o_proj": (inner, self.hidden_size)}
+        for name, size in sizes.items():
+            self.add_module(name, parts[name] if name in parts else nn.Linear(*size, bias=bias, **options))
+        for name in ("q_norm", "k_norm"):
+            norm = nn.RMSNorm(self.head_dim, eps=1e-6, **options) if qk_norm and name not in parts else None
+            self.add_module(name, parts.get(name, norm))
+
+    def _add(self, config: LawcatConfig, options: dict[str, Any]) -> None:
+        """What softmax attention has not: convolutions, feature maps, gates."""
+        width, heads, kv_heads = self.head_dim, self.num_heads, self.num_kv_heads
+        key_heads = kv_heads if config.share_kv_features else heads
+        conv: dict[str, Any] = {"bias": config.conv_bias, "activation": config.qk_activation, "init": "identity"}
+        conv |= {"backend": config.backend} | options
+        self.conv_q = ShortConvolution(heads * width, config.conv_size, **conv)
+        self.conv_k = ShortConvolution(
+            key_heads * width, config.conv_size, channel_groups=key_heads // kv_heads, head_dim=width, **conv
+        )
+        self.conv_v = ShortConvolution(kv_heads * width, config.conv_size, **conv) if config.conv_on_v else None
+        if config.share_qk_conv:
+            self.conv_k.weight, self.conv_k.bias = self.conv_q.weight, self.conv_q.bias
+        # Tied maps of different head counts are one map per key head, which its group of queries shares.
+        maps = (key_heads, 0) if config.tie_qk_feature_map else (heads, key_heads)
+        phi: dict[str, Any] = {"init": config.feature_init} | options
+        self.feature_map = LearnedFeatureMap(maps[0], width, self.feature_dim, **phi)
+        self.feature_map_k = LearnedFeatureMap(maps[1], width, self.feature_dim, **phi) if maps[1] else None
+        gates = {"vector": kv_heads * self.feature_map.out_dim, "scalar": kv_heads, "none": 0}[config.gate]
+        gate: dict[str, Any] = {"rank": config.gate_rank, "normalizer": config.gate_logit_normalizer}
+        gate |= {"clamp_min": config.clamp_min} | options
+        self.gate = GateProjection(self.hidden_size, gates, **gate) if gates else None
+        self.window_factor = nn.Parameter(torch.full((heads,), -2.197, **options)) if config.window_size else None
+        output = config.use_output_gate
+        self.output_gate = nn.Linear(self.hidden_size, heads * width, bias=False, **options) if output else None
+        self.output_norm = nn.RMSNorm(width, eps=1e-5, **options) if output else None
 
     def _remember(self, original: nn.Module | None) -> None:
         """Keep the original out of the registry: its parameters are ours."""
@@ -250,12 +228,12 @@ class LawcatAttention(nn.Module):
         Raises:
             ValueError: an attention of another form, or with dropout or sinks.
         """
-        parts = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        parts = {name: getattr(attention, name, None) for name in PROJECTIONS}
         width = getattr(attention, "head_dim", None)
-        if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(width, int):
+        if not all(isinstance(part, nn.Module) for part in parts.values()) or not isinstance(width, int):
             kind = type(attention).__name__
             raise ValueError(f"attention: expected q_proj, k_proj, v_proj, o_proj and head_dim, got a {kind}")
-        q, k, v, o = parts
+        q, k, v, o = parts.values()
         sizes = [getattr(part, "out_features", 0) for part in (q, k, v)] + [getattr(o, "in_features", 0)]
         if 0 in sizes or sizes[0] % width or sizes[1] % width or sizes[1] != sizes[2] or sizes[0] != sizes[3]:
             raise ValueError(f"attention: expected projections to heads of {width}, got sizes {sizes} of q, k, v and o")
@@ -263,31 +241,32 @@ class LawcatAttention(nn.Module):
             value = getattr(attention, name, None)
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
                 raise ValueError(f"attention: expected none with {name}, which linear attention has not")
+        parts |= {name: norm for name in NORMS if (norm := getattr(attention, name, None)) is not None}
         weight = q.weight  # type: ignore[union-attr]
         defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": weight.device, "dtype": weight.dtype}
         heads, kv_heads = sizes[0] // width, sizes[1] // width
-        layer = cls(q.in_features, heads, kv_heads, head_dim=width, **(defaults | options))  # type: ignore[union-attr, arg-type]
-        for name, part in zip(("q_proj", "k_proj", "v_proj", "o_proj"), parts, strict=True):
-            setattr(layer, name, part)
-        for name in ("q_norm", "k_norm"):
-            if getattr(attention, name, None) is not None:
-                setattr(layer, name, getattr(attention, name))
+        layer = cls(q.in_features, heads, kv_heads, head_dim=width, parts=parts, **(defaults | options))  # type: ignore
         layer._remember(attention)
-        return layer.train(attention.training)
+        set_mode(layer, attention.training, besides=attention)
+        return layer
 
     def to_attention(self) -> nn.Module:
-        """The attention this layer was made from.
+        """The attention this layer was made from, with the projections and norms that this layer has now.
 
         Raises:
             ValueError: it was not made from one.
         """
         if self.original is None:
             raise ValueError("original: expected a layer made by from_attention, got one made on its own")
-        return self.original.train(self.training)
+        for name in PROJECTIONS + NORMS:
+            if getattr(self, name) is not getattr(self.original, name, None):
+                setattr(self.original, name, getattr(self, name))
+        set_mode(self.original, self.training, besides=self)
+        return self.original
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """What LAWCAT adds to the projections, by name: convolutions, feature maps, gate, window factor."""
-        inherited = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
+        inherited = tuple(f"{name}." for name in PROJECTIONS + NORMS)
         return {name: p for name, p in self.named_parameters() if not name.startswith(inherited)}
 
     def forward(
@@ -373,7 +352,7 @@ class LawcatAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention of the tokens there are, 0 at the others: one step in place, or sequences."""
         b, t, _ = x.shape
-        if t == 1 and state is not None and state.s is not None and not self.window_size and self._frozen(x):
+        if t == 1 and state is not None and state.s is not None and not self.window_size and self._steps(x):
             return self._step(x, positions, tokens, state)
         if tokens is None or self.window_size or torch.compiler.is_compiling():
             return self._sequences(x, positions, tokens, state, cu_seqlens)
@@ -388,8 +367,11 @@ class LawcatAttention(nn.Module):
         mixed = self._sequences(x.flatten(0, 1)[None, rows], positions, None, state, bounds)
         return mixed.new_zeros(b * t, mixed.shape[2]).index_copy(0, rows, mixed[0]).unflatten(0, (b, t))
 
-    def _frozen(self, x: torch.Tensor) -> bool:
-        """Whether no gradient can flow, so that states may be changed in place."""
+    def _steps(self, x: torch.Tensor) -> bool:
+        """Whether states may be changed in place: no gradient can flow, and the convolutions are those of this package."""
+        convolutions = (self.conv_q, self.conv_k, self.conv_v)
+        if not all(conv is None or plain(conv, ShortConvolution) for conv in convolutions):
+            return False
         return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _heads(
@@ -413,33 +395,46 @@ class LawcatAttention(nn.Module):
     def _features(
         self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: Packed | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Convolution and map in one pass."""
-        phi_k = self.feature_map if self.feature_map_k is None else self.feature_map_k
+        """Convolution and map, in one pass over memory where one operator has both."""
         features = []
-        for name, conv, x, phi in (("conv_q", self.conv_q, q, self.feature_map), ("conv_k", self.conv_k, k, phi_k)):
-            mapped, last = conv_feature_map(
-                x, conv.weight, phi.layer, conv.bias, initial_state=None if state is None else getattr(state, name),
-                output_final_state=state is not None, activation=conv.activation, cu_seqlens=cu_seqlens, kind=phi.kind,
-                fullspace=phi.fullspace, eps=phi.eps, backend=self.backend,
-            )  # fmt: skip
-            if state is not None:
-                setattr(state, name, last)
+        for name, x, phi in (("conv_q", q, self.feature_map), ("conv_k", k, self._key_map())):
+            conv = getattr(self, name)
+            if plain(conv, ShortConvolution) and plain(phi, LearnedFeatureMap) and not phi.skip_connection:
+                past = None if state is None else getattr(state, name)
+                mapped, last = conv_feature_map(
+                    x, conv.weight, phi.layer, conv.bias, initial_state=past, output_final_state=state is not None,
+                    activation=conv.activation, cu_seqlens=cu_seqlens, kind=phi.kind, fullspace=phi.fullspace,
+                    eps=phi.eps, backend=self.backend,
+                )  # fmt: skip
+                if state is not None:
+                    setattr(state, name, last)
+            else:
+                mapped = _mapped(phi, self._convolve(name, x, state, cu_seqlens))
             features.append(mapped)
         return features[0], features[1]
 
+    def _convolve(
+        self, name: str, x: torch.Tensor, state: LawcatState | None, cu_seqlens: Packed | None
+    ) -> torch.Tensor:
+        """x [B, T, H, d] through the convolution of this name, whose past in the state is replaced, not written to."""
+        past = None if state is None else getattr(state, name)
+        past = None if past is None else past.clone()  # the module works in place
+        conv = getattr(self, name)
+        ours = cu_seqlens is None or isinstance(conv, ShortConvolution)
+        bounds = cu_seqlens if ours else cu_seqlens.int64  # type: ignore[union-attr]
+        flat, last = conv(x.flatten(2), cache=past, output_final_state=state is not None, cu_seqlens=bounds)
+        if state is not None:
+            setattr(state, name, last)
+        return flat.unflatten(-1, (-1, self.head_dim))
+
+    def _key_map(self) -> nn.Module:
+        return self.feature_map if self.feature_map_k is None else self.feature_map_k
+
     def _map_q(self, q: torch.Tensor) -> torch.Tensor:
-        maps = self.feature_map.num_heads
-        if maps == self.num_heads:
-            return self.feature_map(q)
-        b, t, heads, width = q.shape  # tied to the maps of fewer key heads: the group stands in for tokens
-        grouped = q.reshape(b, t, maps, heads // maps, width).transpose(2, 3).reshape(b, -1, maps, width)
-        phi = self.feature_map(grouped)
-        return phi.reshape(b, t, heads // maps, maps, -1).transpose(2, 3).reshape(b, t, heads, -1)
+        return _mapped(self.feature_map, q)
 
     def _map_k(self, k: torch.Tensor) -> torch.Tensor:
-        phi = self.feature_map if self.feature_map_k is None else self.feature_map_k
-        features: torch.Tensor = phi(k)
-        return features
+        return _mapped(self._key_map(), k)
 
     def _sequences(
         self,
@@ -455,13 +450,7 @@ class LawcatAttention(nn.Module):
             q0, k0, v = (torch.where(tokens[..., None, None], a, 0) for a in (q0, k0, v))
         q, k = self._features(q0, k0, state, cu_seqlens)
         if self.conv_v is not None:
-            past = None if state is None else state.conv_v
-            flat, last = self.conv_v(
-                v.flatten(2), cache=past, output_final_state=state is not None, cu_seqlens=cu_seqlens
-            )
-            v = flat.unflatten(-1, (-1, self.head_dim))
-            if state is not None:
-                state.conv_v = last
+            v = self._convolve("conv_v", v, state, cu_seqlens)
         if tokens is not None:
             k, v = (torch.where(tokens[..., None, None], a, 0) for a in (k, v))
             if g is not None:
@@ -545,13 +534,12 @@ class LawcatAttention(nn.Module):
 
     def _fuses(self) -> bool:
         """Whether one operator has it all: gate and feature maps of LAWCAT's form, which a user may have exchanged."""
-        if self.gate is not None and type(self.gate) is not GateProjection:
+        if self.gate is not None and not plain(self.gate, GateProjection):
             return False
-        maps = [phi for phi in (self.feature_map, self.feature_map_k) if phi is not None]
-        return self.feature_map.out_dim <= MAX_DIM and all(
-            type(phi) is LearnedFeatureMap and phi.kind == "softmax" and phi.fullspace and not phi.skip_connection
-            and phi.eps == self.feature_map.eps
-            for phi in maps
+        return all(
+            plain(phi, LearnedFeatureMap) and phi.kind == "softmax" and phi.fullspace and not phi.skip_connection
+            and phi.out_dim <= MAX_DIM and phi.eps == self.feature_map.eps
+            for phi in (self.feature_map, self._key_map())
         )  # fmt: skip
 
     def _fused_step(
@@ -598,3 +586,14 @@ class LawcatAttention(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
+
+
+def _mapped(phi: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """phi(x) of x [B, T, H, d]. Where phi has fewer heads, H / M in a row share one, and the group stands in for tokens."""
+    b, t, heads, width = x.shape
+    maps = getattr(phi, "num_heads", heads)
+    if maps == heads:
+        features: torch.Tensor = phi(x)
+        return features
+    grouped = x.reshape(b, t, maps, heads // maps, width).transpose(2, 3).reshape(b, -1, maps, width)
+    return phi(grouped).reshape(b, t, heads // maps, maps, -1).transpose(2, 3).reshape(b, t, heads, -1)

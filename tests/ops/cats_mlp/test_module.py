@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import subquad
 from subquad.nn import CATSMLP, dense_state_dict
 from subquad.nn._gated import activation_name
+from subquad.nn._options import CatsConfig
 from subquad.nn.cats_mlp import GatedMLP
 from subquad.reference.cats_mlp import cats_mlp as oracle
 
@@ -232,6 +234,37 @@ def test_to_dense_gives_the_original_back(dense: Dense, layout: str) -> None:
         for p, (i, s, v) in zip(back.parameters(), parameters, strict=True)
     )
     assert torch.equal(back(x), want)
+
+
+def test_to_dense_gives_any_layout_back(dense: Dense) -> None:
+    """A weight that is a part of a wider buffer has its strides again; one of another shape is contiguous."""
+    weight = dense.down_proj.weight
+    weight.data = torch.randn(H, I + 8)[:, :I]
+    values, strides = weight.clone(), weight.stride()
+    module = CATSMLP.from_llama_mlp(dense)
+    assert weight.stride() == (1, H)
+    module.to_dense()
+    assert weight.stride() == strides and torch.equal(weight, values)
+    module.lay_out()
+    weight.data = torch.randn(I, H)[:, :5].t()
+    module.restore_layout()
+    assert weight.shape == (5, I) and weight.is_contiguous()
+
+
+def test_options_are_those_of_the_config(dense: Dense) -> None:
+    """Every field of `CatsConfig` is an option of both constructors, under the same name, and takes effect."""
+    other = {
+        "threshold": 0.5, "inclusive": True, "mask_mode": "union", "prefill": "dense", "max_sparse_tokens": 3,
+        "grad": "ste", "backend": "reference", "down_layout": "copy",
+    }  # fmt: skip
+    assert set(other) == {field.name for field in fields(CatsConfig)}
+    for module in (CATSMLP(H, I, **other), CATSMLP.from_llama_mlp(dense, **other)):
+        assert {name: getattr(module, name) for name in other} == other
+    plain = CATSMLP(H, I)
+    assert all(getattr(plain, f.name) == f.default for f in fields(CatsConfig) if f.name != "threshold")
+    for make in (lambda: CATSMLP(H, I, layout="keep"), lambda: CATSMLP.from_llama_mlp(dense, layout="keep")):
+        with pytest.raises(TypeError, match="'layout'"):
+            make()
 
 
 def test_to_dense_follows_replaced_children(dense: Dense) -> None:

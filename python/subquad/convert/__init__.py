@@ -1,0 +1,27 @@
+"""Layers of a model exchanged for others that share their weights, and put back: all or nothing."""
+
+from __future__ import annotations
+
+from .attentions import LawcatConfig, convert_attentions, find_attentions, revert_attentions
+from .mlps import CatsConfig, convert_mlps, find_mlps, revert_mlps
+from .replace import ConversionReport, Kind, Replacement, find, match_layer, named, register, replace, restore
+
+__all__ = [
+    "CatsConfig",
+    "ConversionReport",
+    "Kind",
+    "LawcatConfig",
+    "Replacement",
+    "convert_attentions",
+    "convert_mlps",
+    "find",
+    "find_attentions",
+    "find_mlps",
+    "match_layer",
+    "named",
+    "register",
+    "replace",
+    "restore",
+    "revert_attentions",
+    "revert_mlps",
+]

@@ -1,0 +1,60 @@
+"""Self-attention layers of a model, and what can take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import methodcaller
+from typing import Any
+
+from torch import nn
+
+from ..nn._options import LawcatConfig
+from ..nn.lawcat import LawcatAttention
+from .replace import ConversionReport, Kind, Replacement, find, register, replace, restore
+
+
+def _looks(module: nn.Module) -> bool:
+    return hasattr(module, "o_proj") and hasattr(module, "head_dim")
+
+
+ATTENTION = Kind(
+    name="attention",
+    places=("self_attn", "attention", "attn"),
+    looks=_looks,
+    expected="attention layers (q_proj, ..., o_proj, head_dim)",
+)
+
+
+def _lawcat(attention: nn.Module, **options: Any) -> LawcatAttention:
+    return LawcatAttention.from_attention(attention, **options)
+
+
+LAWCAT = register(
+    Replacement(
+        kind=ATTENTION,
+        name="lawcat",
+        layer=LawcatAttention,
+        config=LawcatConfig,
+        constructor="LawcatAttention.from_attention",
+        make=_lawcat,
+        restore=methodcaller("to_attention"),
+        new_parameters=methodcaller("new_parameters"),
+    )
+)
+
+
+def find_attentions(model: nn.Module, layers: Iterable[int | str] | None = None) -> dict[str, nn.Module]:
+    """The self-attention layers of a model, softmax or converted; see `find`."""
+    return find(model, ATTENTION, layers)
+
+
+def convert_attentions(
+    model: nn.Module, config: LawcatConfig | None = None, layers: Iterable[int | str] | None = None
+) -> ConversionReport:
+    """Replace attention layers of a model by `LawcatAttention`s that share their projections; see `replace`."""
+    return replace(model, [(LAWCAT, config or LawcatConfig())], layers)
+
+
+def revert_attentions(model: nn.Module) -> list[str]:
+    """Put back the modules that `convert_attentions` replaced; see `restore`."""
+    return restore(model, ATTENTION.name)

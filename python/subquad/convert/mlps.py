@@ -1,0 +1,57 @@
+"""Gated MLPs of a model, and what can take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import methodcaller
+from typing import Any
+
+from torch import nn
+
+from ..nn._gated import looks_gated
+from ..nn._options import CatsConfig
+from ..nn.cats_mlp import CATSMLP
+from .replace import ConversionReport, Kind, Replacement, find, register, replace, restore
+
+MLP = Kind(
+    name="mlp",
+    places=("mlp", "feed_forward"),  # experts of a mixture are not meant
+    looks=looks_gated,
+    expected="gated MLPs (gate_proj, up_proj, down_proj)",
+)
+
+
+def _cats(mlp: nn.Module, **options: Any) -> CATSMLP:
+    return CATSMLP.from_llama_mlp(mlp, lay_out=False, **options)
+
+
+CATS = register(
+    Replacement(
+        kind=MLP,
+        name="cats",
+        layer=CATSMLP,
+        config=CatsConfig,
+        constructor="CATSMLP.from_llama_mlp",
+        make=_cats,
+        restore=methodcaller("to_dense"),
+        settle=methodcaller("lay_out"),
+        unsettle=methodcaller("restore_layout"),
+    )
+)
+
+
+def find_mlps(model: nn.Module, layers: Iterable[int | str] | None = None) -> dict[str, nn.Module]:
+    """The gated MLPs of a model, dense or converted; see `find`."""
+    return find(model, MLP, layers)
+
+
+def convert_mlps(
+    model: nn.Module, config: CatsConfig | None = None, layers: Iterable[int | str] | None = None
+) -> ConversionReport:
+    """Replace the gated MLPs of a model by `CATSMLP`s that share their weights; see `replace`."""
+    return replace(model, [(CATS, config or CatsConfig())], layers)
+
+
+def revert_mlps(model: nn.Module) -> list[str]:
+    """Put back the modules that `convert_mlps` replaced; see `restore`."""
+    return restore(model, MLP.name)

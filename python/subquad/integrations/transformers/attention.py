@@ -1,0 +1,100 @@
+"""`attn_implementation="subquad"`: the attention function, and what makes it known to the library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...masks import IntervalMask
+from ...ops.interval_attention import interval_attention
+from . import masks
+
+NAME = "subquad"  # the value of attn_implementation
+# Arguments that models give to their attention functions and that change the result: refused where they are given.
+UNSUPPORTED = (
+    "softcap", "head_mask", "position_bias", "cache", "output_attentions", "sinks", "indices", "block_indices",
+)  # fmt: skip
+
+
+def register() -> None:
+    """Make `attn_implementation="subquad"` known to transformers: its models then run `subquad.interval_attention`.
+
+    Causal, sliding and padded attention, with or without a cache, need no [T, T] mask; other patterns (packed sequences, prefixes
+    of images, masks given in four dimensions) are exact too, through their dense mask. May be called any number of times.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 4.57.
+
+    Example:
+        >>> register()  # doctest: +SKIP
+        >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="subquad")  # doctest: +SKIP
+    """
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(f"subquad: attn_implementation={NAME!r} needs transformers >= 4.57: {error}") from error
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, masks.attention_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: IntervalMask | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function.
+
+    Args:
+        module: the attention layer.
+        query: [B, Hq, Tq, D]; key and value [B, Hkv, Tk, D], as many heads as the model has.
+        attention_mask: what `attention_mask` made, or a mask [B|1, H|1, Tq, Tk] that the user gave: bool, or float of 0 and very
+            negative numbers. None: causal where the layer is.
+        scaling: of the scores.
+        dropout: 0, or the model is not training.
+        is_causal: where there is no mask; None for `module.is_causal`.
+        sliding_window: keys up to the row's own that it sees.
+        s_aux: [Hq] sink logits (gpt-oss), with gradients.
+        kwargs: what other models pass; those that would change the result are refused.
+
+    Returns:
+        (out [B, Tq, Hq, D], None).
+
+    Raises:
+        ValueError: dropout in training, one of `UNSUPPORTED`, or a float mask with biases: what this attention does not have.
+    """
+    if dropout and module.training:
+        raise ValueError(
+            f"dropout: expected 0 in training with attn_implementation={NAME!r}, got {dropout}; set it in the config"
+        )
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}: attn_implementation={NAME!r} has no such thing; use 'eager' for this model")
+    tq, tk = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        attention_mask = IntervalMask.causal(tq, tk) if causal else IntervalMask.full(tq, tk)
+    elif isinstance(attention_mask, torch.Tensor):
+        attention_mask = masks.from_tensor(attention_mask, tk)
+    if sliding_window is not None:
+        attention_mask = masks.windowed(attention_mask, sliding_window, tq, tk, query.device)
+    out = interval_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        scale=scaling,
+        sink_logits=s_aux,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out, None

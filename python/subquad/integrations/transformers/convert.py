@@ -1,0 +1,89 @@
+"""`convert` and `revert`: layers of a model, recognised by their attributes. The library itself is never imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from ...convert import CatsConfig, ConversionReport, LawcatConfig, Replacement, named, replace, restore
+
+KINDS = ("attention", "mlp")  # in the order in which a report lists them
+
+
+def convert(
+    model: nn.Module,
+    *,
+    mlp: str | CatsConfig | None = None,
+    attention: str | LawcatConfig | None = None,
+    layers: Iterable[int | str] | None = None,
+    **options: Any,
+) -> ConversionReport:
+    """Replace layers of a model by subquad's, in place, sharing the weights. All or nothing: errors change nothing.
+
+    A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. Converted attention
+    must learn first: see `subquad.attention_transfer`. Layers that are converted already stay as they are; `revert` first to
+    change their options.
+
+    Args:
+        model: a model with gated MLPs named `mlp` or `feed_forward`, or attention named `self_attn` with separate projections:
+            Llama, Mistral, Qwen, SmolLM and others like them.
+        mlp: "cats", or a `CatsConfig`.
+        attention: "lawcat", or a `LawcatConfig`.
+        layers: decoder layer numbers (negative from the end) or qualified module names; None for all. Attention that is not
+            listed stays softmax: a hybrid model.
+        options: fields of the `CatsConfig` or `LawcatConfig` that a name stands for. With both, give config objects.
+
+    Returns:
+        Qualified names of the modules converted, a list that also counts their new and shared parameters.
+
+    Raises:
+        ValueError: for an unknown conversion, an unknown entry of `layers`, a model without such layers, or a layer that
+            cannot be converted (named in the message).
+        TypeError: for an unknown option.
+
+    Example:
+        >>> convert(model, mlp="cats")  # doctest: +SKIP
+        ['model.layers.0.mlp', 'model.layers.1.mlp']
+        >>> convert(model, attention="lawcat", layers=range(1, 30))  # doctest: +SKIP
+    """
+    if mlp is None and attention is None:
+        raise ValueError(
+            "mlp: expected 'cats' or a CatsConfig, or attention 'lawcat' or a LawcatConfig, got None for both"
+        )
+    if mlp is not None and attention is not None and options:
+        raise TypeError(f"{next(iter(options))}: with mlp and attention, options belong into config objects")
+    given = {"attention": attention, "mlp": mlp}
+    conversions = [_conversion(kind, given[kind], options) for kind in KINDS if given[kind] is not None]
+    return replace(model, conversions, layers)
+
+
+def _conversion(kind: str, value: Any, options: dict[str, Any]) -> tuple[Replacement, Any]:
+    """The replacement and the config that an argument of `convert` means."""
+    known = named(kind)
+    names, configs = list(known), " or ".join(f"a {replacement.config.__name__}" for replacement in known.values())
+    if isinstance(value, str) and value in known:
+        config = known[value].config
+        fields_of = [field.name for field in fields(config)]
+        unknown = [option for option in options if option not in fields_of]
+        if unknown:
+            raise TypeError(f"{unknown[0]}: unknown option; expected some of {', '.join(fields_of)}")
+        return known[value], config(**options)
+    for name, replacement in known.items():
+        if isinstance(value, replacement.config):
+            if options:
+                text = f"options come with {kind}={name!r}; with a {replacement.config.__name__}, set them there"
+                raise TypeError(f"{next(iter(options))}: {text}")
+            return replacement, value
+    raise ValueError(f"{kind}: expected one of {', '.join(map(repr, names))} or {configs}, got {value!r}")
+
+
+def revert(model: nn.Module) -> list[str]:
+    """Undo every `convert`: the original module objects return, with their weights in the original layout.
+
+    Returns:
+        Qualified names of the modules put back; empty when nothing was converted.
+    """
+    return restore(model, *KINDS)
