@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks
+from ..reference import cats_activation as reference
 from ..reference.cats_activation import ACTIVATIONS
 from . import _call
 
@@ -56,7 +57,7 @@ def cats_activation(
 
     def define(z: torch.Tensor, t: torch.Tensor, *_: object) -> torch.Tensor:
         options = {"activation": activation, "inclusive": inclusive, "grad": grad}
-        return reference.cats_activation.cats_activation(z.contiguous(), t, **options)  # type: ignore[arg-type]
+        return reference.cats_activation(z.contiguous(), t, **options)  # type: ignore[arg-type]
 
     flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
     arguments = (flat, t, code, inclusive)

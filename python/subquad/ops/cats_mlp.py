@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks
 from ..contract.cats_mlp import MAX_SPARSE_TOKENS, most_tokens
+from ..reference import cats_mlp as reference
 from ..reference.cats_activation import ACTIVATIONS, activate, active_mask
 from . import _call
 from ._autograd import once_differentiable, without_autocast
@@ -88,7 +89,7 @@ def cats_mlp(
     name = _call.choose("cats_mlp", device, backend)
 
     def define(*_: object) -> torch.Tensor:
-        return reference.cats_mlp.cats_mlp(
+        return reference.cats_mlp(
             flat, w_gate, w_up, w_down, t, b_gate=b_gate, b_up=b_up, b_down=b_down,
             activation=activation, inclusive=inclusive, mask_mode=mask_mode, grad=grad,
         )  # fmt: skip

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks
 from .._packing import Packed
 from ..contract.causal_conv1d import MAX_TAPS
+from ..reference import causal_conv1d as reference
 from . import _call
 
 ACTIVATIONS = (None, "silu", "swish")
@@ -84,7 +85,7 @@ def causal_conv1d(
 
 def _define(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight, bias, state, residual, cu, _, groups, width, silu, _ = arguments
-    return reference.causal_conv1d.causal_conv1d(x, weight, bias, state, residual, cu, groups, width, silu)
+    return reference.causal_conv1d(x, weight, bias, state, residual, cu, groups, width, silu)
 
 
 @_call.gradient_hook("causal_conv1d_fwd")
@@ -163,7 +164,7 @@ def causal_conv1d_update(
     arguments = (
         tokens, conv_state, weight, bias, residual, cache_seqlens, conv_state_indices, groups, width, silu,
     )  # fmt: skip
-    define = reference.causal_conv1d.causal_conv1d_update
+    define = reference.causal_conv1d_update
     hint = "call it under torch.no_grad(), or use causal_conv1d with initial_state"
     y: torch.Tensor = _call.step("causal_conv1d_update_", backend, arguments, define, hint=hint)
     return y if x.dim() == 3 else y.squeeze(1)

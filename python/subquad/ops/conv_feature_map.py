@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks
 from .._packing import Packed
 from ..contract.causal_conv1d import MAX_TAPS
 from ..contract.feature_map import MAX_DIM
+from ..reference import conv_feature_map as reference
 from . import _call
 from .causal_conv1d import activation_flag, initial_state_of
 from .feature_map import map_options
@@ -79,7 +80,7 @@ def conv_feature_map(
     bounds = (None, None) if packed is None else (packed.int32, packed.sequence)
 
     def define(flat: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return reference.conv_feature_map.conv_feature_map(
+        return reference.conv_feature_map(
             flat.unflatten(2, x.shape[2:]), *arguments[:5], silu=silu, kind=kind, fullspace=fullspace, eps=eps
         )
 

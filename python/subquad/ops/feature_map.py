@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks
 from ..contract.feature_map import MAX_DIM
+from ..reference import feature_map as reference
 from ..reference.feature_map import KINDS
 from . import _call
 
@@ -56,7 +57,7 @@ def feature_map(
     code, eps = map_options(kind, fullspace, eps)
 
     def define(x: torch.Tensor, weight: torch.Tensor | None, *_: object) -> torch.Tensor:
-        return reference.feature_map.feature_map(x, weight, kind=kind, fullspace=fullspace, eps=eps)
+        return reference.feature_map(x, weight, kind=kind, fullspace=fullspace, eps=eps)
 
     out: torch.Tensor = _call.run("feature_map_fwd", backend, (x, weight, code, fullspace, eps), define)
     return out

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks
 from .._packing import Packed
 from ..contract.gated_linear_attention import MAX_HEAD_DIM
+from ..reference import gated_linear_attention as reference
 from . import _call
 
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -89,7 +90,7 @@ def gated_linear_attention(
 
 
 def _define(*arguments: Any) -> tuple[Any, ...]:
-    o, s, z = reference.gated_linear_attention.gated_linear_attention(*arguments)
+    o, s, z = reference.gated_linear_attention(*arguments)
     return o, None, s, z
 
 
@@ -151,7 +152,7 @@ def gated_linear_attention_step(
     scale = width**-0.5 if scale is None else _checks.number("scale", scale)
     eps = _checks.number("eps", eps)
     arguments = (q, k, v, g, state, z, state_indices, scale, eps)
-    define = reference.gated_linear_attention.gated_linear_attention_step
+    define = reference.gated_linear_attention_step
     hint = "call it under torch.no_grad(), or use gated_linear_attention with initial_state"
     o: torch.Tensor = _call.step("gated_linear_attention_step_", backend, arguments, define, hint=hint)
     return o

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks
 from ..contract.interval_attention import MAX_HEAD_DIM
 from ..masks import IntervalMask
+from ..reference import interval_attention as reference
 from ..rope import RopeSpec
 from . import _call
 
@@ -77,7 +78,7 @@ def interval_attention(
 
 
 def _define(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.interval_attention.interval_attention(*arguments[:-1])
+    return reference.interval_attention(*arguments[:-1])
 
 
 @_call.gradient_hook("interval_attention_fwd")

@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from .. import _checks, reference
+from .. import _checks
 from ..contract.lawcat_decode_step import MAX_DIM, MAX_TAPS
+from ..reference import lawcat_decode_step as reference
 from . import _call
 from .causal_conv1d import activation_flag
 
@@ -105,7 +106,7 @@ def lawcat_decode_step(
         q0, k0, v, u, cq, ck, cq_bias, ck_bias, wphi, wphi_k, conv_q, conv_k, state, z, indices,
         silu, tau, least, scale, eps, fm_eps,
     )  # fmt: skip
-    define = reference.lawcat_decode_step.lawcat_decode_step
+    define = reference.lawcat_decode_step
     o: torch.Tensor = _call.step(
         "lawcat_decode_step_", backend, arguments, define, hint="call it under torch.no_grad()"
     )

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ._common import upcast
+
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 
 
@@ -26,11 +28,6 @@ def activate(z: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "gelu":
         return F.gelu(z)
     return F.relu(z)
-
-
-def upcast(tensor: torch.Tensor) -> torch.Tensor:
-    """To the reference's compute type: float64 stays, everything else becomes float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def active_mask(s: torch.Tensor, threshold: torch.Tensor, inclusive: bool) -> torch.Tensor:

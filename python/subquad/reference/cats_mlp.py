@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .cats_activation import activate, active_mask, cats_glu, upcast
+from ._common import upcast
+from .cats_activation import activate, active_mask, cats_glu
 
 
 def cats_mlp(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .cats_activation import upcast
+from ._common import upcast
 
 
 def causal_conv1d(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .cats_activation import upcast
+from ._common import upcast
 from .causal_conv1d import causal_conv1d
 from .feature_map import feature_map
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from .cats_activation import upcast
+from ._common import upcast
 
 KINDS = ("softmax", "exp", "relu", "elu1", "hedgehog2")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .cats_activation import upcast
+from ._common import upcast
 from .causal_conv1d import causal_conv1d
 from .feature_map import feature_map
 from .gated_linear_attention import gated_linear_attention
