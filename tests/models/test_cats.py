@@ -310,6 +310,7 @@ def test_training_through_a_converted_model(ids: torch.Tensor) -> None:
     assert gate.abs().sum() > 0
 
 
+@pytest.mark.heavy
 def test_transformers_is_not_imported() -> None:
     code = (
         "import sys, torch, subquad, subquad.nn, subquad.integrations.transformers\n"

@@ -12,6 +12,7 @@ import subquad.kernels
 from subquad.gpu_report import Entry, triton_entries, triton_side
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.heavy
 ARCH = 90
 KERNELS = Path(subquad.kernels.__path__[0])
 

@@ -85,13 +85,15 @@ def guards(case: Case) -> None:
 
 @check(per_dtype=True)
 def determinism(case: Case) -> None:
-    """Twenty runs, the same bits, forward and backward. Triton's interpreter, which has no concurrency, gets fewer."""
+    """Twenty runs, the same bits, forward and backward. Interpreter and emulator, without concurrency, get two: there
+    only memory that was never written can differ, and other orders are the business of `schedules`."""
     sample = case.fullest(size=None)
     expected, grads = case.call(sample), case.gradients(sample)
-    for _ in range(3 if case.backend == "triton" and case.device == "cpu" else 19):
+    sequential = case.backend in ("triton", "simt") and case.device == "cpu"
+    for _ in range(1 if sequential else 19):
         for a, b in zip(case.call(sample), expected, strict=True):
             assert_same_bits(a, b, f"{sample.id}: a repeated run")
-    for _ in range(3):
+    for _ in range(1 if sequential else 3):
         for name, grad in case.gradients(sample).items():
             assert_same_bits(grad, grads[name], f"{sample.id}: gradient of {name}, a repeated run")
 

@@ -18,6 +18,7 @@ class Check:
         run: raises AssertionError (or whatever the op raises) when the law is broken.
         backends: where it says something.
         per_dtype: whether to run it for every dtype of the spec, or for float32 alone.
+        heavy: compiles or exports, which takes seconds: not in the quick lane.
         slow: takes more than ten seconds.
     """
 
@@ -25,6 +26,7 @@ class Check:
     run: Callable[[Case], None]
     backends: tuple[str, ...] = BACKENDS
     per_dtype: bool = False
+    heavy: bool = False
     slow: bool = False
 
 
@@ -33,12 +35,12 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    backends: tuple[str, ...] = BACKENDS, *, per_dtype: bool = False, slow: bool = False
+    backends: tuple[str, ...] = BACKENDS, *, per_dtype: bool = False, heavy: bool = False, slow: bool = False
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register a function as a generic check under its own name."""
 
     def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        CHECKS[function.__name__] = Check(function.__name__, function, backends, per_dtype, slow)
+        CHECKS[function.__name__] = Check(function.__name__, function, backends, per_dtype, heavy, slow)
         return function
 
     return register
