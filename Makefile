@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need in .venv. Needed before: Python >= 3.10 and a C++ compiler.
+# Each target sets up everything it needs in .venv. Needed before: Python >= 3.10 and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -6,13 +6,16 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A worker per core, each on one thread; the worker that is done first takes over what is left of another's tests.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 16 --dist worksteal --benchmark-disable
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 say = @printf '\033[1m== %s\033[0m\n'
 
-.PHONY: help demo test bench gpu-report lint docs build clean
+.PHONY: help demo quick test bench gpu-report lint docs build clean
 
 help:
 	@echo "make demo        run a real language model with CATS and measure it (installs first; ARGS='--quick')"
+	@echo "make quick       the tests to run after every change, within a minute (installs first; ARGS='tests/ops/cats_mlp')"
 	@echo "make test        all tests on every backend that can run here (installs first)"
 	@echo "make bench       time the ops against torch (ARGS='cats --json FILE')"
 	@echo "make gpu-report  compile every GPU kernel for sm_80, sm_90 and sm_100 and list what it needs"
@@ -24,8 +27,11 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/subquad demo $(ARGS)
 
+quick: $(VENV)/.package
+	$(PYTEST) --lane quick $(ARGS)
+
 test: $(VENV)/.package
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: $(VENV)/.package
 	$(BIN)/subquad bench $(ARGS)

@@ -1,15 +1,23 @@
-"""Settings for every test: Triton's interpreter, poisoned memory, one thread, fixed random numbers, backend demands."""
+"""Settings for every test: lanes, Triton's interpreter, poisoned memory, one thread, fixed random numbers, backend demands."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from subquad.testing import Task
+
 DEVICES = ("cpu", "cuda")
+LANES = ("quick", "whole")
+QUICK_BACKENDS = ("native", "reference")
+NUMBERS = ("forward", "gradients")  # checks that the quick lane runs in every dtype: roundings show there alone
 settings.register_profile(
     "subquad", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -22,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAMES",
         help="comma-separated backends whose absence is a failure instead of a skip, for example native,triton,simt",
     )
+    parser.addoption(
+        "--lane",
+        choices=LANES,
+        default="whole",
+        help="quick: native and reference, one dtype, nothing that compiles or starts a process; whole: everything",
+    )
     parser.addoption("--device", choices=DEVICES, default="cpu", help="where the generic tests put their tensors")
 
 
@@ -31,8 +45,64 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     settings.load_profile("subquad")
     torch.set_num_threads(1)  # the problems are tiny; what threads change has a check of its own
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every worker starts as many processes again
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which no test may do before
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--lane") == "quick":
+        first: dict[tuple[object, ...], torch.dtype] = {}  # of every test, in the order of collection
+        chosen = [_is_quick(item, first) for item in items]
+        config.hook.pytest_deselected(items=[item for item, quick in zip(items, chosen, strict=True) if not quick])
+        items[:] = [item for item, quick in zip(items, chosen, strict=True) if quick]
+    # The longest first: at the end of a parallel run workers then wait for short ones.
+    items.sort(key=lambda item: 0 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("heavy") else 2)
+
+
+def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -> bool:
+    """Whether the quick lane has this test: its markers and parameters say so, a new op's as those of any other."""
+    if item.get_closest_marker("slow") or item.get_closest_marker("heavy"):
+        return False
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    task = params.get("task")
+    if isinstance(task, Task):
+        told = task.dtype is task.spec.dtypes[0] or task.check.name in NUMBERS
+        return told and task.backend in QUICK_BACKENDS and not task.check.heavy
+    backends = {marker.args[1] for marker in item.iter_markers("backend")}
+    if "emulator" in getattr(item, "fixturenames", ()) or not backends <= set(QUICK_BACKENDS):
+        return False
+    dtype = next((p for p in params.values() if isinstance(p, torch.dtype)), None)
+    return dtype is None or first.setdefault((item.path, item.originalname), dtype) is dtype
+
+
+@functools.cache
+def _quicken_interpreter() -> None:
+    """Let Triton's interpreter exchange the functions of the language once a launch instead of at every call of a function
+    within a kernel, which finds them exchanged already and takes two fifths of the time."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_patch_lang"):  # another version: slower, and as right
+        return
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[int] = set()
+
+    @functools.cache
+    def seen(function: Any) -> frozenset[int]:
+        return frozenset(id(x) for x in function.__globals__.values() if x is language or x is language.core)
+
+    def patch_once(function: Any) -> Any:
+        if seen(function) <= done:
+            return None
+        done.update(seen(function))
+        return patch(function)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        done.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -48,6 +118,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if name in required and name not in CONTRACTS[stem].missing:
                 pytest.fail(f"backend {name} is required, but: {reason}", pytrace=False)
             pytest.skip(f"backend {name}: {reason}")
+        if name == "triton" and device == "cpu":
+            _quicken_interpreter()
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ctypes.CDLL:
+    """The CUDA kernels in the emulator; the seed sets the order of blocks, warps and lanes."""
+    from subquad import _native
+
+    reason = _native.load("_C_simt", build=True)
+    assert reason is None, reason
+    library = ctypes.CDLL(str(_native.loaded()["_C_simt"]))
+    library.subquad_simt_set_seed.argtypes = [ctypes.c_uint64]
+    return library
 
 
 @pytest.fixture

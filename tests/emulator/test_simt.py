@@ -24,7 +24,10 @@ _FOUND = [m.groups() for path in TESTS for m in _CASE.finditer(path.read_text())
 CASES = sorted(name for name, _, _ in _FOUND if name)
 FATAL = sorted((name, report) for _, name, report in _FOUND if name)
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
+]
 
 
 def _gxx(output: Path, sources: list[Path], flags: list[str]) -> Path:

@@ -7,18 +7,10 @@ import ctypes
 import pytest
 import torch
 
-from subquad import _native
 from subquad.contract import HANDLES
 
 HIDDEN, INTERMEDIATE = 512, 512
 WEIGHT = HIDDEN * INTERMEDIATE * 4  # bytes of one fp32 matrix
-
-
-@pytest.fixture(scope="module")
-def emulator() -> ctypes.CDLL:
-    reason = _native.load("_C_simt", build=True)
-    assert reason is None, reason
-    return ctypes.CDLL(str(_native.loaded()["_C_simt"]))
 
 
 def traffic(emulator: ctypes.CDLL, live: float, neuron_major: bool = True) -> tuple[float, float]:

@@ -381,6 +381,7 @@ def test_earlier_places() -> None:
         assert getattr(place, name) is getattr(subquad.convert, name)
 
 
+@pytest.mark.heavy
 def test_converting_does_not_import_the_library() -> None:
     code = (
         "import importlib.util as util, sys\n"

@@ -466,6 +466,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert float((got - want).norm() / want.norm()) < 2e-2
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["default", "scalar"])
 def test_compiles_without_a_break(name: str) -> None:
     layer = layer_of(name)

@@ -139,12 +139,14 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 CALL = "import torch, subquad; print(subquad.cats_activation(torch.ones(2), 0.1))"
 
 
+@pytest.mark.heavy
 def test_environment_variable() -> None:
     assert _run(CALL, SUBQUAD_BACKEND="reference").stdout.startswith("tensor([0.7311")
     wrong = _run(CALL, SUBQUAD_BACKEND="fastest")
     assert "backend: expected one of native" in wrong.stderr and "'fastest'" in wrong.stderr
 
 
+@pytest.mark.heavy
 def test_forbidden_build_is_said(tmp_path: Path) -> None:
     """Without a built library and with SUBQUAD_JIT=0 a forced native call names the variable."""
     code = "from subquad import _native; _native._prebuilt = lambda name: None\n" + CALL.replace(
@@ -154,6 +156,7 @@ def test_forbidden_build_is_said(tmp_path: Path) -> None:
     assert "SUBQUAD_JIT=0" in result.stderr, result.stderr
 
 
+@pytest.mark.heavy
 def test_first_call_ever_may_be_compiled() -> None:
     """In a fresh process, with nothing resolved yet: fullgraph, forward and backward."""
     code = """

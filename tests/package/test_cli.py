@@ -33,6 +33,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in shown for name in cli.COMMANDS)
 
 
+@pytest.mark.heavy
 def test_help_imports_no_command() -> None:
     code = (
         "import sys\nfrom subquad import cli\n"
@@ -67,6 +68,7 @@ def test_wrong_arguments_end_with_2(words: list[str], capsys: pytest.CaptureFixt
     assert stopped.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("module", ["subquad", "subquad.report"])
 def test_modules_run(module: str) -> None:
     words = ["report", "--json"] if module == "subquad" else ["--json"]

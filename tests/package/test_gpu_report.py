@@ -50,6 +50,7 @@ def _run(output: io.StringIO, *, family: str | None = None, json_path: Path | No
     return gpu_report.run(family, [90], json_path, Console(file=output, width=200))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("maxnreg", "allow", "code"),
     [(255, {}, 0), (64, {}, 1), (64, {"_planted_kernel": "a test"}, 0), (64, {"_other_kernel": "a test"}, 1)],
@@ -75,6 +76,7 @@ def test_planted_triton_spill(
     assert ("_planted_kernel (planted) spills on sm_90" in output.getvalue()) == entry["failed"]
 
 
+@pytest.mark.heavy
 def test_case_that_does_not_compile(output: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     source = PLANTED.format(maxnreg=255, allow={}).replace("tl.zeros([BLOCK]", "tl.zeros([BLOCK + 1]")
@@ -97,6 +99,7 @@ template __global__ void planted_kernel<64>(const int*, float*);
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(_build.find_nvcc() is None, reason="nvcc is not installed")
 def test_planted_cuda_spill(output: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_side, "compile_all", lambda *args: [])

@@ -37,6 +37,7 @@ def run(code: str, blocked: tuple[str, ...] = ()) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.heavy
 def test_import_is_light() -> None:
     """Nothing beyond torch is loaded, CUDA is not initialised, no library is built or loaded, nothing is printed."""
     heavy = ("triton", "torch._dynamo", "torch._inductor", "transformers", "sympy", "rich", "matplotlib", "pytest")
@@ -55,10 +56,12 @@ print(sorted(n for n in set(sys.modules) - before if not n.startswith(("subquad"
     assert new - allowed - {name.lstrip("_") for name in sys.stdlib_module_names} <= {""}
 
 
+@pytest.mark.heavy
 def test_kernel_package_does_not_import_triton() -> None:
     assert run("import sys, subquad.kernels; print('triton' in sys.modules)").strip() == "False"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "module",
     [
@@ -80,6 +83,7 @@ def test_optional_packages_are_optional(module: str) -> None:
     assert run(f"import subquad.{module}", blocked) == ""
 
 
+@pytest.mark.heavy
 def test_works_without_triton_and_without_native_code() -> None:
     """The reference serves alone, after one warning."""
     code = """
@@ -107,6 +111,7 @@ def test_unknown_attribute() -> None:
         subquad.cats_mpl  # noqa: B018
 
 
+@pytest.mark.heavy
 def test_every_module_can_be_imported() -> None:
     """Each by itself in one process; modules of kernels need triton, those of _dev are tools."""
     skipped = ("subquad.kernels.", "subquad._dev", "subquad.csrc", "subquad.demo", "subquad._C", "subquad.__main__")

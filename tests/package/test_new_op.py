@@ -73,6 +73,7 @@ def test_names_that_are_none(name: str, tmp_path: Path) -> None:
         new_op.create(name, tmp_path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("plan", [_build.native_library, _build.simt_library])
 def test_native_skeleton_compiles(tree: Path, plan) -> None:
     library = plan(tree / "csrc", _build.torch_dir(), _env.cxx())
@@ -84,6 +85,7 @@ def test_native_skeleton_compiles(tree: Path, plan) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.heavy
 def test_an_op_passes_with_its_mathematics_alone(tree: Path) -> None:
     """The reference is all that is missing: with it the generic tests of every backend pass, and nothing had to be listed."""
     chosen = ("-k", "reference or triton", "-x")

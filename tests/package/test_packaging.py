@@ -126,6 +126,7 @@ def _answer(path: Path) -> int:
     return int(subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=True).stdout)
 
 
+@pytest.mark.heavy
 def test_cached_library_is_compiled_once_and_again_after_a_change(toy, tmp_path: Path) -> None:
     library, cache = toy(), tmp_path / "cache"
     path = _build.cached_library(library, cache, announce=False)
@@ -137,6 +138,7 @@ def test_cached_library_is_compiled_once_and_again_after_a_change(toy, tmp_path:
     assert changed != path and _answer(changed) == 43 and _answer(path) == 42
 
 
+@pytest.mark.heavy
 def test_cached_library_announces_itself_once(toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _build.cached_library(toy(), tmp_path / "cache")
     assert capsys.readouterr().err.count("compiling toy") == 1
@@ -144,6 +146,7 @@ def test_cached_library_announces_itself_once(toy, tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.heavy
 def test_concurrent_processes_compile_once(toy, tmp_path: Path) -> None:
     library, cache = toy(), tmp_path / "cache"
     script = tmp_path / "build.py"
@@ -162,6 +165,7 @@ def test_concurrent_processes_compile_once(toy, tmp_path: Path) -> None:
     assert sum("compiling toy" in err for _, err in outputs) == 1
 
 
+@pytest.mark.heavy
 def test_failed_compilation_says_why_and_leaves_nothing(toy, tmp_path: Path) -> None:
     library, cache = toy(), tmp_path / "cache"
     (library.root / "toy.cpp").write_text("this is not C++\n")
@@ -242,6 +246,7 @@ else:
 """
 
 
+@pytest.mark.heavy
 def test_without_native_code_everything_computes_after_one_warning(tmp_path: Path) -> None:
     settings = ["SUBQUAD_JIT=0", f"SUBQUAD_CACHE_DIR={tmp_path}", "TRITON_INTERPRET=0"]
     unset = ["-u", "SUBQUAD_BACKEND"]
@@ -277,6 +282,7 @@ def _tracked(folder: Path, *suffixes: str) -> set[str]:
     return {name for name in found if "__pycache__" not in name}
 
 
+@pytest.mark.heavy
 def test_pure_wheel_has_sources_but_no_binaries_and_no_tools(checkout: Path, tmp_path: Path) -> None:
     _setup(checkout, "bdist_wheel", "-d", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")
@@ -292,6 +298,7 @@ def test_pure_wheel_has_sources_but_no_binaries_and_no_tools(checkout: Path, tmp
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.heavy
 def test_source_archive_has_everything_once(checkout: Path, tmp_path: Path) -> None:
     _setup(checkout, "sdist", "-d", str(tmp_path))
     (archive,) = tmp_path.glob("*.tar.gz")

@@ -58,7 +58,7 @@ def tasks(spec: OpSpec, backends: Sequence[str] = _backends.BACKENDS) -> Iterato
     for check in (*CHECKS.values(), *own):
         for backend in backends:
             if backend in check.backends:
-                for dtype in spec.dtypes if check.per_dtype else spec.dtypes[:1]:
+                for dtype in check.dtypes(backend, spec.dtypes):
                     yield Task(spec, check, backend, dtype)
 
 

@@ -568,6 +568,7 @@ def test_gradients_equal_the_masked_dense_module(kind: type, layout: str) -> Non
         module.zero_grad()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["auto", "copy"])
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_compiles_in_one_graph(dense: Dense, layout: str, tokens: int) -> None:

@@ -7,20 +7,10 @@ import ctypes
 import pytest
 import torch
 
-from subquad import _native
 from subquad.contract import HANDLES
 from subquad.reference.cats_mlp import cats_mlp as reference
 
 OPTIONS = (None, None, None, 0, False, False)
-
-
-@pytest.fixture(scope="module")
-def emulator() -> ctypes.CDLL:
-    reason = _native.load("_C_simt", build=True)
-    assert reason is None, reason
-    library = ctypes.CDLL(str(_native.loaded()["_C_simt"]))
-    library.subquad_simt_set_seed.argtypes = [ctypes.c_uint64]
-    return library
 
 
 def mlp(*tensors: torch.Tensor) -> torch.Tensor:

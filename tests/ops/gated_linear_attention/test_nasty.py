@@ -423,6 +423,7 @@ def test_decay_in_half_a_chunk(backend: str, device: str, steep: slice) -> None:
     agree(sample.replace(g=g), backend)
 
 
+@pytest.mark.heavy
 @backend_params(STEM, "native", "triton")
 def test_one_graph_for_every_length(backend: str) -> None:
     """fullgraph and dynamic: three lengths, one graph; steps in place inside of it change the caller's states."""

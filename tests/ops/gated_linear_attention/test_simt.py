@@ -9,20 +9,10 @@ import pytest
 import torch
 
 import subquad
-from subquad import _native
 from subquad.contract import HANDLES
 from subquad.testing import Sampler, assert_close, assert_same_bits
 from subquad.testing.specs import lawcat_decode_step as lawcat
 from subquad.testing.specs.gated_linear_attention import draw, oracle, step, step_oracle
-
-
-@pytest.fixture(scope="module")
-def emulator() -> ctypes.CDLL:
-    reason = _native.load("_C_simt", build=True)
-    assert reason is None, reason
-    library = ctypes.CDLL(str(_native.loaded()["_C_simt"]))
-    library.subquad_simt_set_seed.argtypes = [ctypes.c_uint64]
-    return library
 
 
 def traffic(emulator: ctypes.CDLL, call: Any) -> tuple[int, int]:

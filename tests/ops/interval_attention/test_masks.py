@@ -279,6 +279,7 @@ def test_worked_example_of_concentric_attention() -> None:
     assert raster.num_intervals > 1 and raster.is_closed(0, 17)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_mask_mod_is_traced(batch: int, heads: int) -> None:

@@ -8,20 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from subquad import _native
 from subquad.contract import HANDLES
 from subquad.reference.interval_attention import interval_attention as reference
 
 INF = torch.inf
-
-
-@pytest.fixture(scope="module")
-def emulator() -> ctypes.CDLL:
-    reason = _native.load("_C_simt", build=True)
-    assert reason is None, reason
-    library = ctypes.CDLL(str(_native.loaded()["_C_simt"]))
-    library.subquad_simt_set_seed.argtypes = [ctypes.c_uint64]
-    return library
 
 
 class Call:

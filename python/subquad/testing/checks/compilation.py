@@ -18,6 +18,10 @@ from ..compare import assert_close
 from ..spec import Sample
 from .registry import check
 
+# Every kind of call is traced for these. Triton and the emulator differ from native in the namespace of their operators,
+# whose fakes `fakes` and `opcheck` look at, and take seconds a call: they get one call, with all its tensors and gradients.
+_TRACED = ("native", "reference")
+
 
 def _counter() -> Any:
     """A compiler that counts its graphs. Dynamo is imported when it is needed: that takes seconds."""
@@ -66,11 +70,12 @@ def _names(sample: Sample) -> tuple[str, ...]:
     return tuple(n for n, a in sample.args.items() if a is not None)
 
 
-@check()
+@check(heavy=True)
 def compile_static(case: Case) -> None:
     """fullgraph compilation of every kind of call, one graph each, with and without gradients."""
-    for sample in case.samples("small"):
-        for grad in _modes(case):
+    whole = case.backend in _TRACED
+    for sample in case.samples("small") if whole else [case.fullest()]:
+        for grad in _modes(case) if whole else _modes(case)[-1:]:
             torch._dynamo.reset()
             counter = _counter()
             names = _names(sample)
@@ -79,24 +84,26 @@ def compile_static(case: Case) -> None:
             assert counter.frame_count == 1, f"{sample.id}, grad {grad}: {counter.frame_count} graphs instead of 1"
 
 
-@check()
+@check((*_TRACED, "triton"), heavy=True)
 def compile_dynamic(case: Case) -> None:
     """One graph serves every number of rows; left to itself, torch.compile needs one more for the first."""
-    for dynamic, graphs in ((True, 1), (None, 2)):
-        for grad in _modes(case):
+    whole = case.backend in _TRACED
+    for dynamic, graphs in ((True, 1), (None, 2)) if whole else ((True, 1),):
+        for grad in _modes(case) if whole else _modes(case)[-1:]:
             torch._dynamo.reset()
             counter = _counter()
-            base = case.first(tokens=case.spec.tokens[0])
+            counts = case.spec.tokens if whole else (case.spec.tokens[0], case.spec.tokens[-1])
+            base = case.first(tokens=counts[0])
             names, first = _names(base), None
             compiled = torch.compile(_function(case, base, names), fullgraph=True, dynamic=dynamic, backend=counter)
-            for tokens in case.spec.tokens:
+            for tokens in counts:
                 sample = base.replace(**{n: case.first(tokens=tokens)[n] for n in case.rows(base)})
                 _compare(case, compiled, sample, names, grad, f"{tokens} rows, dynamic {dynamic}, grad {grad}")
                 first = (
                     counter.frame_count if first is None else first
                 )  # may be 2: Dynamo starts over for a dynamic float
             count = counter.frame_count - first + 1
-            assert count <= graphs, f"{count} graphs for {case.spec.tokens} rows, dynamic {dynamic}, grad {grad}"
+            assert count <= graphs, f"{count} graphs for {counts} rows, dynamic {dynamic}, grad {grad}"
 
 
 class _Exported(nn.Module):
@@ -114,7 +121,7 @@ class _Exported(nn.Module):
         return self._case.call(self._sample, **fixed, **dict(zip(self._case.rows(self._sample), rows, strict=True)))
 
 
-@check()
+@check((*_TRACED, "triton"), heavy=True)
 def export(case: Case) -> None:
     """torch.export with a dynamic number of rows, saved and loaded."""
     base = case.first(tokens=case.spec.tokens[0])
@@ -134,7 +141,7 @@ def export(case: Case) -> None:
         _same(case, module(*(sample[n] for n in case.rows(sample))), case.call(sample), f"exported, {count} rows")
 
 
-@check(("reference",))
+@check(("reference",), heavy=True)
 def switching(case: Case) -> None:
     """use_backend takes effect in compiled code: each call runs the operators of the backend in force."""
     spec = case.spec
@@ -170,7 +177,7 @@ def switching(case: Case) -> None:
         assert executed[-1] == expected, f"use_backend({name!r}) ran operators of {executed[-1] or 'no backend'}"
 
 
-@check(("native",), slow=True)
+@check(("native",), heavy=True, slow=True)
 def compile_inductor(case: Case) -> None:
     """The default compiler, forward and backward."""
     torch._dynamo.reset()

@@ -140,8 +140,13 @@ def nan(case: Case) -> None:
     """One NaN or Inf in an argument shows in exactly the results that the oracle says depend on it."""
     sample = case.fullest(tokens=case.spec.tokens[0])
     generator = torch.Generator().manual_seed(5)
+    values = [float("inf"), float("nan"), float("-inf"), float("nan"), float("nan")]
+    if (
+        case.backend == "triton" and case.device == "cpu"
+    ):  # minutes in the interpreter; 0 * inf shows what NaN does, and more
+        values = values[: 3 if case.dtype is case.spec.dtypes[0] else 1]
     for name in case.float_args(sample):
-        for value in (float("nan"), float("inf"), float("-inf"), float("nan"), float("nan")):
+        for value in values:
             poisoned = sample[name].contiguous().clone()
             poisoned.view(-1)[int(torch.randint(poisoned.numel(), (), generator=generator))] = value
             bad = sample.replace(**{name: poisoned})
