@@ -13,6 +13,7 @@ import pytest
 from subquad import _env
 from subquad._backends import BACKENDS, CAPABILITIES, PREFERENCE
 from subquad._schemas import OPS, STEMS
+from subquad.cache.state import ADAPTERS
 from subquad.testing.checks import CHECKS
 from subquad.testing.specs import SPECS
 
@@ -174,11 +175,24 @@ def test_modules_do_not_reach_below_the_ops() -> None:
     assert importing(PACKAGE / "nn", r"(^|\.)(triton|kernels|_native|_schemas)(\.|$)") == []
 
 
+def test_states_stand_between_ops_and_modules() -> None:
+    assert importing(PACKAGE / "cache", r"^\.\.(nn|integrations|testing|calibration)(\.|$)") == []
+    assert importing(PACKAGE / "ops", r"^\.\.cache(\.|$)") == []
+    assert importing(PACKAGE / "nn", r"(^|\.)integrations(\.|$)") == []
+
+
 def test_triton_is_imported_lazily() -> None:
     assert (
         importing(PACKAGE, r"^(triton|transformers|peft|safetensors|gguf|matplotlib|pytest)(\.|$)", module_level=True)
         == []
     )
+
+
+def test_adapters_of_states_exist_and_are_imported_late() -> None:
+    """`transformers_cache` subclasses the library's classes, and is therefore imported when one of its caches is met."""
+    for name in ADAPTERS.values():
+        assert (ROOT / "python" / (name.replace(".", "/") + ".py")).exists(), name
+        assert importing(PACKAGE, rf"\.{name.rpartition('.')[2]}(\.|$)") == []
 
 
 def test_integrations_do_not_need_each_other() -> None:
