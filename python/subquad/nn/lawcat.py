@@ -17,7 +17,7 @@ from ..ops.gated_linear_attention import gated_linear_attention
 from ..ops.lawcat_decode_step import MAX_DIM
 from ._lawcat_steps import step
 from ._tokens import rotate, sliding_window, tokens_of
-from ._window import delayed, window_terms
+from ._window import hybrid
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 
@@ -521,7 +521,7 @@ class LawcatAttention(nn.Module):
                 g = torch.where(tokens.view(*tokens.shape, *(1,) * (g.dim() - 2)), g, 0)
         if self.window_size:
             assert positions is not None
-            return self._hybrid(q0, k0, q, k, v, g, positions, tokens, state, entering)
+            return hybrid(self, q0, k0, q, k, v, g, positions, tokens, state, entering)
         if entering is not None:
             entering |= {"k": k, "v": v} | ({} if g is None else {"g": g})
         started = state is not None and state.s is not None
@@ -536,59 +536,6 @@ class LawcatAttention(nn.Module):
         if state is not None:
             state.s, state.z = final if isinstance(final, tuple) else (final, None)
         return o.flatten(2)
-
-    def _hybrid(
-        self,
-        q0: torch.Tensor,
-        k0: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        g: torch.Tensor | None,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        tokens: torch.Tensor | None,
-        state: LawcatState | None,
-        entering: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """Window and linear attention over one denominator; a column of ones in v gives the linear one's."""
-        if self.rope == "none":
-            q0, k0 = rotate(q0, *positions), rotate(k0, *positions)
-        visible = torch.ones(k0.shape[:2], dtype=torch.bool, device=k0.device) if tokens is None else tokens
-        keys, values = k0, v
-        if entering is not None:
-            entering |= {"window_k": k0, "window_v": v, "window_visible": visible.expand(k0.shape[:2])}
-        if state is not None:
-            if state.window_k is not None:
-                assert state.window_v is not None and state.window_visible is not None
-                keys, values = torch.cat([state.window_k, k0], 1), torch.cat([state.window_v, v], 1)
-                visible = torch.cat([state.window_visible, visible], 1)
-            last = max(keys.shape[1] - (self.window_size - 1), 0)
-            window = (x[:, last:].clone() for x in (keys, values, visible))  # a view would keep the whole prompt
-            state.window_k, state.window_v, state.window_visible = window
-        near, near_sum = window_terms(q0, keys, values, self.window_size, visible)
-        initial = None if state is None else state.s
-        k, v = k.float(), F.pad(v.float(), (0, 1), value=1.0)
-        if not self.linear_covers_window:
-            if entering is not None:
-                entering |= {"late_k": k, "late_v": v} | ({} if g is None else {"late_g": g})
-            k, v, late = delayed(k, v, g, self.window_size, None if state is None else state.late)
-            if state is not None:
-                state.late_k, state.late_v, state.late_g = (None if x is None else x.clone() for x in late)
-        if entering is not None:
-            entering |= {"k": k, "v": v} | ({} if g is None else {"g": g})
-        wide, final = gated_linear_attention(
-            q.float(), k, v, g, initial_state=initial, output_final_state=state is not None,
-            scale=self.linear_scale, backend=self.backend,
-        )  # fmt: skip
-        if state is not None:
-            assert isinstance(final, torch.Tensor)
-            state.s = final
-        assert self.window_factor is not None
-        factor = self.window_factor.float().sigmoid()[:, None]
-        rest = 1 - factor if self.affine_window else 1.0
-        far, far_sum = wide[..., :-1], wide[..., -1:]
-        y = (factor * near + rest * far) / (factor * near_sum + rest * far_sum + self.eps)
-        return y.to(values.dtype).flatten(2)
 
     def _fuses(self) -> bool:
         """Whether one operator has it all: gate and feature maps of LAWCAT's form, which a user may have exchanged."""
