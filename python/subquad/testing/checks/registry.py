@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..._backends import BACKENDS
 from ..case import Case
+from ..spec import OpSpec
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Check:
         backends: where it says something.
         per_dtype: whether to run it for every dtype of the spec, or for float32 alone.
         slow: takes more than ten seconds.
+        applies: which ops the law is about.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Check:
     backends: tuple[str, ...] = BACKENDS
     per_dtype: bool = False
     slow: bool = False
+    applies: Callable[[OpSpec], bool] = lambda spec: True
 
 
 KERNELS = tuple(b for b in BACKENDS if b != "reference")
@@ -33,12 +36,16 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    backends: tuple[str, ...] = BACKENDS, *, per_dtype: bool = False, slow: bool = False
+    backends: tuple[str, ...] = BACKENDS,
+    *,
+    per_dtype: bool = False,
+    slow: bool = False,
+    applies: Callable[[OpSpec], bool] = lambda spec: True,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register a function as a generic check under its own name."""
 
     def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        CHECKS[function.__name__] = Check(function.__name__, function, backends, per_dtype, slow)
+        CHECKS[function.__name__] = Check(function.__name__, function, backends, per_dtype, slow, applies)
         return function
 
     return register
