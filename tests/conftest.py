@@ -36,7 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    from subquad._backends import CAPABILITIES, unavailable
+    from subquad._backends import unavailable
+    from subquad.contract import CONTRACTS
 
     device = item.config.getoption("--device")
     required = item.config.getoption("--require-backends").split(",")
@@ -44,7 +45,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         stem, name = marker.args
         reason = unavailable(stem, name, device, build=True)
         if reason is not None:
-            if name in required and CAPABILITIES[stem, name].missing is None:
+            if name in required and name not in CONTRACTS[stem].missing:
                 pytest.fail(f"backend {name} is required, but: {reason}", pytrace=False)
             pytest.skip(f"backend {name}: {reason}")
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._backends import SubquadWarning, backends, use_backend
+from ._packing import Packed
 from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
@@ -53,6 +54,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CatsCalibrator",
     "IntervalMask",
+    "Packed",
     "RopeSpec",
     "SubquadWarning",
     "__version__",

@@ -1,7 +1,7 @@
-"""Which implementation runs: the backend table, capabilities, `use_backend`, and `resolve`.
+"""Which implementation runs: `use_backend`, `resolve`, and what could run where.
 
-Order of precedence: the call's `backend=`, then `with use_backend(...)`, then SUBQUAD_BACKEND, then the preference table. Only
-the last may choose; an explicit request that cannot run raises with the reason.
+Order of precedence: the call's `backend=`, then `with use_backend(...)`, then SUBQUAD_BACKEND, then the preference in the op's
+contract. Only the last may choose; an explicit request that cannot run raises with the reason.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from . import _env, _native
-from ._schemas import OPS, STEMS
+from .contract import CONTRACTS, OPERATORS, STEM_OF, STEMS
 
 BACKENDS = ("native", "triton", "simt", "reference")
 DEVICES = ("cpu", "cuda")
@@ -25,36 +24,12 @@ class SubquadWarning(UserWarning):
     """Something works, but slower or differently than you would expect."""
 
 
-@dataclass(frozen=True)
-class Capability:
-    """What one backend of one op can do on one device; `missing` is the reason when it does not exist at all."""
-
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    missing: str | None = None
-
-
-REFERENCE = Capability(dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16))
 _TESTS_ONLY = "the emulator runs CUDA sources on CPU tensors; it exists for tests"
-
-# Preference when nobody asks: first available wins. Decode-time sparse products are memory-bound: CUDA C++ leads there.
-PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "cats_mlp": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
-    "cats_activation": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
-    "causal_conv1d": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
-    "interval_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
-    "gated_linear_attention": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
-    "feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
-    "conv_feature_map": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},
-    "lawcat_decode_step": {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")},
-}
-CAPABILITIES: dict[tuple[str, str], Capability] = {
-    (stem, backend): REFERENCE if backend == "reference" else Capability() for stem in STEMS for backend in BACKENDS
-}
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _override: str | None = None
 _from_env: str | None = _env.read().backend
-_choices: dict[tuple[str, str], str] = {}
+_choices: dict[tuple[str, str, bool], str] = {}
 _ready: set[tuple[str, str, str]] = set()  # (stem, backend, device) known to run
 
 
@@ -85,14 +60,14 @@ def _check_name(name: str, what: str) -> None:
 
 def unavailable(stem: str, backend: str, device: str, build: bool = False) -> str | None:
     """Why `backend` cannot run `stem` on `device`, or None when it can. `build` permits compiling what is missing."""
-    missing = CAPABILITIES[stem, backend].missing
+    missing = CONTRACTS[stem].missing.get(backend)
     if missing is not None:
         return missing
     if backend == "reference":
         return None
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is available"
-    if backend == "native" and device == "cuda" and not any(op.cuda for op in OPS.values() if op.stem == stem):
+    if backend == "native" and device == "cuda" and not any(op.cuda for op in CONTRACTS[stem].operators.values()):
         return "there is no CUDA C++ kernel yet"
     if backend == "native":
         return _native.load("_C" if device == "cpu" else "_C_cuda", build)
@@ -128,19 +103,20 @@ def _require(stem: str, backend: str, device: str) -> str:
         raise ValueError(f"backend: got {backend!r} for {stem} on {device}, expected one that can run there: {reason}")
     _ready.add((stem, backend, device))
     if backend == "native":
-        _choices.pop((stem, device), None)
+        for few in (False, True):
+            _choices.pop((stem, device, few), None)
     return backend
 
 
 @_constant
-def _choose(stem: str, device: str) -> str:
-    """First available backend of the preference table; warns once when the native one is passed over."""
+def _choose(stem: str, device: str, few: bool = False) -> str:
+    """First available backend of the contract's preference; warns once when the native one is passed over."""
     if device not in DEVICES:
         return "reference"
-    for backend in PREFERENCE[stem][device]:
+    for backend in CONTRACTS[stem].preference(device, few):
         reason = unavailable(stem, backend, device)
         if reason is None:
-            _choices[stem, device] = backend
+            _choices[stem, device, few] = backend
             return backend
         if backend == "native":
             _warn_once(
@@ -159,22 +135,41 @@ def _warn_once(message: str) -> None:
         warnings.warn(f"subquad: {message}", SubquadWarning, stacklevel=4)
 
 
-def is_automatic(requested: str | None) -> bool:
-    """Whether nobody asked for a backend: neither the call, nor `use_backend`, nor the environment."""
-    return requested is None and _override is None and _from_env is None
+def resolve(stem: str, device: str, requested: str | None, few: bool = False) -> str:
+    """The backend to run `stem` on `device` with; see the module docstring for the order of precedence.
 
-
-def resolve(stem: str, device: str, requested: str | None) -> str:
-    """The backend to run `stem` on `device` with; see the module docstring for the order of precedence."""
+    `few`: the call has no more tokens than the contract calls few, and needs no gradients.
+    """
     name = requested if requested is not None else (_override if _override is not None else _from_env)
     if torch.compiler.is_compiling():  # not through the caches: Dynamo would guard on what these very calls change
-        return _choose(stem, device) if name is None else _require(stem, name, device)
+        return _choose(stem, device, few) if name is None else _require(stem, name, device)
     if name is None:
-        choice = _choices.get((stem, device))
-        return choice if choice is not None else _choose(stem, device)
+        choice = _choices.get((stem, device, few))
+        return choice if choice is not None else _choose(stem, device, few)
     if (stem, name, device) in _ready:
         return name
     return _require(stem, name, device)
+
+
+def has(operator: str, backend: str, device: str) -> bool:
+    """Whether a backend was written for this operator and device, whether or not it can run here."""
+    if backend == "native":
+        return device == "cpu" or OPERATORS[operator].cuda
+    return OPERATORS[operator].cuda if backend == "simt" else True
+
+
+def backward_backend(operator: str, backend: str, device: str) -> str:
+    """The backend for the gradients of what `backend` computed with the forward `operator`.
+
+    The same one where it has them. CUDA C++ without a backward (kernels for few tokens) leaves them to the first of the
+    contract's preference that has one; its emulation on the CPU leaves them to the C++ there.
+    """
+    backward = OPERATORS[operator].backward
+    assert backward is not None
+    if has(backward, backend, device):
+        return backend
+    order = CONTRACTS[STEM_OF[operator]].preference(device)
+    return resolve(STEM_OF[operator], device, next(name for name in order if has(backward, name, device)))
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import _backends, _build, _env, _native
-from ._schemas import OPS, STEMS
+from .contract import CONTRACTS, Contract
 
 SCHEMA = 1
 _DISTRIBUTIONS = ("torch", "triton", "numpy", "transformers", "rich", "ninja")
@@ -101,25 +101,28 @@ def _native_state() -> dict[str, Any]:
     }
 
 
-def _choice(stem: str, device: str, states: dict[str, str]) -> str:
+def _choice(stem: str, device: str, states: dict[str, str], few: bool = False) -> str:
     """What a call without `backend=` would run, found without warning or building anything."""
     if device == "cuda" and not torch.cuda.is_available():
         return "no device"
     forced = _backends._override or _backends._from_env
     if forced is not None:
         return forced if states.get(forced) == "available" else f"{forced} (would raise)"
-    return next(name for name in _backends.PREFERENCE[stem][device] if states[name] == "available")
+    return next(name for name in CONTRACTS[stem].preference(device, few) if states[name] == "available")
+
+
+def _op(stem: str, device: str, states: dict[str, str]) -> dict[str, Any]:
+    contract = CONTRACTS[stem]
+    entry = {"chosen": _probe(_choice, stem, device, states), "backends": states}
+    if device == "cuda" and contract.few:
+        entry["few_tokens"] = contract.few
+        entry["chosen_for_few_tokens"] = _probe(_choice, stem, device, states, True)
+    return entry
 
 
 def _ops() -> dict[str, Any]:
     table = _backends.backends()
-    return {
-        stem: {
-            device: {"chosen": _probe(_choice, stem, device, states), "backends": states}
-            for device, states in devices.items()
-        }
-        for stem, devices in table.items()
-    }
+    return {stem: {device: _op(stem, device, s) for device, s in devices.items()} for stem, devices in table.items()}
 
 
 def collect() -> dict[str, Any]:
@@ -134,25 +137,39 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _mark(stem: str, backend: str) -> str:
-    return "yes" if _backends.CAPABILITIES[stem, backend].missing is None else "no"
+def _kinds(contract: Contract, backend: str, device: str) -> str:
+    """What a backend has of an op: "fwd", "fwd bwd", "step" or several of them."""
+    if backend in contract.missing:
+        return "-"
+    kinds = {"_fwd": "fwd", "_bwd": "bwd", "_": "step"}
+    there = [name for name in contract.operators if backend == "reference" or _backends.has(name, backend, device)]
+    found = {word for ending, word in kinds.items() if any(name.endswith(ending) for name in there)}
+    composed = contract.trained_by is not None and backend not in CONTRACTS[contract.trained_by].missing
+    if "fwd" in found and (backend == "reference" or composed):
+        found.add("bwd")
+    return " ".join(word for word in kinds.values() if word in found)
+
+
+def _gradients(contract: Contract) -> str:
+    """Where the gradients of CUDA C++ come from when it has none itself."""
+    for operator in contract.operators.values():
+        if operator.backward and not _backends.has(operator.backward, "native", "cuda"):
+            order = [b for b in contract.preference("cuda") if _backends.has(operator.backward, b, "cuda")]
+            return f"; gradients of native: {order[0]}"
+    return ""
 
 
 def support_table() -> str:
     """The support table of README.md, in markdown: what exists, whatever this machine can run."""
-    header = ("op", "functions", "dtypes", *_backends.BACKENDS, "chosen on CPU", "chosen on GPU")
+    header = ("op", "native, CPU", "native, CUDA", "triton", "simt", "reference", "chosen on CPU", "chosen on GPU")
     lines = [header, ("---",) * len(header)]
     notes = []
-    for stem in STEMS:
-        functions = ", ".join(f"`{name}`" for name, op in OPS.items() if op.stem == stem)
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _backends.CAPABILITIES[stem, "native"].dtypes)
-        order = [" > ".join(_backends.PREFERENCE[stem][device]) for device in _backends.DEVICES]
-        marks = [_mark(stem, backend) for backend in _backends.BACKENDS]
-        lines.append((f"`{stem}`", functions, dtypes, *marks, *order))
-        for backend in _backends.BACKENDS:
-            missing = _backends.CAPABILITIES[stem, backend].missing
-            if missing is not None:
-                notes.append(f"- `{stem}` has no `{backend}` backend: {missing}")
+    for stem, contract in CONTRACTS.items():
+        places = (("native", "cpu"), ("native", "cuda"), ("triton", "cuda"), ("simt", "cpu"), ("reference", "cpu"))
+        few = f"; up to {contract.few} tokens: {' > '.join(contract.cuda_few)}" if contract.few else ""
+        chosen = (" > ".join(contract.cpu), " > ".join(contract.cuda) + few + _gradients(contract))
+        lines.append((f"`{stem}`", *(_kinds(contract, *place) for place in places), *chosen))
+        notes += [f"- `{stem}` has no `{backend}` backend: {reason}" for backend, reason in contract.missing.items()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([table, *([""] if notes else []), *notes])
 
@@ -179,7 +196,10 @@ def _show_ops(console: Any, ops: dict[str, Any]) -> None:
         table.add_column(column, overflow="fold", no_wrap=column == "op")
     for stem, devices in ops.items():
         for device, entry in devices.items():
-            heads = (stem, device, str(entry["chosen"]))
+            chosen = str(entry["chosen"])
+            if "few_tokens" in entry:
+                chosen += f"; {entry['chosen_for_few_tokens']} up to {entry['few_tokens']} tokens"
+            heads = (stem, device, chosen)
             for row, (backend, state) in enumerate(entry["backends"].items()):
                 table.add_row(*(heads if row == 0 else ("", "", "")), backend, state)
             table.add_section()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from subquad import _native
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 
 HIDDEN, INTERMEDIATE = 512, 512
 WEIGHT = HIDDEN * INTERMEDIATE * 4  # bytes of one fp32 matrix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ import torch
 
 import subquad
 from subquad import _backends, _native
-from subquad._schemas import NAMESPACES, STEMS
+from subquad.contract import CONTRACTS, NAMESPACES, STEMS
 from subquad.testing import backend_params
 from subquad.testing.instruments import record_ops
 
@@ -125,7 +126,8 @@ def test_explicit_choice_does_not_warn(no_native: None) -> None:
 
 
 def test_declared_gaps_have_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_backends.CAPABILITIES, ("cats_mlp", "triton"), _backends.Capability(missing="decode only"))
+    declared = dataclasses.replace(CONTRACTS["cats_mlp"], missing={"triton": "decode only"})
+    monkeypatch.setitem(CONTRACTS, "cats_mlp", declared)
     assert subquad.backends()["cats_mlp"]["cpu"]["triton"] == "decode only"
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from subquad import _backends, cli
-from subquad._schemas import HANDLES
 from subquad.bench import command, measure, record, table, timing
 from subquad.bench.measure import OURS, Result
 from subquad.bench.timing import Plan, Timing
+from subquad.contract import HANDLES
 from subquad.testing.spec import BenchCase, Sampler
 from subquad.testing.specs import SPECS
 

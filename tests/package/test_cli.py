@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 import subquad
 from subquad import _backends, _env, _native, cli, report
-from subquad._schemas import STEMS
+from subquad.contract import CONTRACTS, STEMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,8 +156,8 @@ def test_support_table_is_the_one_in_the_readme() -> None:
 
 
 def test_support_table_states_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = _backends.Capability(missing="needs tensor cores")
-    monkeypatch.setitem(_backends.CAPABILITIES, ("cats_mlp", "triton"), reason)
+    declared = dataclasses.replace(CONTRACTS["cats_mlp"], missing={"triton": "needs tensor cores"})
+    monkeypatch.setitem(CONTRACTS, "cats_mlp", declared)
     assert "- `cats_mlp` has no `triton` backend: needs tensor cores" in report.support_table()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from subquad import _build
 from subquad._dev import fingerprint, nvcc_check, sanitize
-from subquad._schemas import OPS
+from subquad.contract import OPERATORS
 
 LOG = """[1/2] nvcc -c toy.cu -o toy.o
 ptxas info    : 0 bytes gmem
@@ -77,7 +77,7 @@ def test_registrations_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: op != "subquad::cats_glu_fwd"
     )
-    assert nvcc_check.unregistered(Path("toy.so")) == ["cats_glu_fwd"] and "cats_glu_fwd" in OPS
+    assert nvcc_check.unregistered(Path("toy.so")) == ["cats_glu_fwd"] and "cats_glu_fwd" in OPERATORS
 
 
 def test_templates_are_named() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from subquad import _env
-from subquad._backends import BACKENDS, CAPABILITIES, PREFERENCE
-from subquad._schemas import OPS, STEMS
+from subquad._backends import BACKENDS
 from subquad.cache.state import ADAPTERS
+from subquad.contract import CONTRACTS, OPERATORS, STEM_OF, STEMS
 from subquad.testing.checks import CHECKS
 from subquad.testing.specs import SPECS
 
@@ -26,6 +26,7 @@ TOP_LEVEL = {
     "kernels", "mkdocs.yml", "pyproject.toml", "python", "setup.py", "tests",
 }  # fmt: skip
 PLACES = {
+    "contract": ("python/subquad/contract/{}.py",),
     "reference": ("python/subquad/reference/{}.py",),
     "ops": ("python/subquad/ops/{}.py",),
     "nn": ("python/subquad/nn/{}.py",),
@@ -34,7 +35,6 @@ PLACES = {
     "cuda": ("csrc/cuda/{}.cuh", "csrc/cuda/{}.cu"),
     "spec": ("tests/specs/{}.py",),
     "test": ("tests/ops/{0}/test_{0}.py",),
-    "bench": ("benchmarks/{}.py",),
 }
 GENERATED = ("build", "dist", "site", "demo")
 TEXT = {".py", ".h", ".cuh", ".cpp", ".cu", ".md", ".toml", ".yml", ".yaml", ".cfg", ".in", ".json", ".sh", ""}
@@ -105,13 +105,13 @@ def test_every_op_has_its_files(stem: str, place: str) -> None:
 @pytest.mark.parametrize(
     ("folder", "pattern"),
     [
+        (PACKAGE / "contract", "{}.py"),
         (PACKAGE / "reference", "{}.py"),
         (PACKAGE / "ops", "{}.py"),
         (TRITON, "{}.py"),
         (CSRC / "cuda", "{}.cu"),
         (CSRC / "cpu", "{}.isa.cpp"),
         (ROOT / "tests" / "specs", "{}.py"),
-        (ROOT / "benchmarks", "{}.py"),
     ],
     ids=lambda value: name_of(value) if isinstance(value, Path) else "",
 )
@@ -130,10 +130,12 @@ def test_tests_belong_to_an_op_or_a_room() -> None:
 
 
 def test_specs_cover_the_schemas() -> None:
-    assert {spec.stem for spec in SPECS} == set(STEMS) == {op.stem for op in OPS.values()}
+    assert {spec.stem for spec in SPECS} == set(STEMS)
     assert len({spec.name for spec in SPECS}) == len(SPECS)
-    assert set(PREFERENCE) == set(STEMS)
-    assert set(CAPABILITIES) == {(stem, backend) for stem in STEMS for backend in BACKENDS}
+    for contract in CONTRACTS.values():
+        assert set(contract.missing) <= set(BACKENDS) - {"reference"}
+        for order in (contract.cpu, contract.cuda, contract.cuda_few):
+            assert set(order) <= set(BACKENDS) - {"simt"} and order[-1] == "reference"
 
 
 def test_declared_gaps_are_about_something() -> None:
@@ -144,10 +146,10 @@ def test_declared_gaps_are_about_something() -> None:
         assert all(len(reason.split()) > 2 for reason in spec.missing.values()), f"{spec.name}: a gap needs a reason"
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_named_after_their_stem_or_family(name: str) -> None:
     assert re.fullmatch(r"[a-z0-9_]+_(fwd|bwd)|[a-z0-9_]+_", name)
-    assert name.split("_")[0] == OPS[name].stem.split("_")[0]
+    assert name.split("_")[0] == STEM_OF[name].split("_")[0]
 
 
 # --- layers ----------------------------------------
@@ -168,11 +170,17 @@ def test_triton_kernels_can_be_shipped_alone() -> None:
 
 def test_ops_do_not_import_kernels() -> None:
     assert importing(PACKAGE / "ops", r"(^|\.)(triton|kernels|_native)(\.|$)") == []
-    assert importing(PACKAGE / "ops", r"^\.\.(nn|integrations|testing|calibration)(\.|$)") == []
+    assert importing(PACKAGE / "ops", r"^\.\.(nn|cache|convert|integrations|testing|calibration)(\.|$)") == []
+
+
+def test_operators_are_called_in_one_place() -> None:
+    users = {line.split(": ")[0] for line in importing(PACKAGE / "ops", r"contract\.(HANDLES|OPERATORS)$")}
+    assert users == {"python/subquad/ops/_call.py", "python/subquad/ops/_schema.py"}
+    assert importing(PACKAGE / "ops", r"_backends\.resolve$") == ["python/subquad/ops/_call.py: .._backends.resolve"]
 
 
 def test_modules_do_not_reach_below_the_ops() -> None:
-    assert importing(PACKAGE / "nn", r"(^|\.)(triton|kernels|_native|_schemas)(\.|$)") == []
+    assert importing(PACKAGE / "nn", r"(^|\.)(triton|kernels|_native|contract)(\.|$)") == []
 
 
 def test_states_stand_between_ops_and_modules() -> None:

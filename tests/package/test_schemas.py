@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from subquad._backends import CAPABILITIES
-from subquad._schemas import HANDLES, NAMESPACES, OPS, STEMS
+from subquad.contract import CONTRACTS, HANDLES, NAMESPACES, OPERATORS, STEM_OF, STEMS
 from subquad.testing import backend_params
 from subquad.testing.case import Case
 from subquad.testing.checks.operators import recorded
@@ -24,14 +23,14 @@ def arguments(name: str) -> list[str]:
     return [argument.name for argument in HANDLES["native"][name]._schema.arguments]
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_same_schema_in_every_namespace(name: str) -> None:
     schemas = {str(HANDLES[backend][name]._schema).split("::", 1)[1] for backend in NAMESPACES}
     assert len(schemas) == 1
-    assert schemas.pop() == name + OPS[name].args
+    assert schemas.pop() == name + OPERATORS[name].args
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_schemas_are_functional(name: str) -> None:
     """Only a name that ends with an underscore, as torch's own do, stands for an operator that writes to an argument."""
     schema = HANDLES["native"][name]._schema
@@ -41,13 +40,13 @@ def test_schemas_are_functional(name: str) -> None:
 
 
 @backend_params("cats_mlp", *NAMESPACES)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_implemented_for_the_cpu(name: str, backend: str) -> None:
-    expected = backend != "simt" or OPS[name].cuda
+    expected = backend != "simt" or OPERATORS[name].cuda
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACES[backend]}::{name}", "CPU") is expected
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_triton_registers_both_devices(name: str) -> None:
     for key in ("CPU", "CUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"subquad_triton::{name}", key)
@@ -58,18 +57,18 @@ def test_cxx_implements_exactly_the_schemas(folder: str) -> None:
     """Each operator in the binding of its stem, once."""
     suffix = ".cpp" if folder == "cpu" else ".cu"
     for stem in STEMS:
-        expected = [n for n, op in OPS.items() if op.stem == stem and (op.cuda or folder == "cpu")]
+        expected = [n for n, op in CONTRACTS[stem].operators.items() if (op.cuda or folder == "cpu")]
         path = CSRC / folder / f"{stem}{suffix}"
         found = re.findall(r'm\.impl\("(\w+)"', path.read_text()) if expected else []
         assert sorted(found) == sorted(expected) and path.exists() == bool(expected)
 
 
 @backend_params("cats_mlp", "triton")
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_launchers_have_the_schema_as_signature(name: str, backend: str) -> None:
-    if CAPABILITIES[OPS[name].stem, "triton"].missing:
+    if "triton" in CONTRACTS[STEM_OF[name]].missing:
         pytest.skip("not written in Triton")
-    launcher = getattr(__import__(f"subquad.kernels.{OPS[name].stem}", fromlist=[name]), name)
+    launcher = getattr(__import__(f"subquad.kernels.{STEM_OF[name]}", fromlist=[name]), name)
     assert list(inspect.signature(launcher).parameters) == arguments(name)
 
 
@@ -78,7 +77,7 @@ def test_cxx_parameters_are_named_as_in_the_schema(stem: str) -> None:
     """Error messages quote C++ parameter names."""
     for folder, suffix in (("cpu", ".cpp"), ("cuda", ".cu")):
         path = CSRC / folder / f"{stem}{suffix}"
-        for name in (n for n, op in OPS.items() if op.stem == stem and (op.cuda or folder == "cpu")):
+        for name in (n for n, op in CONTRACTS[stem].operators.items() if (op.cuda or folder == "cpu")):
             text = path.read_text()
             declared = re.search(rf"\b{name}\(([^)]*)\)\s*{{", text)
             assert declared, f"{folder}/{stem}{suffix} has no function {name}"
@@ -89,7 +88,7 @@ def test_cxx_parameters_are_named_as_in_the_schema(stem: str) -> None:
 @pytest.mark.parametrize("stem", STEMS)
 def test_specs_reach_every_operator(stem: str, backend: str) -> None:
     """The generic checks judge what the samples call; an operator that none calls would go untested."""
-    if CAPABILITIES[stem, backend].missing:
+    if backend in CONTRACTS[stem].missing:
         pytest.skip("declared missing")
     reached = {call.name for spec in SPECS if spec.stem == stem for call in recorded(Case(spec, backend))}
-    assert reached >= {name for name, op in OPS.items() if op.stem == stem and (op.cuda or backend != "simt")}
+    assert reached >= {name for name, op in CONTRACTS[stem].operators.items() if (op.cuda or backend != "simt")}

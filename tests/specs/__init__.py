@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from subquad._schemas import STEMS
+from subquad.contract import STEMS
 from subquad.testing.spec import OpSpec
 
 SPECS: tuple[OpSpec, ...] = tuple(spec for stem in STEMS for spec in import_module(f"{__name__}.{stem}").SPECS)

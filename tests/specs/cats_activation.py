@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import subquad
 from subquad import reference
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 from subquad.ops._autograd import once_differentiable
 from subquad.reference.cats_activation import ACTIVATIONS, activate
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, threshold_in_gap

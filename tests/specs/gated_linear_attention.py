@@ -315,7 +315,6 @@ SPEC = OpSpec(
     peers={"sdpa causal": _sdpa_causal, "compiled chunks": _compiled_chunks},
     missing=_MISSING,
 )
-_PENDING = ("state_after_errors", "aliased_state")
 _GRADIENT_CHECKS = ("gradient_layouts", "partial_gradients", "double_backward", "checkpointing", "vmap")
 STEP = OpSpec(
     name="gated_linear_attention_step",
@@ -343,9 +342,6 @@ STEP = OpSpec(
     bench_oracle=step_bench_oracle,
     bytes=lambda case: 8.0 * case.params["rows"] * case.params["states"] * case.params["d"] ** 2,
     peers={"read+write": _bandwidth},
-    refuses=dict.fromkeys(STATES, ("transposed", "sliced", "strided")),
-    missing=_MISSING
-    | {f"check:{name}": "has no gradient, and works in place" for name in _GRADIENT_CHECKS}
-    | {f"check:{name}": "not yet: one contract of all steps" for name in _PENDING},
+    missing=_MISSING | {f"check:{name}": "has no gradient, and works in place" for name in _GRADIENT_CHECKS},
 )
 SPECS = (SPEC, STEP)

@@ -197,7 +197,6 @@ _MISSING = {
     "check:dtypes": "gates may be float32 beside 16-bit tensors, states always are; tests/ops checks the others",
     "check:autocast": "tensors are cast to the pools' dtype, gates and states are not; tests/ops checks that",
 }
-_PENDING = ("state_after_errors", "aliased_state")
 _NO_GRADIENT = (
     "gradients", "gradcheck", "gradient_layouts", "partial_gradients", "double_backward", "checkpointing", "vmap",
 )  # fmt: skip
@@ -231,9 +230,6 @@ SPEC = OpSpec(
     bench_oracle=bench_oracle,
     bytes=state_bytes,
     peers={"composed": _composed, "read+write": _bandwidth, "eager": _eager},
-    refuses=dict.fromkeys(POOLS, ("transposed", "sliced", "strided")),
-    missing=_MISSING
-    | {f"check:{name}": "has no gradient, and works in place" for name in _NO_GRADIENT}
-    | {f"check:{name}": "not yet: one contract of all steps" for name in _PENDING},
+    missing=_MISSING | {f"check:{name}": "has no gradient, and works in place" for name in _NO_GRADIENT},
 )
 SPECS = (SPEC,)

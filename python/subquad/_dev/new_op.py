@@ -1,8 +1,8 @@
 """`python -m subquad._dev.new_op NAME`: every file of a new op, in its place.
 
 The skeleton is complete and compiles: the square of its input, forward and backward, on every backend. Its reference
-raises until it is written, so its tests fail first and say what to do. What exists is left alone; the lines to add are
-printed.
+raises until it is written, so its tests fail first and say what to do. What exists is left alone. Nothing lists the ops: a
+contract is found by its place. What remains to be written by hand is printed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 TEMPLATES = Path(__file__).parent / "templates"
 PLACES = {
+    "contract.py.in": "python/subquad/contract/{stem}.py",
     "reference.py.in": "python/subquad/reference/{stem}.py",
     "ops.py.in": "python/subquad/ops/{stem}.py",
     "nn.py.in": "python/subquad/nn/{stem}.py",
@@ -25,19 +26,6 @@ PLACES = {
     "cuda.cu.in": "csrc/cuda/{stem}.cu",
     "spec.py.in": "tests/specs/{stem}.py",
     "test.py.in": "tests/ops/{stem}/test_{stem}.py",
-    "bench.py.in": "benchmarks/{stem}.py",
-}
-WIRING = {
-    "python/subquad/_schemas.py": (
-        "OPS: dict[str, Op] = {",
-        '    "@stem@_fwd": Op("@stem@", "(Tensor x) -> Tensor", lambda x: _like(x)),\n'
-        '    "@stem@_bwd": Op("@stem@", "(Tensor grad_y, Tensor x) -> Tensor", lambda grad_y, x: _like(x)),',
-    ),
-    "python/subquad/_backends.py": (
-        "PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {",
-        '    "@stem@": {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")},',
-    ),
-    "python/subquad/__init__.py": ("from .ops.cats_mlp import cats_mlp", "from .ops.@stem@ import @stem@"),
 }
 
 
@@ -72,19 +60,14 @@ def create(stem: str, root: Path) -> list[Path]:
 
 def next_steps(stem: str) -> str:
     """What to do by hand, in order."""
-    lines = ["Next:"]
-    for number, (path, (after, text)) in enumerate(WIRING.items(), start=1):
-        lines += [f"{number}. {path}, below `{after}`:", fill(text, stem)]
-    return "\n".join(
-        [
-            *lines,
-            f'   and "{stem}" in __all__',
-            f"4. python/subquad/reference/{stem}.py: the maths. Then the schema, and with it every file above.",
-            f"5. pytest tests/ops/{stem}: fails until the reference is written, then checks each backend.",
-            '   A place that is not needed is deleted and declared in the spec: missing={"nn": "reason"}.',
-            "6. subquad report --ops: the support table, for README.md. A line in CHANGELOG.md.",
-        ]
+    steps = (
+        f"python/subquad/reference/{stem}.py: the maths. Then contract/{stem}.py: the schema, and with it every file above.",
+        f"pytest tests/ops/{stem}: fails until the reference is written, then checks each backend.",
+        'A place that is not needed is deleted and declared in the spec: missing={"nn": "reason"}; a backend in the contract.',
+        f"python/subquad/__init__.py: `from .ops.{stem} import {stem}`, and its name in __all__.",
+        "subquad report --ops: the support table, for README.md. A line in CHANGELOG.md, a page in docs/ and mkdocs.yml.",
     )
+    return "\n".join(["Next:", *(f"{number}. {text}" for number, text in enumerate(steps, start=1))])
 
 
 def main(argv: list[str] | None = None) -> int:

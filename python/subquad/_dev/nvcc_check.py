@@ -76,11 +76,11 @@ def unregistered(library: Path) -> list[str]:
     """Load the library; returns the ops of CUDA C++ that it did not register."""
     import torch
 
-    from .._schemas import OPS
+    from ..contract import OPERATORS
 
     torch.ops.load_library(str(library))
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return [name for name, op in OPS.items() if op.cuda and not has(f"subquad::{name}", "CUDA")]
+    return [name for name, op in OPERATORS.items() if op.cuda and not has(f"subquad::{name}", "CUDA")]
 
 
 def template(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import _backends, _native
-from .._schemas import FAMILIES, STEMS, in_family
+from ..contract import STEMS, families, in_family
 from ..testing.spec import BenchCase, OpSpec
 from . import measure
 from .composites import COMPOSITES
@@ -53,7 +53,7 @@ def specs_of(family: str | None) -> list[OpSpec]:
     chosen = [s for s in SPECS if in_family(s.stem, family)]
     chosen += [s for s in COMPOSITES if in_family(s.name, family)]
     if not chosen:
-        names = ", ".join((*FAMILIES, *STEMS))
+        names = ", ".join((*families(), *STEMS))
         raise ValueError(f"family: expected one of {names}, or what one of them starts with, got {family!r}")
     return [spec for spec in chosen if spec.bench]
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import _backends
-from .._schemas import HANDLES, OPS
+from ..contract import CONTRACTS, HANDLES
 from ..testing.case import Case
 from ..testing.compare import assert_close, relative_l2
 from ..testing.spec import BenchCase, OpSpec, Sample
@@ -75,8 +74,8 @@ class Result:
 
 
 def default_backend(stem: str, device: str) -> str:
-    """The backend that is meant for this device: the first of the preference table, compiled now if need be."""
-    return _backends.PREFERENCE[stem][device][0]
+    """The backend that is meant for this device: the first that its contract prefers, compiled now if need be."""
+    return CONTRACTS[stem].preference(device)[0]
 
 
 def dense_twin(case: BenchCase, cases: Sequence[BenchCase]) -> BenchCase | None:
@@ -157,7 +156,7 @@ def _recorded(backend: str, stem: str) -> Iterator[list[tuple[Callable[..., Any]
     """The raw operator calls made inside the block."""
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     handles = HANDLES[backend]
-    originals = {name: handles[name] for name, op in OPS.items() if op.stem == stem}
+    originals = {name: handles[name] for name in CONTRACTS[stem].operators}
 
     def spy(handle: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:

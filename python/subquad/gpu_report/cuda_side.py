@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import _build, _env, _native
-from .._schemas import in_family
+from ..contract import in_family
 
 _ALLOW = re.compile(r"//\s*allow-spill\((\w+)\):\s*(\S.*)")
 

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .. import _env
-from .._schemas import in_family
+from ..contract import in_family
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import _checks
 from .builders import Span
-
-
-def size(name: str, value: int) -> None:
-    """A number of tokens."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name}: expected >= 0, got {value}")
 
 
 def sizes(**values: int) -> None:
     """Numbers of tokens, by name."""
     for name, value in values.items():
-        size(name, value)
+        _checks.size(name, value)
 
 
 def integers(name: str, value: torch.Tensor, dims: tuple[int, ...]) -> None:
@@ -29,12 +22,6 @@ def integers(name: str, value: torch.Tensor, dims: tuple[int, ...]) -> None:
         raise TypeError(f"{name}: expected an integer tensor, got {getattr(value, 'dtype', type(value).__name__)}")
     if value.dim() not in dims:
         raise ValueError(f"{name}: expected {' or '.join(map(str, dims))} dimensions, got shape {list(value.shape)}")
-
-
-def booleans(name: str, value: torch.Tensor) -> None:
-    """A bool tensor."""
-    if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
-        raise TypeError(f"{name}: expected a bool tensor, got {getattr(value, 'dtype', type(value).__name__)}")
 
 
 def places(name: str, value: torch.Tensor, length: int) -> None:
@@ -46,12 +33,7 @@ def places(name: str, value: torch.Tensor, length: int) -> None:
 
 def indices(name: str, value: torch.Tensor, dims: int, like: torch.Tensor | None = None) -> None:
     """An int32 tensor of `dims` dimensions, shaped and placed as `like`."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype is not torch.int32:
-        raise TypeError(f"{name}: expected int32, got {value.dtype}")
-    if value.dim() != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(value.shape)}")
+    _checks.integers(name, value, dims, (torch.int32,))
     if like is not None and value.shape != like.shape:
         raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(value.shape)}")
     if like is not None and value.device != like.device:
@@ -83,16 +65,6 @@ def sorted_intervals(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> None:
     if bool(bad.any()):
         at = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f"starts: expected sorted intervals that do not overlap, got others in row {list(at[:3])}")
-
-
-def cu_seqlens(name: str, cu: torch.Tensor) -> None:
-    """Beginnings of sequences, and the end of the last."""
-    if not isinstance(cu, torch.Tensor) or cu.is_floating_point() or cu.dtype is torch.bool:
-        raise TypeError(f"{name}: expected an integer tensor, got {getattr(cu, 'dtype', type(cu).__name__)}")
-    if cu.dim() != 1 or cu.numel() < 1:
-        raise ValueError(f"{name}: expected shape [N + 1], got {list(cu.shape)}")
-    if int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
-        raise ValueError(f"{name}: expected to begin with 0 and not to decrease, got {cu.tolist()[:8]}")
 
 
 def spans_inside(name: str, spans: Sequence[Span], length: int) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .. import _env
+from .. import _checks, _env
+from .._packing import bounds
 from . import algebra, builders, checks, interop
 from .algebra import Intervals
 from .builders import Span
@@ -149,7 +150,7 @@ class IntervalMask:
         tk = tq if tk is None else tk
         checks.sizes(tq=tq, tk=tk)
         if not isinstance(prefix, torch.Tensor):
-            checks.size("prefix", prefix)
+            _checks.size("prefix", prefix)
         else:
             checks.integers("prefix", prefix, (1,))
         return cls._of(builders.prefix_lm(prefix, tq, tk), tk)
@@ -176,14 +177,14 @@ class IntervalMask:
         Raises:
             TypeError, ValueError: tensors that are not such beginnings; a window or sinks that cannot be.
         """
-        checks.size("sink_tokens", sink_tokens)
+        _checks.size("sink_tokens", sink_tokens)
         if window != -1:
-            checks.size("window", window)
+            _checks.size("window", window)
             if not causal:
                 raise ValueError(f"window: expected -1 where rows see keys behind them (causal=False), got {window}")
-        checks.cu_seqlens("cu_seqlens", cu_seqlens)
+        bounds("cu_seqlens", cu_seqlens)
         cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-        checks.cu_seqlens("cu_seqlens_k", cu_k)
+        bounds("cu_seqlens_k", cu_k)
         if cu_k.shape != cu_seqlens.shape:
             raise ValueError(f"cu_seqlens_k: expected shape {list(cu_seqlens.shape)}, got {list(cu_k.shape)}")
         return cls._of(builders.packed(cu_seqlens, cu_k, causal, sink_tokens, window), int(cu_k[-1]))
@@ -216,7 +217,7 @@ class IntervalMask:
                 document, then one for each token of the suffix. Without it the mask has no `shift`.
         """
         for name, size in (("prefix", prefix), ("suffix", suffix), *(("lengths", n) for n in lengths)):
-            checks.size(name, size)
+            _checks.size(name, size)
         tk = prefix + sum(lengths) + suffix
         if shift is None:
             return cls._of(builders.pine(prefix, lengths, suffix), tk)
@@ -261,7 +262,7 @@ class IntervalMask:
     def easycontrol(cls, main: int, conditions: Sequence[int]) -> IntervalMask:
         """Main tokens see everything, each block of condition tokens only itself (EasyControl, arXiv 2503.07027)."""
         for name, size in (("main", main), *(("conditions", n) for n in conditions)):
-            checks.size(name, size)
+            _checks.size(name, size)
         return cls._of(builders.easycontrol(main, conditions), main + sum(conditions))
 
     @classmethod
@@ -299,7 +300,7 @@ class IntervalMask:
         """Row i sees [i - left, i + 1 + ahead[i]) (ANCAT). `ahead` is an int tensor [Tq] or [B, H, Tq]; left None: all before."""
         checks.integers("ahead", ahead, (1, 3))
         if left is not None:
-            checks.size("left", left)
+            _checks.size("left", left)
         return cls._of(builders.lookahead(ahead, left, ahead.shape[-1]), ahead.shape[-1])
 
     @classmethod
@@ -326,7 +327,7 @@ class IntervalMask:
     @classmethod
     def from_dense(cls, mask: torch.Tensor) -> IntervalMask:
         """From a bool tensor [Tq, Tk], [B|1, Tq, Tk] or [B|1, H|1, Tq, Tk]; True where a row sees a key."""
-        checks.booleans("mask", mask)
+        _checks.booleans("mask", mask)
         if mask.dim() not in (2, 3, 4):
             raise ValueError(f"mask: expected [Tq, Tk], [B, Tq, Tk] or [B, H, Tq, Tk], got {list(mask.shape)}")
         wide = mask[:, None] if mask.dim() == 3 else mask
@@ -401,7 +402,7 @@ class IntervalMask:
     def with_keys(self, visible: torch.Tensor) -> IntervalMask:
         """The mask without the keys that are False in `visible`, a bool tensor [B, Tk]: padding, for example."""
         starts, ends, tk = self._intervals("mask", lifetimes=True)
-        checks.booleans("visible", visible)
+        _checks.booleans("visible", visible)
         if visible.dim() != 2 or visible.shape[1] != tk:
             raise ValueError(f"visible: expected shape [B, {tk}], got {list(visible.shape)}")
         keys = algebra.from_dense(visible[:, None, None])

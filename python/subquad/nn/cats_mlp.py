@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _checks
 from .._backends import BACKENDS
-from ..ops import _checks
 from ..ops.cats_activation import GRADS
 from ..ops.cats_mlp import MASK_MODES, MAX_SPARSE_TOKENS, PREFILLS, cats_mlp
 from ..reference.cats_activation import activate

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .. import _checks
 from .._backends import BACKENDS
-from ..ops import _checks
+from .._packing import Packed
 from ..ops.causal_conv1d import ACTIVATIONS, MAX_TAPS, causal_conv1d, causal_conv1d_update
 
 INITS = ("default", "identity")
@@ -96,7 +97,7 @@ class ShortConvolution(nn.Module):
         mask: torch.Tensor | None = None,
         cache: torch.Tensor | None = None,
         output_final_state: bool = False,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | Packed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Convolve whole sequences, or go on from `cache`.
 
@@ -143,7 +144,7 @@ class ShortConvolution(nn.Module):
             state = torch.cat([self._before(x, cache, cu_seqlens), state], 2)
         return y, state if differentiable else cache.copy_(state)
 
-    def _before(self, x: torch.Tensor, cache: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def _before(self, x: torch.Tensor, cache: torch.Tensor, cu_seqlens: torch.Tensor | Packed | None) -> torch.Tensor:
         """The column in front of the state, the input W tokens back, which flash-linear-attention keeps and never reads."""
         if cu_seqlens is not None:
             return torch.zeros_like(cache[:, :, :1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..ops import _checks
+from .. import _checks
 from ..ops.feature_map import feature_map
 from ..reference.feature_map import KINDS
 

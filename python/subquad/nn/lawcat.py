@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import _checks
+from .._packing import Packed
 from ..cache.lawcat import LawcatState, state_of
 from ..masks import IntervalMask
-from ..ops import _checks
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
 from ..ops.lawcat_decode_step import MAX_DIM
@@ -298,7 +299,7 @@ class LawcatAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | IntervalMask | None = None,
         past_key_values: Any = None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | Packed | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
@@ -339,7 +340,7 @@ class LawcatAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | IntervalMask | None = None,
         past_key_values: Any = None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | Packed | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The output before `o_proj`, [B, T, HQ d]; arguments of `forward`."""
@@ -350,10 +351,11 @@ class LawcatAttention(nn.Module):
         if cu_seqlens is not None and (self.window_size or attention_mask is not None or past_key_values is not None):
             raise ValueError("cu_seqlens: expected None with a window, a mask or a cache")
         b, t, _ = hidden_states.shape
+        packed = None if cu_seqlens is None else Packed.remembered(cu_seqlens, hidden_states)
         window = None if self.original is None else sliding_window(self.original)
         state = state_of(past_key_values, self.layer_idx, self.keep)
         tokens = tokens_of(attention_mask, b, t, window, None if state is None else state.seen)
-        mixed = self._advance(hidden_states, position_embeddings, tokens, state, cu_seqlens)
+        mixed = self._advance(hidden_states, position_embeddings, tokens, state, packed)
         if state is not None:
             state.seen += t
         if self.output_gate is None or self.output_norm is None:
@@ -370,7 +372,7 @@ class LawcatAttention(nn.Module):
         positions: tuple[torch.Tensor, torch.Tensor] | None,
         tokens: torch.Tensor | None,
         state: LawcatState | None,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: Packed | None,
     ) -> torch.Tensor:
         """`_mixed`; where the state keeps tokens for a rollback, those alone are recorded, and what comes before them is not."""
         early = 0 if state is None else x.shape[1] - state.depth
@@ -405,7 +407,7 @@ class LawcatAttention(nn.Module):
         positions: tuple[torch.Tensor, torch.Tensor] | None,
         tokens: torch.Tensor | None,
         state: LawcatState | None,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: Packed | None = None,
         entering: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attention of the tokens there are, 0 at the others: one step in place, or sequences.
@@ -422,7 +424,7 @@ class LawcatAttention(nn.Module):
         rows = tokens.flatten().nonzero()[:, 0]
         if rows.shape[0] == b * t:
             return self._sequences(x, positions, None, state, cu_seqlens, entering)
-        bounds = F.pad(tokens.sum(1).cumsum(0), (1, 0))
+        bounds = Packed(F.pad(tokens.sum(1).cumsum(0), (1, 0)), rows.shape[0])
         if positions is not None:
             cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, rows] for p in positions)
             positions = (cos, sin)
@@ -458,7 +460,7 @@ class LawcatAttention(nn.Module):
         return g.unflatten(-1, (self.num_kv_heads, -1)) if self.gate_kind == "vector" else g
 
     def _features(
-        self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: torch.Tensor | None
+        self, q: torch.Tensor, k: torch.Tensor, state: LawcatState | None, cu_seqlens: Packed | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolution and map in one pass."""
         phi_k = self.feature_map if self.feature_map_k is None else self.feature_map_k
@@ -494,7 +496,7 @@ class LawcatAttention(nn.Module):
         positions: tuple[torch.Tensor, torch.Tensor] | None,
         tokens: torch.Tensor | None,
         state: LawcatState | None,
-        cu_seqlens: torch.Tensor | None,
+        cu_seqlens: Packed | None,
         entering: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
         q0, k0, v = self._heads(x, positions)

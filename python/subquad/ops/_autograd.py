@@ -1,12 +1,18 @@
-"""Backward functions without a second derivative."""
+"""Backward functions: without a second derivative, and outside autocast."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Nothing in the block is cast again: kernels and references accumulate in float32."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _Raise(torch.autograd.Function):
@@ -26,11 +32,13 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     torch's decorator of the same name returns gradients without history when the upstream gradient is a constant, and connects
     its error to no input, so that a gradient penalty is left out silently. Here the error hangs on everything that was saved.
+    A backward that is called under autocast computes what it computes outside.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: torch.Tensor) -> Any:
-        with torch.no_grad():
+        device = next(grad.device.type for grad in grads if grad is not None)
+        with torch.no_grad(), without_autocast(device):
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return outputs

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
-from .. import reference
-from .._backends import resolve
-from .._schemas import HANDLES
-from . import _checks
-from ._autograd import once_differentiable
+from .. import _checks, reference
+from ..reference.cats_activation import ACTIVATIONS
+from . import _call
 
 GRADS = ("masked", "ste")
 
@@ -50,39 +47,18 @@ def cats_activation(
         tensor([0.0000, 0.0000, 2.8577])
     """
     _checks.tensor("z", z)
-    code = _checks.activation_code(activation)
+    code = _checks.choice("activation", activation, ACTIVATIONS)
     _checks.flag("inclusive", inclusive)
     straight_through = bool(_checks.choice("grad", grad, GRADS))
     if z.dim() == 0:
         raise ValueError("z: expected at least one dimension, got a scalar")
     t = _checks.threshold(threshold, z.shape[-1], z.device)
-    name = resolve("cats_activation", z.device.type, backend)
-    if name == "reference" or torch._C._are_functorch_transforms_active():
-        return reference.cats_activation.cats_activation(
-            z.contiguous(), t, activation=activation, inclusive=inclusive, grad=grad
-        )
-    _checks.not_double("z", z, name)
-    flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1]).contiguous()
-    if z.requires_grad and torch.is_grad_enabled():
-        a = _Activation.apply(flat, t, code, inclusive, straight_through, name)
-    else:
-        a = HANDLES[name]["cats_activation_fwd"](flat, t, code, inclusive)
+
+    def define(z: torch.Tensor, t: torch.Tensor, *_: object) -> torch.Tensor:
+        options = {"activation": activation, "inclusive": inclusive, "grad": grad}
+        return reference.cats_activation.cats_activation(z.contiguous(), t, **options)  # type: ignore[arg-type]
+
+    flat = z.reshape(math.prod(z.shape[:-1]), z.shape[-1])
+    arguments = (flat, t, code, inclusive)
+    a: torch.Tensor = _call.run("cats_activation_fwd", backend, arguments, define, backward_only=(straight_through,))
     return a.view(z.shape)
-
-
-class _Activation(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, z: torch.Tensor, t: torch.Tensor, code: int, inclusive: bool, ste: bool, backend: str
-    ) -> torch.Tensor:
-        ctx.save_for_backward(z, t)
-        ctx.options = (code, inclusive, ste)
-        ctx.backend = backend
-        return HANDLES[backend]["cats_activation_fwd"](z, t, code, inclusive)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_a: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        z, t = ctx.saved_tensors
-        grad_z = HANDLES[ctx.backend]["cats_activation_bwd"](grad_a.contiguous(), z, t, *ctx.options)
-        return grad_z, None, None, None, None, None

@@ -6,17 +6,14 @@ from typing import Any
 
 import torch
 
-from .. import reference
-from .._backends import resolve
-from .._schemas import HANDLES
-from ..reference.cats_activation import activate, active_mask
-from . import _checks
-from ._autograd import once_differentiable
+from .. import _checks, reference
+from ..contract.cats_mlp import MAX_SPARSE_TOKENS, most_tokens
+from ..reference.cats_activation import ACTIVATIONS, activate, active_mask
+from . import _call
+from ._autograd import once_differentiable, without_autocast
 from ._linear import linear_fp32
 from .cats_activation import GRADS
 
-MAX_SPARSE_TOKENS = 16
-MAX_UNION_TOKENS = 256  # of the CPU kernel, which sees that many tokens at a time
 MASK_MODES = ("token", "union")
 PREFILLS = ("masked", "dense")
 
@@ -74,87 +71,71 @@ def cats_mlp(
         >>> subquad.cats_mlp(x, w, w, torch.randn(8, 32), 0.1).shape
         torch.Size([1, 8])
     """
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down = _call.autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
+    tokens = _check_tensors(x, *weights)
+    t = _checks.threshold(threshold, w_gate.shape[0], x.device)
+    code = _checks.choice("activation", activation, ACTIVATIONS)
     _checks.flag("inclusive", inclusive)
-    tokens, t, code, limit = _validate(
-        x,
-        w_gate,
-        w_up,
-        w_down,
-        threshold,
-        activation,
-        mask_mode,
-        prefill,
-        max_sparse_tokens,
-        grad,
-        b_gate,
-        b_up,
-        b_down,
-    )
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        b_gate, b_up, b_down = (None if b is None else b.to(dtype) for b in (b_gate, b_up, b_down))
-        with torch.autocast(x.device.type, enabled=False):
-            return cats_mlp(
-                x.to(dtype), w_gate.to(dtype), w_up.to(dtype), w_down.to(dtype), threshold, activation=activation,
-                inclusive=inclusive, mask_mode=mask_mode, prefill=prefill, max_sparse_tokens=max_sparse_tokens, grad=grad,
-                b_gate=b_gate, b_up=b_up, b_down=b_down, backend=backend,
-            )  # fmt: skip
-    name = resolve("cats_mlp", x.device.type, backend)
-    flat = x if x.dim() == 2 else x.reshape(tokens, x.shape[-1])
+    union = bool(_checks.choice("mask_mode", mask_mode, MASK_MODES))
+    _checks.choice("prefill", prefill, PREFILLS)
+    straight_through = bool(_checks.choice("grad", grad, GRADS))
+    limit = _sparse_limit(max_sparse_tokens)
     if tokens > limit and prefill == "dense":
         t = torch.full_like(t[:1], -1.0)
-    weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
-    if name == "reference" or tokens == 0 or torch._C._are_functorch_transforms_active():
-        y = reference.cats_mlp.cats_mlp(
+    device = x.device.type
+    flat = x if x.dim() == 2 else x.reshape(tokens, x.shape[-1])
+    name = _call.choose("cats_mlp", device, backend)
+
+    def define(*_: object) -> torch.Tensor:
+        return reference.cats_mlp.cats_mlp(
             flat, w_gate, w_up, w_down, t, b_gate=b_gate, b_up=b_up, b_down=b_down,
             activation=activation, inclusive=inclusive, mask_mode=mask_mode, grad=grad,
         )  # fmt: skip
-        return y.view(x.shape)
-    _checks.not_double("x", x, name)
-    union = mask_mode == "union"
-    if torch.is_grad_enabled() and _needs_grad(x, weights):
+
+    if tokens == 0:
+        return define().view(x.shape)
+    most = most_tokens(name, device, union, limit)
+    training = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *weights))
+    kernels = name != "reference" and not torch._C._are_functorch_transforms_active()
+    if kernels and (training or (most is not None and tokens > most)):
+        _checks.not_double("x", x, name)
         options = (
             activation,
             code,
             inclusive,
             union,
-            grad == "ste",
-            resolve("cats_activation", x.device.type, backend),
+            straight_through,
+            _call.choose("cats_activation", device, backend),
         )
-        return _CATSMLP.apply(flat, *weights, t, options).view(x.shape)
-    fused = name == "native" and x.device.type == "cpu" and not (union and tokens > MAX_UNION_TOKENS)
-    if tokens > limit and not fused:  # the CPU kernel has a dense path of its own
-        activation_backend = resolve("cats_activation", x.device.type, backend)
-        return _dense(flat, *weights, t, activation, code, inclusive, union, activation_backend)[0].view(x.shape)
-    biases = (
-        weights[3:]
-        if b_gate is b_up is b_down is None
-        else [None if b is None else b.contiguous() for b in weights[3:]]
-    )
-    y = HANDLES[name]["cats_mlp_fwd"](flat.contiguous(), w_gate, w_up, w_down, t, *biases, code, inclusive, union)
+        with without_autocast(device):
+            y = _DenseMLP.apply(flat, *weights, t, options) if training else _dense(flat, *weights, t, options)[0]
+        return y.view(x.shape)
+    arguments = (flat, w_gate, w_up, w_down, t, b_gate, b_up, b_down, code, inclusive, union)
+    y = _call.run("cats_mlp_fwd", backend, arguments, define)
     return y if flat is x else y.view(x.shape)
 
 
-def _needs_grad(x: torch.Tensor, weights: tuple[torch.Tensor | None, ...]) -> bool:
-    return x.requires_grad or any(w is not None and w.requires_grad for w in weights)
+def _sparse_limit(limit: int | None) -> int:
+    if limit is None:
+        return MAX_SPARSE_TOKENS
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"max_sparse_tokens: expected an int, got {type(limit).__name__}")
+    if not 0 <= limit <= MAX_SPARSE_TOKENS:
+        raise ValueError(f"max_sparse_tokens: expected 0 to {MAX_SPARSE_TOKENS}, got {limit}")
+    return limit
 
 
-def _validate(
+def _check_tensors(
     x: torch.Tensor,
     w_gate: torch.Tensor,
     w_up: torch.Tensor,
     w_down: torch.Tensor,
-    threshold: float | torch.Tensor,
-    activation: str,
-    mask_mode: str,
-    prefill: str,
-    max_sparse_tokens: int | None,
-    grad: str,
     b_gate: torch.Tensor | None,
     b_up: torch.Tensor | None,
     b_down: torch.Tensor | None,
-) -> tuple[int, torch.Tensor, int, int]:
-    """Check everything before any kernel runs. Returns the token count, 1-D threshold, activation code and sparse limit."""
+) -> int:
+    """The number of tokens."""
     _checks.tensor("x", x)
     _checks.tensor("w_gate", w_gate)
     if w_gate.dim() != 2:
@@ -162,31 +143,22 @@ def _validate(
     neurons, hidden = w_gate.shape
     if x.dim() == 0 or x.shape[-1] != hidden:
         raise ValueError(f"x: expected shape [..., {hidden}] to match w_gate {list(w_gate.shape)}, got {list(x.shape)}")
-    _checks.like("w_gate", w_gate, (neurons, hidden), x, "x")
-    _checks.like("w_up", w_up, (neurons, hidden), x, "x")
-    _checks.like("w_down", w_down, (hidden, neurons), x, "x")
-    if w_gate.stride(1) != 1 and hidden > 1:
-        raise ValueError(f"w_gate: expected a contiguous last dimension, got strides {list(w_gate.stride())}")
-    if w_up.stride(1) != 1 and hidden > 1:
-        raise ValueError(f"w_up: expected a contiguous last dimension, got strides {list(w_up.stride())}")
+    for name, value, shape in (
+        ("w_gate", w_gate, (neurons, hidden)),
+        ("w_up", w_up, (neurons, hidden)),
+        ("w_down", w_down, (hidden, neurons)),
+        ("b_gate", b_gate, (neurons,)),
+        ("b_up", b_up, (neurons,)),
+        ("b_down", b_down, (hidden,)),
+    ):
+        if value is not None or name.startswith("w_"):
+            _checks.like(name, value, shape, x, "x")
+    for name, value in (("w_gate", w_gate), ("w_up", w_up)):
+        if value.stride(1) != 1 and hidden > 1:
+            raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(value.stride())}")
     if 1 not in w_down.stride() and hidden > 1 and neurons > 1:
         raise ValueError(f"w_down: expected strides (1, n) or (n, 1), got {list(w_down.stride())}")
-    if b_gate is not None:
-        _checks.like("b_gate", b_gate, (neurons,), x, "x")
-    if b_up is not None:
-        _checks.like("b_up", b_up, (neurons,), x, "x")
-    if b_down is not None:
-        _checks.like("b_down", b_down, (hidden,), x, "x")
-    _checks.choice("mask_mode", mask_mode, MASK_MODES)
-    _checks.choice("prefill", prefill, PREFILLS)
-    _checks.choice("grad", grad, GRADS)
-    limit = MAX_SPARSE_TOKENS if max_sparse_tokens is None else max_sparse_tokens
-    if isinstance(limit, bool) or not isinstance(limit, int):
-        raise TypeError(f"max_sparse_tokens: expected an int, got {type(limit).__name__}")
-    if not 0 <= limit <= MAX_SPARSE_TOKENS:
-        raise ValueError(f"max_sparse_tokens: expected 0 to {MAX_SPARSE_TOKENS}, got {max_sparse_tokens}")
-    tokens = x.numel() // hidden if hidden else 0
-    return tokens, _checks.threshold(threshold, neurons, x.device), _checks.activation_code(activation), limit
+    return x.numel() // hidden if hidden else 0
 
 
 def _dense(
@@ -198,23 +170,20 @@ def _dense(
     b_up: torch.Tensor | None,
     b_down: torch.Tensor | None,
     t: torch.Tensor,
-    activation: str,
-    code: int,
-    inclusive: bool,
-    union: bool,
-    backend: str,
+    options: tuple[Any, ...],
 ) -> tuple[torch.Tensor, ...]:
     """Dense products with the mask fused into the gated unit. Returns y and what the backward needs: z, u, h, t."""
+    activation, code, inclusive, union, _, backend = options
     z = linear_fp32(x, w_gate, b_gate)
     u = linear_fp32(x, w_up, b_up)
     if union:  # a column woken by any token is active for all, any other for none
         woken = active_mask(activate(z, activation), t, inclusive).any(0)
         t = torch.where(woken, -1.0, torch.inf)
-    h = HANDLES[backend]["cats_glu_fwd"](z, u, t, code, inclusive)
+    h = _call.call("cats_glu_fwd", backend, z, u, t, code, inclusive)
     return linear_fp32(h, w_down, b_down).to(x.dtype), z, u, h, t
 
 
-class _CATSMLP(torch.autograd.Function):
+class _DenseMLP(torch.autograd.Function):
     """Training: dense products, one fused elementwise kernel each way. Bias-free formulas in specs: dz, du share h's support."""
 
     @staticmethod
@@ -230,14 +199,10 @@ class _CATSMLP(torch.autograd.Function):
         t: torch.Tensor,
         options: tuple[Any, ...],
     ) -> torch.Tensor:
-        activation, code, inclusive, union, straight_through, backend = options
-        y, z, u, h, t = _dense(
-            x, w_gate, w_up, w_down, b_gate, b_up, b_down, t, activation, code, inclusive, union, backend
-        )
+        y, z, u, h, t = _dense(x, w_gate, w_up, w_down, b_gate, b_up, b_down, t, options)
         ctx.save_for_backward(x, w_gate, w_up, w_down, z, u, h if w_down.requires_grad else None, t)
         ctx.biases = tuple(None if b is None else b.dtype for b in (b_gate, b_up, b_down))
-        ctx.options = (code, inclusive, straight_through)
-        ctx.backend = backend
+        ctx.options = options
         return y
 
     @staticmethod
@@ -246,7 +211,8 @@ class _CATSMLP(torch.autograd.Function):
         x, w_gate, w_up, w_down, z, u, h, t = ctx.saved_tensors
         need_x, need_gate, need_up, need_down, need_b_gate, need_b_up, need_b_down = ctx.needs_input_grad[:7]
         grad_h = linear_fp32(grad_y, w_down.t())
-        dz, du = HANDLES[ctx.backend]["cats_glu_bwd"](grad_h, z, u, t, *ctx.options)
+        _, code, inclusive, _, straight_through, backend = ctx.options
+        dz, du = _call.call("cats_glu_bwd", backend, grad_h, z, u, t, code, inclusive, straight_through)
         grad_x = (linear_fp32(dz, w_gate.t()) + linear_fp32(du, w_up.t())).to(x.dtype) if need_x else None
         wide_x = x.float() if need_gate or need_up else None
         grad_gate = (dz.t() @ wide_x).to(x.dtype) if need_gate else None

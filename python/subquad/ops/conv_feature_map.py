@@ -6,23 +6,13 @@ from typing import Any
 
 import torch
 
-from .. import reference
-from .._backends import resolve
-from .._schemas import HANDLES
-from . import _checks
-from ._autograd import once_differentiable
-from .causal_conv1d import (
-    MAX_TAPS,
-    activation_flag,
-    cast_all,
-    contiguous_or_none,
-    initial_state_of,
-    require_like,
-    sequence_bounds,
-)
-from .feature_map import MAX_DIM, map_options
-
-STEM = "conv_feature_map"
+from .. import _checks, reference
+from .._packing import Packed
+from ..contract.causal_conv1d import MAX_TAPS
+from ..contract.feature_map import MAX_DIM
+from . import _call
+from .causal_conv1d import activation_flag, initial_state_of
+from .feature_map import map_options
 
 
 def conv_feature_map(
@@ -34,7 +24,7 @@ def conv_feature_map(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     activation: str | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | Packed | None = None,
     kind: str = "softmax",
     fullspace: bool = True,
     eps: float = 1e-12,
@@ -73,11 +63,9 @@ def conv_feature_map(
         >>> subquad.conv_feature_map(x, taps, maps)[0].shape
         torch.Size([1, 10, 4, 8])
     """
-    if isinstance(x, torch.Tensor) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, conv_weight, fm_weight, conv_bias, initial_state = cast_all(
-            dtype, x, conv_weight, fm_weight, conv_bias, initial_state
-        )
+    x, conv_weight, fm_weight, conv_bias, initial_state = _call.autocast(
+        x, conv_weight, fm_weight, conv_bias, initial_state
+    )
     _checks.tensor("x", x)
     if x.dim() != 4 or not 1 <= x.shape[3] <= MAX_DIM:
         raise ValueError(f"x: expected shape [B, T, Hx, d] with d in 1..{MAX_DIM}, got {list(x.shape)}")
@@ -86,49 +74,20 @@ def conv_feature_map(
     code, eps = map_options(kind, fullspace, eps)
     conv_weight, groups = _weights(x, conv_weight, fm_weight, conv_bias)
     flat = x.flatten(2)
-    cu, sequence = sequence_bounds(cu_seqlens, flat)
-    sequences = x.shape[0] if cu is None else cu.shape[0] - 1
-    state = initial_state_of(initial_state, sequences, conv_weight.shape[1], flat)
-    name = resolve(STEM, x.device.type, backend)
-    if name == "reference" or torch._C._are_functorch_transforms_active():
-        with torch.autocast(x.device.type, enabled=False):  # y is not rounded
-            phi, final = reference.conv_feature_map.conv_feature_map(
-                x, conv_weight, fm_weight, conv_bias, state, cu, silu=silu, kind=kind, fullspace=fullspace, eps=eps
-            )
-        return phi.contiguous(), final.contiguous() if output_final_state else None
-    _checks.not_double("x", x, name)
-    flat = flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
-    inputs = (flat, conv_weight.contiguous(), fm_weight.contiguous(), *map(contiguous_or_none, (conv_bias, state)))
-    options = (cu, sequence, groups, silu, code, fullspace, eps, output_final_state)
-    if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs):
-        phi, final = _ConvFeatureMap.apply(*inputs, *options, name)
-    else:
-        phi, final = HANDLES[name]["conv_feature_map_fwd"](*inputs, *options)
-    return phi, final if output_final_state else None
+    packed = None if cu_seqlens is None else Packed.of(cu_seqlens, flat)
+    state = initial_state_of(initial_state, packed, conv_weight.shape[1], flat)
+    bounds = (None, None) if packed is None else (packed.int32, packed.sequence)
 
-
-class _ConvFeatureMap(torch.autograd.Function):
-    """Saves the arguments; the convolution and its map are computed again."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        *call, backend = args
-        x, conv_weight, fm_weight, bias, state, cu, sequence, *ctx.options, ctx.final = call
-        ctx.save_for_backward(x, conv_weight, fm_weight, bias, state, cu, sequence)
-        ctx.backend = backend
-        return HANDLES[backend]["conv_feature_map_fwd"](*call)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_phi: torch.Tensor, grad_final: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        _, conv_weight, _, bias, state, *_ = saved
-        through_state = grad_final.contiguous() if ctx.final and conv_weight.shape[1] > 1 else None
-        *grads, dbias, dstate = HANDLES[ctx.backend]["conv_feature_map_bwd"](
-            grad_phi.contiguous(), through_state, *saved, *ctx.options
+    def define(flat: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return reference.conv_feature_map.conv_feature_map(
+            flat.unflatten(2, x.shape[2:]), *arguments[:5], silu=silu, kind=kind, fullspace=fullspace, eps=eps
         )
-        grads += [None if bias is None else dbias, None if state is None else dstate]
-        return *grads, None, None, None, None, None, None, None, None, None
+
+    arguments = (
+        flat, conv_weight, fm_weight, conv_bias, state, *bounds, groups, silu, code, fullspace, eps, output_final_state,
+    )  # fmt: skip
+    phi, final = _call.run("conv_feature_map_fwd", backend, arguments, define)
+    return phi, final if output_final_state else None
 
 
 def _weights(
@@ -136,7 +95,7 @@ def _weights(
 ) -> tuple[torch.Tensor, int]:
     """(conv_weight [H d, W], H / Hx) after checking them against x and the other weights."""
     heads, width = x.shape[2:]
-    require_like("conv_weight", conv_weight, None, x)
+    _checks.like("conv_weight", conv_weight, None, x, "x")
     if conv_weight.dim() == 3 and conv_weight.shape[1] == 1:
         conv_weight = conv_weight[:, 0]
     if conv_weight.dim() != 2 or not 1 <= conv_weight.shape[1] <= MAX_TAPS:
@@ -148,8 +107,8 @@ def _weights(
         expected = f"[H * {width}, W] with H a multiple of the {heads} heads of x"
         raise ValueError(f"conv_weight: expected shape {expected}, got {list(conv_weight.shape)}")
     if conv_bias is not None:
-        require_like("conv_bias", conv_bias, (channels,), x)
-    require_like("fm_weight", fm_weight, None, x)
+        _checks.like("conv_bias", conv_bias, (channels,), x, "x")
+    _checks.like("fm_weight", fm_weight, None, x, "x")
     made = channels // width
     fits = fm_weight.dim() == 3 and fm_weight.shape[1] == width and 1 <= fm_weight.shape[2] <= MAX_DIM
     sharing = made // fm_weight.shape[0] if fits and fm_weight.shape[0] else 1

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
-from .. import reference
-from .._backends import resolve
-from .._schemas import HANDLES
+from .. import _checks, reference
+from ..contract.feature_map import MAX_DIM
 from ..reference.feature_map import KINDS
-from . import _checks
-from ._autograd import once_differentiable
-
-MAX_DIM = 256
+from . import _call
 
 
 def feature_map(
@@ -55,50 +50,16 @@ def feature_map(
         >>> phi.shape, float(phi[0, 0, 0, 0])
         (torch.Size([1, 3, 2, 8]), 0.25)
     """
-    if isinstance(x, torch.Tensor) and weight is not None and torch.is_autocast_enabled(x.device.type):
-        x, weight = _autocast(x), _autocast(weight)
+    if weight is not None:
+        x, weight = _call.autocast(x, weight)
     _check_tensors(x, weight)
     code, eps = map_options(kind, fullspace, eps)
-    name = resolve("feature_map", x.device.type, backend)
-    if name == "reference" or torch._C._are_functorch_transforms_active():
-        with torch.autocast(x.device.type, enabled=False):  # y is not rounded
-            out = reference.feature_map.feature_map(x, weight, kind=kind, fullspace=fullspace, eps=eps)
-        return out.contiguous()
-    _checks.not_double("x", x, name)
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        out = _FeatureMap.apply(x, weight, code, fullspace, eps, name)
-    else:
-        out = HANDLES[name]["feature_map_fwd"](x, weight, code, fullspace, eps)
+
+    def define(x: torch.Tensor, weight: torch.Tensor | None, *_: object) -> torch.Tensor:
+        return reference.feature_map.feature_map(x, weight, kind=kind, fullspace=fullspace, eps=eps)
+
+    out: torch.Tensor = _call.run("feature_map_fwd", backend, (x, weight, code, fullspace, eps), define)
     return out
-
-
-class _FeatureMap(torch.autograd.Function):
-    """Saves x and the weight; y is computed again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, code: int, fullspace: bool, eps: float, backend: str
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.options, ctx.backend = (code, fullspace, eps), backend
-        return HANDLES[backend]["feature_map_fwd"](x, weight, code, fullspace, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dx, dweight = HANDLES[ctx.backend]["feature_map_bwd"](grad_out.contiguous(), x, weight, *ctx.options)
-        return dx, None if weight is None else dweight, None, None, None, None
-
-
-def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """In autocast's dtype, as an operand of a matrix product is; what is no such operand is left for the checks."""
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in narrow:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _check_tensors(x: torch.Tensor, weight: torch.Tensor | None) -> None:
@@ -109,15 +70,13 @@ def _check_tensors(x: torch.Tensor, weight: torch.Tensor | None) -> None:
         raise ValueError(f"x: expected shape [B, T, H, d] with d in 1..{MAX_DIM}, got {list(x.shape)}")
     if weight is None:
         return
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"weight: expected a torch.Tensor or None, got {type(weight).__name__}")
+    _checks.like("weight", weight, None, x, "x")
     heads, d = x.shape[2:]
     if weight.dim() != 3 or weight.shape[:2] != (heads, d) or not 1 <= weight.shape[2] <= MAX_DIM:
         raise ValueError(
             f"weight: expected shape [{heads}, {d}, f] with f in 1..{MAX_DIM} to fit x {list(x.shape)}, "
             f"got {list(weight.shape)}"
         )
-    _checks.like("weight", weight, tuple(weight.shape), x, "x")
 
 
 def map_options(kind: str, fullspace: bool, eps: float) -> tuple[int, float]:

@@ -6,15 +6,11 @@ from typing import Any
 
 import torch
 
-from .. import _backends, reference
-from .._backends import resolve
-from .._schemas import HANDLES
-from . import _checks
-from ._autograd import once_differentiable
+from .. import _checks, reference
+from .._packing import Packed
+from ..contract.gated_linear_attention import MAX_HEAD_DIM
+from . import _call
 
-STEM = "gated_linear_attention"
-MAX_HEAD_DIM = 256
-RECURRENT_TOKENS = 64  # up to here the CUDA C++ kernel, which walks token by token, is the better choice
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -27,7 +23,7 @@ def gated_linear_attention(
     scale: float | None = None,
     initial_state: State | None = None,
     output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | Packed | None = None,
     normalize: bool = False,
     eps: float = 1e-10,
     backend: str | None = None,
@@ -51,7 +47,8 @@ def gated_linear_attention(
             [N, 1, HS, K], or one tensor [N, HS, K, V + 1] with z as its last column. N is B, or the number of sequences.
         output_final_state: also return the state after the last token: S, with `normalize` (S, z), or one tensor with z as
             its last column where `initial_state` was one.
-        cu_seqlens: [N + 1] int32 or int64, the bounds of N sequences packed into B = 1; empty ones are allowed.
+        cu_seqlens: [N + 1] int32 or int64, the bounds of N sequences packed into B = 1; empty ones are allowed. Or a
+            `subquad.Packed` of them, checked before.
         normalize: divide by the decayed sum of the scores.
         eps: added to that sum.
         backend: "native", "triton", "reference", or None to choose.
@@ -72,29 +69,18 @@ def gated_linear_attention(
         >>> o.shape, s.shape, z.shape
         (torch.Size([1, 6, 2, 8]), torch.Size([1, 2, 8, 8]), torch.Size([1, 2, 8]))
     """
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, torch.Tensor) else "cpu"):
-        q, k, v = _autocast(q, k, v)
+    q, k, v = _call.autocast(q, k, v)
     states = _check_rows(q, k, v, g, 4)
     for name, flag in (("normalize", normalize), ("output_final_state", output_final_state)):
         _checks.flag(name, flag)
     scale = q.shape[3] ** -0.5 if scale is None else _checks.number("scale", scale)
     eps = _checks.number("eps", eps)
-    cu_seqlens = _cu_seqlens(cu_seqlens, q)
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    packed = None if cu_seqlens is None else Packed.of(cu_seqlens, q)
+    count = q.shape[0] if packed is None else packed.sequences
     s0, z0 = _initial_state(initial_state, normalize, (count, states, k.shape[3], v.shape[3]), q)
-    name = _backend(backend, q, k, v, g, s0, z0)
-    z: torch.Tensor | None
-    if name == "reference" or torch._C._are_functorch_transforms_active():
-        args = (q, k, v, g, s0, z0, cu_seqlens, scale, eps, normalize)
-        o, s, z = reference.gated_linear_attention.gated_linear_attention(*args)
-    else:
-        _checks.not_double("q", q, name)
-        q, k, v, g = (x if x is None or _dense_last(x) else x.contiguous() for x in (q, k, v, g))  # type: ignore[assignment]
-        tensors = (q, k, v, g, s0, z0)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            o, s, z = _Attention.apply(*tensors, cu_seqlens, scale, eps, normalize, name)
-        else:
-            o, _, s, z = HANDLES[name][f"{STEM}_fwd"](*tensors, cu_seqlens, scale, eps, normalize)
+    bounds = None if packed is None else packed.int64
+    arguments = (q, k, v, g, s0, z0, bounds, scale, eps, normalize)
+    o, _, s, z = _call.run("gated_linear_attention_fwd", backend, arguments, _define, tokens=q.shape[1])
     if not output_final_state:
         return o, None
     if z is None or not normalize:
@@ -102,52 +88,9 @@ def gated_linear_attention(
     return o, torch.cat([s, z.unsqueeze(-1)], -1) if isinstance(initial_state, torch.Tensor) else (s, z)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, g: Any, s0: Any, z0: Any, cu_seqlens: Any, *rest: Any) -> Any:
-        *options, backend = rest
-        o, den, s, z = HANDLES[backend][f"{STEM}_fwd"](q, k, v, g, s0, z0, cu_seqlens, *options)
-        ctx.save_for_backward(den, q, k, v, g, s0, z0)
-        ctx.cu_seqlens, ctx.options, ctx.backend = cu_seqlens, options, backend
-        ctx.set_materialize_grads(False)
-        ctx.shapes = tuple((x.shape, x.dtype) for x in (o, s, z))
-        return o, s, z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        den, *inputs = ctx.saved_tensors
-        normalize = ctx.options[-1]
-        grad_o, grad_s, grad_z = (
-            den.new_zeros(shape, dtype=dtype) if grad is None else grad.contiguous()
-            for grad, (shape, dtype) in zip(grads, ctx.shapes, strict=True)
-        )
-        handle = HANDLES[_backward_backend(ctx.backend, den.device.type)][f"{STEM}_bwd"]
-        result = handle(grad_o, grad_s, grad_z if normalize else None, den, *inputs, ctx.cu_seqlens, *ctx.options)
-        return (*(None if x is None else r for x, r in zip(inputs, result, strict=True)), *(None,) * 5)
-
-
-def _backward_backend(forward: str, device: str) -> str:
-    """The CUDA C++ kernel is the recurrence, for few tokens: its gradients come from the backend that trains there."""
-    if forward == "simt":
-        return resolve(STEM, device, "native")
-    return resolve(STEM, device, "triton") if forward == "native" and device == "cuda" else forward
-
-
-def _backend(requested: str | None, *tensors: torch.Tensor | None) -> str:
-    q = tensors[0]
-    assert q is not None
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    few = q.shape[1] <= RECURRENT_TOKENS and not training
-    return _token_backend(requested, q) if few else resolve(STEM, q.device.type, requested)
-
-
-def _token_backend(requested: str | None, q: torch.Tensor) -> str:
-    """CUDA C++ for a few tokens on a GPU, where it is there and nobody asks for another."""
-    name = resolve(STEM, q.device.type, requested)
-    if q.device.type == "cuda" and _backends.is_automatic(requested):
-        return "native" if _backends.unavailable(STEM, "native", "cuda") is None else name
-    return name
+def _define(*arguments: Any) -> tuple[Any, ...]:
+    o, s, z = reference.gated_linear_attention.gated_linear_attention(*arguments)
+    return o, None, s, z
 
 
 def gated_linear_attention_step(
@@ -165,13 +108,15 @@ def gated_linear_attention_step(
 ) -> torch.Tensor:
     r"""One token of `gated_linear_attention` per row; `state` and `z` are updated in place. Not differentiable.
 
+    Under autocast q, k and v are cast as in `gated_linear_attention`.
+
     Args:
         q: queries [B, HQ, K], float32, bfloat16, float16 (float64 on the reference backend).
         k: keys [B, HK, K].
         v: values [B, HV, V].
         g: logarithm of the decay [B, HG, K] or [B, HG], float32 or q's dtype; None: no decay.
-        state: pool of states [P, HS, K, V], float32, contiguous; P = B without `state_indices`.
-        z: pool of key sums [P, HS, K], float32, contiguous; given, the result is normalised.
+        state: pool of states [P, HS, K, V], float32; P = B without `state_indices`. Contiguous, or it is copied at every step.
+        z: pool of key sums [P, HS, K], float32, likewise; given, the result is normalised.
         state_indices: [B] int32 or int64, the row's place in the pool; -1 skips the row: its result is 0 and no state
             changes. Two rows must not share a state.
         scale: factor of the scores; None for K ** -0.5.
@@ -184,7 +129,8 @@ def gated_linear_attention_step(
     Raises:
         TypeError: wrong type or dtype of an argument.
         ValueError: shapes, head counts or devices that do not fit, indices outside the pool (on a GPU checked under
-            SUBQUAD_DEBUG=1 only), a backend that cannot run.
+            SUBQUAD_DEBUG=1 only), states that share memory, a tensor that requires a gradient while gradients are enabled, a
+            backend that cannot run.
 
     Example:
         >>> import torch, subquad
@@ -192,64 +138,23 @@ def gated_linear_attention_step(
         >>> subquad.gated_linear_attention_step(q, k, v, None, state).shape, bool(state.any())
         (torch.Size([1, 2, 4]), True)
     """
+    q, k, v = _call.autocast(q, k, v)
     states = _check_rows(q, k, v, g, 3)
     batch, _, width = q.shape
-    indices = _state_indices(state_indices, q, state)
-    pool = batch if indices is None else state.shape[0] if isinstance(state, torch.Tensor) and state.dim() else 0
-    _in_place("state", state, (pool, states, width, v.shape[2]), q)
+    pool = batch
+    if state_indices is not None:
+        pool = state.shape[0] if isinstance(state, torch.Tensor) and state.dim() else 0
+        state_indices = _checks.indices("state_indices", state_indices, batch, pool, q.device).to(torch.int64)
+    _state("state", state, (pool, states, width, v.shape[2]), q)
     if z is not None:
-        _in_place("z", z, (pool, states, width), q)
+        _state("z", z, (pool, states, width), q)
     scale = width**-0.5 if scale is None else _checks.number("scale", scale)
     eps = _checks.number("eps", eps)
-    name = _token_backend(backend, q)
-    if name != "reference":
-        _checks.not_double("q", q, name)
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        g = None if g is None else g.contiguous()
-        with torch.no_grad():
-            return HANDLES[name][f"{STEM}_step_"](q, k, v, g, state, z, indices, scale, eps)
-    return _reference_step(q, k, v, g, state, z, indices, scale, eps)
-
-
-@torch.no_grad()
-def _reference_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    state: torch.Tensor,
-    z: torch.Tensor | None,
-    indices: torch.Tensor | None,
-    scale: float,
-    eps: float,
-) -> torch.Tensor:
-    """One token with the definition of the whole; the states of skipped rows are left alone."""
-    rows = torch.arange(q.shape[0], device=q.device) if indices is None else (indices >= 0).nonzero().flatten()
-    places = rows if indices is None else indices[rows]
-    token: list[Any] = [None if x is None else x[rows].unsqueeze(1) for x in (q, k, v, g)]
-    z0 = None if z is None else z[places]
-    arguments = (*token, state[places], z0, None, scale, eps, z is not None)
-    found = reference.gated_linear_attention.gated_linear_attention(*arguments)
-    o = q.new_zeros(*q.shape[:2], v.shape[2])
-    o[rows] = found[0].squeeze(1)
-    state[places] = found[1].to(state.dtype)
-    if z is not None and found[2] is not None:
-        z[places] = found[2].to(z.dtype)
+    arguments = (q, k, v, g, state, z, state_indices, scale, eps)
+    define = reference.gated_linear_attention.gated_linear_attention_step
+    hint = "call it under torch.no_grad(), or use gated_linear_attention with initial_state"
+    o: torch.Tensor = _call.step("gated_linear_attention_step_", backend, arguments, define, hint=hint)
     return o
-
-
-# --- checks ----------------------------------------
-
-
-def _dense_last(x: torch.Tensor) -> bool:
-    return x.dim() == 3 or x.stride(-1) == 1 or x.shape[-1] == 1
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Float tensors in autocast's dtype, as matrix products under autocast have them."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type) if isinstance(tensors[0], torch.Tensor) else None
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in narrow else x for x in tensors)
 
 
 def _check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, dims: int) -> int:
@@ -281,8 +186,7 @@ def _check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tens
 
 
 def _same_rows(name: str, x: torch.Tensor, q: torch.Tensor, dims: int) -> None:
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
+    _checks.same_device(name, x, q.device, "q")
     if x.shape[: dims - 2] != q.shape[: dims - 2]:
         raise ValueError(f"{name}: expected leading sizes {list(q.shape[: dims - 2])} as q has, got {list(x.shape)}")
 
@@ -296,10 +200,6 @@ def _check_gate(g: torch.Tensor, q: torch.Tensor, dims: int) -> int:
         raise TypeError(f"g: expected float32 or {q.dtype} as q has, got {g.dtype}")
     _same_rows("g", g, q, dims)
     return g.shape[dims - 2]
-
-
-def _cu_seqlens(cu_seqlens: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    return None if cu_seqlens is None else _checks.cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], q.device)
 
 
 def _initial_state(
@@ -330,18 +230,5 @@ def _state(name: str, x: object, shape: tuple[int, ...], q: torch.Tensor) -> tor
     expected = torch.float64 if q.dtype is torch.float64 else torch.float32
     if x.dtype is not expected:
         raise TypeError(f"{name}: expected {expected}, got {x.dtype}")
-    if x.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
-    return x.contiguous()
-
-
-def _in_place(name: str, x: object, shape: tuple[int, ...], q: torch.Tensor) -> None:
-    found = _state(name, x, shape, q)
-    if found is not x:
-        raise ValueError(f"{name}: expected a contiguous tensor, since it is updated in place")
-
-
-def _state_indices(indices: torch.Tensor | None, q: torch.Tensor, state: torch.Tensor) -> torch.Tensor | None:
-    if indices is None:
-        return None
-    return _checks.indices("state_indices", indices, q.shape[0], state.shape[0] if state.dim() else 0, q.device)
+    _checks.same_device(name, x, q.device, "q")
+    return x

@@ -6,17 +6,11 @@ from typing import Any
 
 import torch
 
-from .. import _backends, reference
-from .._backends import resolve
-from .._schemas import HANDLES
+from .. import _checks, reference
+from ..contract.interval_attention import MAX_HEAD_DIM
 from ..masks import IntervalMask
 from ..rope import RopeSpec
-from . import _checks
-from ._autograd import once_differentiable
-
-STEM = "interval_attention"
-MAX_HEAD_DIM = 256
-DECODE_ROWS = 16  # up to here the CUDA C++ kernel, which splits the keys, is the better choice
+from . import _call
 
 
 def interval_attention(
@@ -63,8 +57,7 @@ def interval_attention(
         >>> subquad.interval_attention(q, k, v, subquad.IntervalMask.sliding(4)).shape
         torch.Size([1, 6, 2, 8])
     """
-    if torch.is_autocast_enabled(q.device.type if isinstance(q, torch.Tensor) else "cpu"):
-        q, k, v = _autocast(q, k, v)
+    q, k, v = _call.autocast(q, k, v)
     _check_tensors(q, k, v)
     if not isinstance(mask, IntervalMask):
         raise TypeError(f"mask: expected a subquad.IntervalMask, got {type(mask).__name__}")
@@ -72,94 +65,32 @@ def interval_attention(
     bias, sinks = _key_bias(key_bias, q, k), _sink_logits(sink_logits, q)
     _checks.flag("return_lse", return_lse)
     lowered = _lower(mask, q, k)
-    name = _backend(backend, q, k, v, bias, sinks)
     queries = _rotated(q, mask, q_shift)
-    if name == "reference" or torch._C._are_functorch_transforms_active():
-        rest: tuple[Any, ...] = (*lowered, bias, sinks, scale)
-        out, lse = reference.interval_attention.interval_attention(queries, k, v, *rest)
-        return (out, lse) if return_lse else out
-    _checks.not_double("q", q, name)
-    queries, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (queries, k, v))
-    plan = mask.plan(per_slot=queries.shape[3] > 1) if name == "triton" and lowered[0] is not None else []
-    differentiable = (queries, k, v, *(x for x in (bias, sinks) if x is not None))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
-        out, lse = _Attention.apply(queries, k, v, bias, sinks, lowered, scale, plan, name)
-    else:
-        out, lse = HANDLES[name][f"{STEM}_fwd"](queries, k, v, *lowered, bias, sinks, scale, plan)
+
+    def plan(backend: str, arguments: list[Any]) -> None:
+        if backend == "triton" and lowered[0] is not None:
+            arguments[-1] = mask.plan(per_slot=queries.shape[3] > 1)
+
+    arguments = (queries, k, v, *lowered, bias, sinks, scale, [])
+    out, lse = _call.run("interval_attention_fwd", backend, arguments, _define, tokens=q.shape[1], prepare=plan)
     return (out, lse) if return_lse else out
 
 
-class _Attention(torch.autograd.Function):
-    """Forward and backward operators; the tensors of the mask and of its plan are constants."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        bias: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        lowered: tuple[Any, ...],
-        scale: float,
-        plan: list[torch.Tensor],
-        backend: str,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = HANDLES[backend][f"{STEM}_fwd"](q, k, v, *lowered, bias, sinks, scale, plan)
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse)
-        ctx.lowered, ctx.scale, ctx.plan, ctx.backend = lowered, scale, plan, backend
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, bias, sinks, out, lse = ctx.saved_tensors
-        backend, plan = _backward_backend(ctx.backend, q.device.type), ctx.plan
-        dq, dk, dv, dbias, delta = HANDLES[backend][f"{STEM}_bwd"](
-            grad_out.contiguous(),
-            grad_lse.contiguous(),
-            out,
-            lse,
-            q,
-            k,
-            v,
-            *ctx.lowered,
-            bias,
-            sinks,
-            ctx.scale,
-            plan,
-        )
-        if bias is not None:
-            dbias = dbias.sum_to_size(bias.shape)
-        dsinks = None
-        if sinks is not None:
-            weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks - lse))
-            dsinks = -(weight * delta).sum((0, 1))
-        return dq, dk, dv, None if bias is None else dbias, dsinks, None, None, None, None
+def _define(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.interval_attention.interval_attention(*arguments[:-1])
 
 
-def _backward_backend(forward: str, device: str) -> str:
-    """The CUDA C++ kernel is for decoding: gradients of what it computed come from the backend that trains there."""
-    if forward == "simt":
-        return resolve(STEM, device, "native")
-    return resolve(STEM, device, "triton") if forward == "native" and device == "cuda" else forward
-
-
-def _backend(requested: str | None, *tensors: torch.Tensor | None) -> str:
-    q = tensors[0]
-    assert q is not None
-    name = resolve(STEM, q.device.type, requested)
-    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if q.device.type == "cuda" and q.shape[1] <= DECODE_ROWS and not training and _backends.is_automatic(requested):
-        return "native" if _backends.unavailable(STEM, "native", "cuda") is None else name
-    return name
-
-
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Float tensors in autocast's dtype, as matrix products under autocast have them."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type) if isinstance(tensors[0], torch.Tensor) else None
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in narrow else x for x in tensors)
+@_call.gradient_hook("interval_attention_fwd")
+def _small_gradients(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Of the bias, which may have been broadcast, and of the sinks: delta, the sum of grad_out * out less grad_lse, suffices."""
+    bias, sinks, lse = given["key_bias"], given["sink_logits"], given["lse"]
+    grads = {"q": found["dq"], "k": found["dk"], "v": found["dv"]}
+    if bias is not None:
+        grads["key_bias"] = found["dkey_bias"].sum_to_size(bias.shape)
+    if sinks is not None:
+        weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks - lse))
+        grads["sink_logits"] = -(weight * found["delta"]).sum((0, 1))
+    return grads
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

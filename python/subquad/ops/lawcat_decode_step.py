@@ -6,14 +6,10 @@ import math
 
 import torch
 
-from .. import reference
-from .._backends import resolve
-from .._schemas import HANDLES
-from . import _checks
-from .causal_conv1d import ACTIVATIONS
-
-STEM = "lawcat_decode_step"
-MAX_DIM, MAX_TAPS = 256, 8
+from .. import _checks, reference
+from ..contract.lawcat_decode_step import MAX_DIM, MAX_TAPS
+from . import _call
+from .causal_conv1d import activation_flag
 
 
 def lawcat_decode_step(
@@ -56,10 +52,10 @@ def lawcat_decode_step(
         u: logits of the gates, per key channel [B, HG, 2f] or per head [B, HG], float32 or q0's dtype; None: no decay.
         cq, ck: taps [HQ d, W] and [HS d, W], or [..., 1, W] as modules have them; W in 1..8.
         wphi: feature maps [HM, d, f], f in 1..128; HM divides HQ, and query head h takes map h * HM // HQ.
-        conv_q, conv_k: pools of the last W-1 raw queries [P, HQ d, W-1] and keys [P, HKV d, W-1], in q0's dtype, contiguous.
-            Under autocast the other arguments are converted to that dtype.
-        state: pool of states [P, HS, 2f, V], float32, contiguous; P = B without `state_indices`.
-        z: pool of key sums [P, HS, 2f], float32, contiguous; given, the result is normalised.
+        conv_q, conv_k: pools of the last W-1 raw queries [P, HQ d, W-1] and keys [P, HKV d, W-1], in q0's dtype. Under autocast
+            the other arguments are converted to that dtype. All pools are contiguous, or they are copied at every step.
+        state: pool of states [P, HS, 2f, V], float32; P = B without `state_indices`.
+        z: pool of key sums [P, HS, 2f], float32; given, the result is normalised.
         wphi_k: maps of the keys [HMK, d, f], HMK divides HS; None for those of the queries.
         cq_bias, ck_bias: [HQ d] and [HS d], or None.
         activation: of the convolutions, None, "silu" or "swish".
@@ -78,8 +74,8 @@ def lawcat_decode_step(
     Raises:
         TypeError: wrong type or dtype of an argument.
         ValueError: shapes, head counts or devices that do not fit, indices outside the pool (on a GPU checked under
-            SUBQUAD_DEBUG=1 only), numbers out of range, a tensor that requires a gradient while gradients are enabled, a
-            backend that cannot run.
+            SUBQUAD_DEBUG=1 only), numbers out of range, pools that share memory, a tensor that requires a gradient while
+            gradients are enabled, a backend that cannot run.
 
     Example:
         >>> import torch, subquad
@@ -88,51 +84,35 @@ def lawcat_decode_step(
         >>> subquad.lawcat_decode_step(q0, k0, v, None, taps, taps, maps, *past, state).shape, bool(state.any())
         (torch.Size([1, 2, 5]), True)
     """
-    if isinstance(conv_q, torch.Tensor) and torch.is_autocast_enabled(conv_q.device.type):
-        weights = (cq, ck, wphi, wphi_k, cq_bias, ck_bias)
-        q0, k0, v = (_cast(x, conv_q.dtype) for x in (q0, k0, v))
-        cq, ck, wphi, wphi_k, cq_bias, ck_bias = (None if x is None else _cast(x, conv_q.dtype) for x in weights)  # type: ignore[assignment]
+    q0, k0, v, cq, ck, wphi, wphi_k, cq_bias, ck_bias = _call.autocast(
+        q0, k0, v, cq, ck, wphi, wphi_k, cq_bias, ck_bias, to=conv_q
+    )
     wphi_k = wphi if wphi_k is None else wphi_k
     cq, ck = (x[:, 0] if isinstance(x, torch.Tensor) and x.dim() == 3 and x.shape[1] == 1 else x for x in (cq, ck))
     indices = _check_shapes(
         q0, k0, v, u, cq, ck, cq_bias, ck_bias, wphi, wphi_k, conv_q, conv_k, state, z, state_indices
     )
-    named = {"q0": q0, "k0": k0, "v": v, "u": u, "cq": cq, "ck": ck, "wphi": wphi, "wphi_k": wphi_k}
-    named |= {"cq_bias": cq_bias, "ck_bias": ck_bias, "conv_q": conv_q, "conv_k": conv_k, "state": state, "z": z}
-    for argument, x in named.items():
-        if torch.is_grad_enabled() and x is not None and x.requires_grad:
-            raise ValueError(f"{argument}: expected a tensor without requires_grad, for there is no gradient here")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
-    numbers = {"tau": tau, "eps": eps, "fm_eps": fm_eps, "scale": state.shape[2] ** -0.5 if scale is None else scale}
-    numbers = {name: _checks.number(name, value) for name, value in numbers.items()}
+    silu = activation_flag(activation)
+    scale = state.shape[2] ** -0.5 if scale is None else scale
+    for name, value in {"tau": tau, "eps": eps, "fm_eps": fm_eps, "scale": scale}.items():
+        _checks.number(name, value)
     if not tau > 0:
         raise ValueError(f"tau: expected a number above 0, got {tau}")
     if not fm_eps >= 0:
         raise ValueError(f"fm_eps: expected a number that is not negative, got {fm_eps}")
     least = -math.inf if clamp_min is None else _checks.number("clamp_min", clamp_min)
-    options = (activation is not None, tau, least, numbers["scale"], eps, fm_eps)
-    name = resolve(STEM, q0.device.type, backend)
-    with torch.no_grad():
-        if name == "reference":
-            tensors = (q0, k0, v, u, cq, ck, cq_bias, ck_bias, wphi, wphi_k, conv_q, conv_k, state, z, indices)
-            o, *pools = reference.lawcat_decode_step.lawcat_decode_step(*tensors, *options)
-            for pool, after in zip((conv_q, conv_k, state, z), pools, strict=False):
-                assert pool is not None
-                pool.copy_(after)
-            return o
-        _checks.not_double("q0", q0, name)
-        before = (None if x is None else x.contiguous() for x in (q0, k0, v, u, cq, ck, cq_bias, ck_bias, wphi, wphi_k))
-        o = HANDLES[name][f"{STEM}_"](*before, conv_q, conv_k, state, z, indices, *options)
+    arguments = (
+        q0, k0, v, u, cq, ck, cq_bias, ck_bias, wphi, wphi_k, conv_q, conv_k, state, z, indices,
+        silu, tau, least, scale, eps, fm_eps,
+    )  # fmt: skip
+    define = reference.lawcat_decode_step.lawcat_decode_step
+    o: torch.Tensor = _call.step(
+        "lawcat_decode_step_", backend, arguments, define, hint="call it under torch.no_grad()"
+    )
     return o
 
 
 # --- checks ----------------------------------------
-
-
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in narrow else x
 
 
 def _heads(name: str, x: object, form: str, dims: int) -> None:
@@ -219,11 +199,8 @@ def _check_shapes(
             raise TypeError(f"{name}: expected {wide}, got {pool_of.dtype}")
         if pool_of.device != q0.device:
             raise ValueError(f"{name}: expected device {q0.device} as q0 has, got {pool_of.device}")
-    for name, pool_of in {"conv_q": conv_q, "conv_k": conv_k, **sums}.items():
-        if pool_of is not None and not pool_of.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, since it is updated in place")
     if state_indices is not None:
-        return _checks.indices("state_indices", state_indices, batch, pool, q0.device)
+        return _checks.indices("state_indices", state_indices, batch, pool, q0.device).to(torch.int64)
     if pool != batch:
         raise ValueError(f"state: expected {batch} states, one per row of q0, got {pool}")
     return None

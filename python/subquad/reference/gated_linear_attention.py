@@ -69,6 +69,35 @@ def gated_linear_attention(
     return torch.stack(outputs, 1).flatten(2, 3).to(q.dtype), s, z if normalize else None
 
 
+def gated_linear_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    state: torch.Tensor,
+    z: torch.Tensor | None,
+    state_indices: torch.Tensor | None,
+    scale: float,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """(o, state, z): one token of the recurrence per row, new pools in place of changed ones, without z where there is none.
+
+    Shapes as in `subquad.gated_linear_attention_step`.
+    """
+    live = torch.ones(q.shape[0], dtype=torch.bool, device=q.device) if state_indices is None else state_indices >= 0
+    rows = live.nonzero()[:, 0]
+    places = rows if state_indices is None else state_indices[rows].long()
+    q1, k1, v1 = (x[rows].unsqueeze(1) for x in (q, k, v))
+    g1 = None if g is None else g[rows].unsqueeze(1)
+    z0 = None if z is None else z[places]
+    found = gated_linear_attention(q1, k1, v1, g1, state[places], z0, None, scale, eps, z is not None)
+    o = q.new_zeros(*q.shape[:2], v.shape[2]).index_put((rows,), found[0].squeeze(1))
+    after = [state.index_put((places,), found[1].to(state.dtype))]
+    if z is not None and found[2] is not None:
+        after.append(z.index_put((places,), found[2].to(z.dtype)))
+    return (o, *after)
+
+
 def _per_state(x: torch.Tensor, states: int) -> torch.Tensor:
     """State head s reads head s * heads // states."""
     return x.repeat_interleave(states // x.shape[2], dim=2)

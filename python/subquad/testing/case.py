@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .._schemas import NAMESPACES
+from ..contract import NAMESPACES
 from .compare import assert_close, assert_rounded, assert_three_way
 from .spec import OpSpec, Sample, Sampler
 

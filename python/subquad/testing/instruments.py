@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._schemas import NAMESPACES
+from ..contract import NAMESPACES
 
 MARGIN = 512  # bytes on either side of a guarded tensor
 ALIGNMENT = 64  # what torch's own CPU allocator gives

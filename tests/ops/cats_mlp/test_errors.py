@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import subquad
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 from subquad.testing import Sampler, backend_params
 from subquad.testing.specs.cats_mlp import draw
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from subquad import _native
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 from subquad.reference.cats_mlp import cats_mlp as reference
 
 OPTIONS = (None, None, None, 0, False, False)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 from subquad.reference.cats_mlp import cats_mlp as reference
 
 pytestmark = pytest.mark.backend("cats_mlp", "triton")

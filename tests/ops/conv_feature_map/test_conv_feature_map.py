@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import subquad
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 from subquad.reference.feature_map import KINDS
 from subquad.testing import Sample, Sampler, Task, assert_same_bits, backend_params, generic_tests, strategies
 from subquad.testing.checks import CHECKS

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import subquad
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 from subquad.reference.feature_map import KINDS, feature_map
 from subquad.testing import (
     Sample,
@@ -240,7 +240,7 @@ BAD = {
     "x dims": ("x", X[0], ValueError, r"x: expected shape \[B, T, H, d\], got \[3, 4, 5\]"),
     "x wide": ("x", torch.ones(1, 1, 4, 257), ValueError, r"x: expected shape .* d in 1\.\.256, got \[1, 1, 4, 257\]"),
     "x narrow": ("x", torch.ones(1, 1, 4, 0), ValueError, r"x: expected shape .* d in 1\.\.256"),
-    "weight list": ("weight", [1.0], TypeError, r"weight: expected a torch.Tensor or None, got list"),
+    "weight list": ("weight", [1.0], TypeError, r"weight: expected a torch.Tensor, got list"),
     "weight dims": ("weight", W[0], ValueError, r"weight: expected shape \[4, 5, f\].*got \[5, 6\]"),
     "weight heads": ("weight", W[:3], ValueError, r"weight: expected shape \[4, 5, f\].*got \[3, 5, 6\]"),
     "weight rows": ("weight", W[:, :4], ValueError, r"weight: expected shape \[4, 5, f\].*got \[4, 4, 6\]"),

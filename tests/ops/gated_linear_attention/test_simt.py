@@ -10,7 +10,7 @@ import torch
 
 import subquad
 from subquad import _native
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 from subquad.testing import Sampler, assert_close, assert_same_bits
 from subquad.testing.case import Case
 from subquad.testing.specs import lawcat_decode_step as lawcat

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from subquad import _native
-from subquad._schemas import HANDLES
+from subquad.contract import HANDLES
 from subquad.reference.interval_attention import interval_attention as reference
 
 INF = torch.inf

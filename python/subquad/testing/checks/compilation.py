@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..._backends import BACKENDS, use_backend
 from ..._backends import unavailable as why_unavailable
-from ..._schemas import NAMESPACES
+from ...contract import NAMESPACES
 from ..case import Case
 from ..compare import assert_close
 from ..spec import Sample

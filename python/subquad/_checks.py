@@ -1,0 +1,228 @@
+"""Checks of arguments for ops, masks and modules. A message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from . import _env
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int32, torch.int64)
+_LARGEST = torch.finfo(torch.float32).max
+_DEBUG = _env.read().debug
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> int:
+    """Position of `value` among `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return allowed.index(value)
+
+
+def flag(name: str, value: bool) -> None:
+    """`value` is a bool; a string would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def tensor(name: str, value: object) -> None:
+    """`value` is a tensor of a floating dtype the package knows."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def like(name: str, value: object, shape: tuple[int, ...] | None, of: torch.Tensor, of_name: str) -> None:
+    """`value` is a tensor of this shape, if one is given, and of the dtype and device of `of`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+    if value.dtype is not of.dtype:
+        raise TypeError(f"{name}: expected {of.dtype} as {of_name} has, got {value.dtype}")
+    same_device(name, value, of.device, of_name)
+
+
+def threshold(value: float | torch.Tensor, channels: int, device: torch.device) -> torch.Tensor:
+    """A float, 0-d, [1] or [channels] float32 tensor, as a 1-D float32 tensor on `device`.
+
+    NaN is refused: it would silently make every neuron active. On a GPU that check would wait for the device, so it runs there
+    only under SUBQUAD_DEBUG=1.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.dtype is not torch.float32:
+            raise TypeError(f"threshold: expected float32, got {value.dtype}")
+        same_device("threshold", value, device)
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, channels)):
+            raise ValueError(f"threshold: expected shape [], [1] or [{channels}], got {list(value.shape)}")
+        if not torch.compiler.is_compiling() and (value.device.type == "cpu" or _DEBUG) and _has_nan(value):
+            raise ValueError("threshold: expected numbers, got NaN")
+        if value.requires_grad:
+            value = value.detach()
+        return value if value.dim() else value.reshape(1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"threshold: expected a float or a float32 tensor, got {type(value).__name__}")
+    if value != value:  # NaN; math.isnan cannot be traced when torch.compile makes the float dynamic
+        raise ValueError("threshold: expected a number, got NaN")
+    if not -_LARGEST <= value <= _LARGEST:
+        value = math.inf if value > 0 else -math.inf
+    return torch.full((1,), value, dtype=torch.float32, device=device)
+
+
+def _has_nan(value: torch.Tensor) -> bool:
+    if value.device.type == "meta" or torch._C._are_functorch_transforms_active():
+        return False
+    return math.isnan(value.item()) if value.numel() == 1 else bool(torch.isnan(value).any())
+
+
+def not_double(name: str, value: torch.Tensor, backend: str) -> None:
+    """float64 exists for the reference alone."""
+    if value.dtype is torch.float64:
+        raise TypeError(f"{name}: backend {backend!r} expected float32, bfloat16 or float16, got float64")
+
+
+def number(name: str, value: object) -> float:
+    """`value` is a finite float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not -_LARGEST <= value <= _LARGEST:  # math.isfinite cannot be traced when torch.compile makes the float dynamic
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value
+
+
+def size(name: str, value: object, least: int = 0) -> None:
+    """`value` is an int (or a symbolic one) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def integers(
+    name: str, value: object, dims: int | None = None, dtypes: tuple[torch.dtype, ...] = INTEGER_DTYPES
+) -> torch.Tensor:
+    """`value` is a tensor of one of these integer dtypes, of `dims` dimensions if that is given."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(
+            f"{name}: expected {' or '.join(str(t).removeprefix('torch.') for t in dtypes)}, got {value.dtype}"
+        )
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(value.shape)}")
+    return value
+
+
+def booleans(name: str, value: object) -> None:
+    """`value` is a bool tensor."""
+    if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
+        raise TypeError(f"{name}: expected a bool tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+
+
+def same_device(name: str, value: torch.Tensor, device: torch.device, of: str = "the input") -> None:
+    """`value` lies on this device, which is that of `of`."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device} as {of} has, got {value.device}")
+
+
+def readable(value: torch.Tensor) -> bool:
+    """Whether reading values here costs no wait for a device and breaks no graph."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    fake = value.device.type == "meta" or isinstance(value, torch._subclasses.FakeTensor)
+    return not traced and not fake and (value.device.type == "cpu" or _DEBUG)
+
+
+def no_gradient(name: str, value: torch.Tensor | None, hint: str = "") -> None:
+    """`value` needs no gradient, for the op has none: a gradient is never dropped silently."""
+    if value is not None and value.requires_grad:
+        more = f"; {hint}" if hint else ""
+        raise ValueError(f"{name}: expected a tensor without requires_grad, for there is no gradient here{more}")
+
+
+def indices(name: str, value: object, count: int, pool: int, device: torch.device) -> torch.Tensor:
+    """[count] places in a pool, int32 or int64; -1 skips. No place is named twice."""
+    places = integers(name, value)
+    same_device(name, places, device)
+    if places.shape != (count,):
+        raise ValueError(f"{name}: expected shape [{count}], got {list(places.shape)}")
+    if readable(places):
+        numbers = places.tolist()
+        if any(not -1 <= n < pool for n in numbers):
+            raise ValueError(f"{name}: expected numbers in -1..{pool - 1}, got {shown(numbers)}")
+        used = [n for n in numbers if n >= 0]
+        if len(set(used)) != len(used):
+            raise ValueError(f"{name}: expected every place at most once, got {shown(numbers)}")
+    return places
+
+
+def shown(numbers: list[int]) -> str:
+    """A list for a message, its middle left out when it is long."""
+    if len(numbers) <= 8:
+        return str(numbers)
+    return f"[{', '.join(map(str, numbers[:4]))}, ..., {', '.join(map(str, numbers[-3:]))}]"
+
+
+def unshared(names: tuple[str, ...], values: Sequence[object], written: tuple[int, ...]) -> None:
+    """No element of a tensor that is written to, `values[i]` with i in `written`, is another one's or lies there twice.
+
+    Columns of one buffer that interleave within its rows are refused with those that overlap. Under torch.compile, where memory
+    has no addresses, only the same tensor given twice is found.
+    """
+    tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
+    traced = torch.compiler.is_compiling() or not all(_addressable(x) for _, x in tensors)
+    for i in written:
+        state = values[i]
+        if not isinstance(state, torch.Tensor):
+            continue
+        if not traced and not state.is_contiguous() and _overlaps_itself(state):
+            raise ValueError(
+                f"{names[i]}: expected elements of their own, for they are written to, got strides {list(state.stride())}"
+            )
+        for j, other in tensors:
+            if j != i and (other is state or (not traced and _overlap(state, other))):
+                raise ValueError(
+                    f"{names[i]}: expected memory of its own, for it is written to, got some that {names[j]} has"
+                )
+
+
+def _addressable(x: torch.Tensor) -> bool:
+    fake = x.device.type == "meta" or isinstance(x, torch._subclasses.FakeTensor)
+    return not fake and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _extent(x: torch.Tensor) -> int:
+    """Bytes from the first element to behind the last."""
+    if x.is_contiguous():
+        return x.numel() * x.element_size()
+    if x.numel() == 0:
+        return 0
+    return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
+def _overlaps_itself(x: torch.Tensor) -> bool:
+    """Whether some stride is too short for the dimensions within it."""
+    reach = 0
+    for stride, n in sorted(zip(x.stride(), x.shape, strict=True)):
+        if n > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (n - 1)
+    return False
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors share elements; slices side by side of one buffer's rows do not."""
+    begin_a, begin_b, extent_a, extent_b = a.data_ptr(), b.data_ptr(), _extent(a), _extent(b)
+    if not extent_a or not extent_b or begin_a >= begin_b + extent_b or begin_b >= begin_a + extent_a:
+        return False
+    if a.dim() and b.dim():
+        row = a.stride(0) * a.element_size()
+        inner_a, inner_b = _extent(a[0]), _extent(b[0])
+        if row == b.stride(0) * b.element_size() and inner_a <= row and inner_b <= row:
+            distance = (begin_b - begin_a) % row
+            return distance < inner_a or row - distance < inner_b
+    return True

@@ -1,0 +1,249 @@
+"""From a checked call to its operator: autocast, backend, layout, reference, gradients. `run` for results, `step` for states.
+
+The only user of the operators' handles. A public function casts (`autocast`), checks what is particular to it, and ends in `run`
+or `step` with the arguments of its operator in the order of the schema; what else happens to a call is stated in the op's
+contract and done here, for all ops alike.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .. import _checks
+from .._backends import SubquadWarning, backward_backend, resolve
+from ..contract import CONTRACTS, HANDLES, OPERATORS, STEM_OF
+from ._autograd import once_differentiable, without_autocast
+from ._schema import GRADIENTS, SIGNATURES, Gradient, Signature
+
+_CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
+GradientHook = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+_HOOKS: dict[str, GradientHook] = {}
+
+
+# --- before the checks ----------------------------------------
+
+
+def autocast(*values: Any, to: Any = None) -> tuple[Any, ...]:
+    """The operands as they are, or under autocast in its dtype (in that of `to`, a state that is written to).
+
+    Like torch's own products: float32 and the 16-bit types are cast, float64, integers and what is no tensor are not.
+    """
+    leader = values[0] if to is None else to
+    if not isinstance(leader, torch.Tensor) or not torch.is_autocast_enabled(leader.device.type):
+        return values
+    dtype = torch.get_autocast_dtype(leader.device.type) if to is None else to.dtype
+    return tuple(v.to(dtype) if isinstance(v, torch.Tensor) and v.dtype in _CASTABLE else v for v in values)
+
+
+# --- results ----------------------------------------
+
+
+def run(
+    operator: str,
+    backend: str | None,
+    arguments: Sequence[Any],
+    reference: Callable[..., Any],
+    *,
+    tokens: int | None = None,
+    backward_only: tuple[Any, ...] = (),
+    prepare: Callable[[str, list[Any]], None] | None = None,
+) -> Any:
+    """The results of a forward operator, differentiable where it is.
+
+    Args:
+        operator: its name, `<stem>_fwd`.
+        backend: what the caller asked for.
+        arguments: checked, in the order of the schema.
+        reference: takes the same arguments and gives the same results, in plain PyTorch. It also computes under `torch.func`
+            transforms, which the kernels do not know.
+        tokens: how many tokens the call has, for the contract's `few`; None where that plays no part.
+        backward_only: arguments that only the backward operator has.
+        prepare: called with the backend's name and the arguments, some of which a backend may need filled in.
+
+    Raises:
+        TypeError: float64 for a kernel.
+        ValueError: a backend that cannot run.
+    """
+    spec, signature = OPERATORS[operator], SIGNATURES[operator]
+    first = arguments[0]
+    device = first.device.type
+    training = torch.is_grad_enabled() and any(
+        arguments[i] is not None and arguments[i].requires_grad for i in signature.differentiable
+    )
+    name = choose(STEM_OF[operator], device, backend, tokens, training)
+    with without_autocast(device):
+        if name == "reference" or torch._C._are_functorch_transforms_active():
+            return _contiguous(reference(*arguments, *backward_only))
+        _checks.not_double(signature.names[0], first, name)
+        prepared = _laid_out(arguments, signature)
+        if prepare is not None:
+            prepare(name, prepared)
+        if training and spec.backward is not None:
+            results = _Differentiable.apply(operator, name, backward_only, *prepared)
+        else:
+            results = HANDLES[name][operator](*prepared)
+    return results
+
+
+def choose(stem: str, device: str, backend: str | None, tokens: int | None = None, training: bool = False) -> str:
+    """The backend of a call; see `_backends.resolve`."""
+    few = tokens is not None and not training and tokens <= CONTRACTS[stem].few
+    return resolve(stem, device, backend, few)
+
+
+def call(operator: str, backend: str, *arguments: Any) -> Any:
+    """One operator of one backend, as it is: for autograd Functions that an op has of its own."""
+    return HANDLES[backend][operator](*arguments)
+
+
+def _contiguous(results: Any) -> Any:
+    if isinstance(results, tuple):
+        return tuple(_contiguous(x) for x in results)
+    return results if results is None else results.contiguous()
+
+
+def _laid_out(arguments: Sequence[Any], signature: Signature) -> list[Any]:
+    """The arguments with the strides that the contract promises to kernels."""
+    laid_out = list(arguments)
+    for i in signature.contiguous:
+        if laid_out[i] is not None:
+            laid_out[i] = laid_out[i].contiguous()
+    for i in signature.strided:
+        x = laid_out[i]
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] != 1:
+            laid_out[i] = x.contiguous()
+    return laid_out
+
+
+# --- gradients ----------------------------------------
+
+
+def gradient_hook(operator: str) -> Callable[[GradientHook], GradientHook]:
+    """Register what a backward operator leaves to PyTorch: (its results, its arguments) -> gradients, all by name."""
+
+    def register(hook: GradientHook) -> GradientHook:
+        _HOOKS[operator] = hook
+        return hook
+
+    return register
+
+
+class _Differentiable(torch.autograd.Function):
+    """Any forward operator whose contract names a backward; arguments and gradients are matched by name."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, backend: str, backward_only: tuple[Any, ...], *arguments: Any) -> Any:
+        results = HANDLES[backend][operator](*arguments)
+        gradient = GRADIENTS[operator]
+        outputs = results if isinstance(results, tuple) else (results,)
+        saved = [arguments[i] for i in gradient.saved_arguments] + [outputs[i] for i in gradient.saved_outputs]
+        ctx.save_for_backward(*saved)
+        ctx.constants = tuple(arguments[i] for i in gradient.constants)
+        ctx.call = (operator, backend, backward_only)
+        ctx.given = tuple(arguments[i] is not None for i in range(len(arguments)))
+        if gradient.plain_outputs:
+            ctx.mark_non_differentiable(*(outputs[i] for i in gradient.plain_outputs))
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        operator, backend, backward_only = ctx.call
+        gradient = GRADIENTS[operator]
+        saved = ctx.saved_tensors
+        values = _backward_arguments(gradient, grads, saved, ctx.constants, backward_only)
+        name = backward_backend(operator, backend, saved[0].device.type)
+        results = HANDLES[name][gradient.operator](*values)
+        found = dict(zip(gradient.results, results if isinstance(results, tuple) else (results,), strict=False))
+        if operator in _HOOKS:
+            found = _HOOKS[operator](found, dict(zip(gradient.names, values, strict=True)))
+        by_argument = tuple(
+            found.get(argument) if given else None
+            for argument, given in zip(gradient.arguments, ctx.given, strict=True)
+        )
+        return (None, None, None, *by_argument)
+
+
+def _backward_arguments(
+    gradient: Gradient, grads: Sequence[Any], saved: Sequence[Any], constants: Sequence[Any], extra: Sequence[Any]
+) -> list[Any]:
+    """The arguments of a backward operator. An optional gradient of a result that is empty is left out."""
+    values = []
+    for source, index, optional in gradient.sources:
+        if source == "grad":
+            grad = grads[index]
+            values.append(None if optional and grad.numel() == 0 else grad.contiguous())
+        else:
+            values.append({"saved": saved, "constant": constants, "extra": extra}[source][index])
+    return values
+
+
+# --- states ----------------------------------------
+
+
+def step(
+    operator: str,
+    backend: str | None,
+    arguments: Sequence[Any],
+    reference: Callable[..., Any],
+    *,
+    hint: str = "",
+) -> Any:
+    """The result of an operator that moves states on, in place. One contract for all of them:
+
+    - no argument may need a gradient: it would be lost;
+    - a state shares memory neither with itself, another state nor any other argument;
+    - states may have any strides. Kernels that want them dense work on a copy, which is said once;
+    - nothing is written before everything has been checked.
+
+    Args:
+        operator: its name, which ends in an underscore.
+        backend: what the caller asked for.
+        arguments: checked, in the order of the schema.
+        reference: takes the same arguments; returns the result followed by the states after it, in order.
+        hint: of the message for an argument that needs a gradient.
+
+    Raises:
+        TypeError: float64 for a kernel.
+        ValueError: an argument that needs a gradient, a state that shares memory, a backend that cannot run.
+    """
+    signature = SIGNATURES[operator]
+    if torch.is_grad_enabled():
+        for argument, value in zip(signature.names, arguments, strict=True):
+            if isinstance(value, torch.Tensor):
+                _checks.no_gradient(argument, value, hint)
+    _checks.unshared(signature.names, arguments, signature.written)
+    device = arguments[0].device.type
+    name = choose(STEM_OF[operator], device, backend, tokens=1)
+    with torch.no_grad(), without_autocast(device):
+        if name == "reference":
+            result, *after = reference(*arguments)
+            for i, state in zip((i for i in signature.written if arguments[i] is not None), after, strict=True):
+                arguments[i].copy_(state)
+            return result
+        _checks.not_double(signature.names[0], arguments[0], name)
+        prepared = _laid_out(arguments, signature)
+        copied = [i for i in signature.written if prepared[i] is not arguments[i]]
+        if copied:
+            _warn_of_copies(operator, signature.names[copied[0]])
+        result = HANDLES[name][operator](*prepared)
+        for i in copied:
+            arguments[i].copy_(prepared[i])
+    return result
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_copies(operator: str, argument: str) -> None:
+    if operator not in _warned and not torch.compiler.is_compiling():
+        _warned.add(operator)
+        warnings.warn(
+            f"subquad: {operator}: {argument} is not contiguous and is copied at every step, there and back; keep it contiguous",
+            SubquadWarning,
+            stacklevel=4,
+        )
