@@ -344,6 +344,31 @@ def test_caches_of_transformers_survive_copies() -> None:
         assert torch.equal(model(prompt(2), **{name: other}).logits, want)
 
 
+def test_compiled_steps_find_their_state_in_a_cache_of_transformers() -> None:
+    model, name = model_of("linear"), cache_name(model_of(None))
+    cache = model(prompt(), use_cache=True)[name]
+    model(prompt(1), **{name: cache})
+    other, x, layer = copy.deepcopy(cache), torch.randn(1, 1, 32), model.model.layers[0].self_attn
+    compiled = torch.compile(lambda x: layer.mix(x, past_key_values=cache), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer.mix(x, past_key_values=other))
+    assert_same(LawcatCacheOf(cache), LawcatCacheOf(other))
+    torch._dynamo.reset()
+
+
+class LawcatCacheOf(LawcatCache):
+    """The first layer's state of a cache of transformers."""
+
+    def __init__(self, cache: Any) -> None:
+        super().__init__()
+        self.states = {0: cache.layers[0].state}
+
+
+def test_old_names() -> None:
+    from subquad.nn import lawcat_cache
+
+    assert lawcat_cache.LawcatCache is LawcatCache
+
+
 def test_rollbacks_that_nothing_was_kept_for() -> None:
     model, name = model_of("linear"), cache_name(model_of(None))
     cache = model(prompt(), use_cache=True)[name]

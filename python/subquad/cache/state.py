@@ -10,6 +10,7 @@ import torch
 
 # Modules with an `Adapter` named `state_in` for the caches of a library, imported when one is met.
 ADAPTERS = {"transformers": "subquad.integrations.transformers_cache"}
+_IMPORTED: dict[str, Adapter] = {}  # compiled code cannot import
 
 
 @runtime_checkable
@@ -148,8 +149,9 @@ class Adapter(Protocol):
 def adapter_for(cache: Any) -> Adapter | None:
     """The adapter for the library that a cache's class, or one it derives from, comes from; None for no known library."""
     for kind in type(cache).__mro__:
-        module = ADAPTERS.get(kind.__module__.partition(".")[0])
-        if module is not None:
-            adapter: Adapter = import_module(module).state_in
-            return adapter
+        library = kind.__module__.partition(".")[0]
+        if library in ADAPTERS:
+            if library not in _IMPORTED:
+                _IMPORTED[library] = import_module(ADAPTERS[library]).state_in
+            return _IMPORTED[library]
     return None
