@@ -202,7 +202,7 @@ def test_cache_is_constant_and_linear() -> None:
     assert len(sizes) == 1
     assert cache.has_previous_state(0)
     assert cache.layers[0].recurrent_states[0].shape == (2, 4, 8, 8)
-    with pytest.raises(RuntimeError, match="cannot forget"):
+    with pytest.raises(ValueError, match="tokens_to_remove: expected at most the 0 tokens"):
         cache.crop(-1)
     cache.reset()
     with torch.no_grad():

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import subquad
-import subquad.nn.lawcat
-from subquad.nn import LawcatAttention, LawcatCache, LearnedFeatureMap
+from subquad.nn import LawcatAttention, LawcatCache, LearnedFeatureMap, _lawcat_steps
 from subquad.nn._options import LawcatConfig
 from subquad.nn._window import window_terms
 from subquad.nn.lawcat import rotate
@@ -159,8 +158,8 @@ def test_one_operator_decodes_what_several_do(name: str, dtype: torch.dtype, mon
     x, mask = torch.randn(3, 9, 32).to(dtype), torch.ones(3, 9)
     mask[1, 7] = 0
     calls = []
-    fused = subquad.nn.lawcat.lawcat_decode_step
-    monkeypatch.setattr(subquad.nn.lawcat, "lawcat_decode_step", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    fused = _lawcat_steps.lawcat_decode_step
+    monkeypatch.setattr(_lawcat_steps, "lawcat_decode_step", lambda *a, **k: calls.append(1) or fused(*a, **k))
     found = {}
     for apart in (False, True):
         if apart:

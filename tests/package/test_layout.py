@@ -12,6 +12,7 @@ import pytest
 
 from subquad import _env
 from subquad._backends import BACKENDS
+from subquad.cache.state import ADAPTERS
 from subquad.contract import CONTRACTS, OPERATORS, STEM_OF, STEMS
 from subquad.testing.checks import CHECKS
 from subquad.testing.specs import SPECS
@@ -190,11 +191,26 @@ def test_modules_do_not_know_who_uses_them() -> None:
     assert importing(PACKAGE / "convert", r"^\.\.(integrations|testing|calibration|distillation|demo)(\.|$)") == []
 
 
+def test_states_stand_between_ops_and_modules() -> None:
+    assert importing(PACKAGE / "cache", r"^\.\.(nn|integrations|testing|calibration)(\.|$)") == []
+    assert importing(PACKAGE / "ops", r"^\.\.cache(\.|$)") == []
+    assert importing(PACKAGE / "nn", r"(^|\.)integrations(\.|$)") == []
+
+
 def test_triton_is_imported_lazily() -> None:
     assert (
         importing(PACKAGE, r"^(triton|transformers|peft|safetensors|gguf|matplotlib|pytest)(\.|$)", module_level=True)
         == []
     )
+
+
+def test_adapters_of_states_exist_and_are_imported_late() -> None:
+    """They subclass a library's classes, and are therefore imported when one of its caches is met."""
+    for name in ADAPTERS.values():
+        path = ROOT / "python" / (name.replace(".", "/") + ".py")
+        assert path.exists(), name
+        users = importing(PACKAGE, r"integrations\.transformers\.cache(\.|$)|^\.cache(\.|$)")
+        assert [user for user in users if "/integrations/" in user or "/nn/" in user] == []
 
 
 def crossings(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from subquad.testing.compare import assert_close
 from subquad.testing.spec import BenchCase, OpSpec, Property, Sample, Sampler, Tolerance
 
 INPUTS = ("q", "k", "v", "g", "s0", "z0")
+STEP_INPUTS, STATES = ("q", "k", "v", "g"), ("state", "z")
 
 
 def call(
@@ -60,42 +61,27 @@ def oracle(
     return tuple(x for x in results if x is not None)[: None if final else 1]
 
 
-def step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    s0: torch.Tensor,
-    g: torch.Tensor | None = None,
-    z0: torch.Tensor | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, ...]:
-    """One decoding step on copies of the states; its result and the states after it."""
-    state, z = (None if x is None else x.clone(memory_format=torch.contiguous_format) for x in (s0, z0))
-    assert state is not None
-    o = subquad.gated_linear_attention_step(q, k, v, g, state, z=z, **options)
-    return (o, state) if z is None else (o, state, z)
-
-
 def step_oracle(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    s0: torch.Tensor,
-    g: torch.Tensor | None = None,
-    z0: torch.Tensor | None = None,
+    g: torch.Tensor | None,
+    state: torch.Tensor,
+    z: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """The definition for one token."""
     token: list[Any] = [None if x is None else x.unsqueeze(1) for x in (q, k, v, g)]
-    inputs: dict[str, Any] = dict(zip(("q", "k", "v", "g"), token, strict=True), s0=s0, z0=z0)
-    o, *states = oracle(**inputs, normalize=z0 is not None, **options)
+    inputs: dict[str, Any] = dict(zip(("q", "k", "v", "g"), token, strict=True), s0=state, z0=z)
+    o, *states = oracle(**inputs, normalize=z is not None, **options)
     return (o.squeeze(1), *states)
 
 
 def draw_step(sampler: Sampler, name: str, *shape: Any, **options: Any) -> Sample:
     """`draw` for one token."""
     whole = draw(sampler, name, 1, *shape, state=True, **options)
-    args = {n: x[:, 0] if n in ("q", "k", "v", "g") and x is not None else x for n, x in whole.args.items()}
+    args = {n: None if whole.args.get(n) is None else whole[n][:, 0] for n in ("q", "k", "v", "g")}
+    args |= {"state": whole.args["s0"], "z": whole.args.get("z0")}
     return Sample(name, args, {}, rows_independent=True, rounded_once=whole.rounded_once)
 
 
@@ -295,14 +281,9 @@ def step_bench_oracle(sample: Sample, result: torch.Tensor) -> tuple[torch.Tenso
     return result[:2], step_oracle(**few)[0]  # type: ignore[arg-type]
 
 
-def step_in_place(s0: torch.Tensor, z0: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
-    """What the benchmarks call: the states go on from call to call."""
-    return subquad.gated_linear_attention_step(**arguments, state=s0, z=z0)
-
-
 def _bandwidth(sample: Sample) -> Callable[[], torch.Tensor]:
     """Reading and writing the states, and nothing else: the bound."""
-    state = sample["s0"].clone()
+    state = sample["state"].clone()
     return lambda: state.mul_(0.999)
 
 
@@ -338,12 +319,14 @@ _GRADIENT_CHECKS = ("gradient_layouts", "partial_gradients", "double_backward", 
 STEP = OpSpec(
     name="gated_linear_attention_step",
     stem="gated_linear_attention",
-    fn=step,
+    fn=subquad.gated_linear_attention_step,
     reference=step_oracle,
     samples=step_samples,
-    grad_args=INPUTS,
-    rows=INPUTS,
+    grad_args=(*STEP_INPUTS, *STATES),
+    rows=(*STEP_INPUTS, *STATES),
     inference=True,
+    mutates=STATES,
+    indices="state_indices",
     tol=_TOLERANCE,
     bench=tuple(
         BenchCase(f"step-{name}-b{rows}-{kind}", {**sizes, "kv_heads": 8, "d": d, "rows": rows, "dtype": dtype}, quick)
@@ -356,7 +339,6 @@ STEP = OpSpec(
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ),
     bench_sample=step_bench_sample,
-    bench_fn=step_in_place,
     bench_oracle=step_bench_oracle,
     bytes=lambda case: 8.0 * case.params["rows"] * case.params["states"] * case.params["d"] ** 2,
     peers={"read+write": _bandwidth},

@@ -17,16 +17,6 @@ FLOATS = ("q0", "k0", "v", "u", "cq", "ck", "wphi", "wphi_k", "cq_bias", "ck_bia
 OPTIONAL = ("u", "wphi_k", "cq_bias", "ck_bias", "z")
 
 
-def step(**arguments: Any) -> tuple[torch.Tensor, ...]:
-    """The public function on copies of the pools; its result and the pools after it."""
-    pools = {
-        n: None if arguments.get(n) is None else arguments[n].clone(memory_format=torch.contiguous_format)
-        for n in POOLS
-    }
-    o = subquad.lawcat_decode_step(**arguments | pools)
-    return (o, *(pool for pool in pools.values() if pool is not None))
-
-
 def oracle(
     *,
     activation: str | None = None,
@@ -213,12 +203,14 @@ _NO_GRADIENT = (
 SPEC = OpSpec(
     name="lawcat_decode_step",
     stem="lawcat_decode_step",
-    fn=step,
+    fn=subquad.lawcat_decode_step,
     reference=oracle,
     samples=samples,
     grad_args=FLOATS,
     rows=("q0", "k0", "v", "u", *POOLS),
     inference=True,
+    mutates=POOLS,
+    indices="state_indices",
     tol=Tolerance(
         forward={torch.float32: 5e-6, torch.bfloat16: 3e-3, torch.float16: 6e-4},
         factor=3.0,
@@ -235,7 +227,6 @@ SPEC = OpSpec(
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     ),
     bench_sample=bench_sample,
-    bench_fn=subquad.lawcat_decode_step,
     bench_oracle=bench_oracle,
     bytes=state_bytes,
     peers={"composed": _composed, "read+write": _bandwidth, "eager": _eager},

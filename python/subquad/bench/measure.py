@@ -90,7 +90,7 @@ def dense_twin(case: BenchCase, cases: Sequence[BenchCase]) -> BenchCase | None:
 
 
 def _ours(spec: OpSpec, sample: Sample, backend: str) -> Candidate:
-    fn, args, kwargs = spec.bench_fn or spec.fn, dict(sample.args), dict(sample.kwargs)
+    fn, args, kwargs = spec.fn, dict(sample.args), dict(sample.kwargs)
     return lambda: fn(**args, **kwargs, backend=backend)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ..cache import LawcatCache
 from .cats_mlp import CATSMLP, dense_state_dict
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 from .lawcat import GateProjection, LawcatAttention
-from .lawcat_cache import LawcatCache
 
 __all__ = [
     "CATSMLP",

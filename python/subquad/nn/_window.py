@@ -1,9 +1,18 @@
-"""The sliding window branch of a linear attention layer, its softmax not yet divided."""
+"""The sliding window beside a linear attention layer: both branches share one denominator."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
+
+from ..ops.gated_linear_attention import gated_linear_attention
+from ._tokens import rotate
+
+if TYPE_CHECKING:
+    from ..cache.lawcat import LawcatState
+    from .lawcat import LawcatAttention
 
 
 def window_terms(
@@ -91,3 +100,57 @@ def delayed(
         entering = entering * (passed if passed.dim() == 4 else passed[..., None])
     rest = keys[:, t:], values[:, t:], None if gates is None else gates[:, t:]
     return entering, values[:, :t], rest
+
+
+def hybrid(
+    layer: LawcatAttention,
+    q0: torch.Tensor,
+    k0: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    positions: tuple[torch.Tensor, torch.Tensor],
+    tokens: torch.Tensor | None,
+    state: LawcatState | None,
+    entering: dict[str, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Window and linear attention over one denominator; a column of ones in v gives the linear one's."""
+    if layer.rope == "none":
+        q0, k0 = rotate(q0, *positions), rotate(k0, *positions)
+    visible = torch.ones(k0.shape[:2], dtype=torch.bool, device=k0.device) if tokens is None else tokens
+    keys, values = k0, v
+    if entering is not None:
+        entering |= {"window_k": k0, "window_v": v, "window_visible": visible.expand(k0.shape[:2])}
+    if state is not None:
+        if state.window_k is not None:
+            assert state.window_v is not None and state.window_visible is not None
+            keys, values = torch.cat([state.window_k, k0], 1), torch.cat([state.window_v, v], 1)
+            visible = torch.cat([state.window_visible, visible], 1)
+        last = max(keys.shape[1] - (layer.window_size - 1), 0)
+        window = (x[:, last:].clone() for x in (keys, values, visible))  # a view would keep the whole prompt
+        state.window_k, state.window_v, state.window_visible = window
+    near, near_sum = window_terms(q0, keys, values, layer.window_size, visible)
+    initial = None if state is None else state.s
+    k, v = k.float(), F.pad(v.float(), (0, 1), value=1.0)
+    if not layer.linear_covers_window:
+        if entering is not None:
+            entering |= {"late_k": k, "late_v": v} | ({} if g is None else {"late_g": g})
+        k, v, late = delayed(k, v, g, layer.window_size, None if state is None else state.late)
+        if state is not None:
+            state.late_k, state.late_v, state.late_g = (None if x is None else x.clone() for x in late)
+    if entering is not None:
+        entering |= {"k": k, "v": v} | ({} if g is None else {"g": g})
+    wide, final = gated_linear_attention(
+        q.float(), k, v, g, initial_state=initial, output_final_state=state is not None,
+        scale=layer.linear_scale, backend=layer.backend,
+    )  # fmt: skip
+    if state is not None:
+        assert isinstance(final, torch.Tensor)
+        state.s = final
+    assert layer.window_factor is not None
+    factor = layer.window_factor.float().sigmoid()[:, None]
+    rest = 1 - factor if layer.affine_window else 1.0
+    far, far_sum = wide[..., :-1], wide[..., -1:]
+    y = (factor * near + rest * far) / (factor * near_sum + rest * far_sum + layer.eps)
+    return y.to(values.dtype).flatten(2)

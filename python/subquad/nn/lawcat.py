@@ -11,18 +11,18 @@ from torch import nn
 
 from .. import _checks
 from .._packing import Packed
+from ..cache.lawcat import LawcatState, state_of
 from ..masks import IntervalMask
-from ..ops.causal_conv1d import causal_conv1d_update
 from ..ops.conv_feature_map import conv_feature_map
-from ..ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
-from ..ops.lawcat_decode_step import MAX_DIM, lawcat_decode_step
+from ..ops.gated_linear_attention import gated_linear_attention
+from ..ops.lawcat_decode_step import MAX_DIM
 from ._children import plain, set_mode
+from ._lawcat_steps import step
 from ._options import LawcatConfig
 from ._tokens import rotate, sliding_window, tokens_of
-from ._window import delayed, window_terms
+from ._window import hybrid
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
-from .lawcat_cache import LawcatState, state_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -114,6 +114,8 @@ class LawcatAttention(nn.Module):
     Attributes:
         q_proj, k_proj, v_proj, o_proj: as in transformers' attention.
         original: the attention that `from_attention` was given, or None; not a submodule.
+        keep: tokens that the layer's state in a new cache of transformers keeps for a rollback from the start. 0: those of the
+            first call, and more once `generate` announces that it will roll back. A model that drafts for another needs it.
 
     Raises:
         TypeError: wrong type of an option.
@@ -126,6 +128,7 @@ class LawcatAttention(nn.Module):
         torch.Size([2, 10, 64])
     """
 
+    keep: int = 0
     original: nn.Module | None
     q_proj: nn.Module
     k_proj: nn.Module
@@ -329,11 +332,11 @@ class LawcatAttention(nn.Module):
         b, t, _ = hidden_states.shape
         packed = None if cu_seqlens is None else Packed.remembered(cu_seqlens, hidden_states)
         window = None if self.original is None else sliding_window(self.original)
-        state = state_of(past_key_values, self.layer_idx)
+        state = state_of(past_key_values, self.layer_idx, self.keep)
         tokens = tokens_of(attention_mask, b, t, window, None if state is None else state.seen)
+        mixed = self._advance(hidden_states, position_embeddings, tokens, state, packed)
         if state is not None:
             state.seen += t
-        mixed = self._mixed(hidden_states, position_embeddings, tokens, state, packed)
         if self.output_gate is None or self.output_norm is None:
             return mixed
         gate = F.silu(self.output_gate(hidden_states))
@@ -342,7 +345,7 @@ class LawcatAttention(nn.Module):
         normed: torch.Tensor = self.output_norm(mixed.unflatten(-1, (-1, self.head_dim)))
         return normed.flatten(-2) * gate
 
-    def _mixed(
+    def _advance(
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
@@ -350,22 +353,68 @@ class LawcatAttention(nn.Module):
         state: LawcatState | None,
         cu_seqlens: Packed | None,
     ) -> torch.Tensor:
-        """Attention of the tokens there are, 0 at the others: one step in place, or sequences."""
+        """`_mixed`; where the state keeps tokens for a rollback, those alone are recorded, and what comes before them is not."""
+        early = 0 if state is None else x.shape[1] - state.depth
+        if state is None or not state.depth:
+            return self._mixed(x, positions, tokens, state, cu_seqlens)
+        if early <= 0:
+            return self._recorded(x, positions, tokens, state)
+        state.keep(state.depth)
+        parts = []
+        for mix, columns in ((self._mixed, slice(early)), (self._recorded, slice(early, None))):
+            pair = None if positions is None else (positions[0][:, columns], positions[1][:, columns])
+            parts.append(mix(x[:, columns], pair, None if tokens is None else tokens[:, columns], state))
+        return torch.cat(parts, 1)
+
+    def _recorded(
+        self,
+        x: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: torch.Tensor | None,
+        state: LawcatState,
+    ) -> torch.Tensor:
+        """`_mixed`, whose tokens can be taken back."""
+        before = state.current()
+        entering: dict[str, torch.Tensor] = {}
+        mixed = self._mixed(x, positions, tokens, state, entering=entering)
+        state.record(before, entering, self.backend)
+        return mixed
+
+    def _mixed(
+        self,
+        x: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: torch.Tensor | None,
+        state: LawcatState | None,
+        cu_seqlens: Packed | None = None,
+        entering: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attention of the tokens there are, 0 at the others: one step in place, or sequences.
+
+        `entering` is filled with the rows [B, T, ...] that enter the state, for `LawcatState.record`.
+        """
         b, t, _ = x.shape
-        if t == 1 and state is not None and state.s is not None and not self.window_size and self._steps(x):
-            return self._step(x, positions, tokens, state)
+        alone = t == 1 and entering is None and not self.window_size
+        if alone and state is not None and state.s is not None and self._steps(x):
+            return step(self, x, positions, tokens, state)
         if tokens is None or self.window_size or torch.compiler.is_compiling():
-            return self._sequences(x, positions, tokens, state, cu_seqlens)
+            return self._sequences(x, positions, tokens, state, cu_seqlens, entering)
         # Without the padding: chunks then begin where they do in a sequence alone, and the operators give the same bits.
         rows = tokens.flatten().nonzero()[:, 0]
         if rows.shape[0] == b * t:
-            return self._sequences(x, positions, None, state, cu_seqlens)
+            return self._sequences(x, positions, None, state, cu_seqlens, entering)
         bounds = Packed(F.pad(tokens.sum(1).cumsum(0), (1, 0)), rows.shape[0])
         if positions is not None:
             cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, rows] for p in positions)
             positions = (cos, sin)
-        mixed = self._sequences(x.flatten(0, 1)[None, rows], positions, None, state, bounds)
-        return mixed.new_zeros(b * t, mixed.shape[2]).index_copy(0, rows, mixed[0]).unflatten(0, (b, t))
+        mixed = self._sequences(x.flatten(0, 1)[None, rows], positions, None, state, bounds, entering)
+
+        def spread(y: torch.Tensor) -> torch.Tensor:
+            return y.new_zeros(b * t, *y.shape[2:]).index_copy(0, rows, y[0]).unflatten(0, (b, t))
+
+        if entering is not None:
+            entering.update({name: spread(y) for name, y in entering.items()}, real=tokens)
+        return spread(mixed)
 
     def _steps(self, x: torch.Tensor) -> bool:
         """Whether states may be changed in place: no gradient can flow, and the convolutions are those of this package."""
@@ -443,11 +492,15 @@ class LawcatAttention(nn.Module):
         tokens: torch.Tensor | None,
         state: LawcatState | None,
         cu_seqlens: Packed | None,
+        entering: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
         q0, k0, v = self._heads(x, positions)
         g = self._gates(x)
         if tokens is not None:
             q0, k0, v = (torch.where(tokens[..., None, None], a, 0) for a in (q0, k0, v))
+        if entering is not None:
+            entering |= {"conv_q": q0.flatten(2), "conv_k": k0.flatten(2)}
+            entering |= {} if self.conv_v is None else {"conv_v": v.flatten(2)}
         q, k = self._features(q0, k0, state, cu_seqlens)
         if self.conv_v is not None:
             v = self._convolve("conv_v", v, state, cu_seqlens)
@@ -457,7 +510,9 @@ class LawcatAttention(nn.Module):
                 g = torch.where(tokens.view(*tokens.shape, *(1,) * (g.dim() - 2)), g, 0)
         if self.window_size:
             assert positions is not None
-            return self._hybrid(q0, k0, q, k, v, g, positions, tokens, state)
+            return hybrid(self, q0, k0, q, k, v, g, positions, tokens, state, entering)
+        if entering is not None:
+            entering |= {"k": k, "v": v} | ({} if g is None else {"g": g})
         started = state is not None and state.s is not None
         initial: Any = None
         if started:
@@ -471,67 +526,6 @@ class LawcatAttention(nn.Module):
             state.s, state.z = final if isinstance(final, tuple) else (final, None)
         return o.flatten(2)
 
-    def _hybrid(
-        self,
-        q0: torch.Tensor,
-        k0: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        g: torch.Tensor | None,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        tokens: torch.Tensor | None,
-        state: LawcatState | None,
-    ) -> torch.Tensor:
-        """Window and linear attention over one denominator; a column of ones in v gives the linear one's."""
-        if self.rope == "none":
-            q0, k0 = rotate(q0, *positions), rotate(k0, *positions)
-        visible = torch.ones(k0.shape[:2], dtype=torch.bool, device=k0.device) if tokens is None else tokens
-        keys, values = k0, v
-        if state is not None:
-            if state.window_k is not None:
-                assert state.window_v is not None and state.window_visible is not None
-                keys, values = torch.cat([state.window_k, k0], 1), torch.cat([state.window_v, v], 1)
-                visible = torch.cat([state.window_visible, visible], 1)
-            last = max(keys.shape[1] - (self.window_size - 1), 0)
-            state.window_k, state.window_v, state.window_visible = keys[:, last:], values[:, last:], visible[:, last:]
-        near, near_sum = window_terms(q0, keys, values, self.window_size, visible)
-        initial = None if state is None else state.s
-        k, v = k.float(), F.pad(v.float(), (0, 1), value=1.0)
-        if not self.linear_covers_window:
-            k, v, late = delayed(k, v, g, self.window_size, None if state is None else state.late)
-            if state is not None:
-                state.late_k, state.late_v, state.late_g = late
-        wide, final = gated_linear_attention(
-            q.float(), k, v, g, initial_state=initial, output_final_state=state is not None,
-            scale=self.linear_scale, backend=self.backend,
-        )  # fmt: skip
-        if state is not None:
-            assert isinstance(final, torch.Tensor)
-            state.s = final
-        assert self.window_factor is not None
-        factor = self.window_factor.float().sigmoid()[:, None]
-        rest = 1 - factor if self.affine_window else 1.0
-        far, far_sum = wide[..., :-1], wide[..., -1:]
-        y = (factor * near + rest * far) / (factor * near_sum + rest * far_sum + self.eps)
-        return y.to(values.dtype).flatten(2)
-
-    def _step(
-        self,
-        x: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
-        state: LawcatState,
-    ) -> torch.Tensor:
-        """One token for every sequence, states updated in place; padding skips its row."""
-        rows = None
-        if tokens is not None:
-            rows = torch.where(tokens[:, 0], torch.arange(x.shape[0], device=x.device), -1).int()
-        q0, k0, v = (part[:, 0] for part in self._heads(x, positions))
-        v = v if self.conv_v is None else self._convolved(self.conv_v, state.conv_v, v[:, None], rows)[:, 0]
-        step = self._fused_step if self._fuses() else self._composed_step
-        return step(x, q0, k0, v, state, rows).flatten(1)[:, None]
-
     def _fuses(self) -> bool:
         """Whether one operator has it all: gate and feature maps of LAWCAT's form, which a user may have exchanged."""
         if self.gate is not None and not plain(self.gate, GateProjection):
@@ -541,47 +535,6 @@ class LawcatAttention(nn.Module):
             and phi.out_dim <= MAX_DIM and phi.eps == self.feature_map.eps
             for phi in (self.feature_map, self._key_map())
         )  # fmt: skip
-
-    def _fused_step(
-        self, x: torch.Tensor, q0: torch.Tensor, k0: torch.Tensor, v: torch.Tensor, state: LawcatState, rows: Any
-    ) -> torch.Tensor:
-        u, gate = self._gates(x, logits=True), self.gate
-        options: dict[str, Any] = {} if gate is None else {"tau": gate.normalizer, "clamp_min": gate.clamp_min}
-        assert state.conv_q is not None and state.conv_k is not None and state.s is not None
-        return lawcat_decode_step(
-            q0, k0, v, None if u is None else u[:, 0], self.conv_q.weight, self.conv_k.weight, self.feature_map.layer,
-            state.conv_q, state.conv_k, state.s, state.z, cq_bias=self.conv_q.bias, ck_bias=self.conv_k.bias,
-            wphi_k=None if self.feature_map_k is None else self.feature_map_k.layer, activation=self.conv_q.activation,
-            state_indices=rows, eps=self.eps, fm_eps=self.feature_map.eps, backend=self.backend, **options,
-        )  # fmt: skip
-
-    def _composed_step(
-        self, x: torch.Tensor, q0: torch.Tensor, k0: torch.Tensor, v: torch.Tensor, state: LawcatState, rows: Any
-    ) -> torch.Tensor:
-        features = [
-            phi(self._convolved(conv, past, y[:, None], rows))[:, 0]
-            for conv, past, y, phi in (
-                (self.conv_q, state.conv_q, q0, self._map_q),
-                (self.conv_k, state.conv_k, k0, self._map_k),
-            )
-        ]
-        g = self._gates(x)
-        assert state.s is not None
-        return gated_linear_attention_step(
-            features[0], features[1], v, None if g is None else g[:, 0], state.s, z=state.z,
-            state_indices=rows, eps=self.eps, backend=self.backend,
-        )  # fmt: skip
-
-    def _convolved(
-        self, conv: ShortConvolution, past: torch.Tensor | None, x: torch.Tensor, rows: torch.Tensor | None
-    ) -> torch.Tensor:
-        """One token [B, 1, H, d] of `conv`, whose state `past` is updated."""
-        assert past is not None
-        y = causal_conv1d_update(
-            x.flatten(2), past, conv.weight, conv.bias, activation=conv.activation, conv_state_indices=rows,
-            channel_groups=conv.channel_groups, head_dim=conv.head_dim, backend=self.backend,
-        )  # fmt: skip
-        return y.unflatten(-1, (-1, self.head_dim))
 
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"

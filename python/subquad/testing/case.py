@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -49,8 +50,17 @@ class Case:
 
     def call(self, sample: Sample, **args: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """The op's results as a flat tuple; `args` replace tensors of the sample."""
-        result = self.spec.fn(**{**sample.args, **args}, **sample.kwargs, backend=self.backend)
-        return tuple(tree_leaves(result))
+        return self.invoke({**sample.args, **args}, {**sample.kwargs, "backend": self.backend})
+
+    def invoke(self, args: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Results of the op, and behind them copies of the tensors that it changes, as it leaves them."""
+        changed = {n: copied(args[n]) for n in self.mutated(args)}
+        result = self.spec.fn(**{**args, **changed}, **options)
+        return (*tree_leaves(result), *(x.contiguous() for x in changed.values()))
+
+    def mutated(self, args: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names of the tensors that the op changes, of those that are there."""
+        return tuple(n for n in self.spec.mutates if isinstance(args.get(n), torch.Tensor))
 
     def reference(self, sample: Sample, **args: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """The reference's results on the same arguments."""
@@ -113,6 +123,11 @@ class Case:
         assert_three_way(actual, reference, oracle, tol.factor, tol.eps, what)
         if rounded:
             assert_rounded(actual, oracle, tol.ulps, tol.elementwise, what)
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy to write to, with the same strides."""
+    return tensor.clone() if tensor.is_contiguous() else same_layout(tensor)
 
 
 def same_layout(tensor: torch.Tensor) -> torch.Tensor:

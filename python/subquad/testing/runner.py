@@ -53,11 +53,11 @@ class Outcome:
 
 
 def tasks(spec: OpSpec, backends: Sequence[str] = _backends.BACKENDS) -> Iterator[Task]:
-    """Every generic check and every property of the spec, for every backend and dtype it says something about."""
+    """Every generic check that applies and every property of the spec, for every backend and dtype it says something about."""
     own = [Check(p.name, p.check, per_dtype=True) for p in spec.properties]
     for check in (*CHECKS.values(), *own):
         for backend in backends:
-            if backend in check.backends:
+            if backend in check.backends and check.applies(spec):
                 for dtype in check.dtypes(backend, spec.dtypes):
                     yield Task(spec, check, backend, dtype)
 

@@ -169,13 +169,15 @@ class OpSpec:
         properties: laws of this op.
         refuses: layouts (see `layouts.LAYOUTS`) that the op documents as errors, by argument. All others must work.
         inference: the op has no gradients; `grad_args` then only names the tensors that have the dtype under test.
+        mutates: tensors that `fn` changes in place. The checks call it on copies and count these, after the call, as results
+            behind those of `fn`; the reference returns them there.
+        indices: option of `fn` that says which place of the `mutates` tensors a row has, -1 for none.
         autocast: "cast" when the op runs in the autocast dtype, "keep" when autocast leaves it alone.
         tokens: row counts under which compiled code must not be specialised again.
         dtypes: what kernels support.
         bench, bench_sample, flops, bytes, peers: benchmark cases, the call of a case, its arithmetic, its least traffic,
             and other implementations of the same call by name (a peer may be None for a case it does not have). A case
-            with the parameter `backward` is timed with its gradients.
-        bench_fn: what is timed where that is not `fn`: an operator in place, whose `fn` copies what it would write to.
+            with the parameter `backward` is timed with its gradients, an op that mutates on the same tensors from call to call.
         bench_oracle: takes the sample in float64 and a result; returns a part of the result and the oracle of that part.
             For cases too large for the whole reference.
         missing: what this op does not have, and why, by backend ("simt"), place ("nn"), check ("check:vmap") or check on one
@@ -193,12 +195,13 @@ class OpSpec:
     properties: tuple[Property, ...] = ()
     refuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inference: bool = False
+    mutates: tuple[str, ...] = ()
+    indices: str | None = None
     autocast: str = "keep"
     tokens: tuple[int, ...] = (3, 5, 14)
     dtypes: tuple[torch.dtype, ...] = DTYPES
     bench: tuple[BenchCase, ...] = ()
     bench_sample: Callable[[BenchCase, str], Sample] | None = None
-    bench_fn: Callable[..., Any] | None = None
     flops: Callable[[BenchCase], float] | None = None
     bytes: Callable[[BenchCase], float] | None = None
     bench_oracle: Callable[[Sample, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None

@@ -11,8 +11,9 @@ import torch
 import subquad
 from subquad.contract import HANDLES
 from subquad.testing import Sampler, assert_close, assert_same_bits
+from subquad.testing.case import Case
 from subquad.testing.specs import lawcat_decode_step as lawcat
-from subquad.testing.specs.gated_linear_attention import draw, oracle, step, step_oracle
+from subquad.testing.specs.gated_linear_attention import STEP, draw, oracle, step_oracle
 
 
 def traffic(emulator: ctypes.CDLL, call: Any) -> tuple[int, int]:
@@ -27,13 +28,13 @@ def traffic(emulator: ctypes.CDLL, call: Any) -> tuple[int, int]:
 def token(heads: tuple[int, int, int, int], dk: int, dv: int, batch: int = 1, **options: Any) -> dict[str, Any]:
     sample = draw(Sampler(seed=dk + dv), "token", 1, heads, dk, dv, batch=batch, state=True, **options)
     rows = {n: None if x is None else x[:, 0] for n, x in sample.args.items() if n in ("q", "k", "v", "g")}
-    return {**rows, "s0": sample["s0"], "z0": sample.args.get("z0")}
+    return {**rows, "state": sample["s0"], "z": sample.args.get("z0")}
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4])
 def test_a_step_reads_and_writes_the_state_once(emulator: ctypes.CDLL, heads: int) -> None:
     arguments = token((2 * heads, 2, 2, 2), 128, 128, normalize=True)
-    state, z = arguments.pop("s0"), arguments.pop("z0")
+    state, z = arguments.pop("state"), arguments.pop("z")
     args = (*(arguments[n] for n in ("q", "k", "v", "g")), state, z, None, 1.0, 1e-10)
     loaded, stored = traffic(emulator, lambda: HANDLES["simt"]["gated_linear_attention_step_"](*args))
     small = 4 * sum(x.numel() for x in arguments.values())
@@ -81,7 +82,7 @@ def test_a_lawcat_step_moves_its_states_and_little_else(emulator: ctypes.CDLL, s
 @pytest.mark.parametrize(("dk", "dv"), [(5, 7), (65, 33), (129, 36), (256, 256)])
 def test_more_query_heads_than_a_block_takes(heads: tuple[int, int, int, int], dk: int, dv: int) -> None:
     arguments = token(heads, dk, dv, batch=2, normalize=True)
-    found = step(**arguments, backend="simt")
+    found = Case(STEP, "simt").invoke(arguments, {"backend": "simt"})
     wide = {n: x if x is None else x.double() for n, x in arguments.items()}
     for a, b in zip(found, step_oracle(**wide), strict=True):
         assert_close(a.double(), b, 1e-5)
@@ -138,11 +139,11 @@ def test_any_schedule_gives_the_same_bits(emulator: ctypes.CDLL, seed: int) -> N
     args = (*(sample[n] for n in ("q", "k", "v", "g", "s0", "z0")), None, 1.0, 1e-10, True)
     expected = HANDLES["simt"]["gated_linear_attention_fwd"](*args)
     arguments = token((6, 1, 1, 1), 20, 40, normalize=True)
-    one = step(**arguments, backend="simt")
+    one = Case(STEP, "simt").invoke(arguments, {"backend": "simt"})
     emulator.subquad_simt_set_seed(seed)
     try:
         found = HANDLES["simt"]["gated_linear_attention_fwd"](*args)
-        other = step(**arguments, backend="simt")
+        other = Case(STEP, "simt").invoke(arguments, {"backend": "simt"})
     finally:
         emulator.subquad_simt_set_seed(1)
     for a, b in zip((*found, *other), (*expected, *one), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import compilation, memory, numerics, operators
+from . import compilation, memory, numerics, operators, state
 from .registry import CHECKS, Check
 
-__all__ = ["CHECKS", "Check", "compilation", "memory", "numerics", "operators"]
+__all__ = ["CHECKS", "Check", "compilation", "memory", "numerics", "operators", "state"]

@@ -164,7 +164,7 @@ def switching(case: Case) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda *tensors: spec.fn(**dict(zip(names, tensors, strict=True)), **sample.kwargs),
+        lambda *tensors: case.invoke(dict(zip(names, tensors, strict=True)), sample.kwargs),
         fullgraph=True,
         backend=backend,
     )

@@ -9,6 +9,7 @@ import torch
 
 from ..._backends import BACKENDS
 from ..case import Case
+from ..spec import OpSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Check:
             emulator, which are slow, run it for the first dtype of each width.
         heavy: compiles or exports, which takes seconds: not in the quick lane.
         slow: takes more than ten seconds.
+        applies: which ops the law is about.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Check:
     memory: bool = False
     heavy: bool = False
     slow: bool = False
+    applies: Callable[[OpSpec], bool] = lambda spec: True
 
     def dtypes(self, backend: str, dtypes: Sequence[torch.dtype]) -> tuple[torch.dtype, ...]:
         """Those of the dtypes for which to run it on a backend."""
@@ -55,11 +58,14 @@ def check(
     memory: bool = False,
     heavy: bool = False,
     slow: bool = False,
+    applies: Callable[[OpSpec], bool] = lambda spec: True,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register a function as a generic check under its own name."""
 
     def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        CHECKS[function.__name__] = Check(function.__name__, function, backends, per_dtype, memory, heavy, slow)
+        CHECKS[function.__name__] = Check(
+            function.__name__, function, backends, per_dtype, memory, heavy, slow, applies
+        )
         return function
 
     return register

@@ -1,0 +1,8 @@
+"""What layers remember between calls: one protocol (`state`), and the states and caches that follow it."""
+
+from __future__ import annotations
+
+from .lawcat import LawcatCache, LawcatState
+from .state import State
+
+__all__ = ["LawcatCache", "LawcatState", "State"]

@@ -1,0 +1,161 @@
+"""Any `State` as a layer of a cache of transformers (5 or newer), which needs that library to be imported at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...cache.lawcat import KEPT
+from ...cache.state import State
+
+try:
+    from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+except ImportError as error:
+    raise ImportError(f"subquad: a state in a transformers cache needs transformers >= 5: {error}") from error
+
+
+class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[misc, override]
+    """A cache layer that holds a state and counts tokens, which the linear layers of transformers do not.
+
+    The first call of the model keeps what a rollback needs even if nobody asked: `generate` announces a rollback before the
+    layers of its cache are of this kind. Later calls keep it if `activate_past_recording` or `crop` was called.
+
+    Attributes:
+        state: the memory itself.
+        record_past: whether a rollback is announced.
+        depth: tokens that can be taken back then.
+    """
+
+    is_sliding = False
+
+    def __init__(self, state: State, replaced: Any = None, keep: int = 0) -> None:
+        self.state = state
+        self.keys = self.values = None
+        self.depth = keep or KEPT
+        self.record_past = keep > 0 or bool(getattr(replaced, "record_past", False))
+        self.is_initialized = False
+        self.device: Any = None
+        # transformers may make the mask of all layers after this one: it has the columns of a preallocated cache.
+        preallocated = not getattr(replaced, "is_sliding", False)
+        self.columns: int | None = getattr(replaced, "max_cache_len", None) if preallocated else None
+        if self.record_past:
+            state.keep(self.depth)
+
+    def use(self) -> State:
+        """The state for one more call of the model."""
+        if not self.record_past:
+            first = not self.is_initialized and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            self.state.keep(self.depth if first else 0)
+        self.is_initialized = True
+        return self.state
+
+    def get_seq_length(self) -> Any:
+        return self.state.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns or self.state.seen + query_length, 0  # type: ignore[return-value]
+
+    def get_max_length(self) -> int:
+        return -1
+
+    # --- going back ----------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return self.record_past or self.state.kept > 0
+
+    def activate_past_recording(self, tokens: int | None = None) -> None:
+        """Keep what `crop` needs to remove up to `tokens` tokens (64 unless told otherwise) from the next call on."""
+        self.depth = self.depth if tokens is None else tokens
+        self.record_past = True
+        self.state.keep(self.depth)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove minus `tokens_to_remove` tokens; what was kept for that is dropped, also by `crop(0)`.
+
+        Raises:
+            ValueError: a positive number, or more tokens than were kept.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected minus the number of tokens, got {tokens_to_remove}")
+        kept = self.state.kept
+        if -tokens_to_remove > kept:
+            raise ValueError(
+                f"tokens_to_remove: expected at most the {kept} tokens that this layer keeps, got {tokens_to_remove}; "
+                "activate_past_recording(tokens) of the layer sets how many"
+            )
+        self.state.rollback(-int(tokens_to_remove))
+        self.record_past = True
+        self.state.keep(self.depth)
+
+    # --- rows and devices ----------------------------------------
+
+    def reset(self) -> None:
+        self.state.reset()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.state.select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        count = next((x.shape[0] for x in self.state.tensors().values()), 0)
+        self.state.select(torch.arange(count).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        self.device = next((x.device for x in self.state.tensors().values()), self.device)
+        self.state.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        if self.device is not None:
+            self.state.to(self.device, non_blocking=True)
+
+    # --- what transformers shows of a linear attention layer ----------------------------------------
+
+    @property
+    def conv_states(self) -> dict[int, torch.Tensor | None]:  # type: ignore[override]
+        return dict(getattr(self.state, "conv_states", {}))
+
+    @property
+    def recurrent_states(self) -> dict[int, torch.Tensor | None]:  # type: ignore[override]
+        return dict(getattr(self.state, "recurrent_states", {}))
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
+        return dict.fromkeys(self.conv_states or (0,), self.is_initialized)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"a {type(self.state).__name__} is made by its layer")
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"a {type(self.state).__name__} keeps no keys and values for other layers")
+
+    update_conv_state = update_recurrent_state = update
+
+
+def state_in(cache: Any, layer_idx: int, make: Callable[[], State], keep: int = 0) -> State:
+    """The state of a layer in a `transformers.Cache` for one more call, made at its first use; see `cache.state.adapter_for`.
+
+    Raises:
+        ValueError: an entry that holds keys already, or a cache without layers.
+    """
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list):
+        raise ValueError(
+            f"past_key_values: expected a LawcatCache or a Cache of transformers, got {type(cache).__name__}"
+        )
+    replicate = getattr(cache, "layer_class_to_replicate", None)
+    while len(layers) <= layer_idx:
+        layers.append(StateLayer(make(), keep=keep) if replicate is None else replicate())
+    layer = layers[layer_idx]
+    if not isinstance(layer, StateLayer):
+        if getattr(layer, "is_initialized", False):
+            raise ValueError(
+                f"past_key_values: expected an unused layer {layer_idx}, got one that holds keys and values"
+            )
+        layers[layer_idx] = layer = StateLayer(make(), layer, keep)
+    return layer.use()
