@@ -84,9 +84,14 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
         assert abs(row["decode_sparsity"] - row["target_sparsity"]) < 0.15
         assert row["mlp_bytes_ratio"] == pytest.approx(1 - 2 * row["decode_sparsity"] / 3, abs=1e-6)
     for row in rows:
-        assert row["perplexity"] > 1 and row["tokens_per_second"] > 0 and len(row["answer"]) <= SMALL.answer_tokens
+        assert row["perplexity"] > 1 and row["tokens_per_second"] > 0
+        assert ("answer" in row) is (row["family"] != "lawcat")  # two minutes of training make no sentences
+        assert len(row.get("answer", "")) <= SMALL.answer_tokens
         for times in (row["mlp_seconds"], row["decode_step_seconds"]):
             assert 0 < times["p10"] <= times["median"] <= times["p90"]
+    memory = {row["name"]: row["cache_bytes"] for row in rows}
+    assert memory["dense"] == {"64": 64 * 2 * 2 * 32 * 4, "128": 128 * 2 * 2 * 32 * 4}  # keys and values of two layers
+    assert memory["LAWCAT"]["64"] == memory["LAWCAT"]["128"] > 0
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
     for text in (
         "CATS 70%",
@@ -95,6 +100,7 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
         "left out in this test",
         demo_model.QUESTION,
         "convert, calibrate, transfer ...",
+        "Cache after 64 and 128 tokens",
     ):
         assert text in screen
     assert [id(m) for m in subject.model.modules()] == modules  # the baseline stays the stock model

@@ -113,6 +113,20 @@ def decode_sparsity(variant: Variant, ids: torch.Tensor, prompt: int) -> tuple[f
         return tracker.sparsity, statistics.fmean(ratios)
 
 
+@torch.no_grad()
+def cache_bytes(variant: Variant, prompt: torch.Tensor) -> int:
+    """Memory of the cache after a prompt `[1, T]`: keys and values, or the states of linear attention without what is kept
+    for taking tokens back."""
+    variant.activate()
+    out = variant.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    total = 0
+    for layer in out[cache_name(variant.model)].layers:
+        state = getattr(layer, "state", None)
+        held = (layer.keys, layer.values) if state is None else state.current().values()
+        total += sum(x.numel() * x.element_size() for x in held if x is not None)
+    return total
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -68,6 +68,14 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _memory(result: dict[str, Any]) -> str:
+    """Bytes of the caches by the length of the text; those of one family of models differ by name only."""
+    rows = {row["name"]: row["cache_bytes"] for row in result["variants"] if row["family"] in ("dense", "lawcat")}
+    lengths = list(next(iter(rows.values())))
+    sizes = (f"{name} {', '.join(f'{held[n] / 1e6:.2f}' for n in lengths)} MB" for name, held in rows.items())
+    return f"Cache after {' and '.join(map(str, lengths))} tokens: {'; '.join(sizes)}."
+
+
 def _verdict(passed: bool) -> str:
     return "[green]agrees[/green]" if passed else "[bold red]DISAGREES[/bold red]"
 
@@ -92,9 +100,15 @@ def show(console: Console, result: dict[str, Any]) -> None:
         console.print(
             f"[yellow]The native kernels are not in use: {result['native_unavailable']}[/yellow]", soft_wrap=True
         )
+    console.print(_memory(result))
     console.print(Text(f"\nAnswers to: {result['question']}", style="bold"))
     for row in result["variants"]:
-        console.print(Panel(Text(row["answer"] or "(nothing)"), title=row["name"], title_align="left"))
+        if "answer" in row:
+            console.print(Panel(Text(row["answer"] or "(nothing)"), title=row["name"], title_align="left"))
+    console.print(
+        "The LAWCAT models were shown a few pages of text for a minute: their speed and memory are those of trained ones, their "
+        "answers are not. examples/distill_lawcat.py trains longer."
+    )
 
 
 def write_json(result: dict[str, Any], folder: Path) -> Path:

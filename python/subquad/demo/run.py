@@ -170,6 +170,11 @@ def _measure(
             found = measure.decode_sparsity(variant, heldout[-1][:, : _PROMPT + settings.decode_steps], _PROMPT)
             row["decode_sparsity"], row["mlp_bytes_ratio"] = found or (None, 1.0)
             tick()
+    lengths = sorted({min(_PROMPT, settings.window), settings.window})
+    with stages.stage("memory of the cache", len(variants)) as tick:
+        for row, variant in zip(rows, variants, strict=True):
+            row["cache_bytes"] = {n: measure.cache_bytes(variant, heldout[0][:, :n]) for n in lengths}
+            tick()
     with stages.stage("decoding speed, interleaved", settings.decode_steps) as tick:
         for row, timing in zip(rows, measure.decode_times(variants, prompt, settings.decode_steps, tick), strict=True):
             row["decode_step_seconds"] = asdict(timing)
@@ -177,7 +182,8 @@ def _measure(
     with stages.stage("MLP time, interleaved", settings.mlp_repeats) as tick:
         for row, timing in zip(rows, measure.mlp_times(variants, prompt, settings.mlp_repeats, tick), strict=True):
             row["mlp_seconds"] = asdict(timing)
-    with stages.stage("one answer each", len(variants) * settings.answer_tokens) as tick:
-        for row, variant in zip(rows, variants, strict=True):
+    asked = [(row, variant) for row, variant in zip(rows, variants, strict=True) if variant.answers]
+    with stages.stage("one answer each", len(asked) * settings.answer_tokens) as tick:
+        for row, variant in asked:
             row["answer"] = measure.answer(variant, question, subject.tokenizer, settings.answer_tokens, tick)
     return check, rows

@@ -34,6 +34,7 @@ class Variant:
         model: may be shared with other variants.
         target: target sparsity of the MLPs, None where that means nothing.
         activate: puts the model into this variant's state; called before every use.
+        answers: whether to ask it a question. Linear attention that has seen a few pages of text speaks no sentences yet.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Variant:
     model: nn.Module
     target: float | None = None
     activate: Callable[[], None] = _nothing
+    answers: bool = True
 
     def mlps(self) -> list[nn.Module]:
         """The model's MLPs, in order."""
@@ -109,7 +111,7 @@ def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[],
     linear.requires_grad_(False)
     hybrid = _sharing(linear)
     restore(hybrid, "attention", layers=list(find_attentions(hybrid))[LAWCAT_KEEP // 2 :: LAWCAT_KEEP])
-    return [Variant("LAWCAT", "lawcat", linear), Variant("LAWCAT hybrid", "lawcat", hybrid)]
+    return [Variant(n, "lawcat", m, answers=False) for n, m in (("LAWCAT", linear), ("LAWCAT hybrid", hybrid))]
 
 
 def _sharing(model: nn.Module) -> nn.Module:
