@@ -1,7 +1,7 @@
 // exp(x) in float that compilers vectorise: two ulp over the whole range, inf above, 0 below, NaN kept.
 #pragma once
 
-#include "half.h"
+#include "common/half.h"
 
 namespace subquad {
 SQ_ISA_BEGIN

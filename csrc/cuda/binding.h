@@ -15,7 +15,7 @@
 #include <optional>
 #include <string>
 
-#include "portable.cuh"
+#include "cuda/portable.cuh"
 
 /// SQ_REGISTER_OPS(m) { m.impl("op", TORCH_BOX(&fn)); }: CUDA tensors of `subquad`, or CPU tensors of `subquad_simt`
 /// when the emulator runs the kernels.

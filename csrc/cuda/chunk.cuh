@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "portable.cuh"
+#include "cuda/portable.cuh"
 
 namespace subquad::cuda {
 

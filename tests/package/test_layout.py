@@ -29,8 +29,8 @@ PLACES = {
     "ops": ("python/subquad/ops/{}.py",),
     "nn": ("python/subquad/nn/{}.py",),
     "triton": ("kernels/triton_ops/{}.py",),
-    "cpu": ("csrc/cpu/{}.h", "csrc/cpu/{}.cpp", "csrc/cpu/{}.isa.cpp"),
-    "cuda": ("csrc/cuda/{}.cuh", "csrc/cuda/{}.cu"),
+    "cpu": ("csrc/ops/{}/cpu.h", "csrc/ops/{}/cpu.cpp", "csrc/ops/{}/cpu.isa.cpp"),
+    "cuda": ("csrc/ops/{}/cuda.cuh", "csrc/ops/{}/cuda.cu"),
     "spec": ("tests/specs/{}.py",),
     "test": ("tests/ops/{0}/test_{0}.py",),
     "bench": ("benchmarks/{}.py",),
@@ -107,8 +107,6 @@ def test_every_op_has_its_files(stem: str, place: str) -> None:
         (PACKAGE / "reference", "{}.py"),
         (PACKAGE / "ops", "{}.py"),
         (TRITON, "{}.py"),
-        (CSRC / "cuda", "{}.cu"),
-        (CSRC / "cpu", "{}.isa.cpp"),
         (ROOT / "tests" / "specs", "{}.py"),
         (ROOT / "benchmarks", "{}.py"),
     ],
@@ -119,6 +117,10 @@ def test_every_file_belongs_to_an_op(folder: Path, pattern: str) -> None:
     own = [p.name for p in FILES if p.parent == folder and p.name.startswith(prefix) and p.name.endswith(suffix)]
     public = [name for name in own if not name.startswith(("_", "conftest"))]
     assert set(public) <= {pattern.format(stem) for stem in STEMS}
+
+
+def test_native_code_belongs_to_an_op() -> None:
+    assert {path.relative_to(CSRC / "ops").parts[0] for path in FILES if CSRC / "ops" in path.parents} == set(STEMS)
 
 
 def test_tests_belong_to_an_op_or_a_room() -> None:
@@ -201,13 +203,8 @@ def test_csrc_uses_the_stable_interface_only() -> None:
 
 
 def test_csrc_kernels_do_not_know_torch() -> None:
-    """Kernels take raw pointers; only the bindings (<stem>.cpp, <stem>.cu, binding.h, dtype.h) include torch."""
-    bindings = {f"{stem}{suffix}" for stem in STEMS for suffix in (".cpp", ".cu")} | {
-        "binding.h",
-        "dtype.h",
-        "module.cpp",
-        "isa.cpp",
-    }
+    """Kernels take raw pointers; only the bindings include torch."""
+    bindings = {"cpu.cpp", "cuda.cu", "binding.h", "module.cpp"}
     including = [p for p in FILES if CSRC in p.parents and re.search(r"#\s*include\s*<torch/", p.read_text())]
     assert [name_of(p) for p in including if p.name not in bindings and p.suffix != ".md"] == []
 

@@ -55,7 +55,7 @@ def compile_all(family: str | None, archs: list[int], progress: Callable[[int], 
     known = tuple(arch for arch in archs if arch in _build.CUDA_ARCHES)
     root = _native.SOURCES.resolve()
     library = _build.cuda_library(root, _build.torch_dir(), _env.cxx(), nvcc, known)
-    units = [unit for unit in library.units if in_family(unit.source.stem, family)]
+    units = [unit for unit in library.units if in_family(unit.source.parent.name, family)]
     progress(-len(units))
     cache = _build.private_folder(_env.read().cache_dir)
     built = _build.cached_path(library, cache).parent  # where the extension itself was compiled, if it was
@@ -64,7 +64,7 @@ def compile_all(family: str | None, archs: list[int], progress: Callable[[int], 
     for unit in units:
         candidates = (built / unit.obj, folder / unit.obj)
         path = next((candidate for candidate in candidates if candidate.exists()), None)
-        objects[unit.source.stem] = path or _compile(unit, folder / unit.obj)
+        objects[unit.source.parent.name] = path or _compile(unit, folder / unit.obj)
         progress(1)
     return objects
 
@@ -73,13 +73,13 @@ def _compile(unit: _build.Unit, output: Path) -> Path:
     partial = output.with_suffix(".partial.o")
     result = subprocess.run([*unit.command, "-c", str(unit.source), "-o", str(partial)], capture_output=True, text=True)
     if result.returncode != 0:
-        raise CudaError(f"nvcc failed on {unit.source.name}:\n{result.stderr[-4000:]}")
+        raise CudaError(f"nvcc failed on {unit.source.parent.name}/{unit.source.name}:\n{result.stderr[-4000:]}")
     return partial.replace(output)
 
 
 def allowed_spills() -> dict[str, str]:
     """Kernel name -> declared reason, from the comments in the CUDA sources."""
     reasons: dict[str, str] = {}
-    for path in sorted((_native.SOURCES / "cuda").glob("*.cu*")):
+    for path in sorted((_native.SOURCES / "ops").glob("*/*.cu*")):
         reasons.update(_ALLOW.findall(path.read_text()))
     return reasons
