@@ -6,14 +6,6 @@
 
 #include "common/isa.h"
 
-#ifndef SQ_HD
-#if defined(__CUDACC__)
-#define SQ_HD __host__ __device__ __forceinline__
-#else
-#define SQ_HD inline
-#endif
-#endif
-
 // The gate's exponential: on a CPU one that vectorises.
 #if defined(SUBQUAD_ISA)
 #include "common/exp.h"

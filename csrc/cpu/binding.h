@@ -16,7 +16,7 @@
 #include <new>
 #include <optional>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 namespace subquad::cpu {
 

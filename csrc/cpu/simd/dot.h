@@ -23,7 +23,7 @@ inline void prefetch_block(const W* p, int64_t k) {
 template <class W, int R, int T>
 inline void dot_block(const W* const (&w)[R], const float* const* x, int64_t k, Vec (&sum)[R][T]) {
   Vec x0[T], x1[T];
-  for (int t = 0; t < T; ++t) x0[t] = vec_load(x[t] + k), x1[t] = vec_load(x[t] + k + Vec::kLanes);
+  for (int t = 0; t < T; ++t) x0[t] = vec_load(x[t] + k), x1[t] = vec_load(x[t] + k + kLanes);
   for (int r = 0; r < R; ++r) {
     Vec w0, w1;
     widen(w[r], w0, w1);
@@ -89,7 +89,7 @@ inline void axpy_rows(const W* const* rows, const W* const* next, const float* h
   Vec factor[R];
   for (int r = 0; r < R; ++r) factor[r] = vec_set(h[r]);
   const auto block = [&](const W* const(&w)[R], int64_t k) {
-    Vec y0 = vec_load(y + k), y1 = vec_load(y + k + Vec::kLanes);
+    Vec y0 = vec_load(y + k), y1 = vec_load(y + k + kLanes);
     for (int r = 0; r < R; ++r) {
       Vec w0, w1;
       widen(w[r], w0, w1);
@@ -97,7 +97,7 @@ inline void axpy_rows(const W* const* rows, const W* const* next, const float* h
       y1 = vec_fma(w1, factor[r], y1);
     }
     vec_store(y + k, y0);
-    vec_store(y + k + Vec::kLanes, y1);
+    vec_store(y + k + kLanes, y1);
   };
   const W* w[R];
   int64_t k = 0;
@@ -122,13 +122,13 @@ inline void axpy_rows(const W* const* rows, const W* const* next, const float* h
 template <int V>
 inline void add_rows(const float* tile, int64_t ld, const int* list, const float* factor, int count, float* y) {
   Vec sum[V];
-  for (int v = 0; v < V; ++v) sum[v] = vec_load(y + v * Vec::kLanes);
+  for (int v = 0; v < V; ++v) sum[v] = vec_load(y + v * kLanes);
   for (int j = 0; j < count; ++j) {
     const float* w = tile + list[j] * ld;
     const Vec f = vec_set(factor[j]);
-    for (int v = 0; v < V; ++v) sum[v] = vec_fma(vec_load(w + v * Vec::kLanes), f, sum[v]);
+    for (int v = 0; v < V; ++v) sum[v] = vec_fma(vec_load(w + v * kLanes), f, sum[v]);
   }
-  for (int v = 0; v < V; ++v) vec_store(y + v * Vec::kLanes, sum[v]);
+  for (int v = 0; v < V; ++v) vec_store(y + v * kLanes, sum[v]);
 }
 
 /// y[t][0:V vectors] += sum over r < rows, in order, of h[t][r] * tile[r]: rows already widened, ld apart.
@@ -136,17 +136,17 @@ template <int V, int T>
 inline void outer_tile(const float* tile, int64_t ld, int rows, const float* h, int64_t ldh, float* y, int64_t ldy) {
   Vec sum[T][V];
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v) sum[t][v] = vec_load(y + t * ldy + v * Vec::kLanes);
+    for (int v = 0; v < V; ++v) sum[t][v] = vec_load(y + t * ldy + v * kLanes);
   for (int r = 0; r < rows; ++r) {
     Vec w[V];
-    for (int v = 0; v < V; ++v) w[v] = vec_load(tile + r * ld + v * Vec::kLanes);
+    for (int v = 0; v < V; ++v) w[v] = vec_load(tile + r * ld + v * kLanes);
     for (int t = 0; t < T; ++t) {
       const Vec factor = vec_set(h[t * ldh + r]);
       for (int v = 0; v < V; ++v) sum[t][v] = vec_fma(w[v], factor, sum[t][v]);
     }
   }
   for (int t = 0; t < T; ++t)
-    for (int v = 0; v < V; ++v) vec_store(y + t * ldy + v * Vec::kLanes, sum[t][v]);
+    for (int v = 0; v < V; ++v) vec_store(y + t * ldy + v * kLanes, sum[t][v]);
 }
 
 /// out[0:n] = row[0:n] widened, in packed order, zero-padded to whole blocks.
@@ -157,12 +157,12 @@ inline void widen_row(const W* row, int64_t n, float* out) {
   for (; k + kBlock <= n; k += kBlock) {
     widen(row + k, low, high);
     vec_store(out + k, low);
-    vec_store(out + k + Vec::kLanes, high);
+    vec_store(out + k + kLanes, high);
   }
   if (k < n) {
     widen(Tail<W>(row + k, n - k).values, low, high);
     vec_store(out + k, low);
-    vec_store(out + k + Vec::kLanes, high);
+    vec_store(out + k + kLanes, high);
   }
 }
 

@@ -2,15 +2,14 @@
 #pragma once
 
 #include "cpu/simd/dot.h"
-#include "ops/cats_mlp/params.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
+namespace subquad::cpu::SUBQUAD_ISA::products {
 
-constexpr int kRows = 4;                            // weight rows in flight: enough streams to reach memory bandwidth
-constexpr int kTokens = Vec::kLanes == 16 ? 4 : 2;  // tokens per tile of rows; bounded by registers
-constexpr int kWide = Vec::kLanes == 16 ? 8 : 4;    // tokens per tile of a single row
-constexpr int kGroup = 16;                          // neurons per round of the batched paths: their rows stay in L2
-constexpr int kMaxTokens = static_cast<int>(kCatsMaxTokens);
+constexpr int kRows = 4;                       // weight rows in flight: enough streams to reach memory bandwidth
+constexpr int kTokens = kLanes == 16 ? 4 : 2;  // tokens per tile of rows; bounded by registers
+constexpr int kWide = kLanes == 16 ? 8 : 4;    // tokens per tile of a single row
+constexpr int kGroup = 16;                     // neurons per round of the batched paths: their rows stay in L2
+constexpr int kMaxTokens = 16;                 // tokens that share the sums of a group
 
 constexpr int64_t kSlice = 2048;  // elements of the inner dimension per pass, bounded by the cache
 
@@ -94,4 +93,4 @@ inline void dense_products(const Rows<W>& rows, const X* x, int64_t ldx, int tok
   }
 }
 
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::products

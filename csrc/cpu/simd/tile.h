@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "common/integers.h"
 #include "cpu/simd/vec.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
@@ -14,73 +15,6 @@ namespace subquad::cpu::SUBQUAD_ISA {
 constexpr int kTileRows = 4;                       // rows of a product that share the loads of its right operand
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;    // vectors of a row in registers
 constexpr int64_t kTileCols = kTileVecs * kLanes;  // the columns they hold
-
-// ---------------------------------------------------------------------------------------------------- vector functions
-
-inline Vec vec_mul(Vec a, Vec b);
-/// max(a, b); b where either is NaN.
-inline Vec vec_max(Vec a, Vec b);
-/// The largest element; any of them when one is NaN.
-inline float vec_max_all(Vec a);
-/// 2^x to two ulp; 0 below -150, NaN kept. x <= 126.
-inline Vec vec_exp2(Vec x);
-
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-inline Vec vec_mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Vec vec_max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline float vec_max_all(Vec a) { return _mm512_reduce_max_ps(a.v); }
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-inline Vec vec_mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Vec vec_max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline float vec_max_all(Vec a) {
-  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
-}
-#else
-inline Vec vec_mul(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
-  return a;
-}
-inline Vec vec_max(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
-  return a;
-}
-inline float vec_max_all(Vec a) {
-  const float low = a.v[0] > a.v[1] ? a.v[0] : a.v[1], high = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
-  return low > high ? low : high;
-}
-#endif
-
-// Coefficients of (2^r - 1) / r on [-1/2, 1/2], relative error 2e-9.
-constexpr float kExp2[] = {0.6931472f, 0.24022648f, 0.055503324f, 0.009618437f, 0.0013398875f, 0.0001535336f};
-
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-inline Vec vec_exp2(Vec x) {
-  const __m512 y = _mm512_max_ps(_mm512_set1_ps(-160.0f), x.v);
-  const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec r{_mm512_sub_ps(y, n)};
-  Vec p = vec_set(kExp2[5]);
-  for (int i = 4; i >= 0; --i) p = vec_fma(p, r, vec_set(kExp2[i]));
-  return {_mm512_scalef_ps(vec_fma(p, r, vec_set(1.0f)).v, n)};
-}
-#else
-inline Vec vec_exp2(Vec x) {
-  float e[kLanes];
-  vec_store(e, x);
-  for (int i = 0; i < kLanes; ++i) {
-    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-    const float low = e[i] < -125.0f ? -125.0f : e[i];
-    const float shifted = low + kShift;
-    const float r = low - (shifted - kShift);
-    float p = kExp2[5];
-    for (int j = 4; j >= 0; --j) p = p * r + kExp2[j];
-    const float value = (p * r + 1.0f) * bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
-    e[i] = e[i] < -125.0f ? 0.0f : value;
-  }
-  return vec_load(e);
-}
-#endif
 
 // ------------------------------------------------------------------------------------------------------------ products
 
@@ -104,7 +38,7 @@ struct Pairs {
   using Element = BFloat16;
   static constexpr int kDepth = 2;
   static Vec multiply_add(Vec a, Vec b, Vec c) {
-    return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
 
   /// dst[r / 2][i] = the pair (src[r][i], src[r + 1][i]): a right operand summed over rows. `rows` is even.
@@ -120,13 +54,13 @@ struct Pairs {
 
   /// Elements, rounded.
   static void store(BFloat16* p, Vec a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
   }
 
   /// Words, each the pair (a[i], b[i]) rounded.
   static void store_pairs(float* p, Vec a, Vec b) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v));
-    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b.v)), 16);
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b)), 16);
     _mm512_storeu_si512(p, _mm512_or_si512(low, high));
   }
 };
@@ -197,7 +131,7 @@ inline void product(int64_t rows, int64_t cols, int64_t depth, Left a, Block b, 
 /// Words of `n` elements along the summed dimension, padded so that as many rows of them can be transposed.
 template <class Words>
 inline int64_t padded_words(int64_t n) {
-  return round_up((n + Words::kDepth - 1) / Words::kDepth, 16);
+  return round_up(ceil_div(n, Words::kDepth), 16);
 }
 
 inline bool is_finite_bits(float x) { return (float_to_bits(x) & 0x7f800000u) != 0x7f800000u; }
@@ -236,7 +170,7 @@ inline bool load_row(const T* __restrict src, int64_t n, float* __restrict dst, 
   return all_finite(out, n);
 }
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(SQ_AVX512)
 constexpr int kTransposed = 16;
 inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
   __m512 r[16], t[16];
@@ -263,7 +197,7 @@ inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t l
     _mm512_storeu_ps(dst + (12 + b) * ldd, _mm512_shuffle_f32x4(y, w, 0xdd));
   }
 }
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(SQ_AVX2)
 constexpr int kTransposed = 8;
 inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
   __m256 r[8], t[8];

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
+#include "cpu/isa.h"
 #include "ops/cats_activation/params.h"
 
 namespace subquad::cpu {
@@ -14,14 +15,6 @@ struct CatsActivationKernels {
   void (*backward)(const CatsActivationParams&, int64_t begin, int64_t end);
 };
 
-#define SQ_DECLARE(isa)                                            \
-  namespace isa {                                                  \
-  CatsActivationKernels cats_activation_kernels(DType z, DType u); \
-  }
-SQ_DECLARE(baseline)
-SQ_DECLARE(v3)
-SQ_DECLARE(v4)
-SQ_DECLARE(v4_bf16)
-#undef SQ_DECLARE
+SQ_KERNELS_BY_ISA(CatsActivationKernels, cats_activation_kernels, DType z, DType u)
 
 }  // namespace subquad::cpu

@@ -13,7 +13,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
+#include "cpu/isa.h"
 #include "ops/cats_mlp/params.h"
 
 namespace subquad::cpu {
@@ -46,14 +47,6 @@ struct CatsMlpKernels {
   Range dense_down;    // dense: h -> y[:, begin:end]
 };
 
-#define SQ_DECLARE(isa)                         \
-  namespace isa {                               \
-  CatsMlpKernels cats_mlp_kernels(DType dtype); \
-  }
-SQ_DECLARE(baseline)
-SQ_DECLARE(v3)
-SQ_DECLARE(v4)
-SQ_DECLARE(v4_bf16)
-#undef SQ_DECLARE
+SQ_KERNELS_BY_ISA(CatsMlpKernels, cats_mlp_kernels, DType dtype)
 
 }  // namespace subquad::cpu

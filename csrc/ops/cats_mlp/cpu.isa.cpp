@@ -8,6 +8,11 @@
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
+using namespace cats;
+using namespace products;
+
+static_assert(kMaxTokens == kCatsMaxTokens);
+
 constexpr int kRound = 512;  // neurons per round of the single-token path: bounds its lists
 
 /// Records h of one active neuron for the row-major down pass.
@@ -190,13 +195,13 @@ void batch_down(const CatsMlpParams& p, const CatsMlpScratch& s, const Round& ro
       }
       float* y = partial + t * s.ld_hidden + k;
       for (int64_t c = 0; c < length;) {
-        const bool wide = length - c >= kRun * Vec::kLanes;
+        const bool wide = length - c >= kRun * kLanes;
         if (wide) {
           add_rows<kRun>(tile + c, kTile, wanted[t], factor[t], rows_of[t], y + c);
         } else {
           add_rows<2>(tile + c, kTile, wanted[t], factor[t], rows_of[t], y + c);
         }
-        c += (wide ? kRun : 2) * Vec::kLanes;
+        c += (wide ? kRun : 2) * kLanes;
       }
     }
   }
@@ -265,11 +270,11 @@ void reduce(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t token) {
     for (int64_t c = 0; c < s.chunks; ++c) {
       const float* from = s.partial + (c * p.tokens + token) * s.ld_hidden + k;
       low = vec_add(low, vec_load(from));
-      high = vec_add(high, vec_load(from + Vec::kLanes));
+      high = vec_add(high, vec_load(from + kLanes));
     }
     float sum[kBlock];
     vec_store(sum, low);
-    vec_store(sum + Vec::kLanes, high);
+    vec_store(sum + kLanes, high);
     const int64_t count = p.hidden - k < kBlock ? p.hidden - k : kBlock;
     for (int64_t i = 0; i < count; ++i) y[k + i] = from_float<W>(sum[packed_index<W>(i)] + bias<W>(p.b_down, k + i));
   }
@@ -313,14 +318,7 @@ constexpr CatsMlpKernels kernels() {
 }  // namespace
 
 CatsMlpKernels cats_mlp_kernels(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return kernels<BFloat16>();
-    case DType::kHalf:
-      return kernels<Half>();
-    default:
-      return kernels<float>();
-  }
+  return by_dtype<BFloat16, Half>(dtype, []<class T>(T) -> CatsMlpKernels { return kernels<T>(); });
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

@@ -5,10 +5,13 @@
 #pragma once
 
 #include "common/activations.h"
+#include "common/integers.h"
 #include "cpu/simd/products.h"
 #include "ops/cats_mlp/cpu.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
+namespace subquad::cpu::SUBQUAD_ISA::cats {
+
+using namespace products;
 
 // The down product adds kOuterRows neurons at a time to kColumns output columns: y stays in L2, the weights' tile in
 // L1.
@@ -129,7 +132,7 @@ struct Outer {
 
   static void add(const W* const* rows, int count, int64_t columns, const float* h, int64_t ldh, float* y, int64_t ldy,
                   int64_t tokens) {
-    constexpr int kV = Vec::kLanes == 16 ? 4 : 2;
+    constexpr int kV = kLanes == 16 ? 4 : 2;
     float tile[kOuterRows * kColumns];
     for (int r = 0; r < count; ++r) widen_row(rows[r], columns, tile + r * kColumns);
     const int64_t n = round_up(columns, kBlock);
@@ -140,8 +143,8 @@ struct Outer {
     const auto rest = [&]<int T>(int64_t t) {
       outer_tile<1, T>(tile + k, kColumns, count, h + t * ldh, ldh, y + t * ldy + k, ldy);
     };
-    for (; k + kV * Vec::kLanes <= n; k += kV * Vec::kLanes) by_tokens<4>(tokens, whole);
-    for (; k < n; k += Vec::kLanes) by_tokens<4>(tokens, rest);
+    for (; k + kV * kLanes <= n; k += kV * kLanes) by_tokens<4>(tokens, whole);
+    for (; k < n; k += kLanes) by_tokens<4>(tokens, rest);
   }
 };
 
@@ -155,7 +158,7 @@ struct Outer<BFloat16> {
   /// high one.
   static int64_t index(int64_t i) {
     const int64_t c = i % kBlock, eight = c / 8, four = c % 8 / 4;
-    return i - c + four * Vec::kLanes + eight * 4 + c % 4;
+    return i - c + four * kLanes + eight * 4 + c % 4;
   }
 
   static void interleave(const BFloat16* a, const BFloat16* b, BFloat16* out) {
@@ -168,7 +171,7 @@ struct Outer<BFloat16> {
   static void tile_pairs(const BFloat16* tile, int pairs, const BFloat16* h, int64_t ldh, float* y, int64_t ldy) {
     Vec sum[T][V];
     for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) sum[t][v] = vec_load(y + t * ldy + v * Vec::kLanes);
+      for (int v = 0; v < V; ++v) sum[t][v] = vec_load(y + t * ldy + v * kLanes);
     for (int j = 0; j < pairs; ++j) {
       __m512bh w[V];
       for (int v = 0; v < V; ++v) w[v] = pairs_load(tile + j * 2 * kColumns + v * kBlock);
@@ -180,7 +183,7 @@ struct Outer<BFloat16> {
       }
     }
     for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) vec_store(y + t * ldy + v * Vec::kLanes, sum[t][v]);
+      for (int v = 0; v < V; ++v) vec_store(y + t * ldy + v * kLanes, sum[t][v]);
   }
 
   static void add(const BFloat16* const* rows, int count, int64_t columns, const BFloat16* h, int64_t ldh, float* y,
@@ -248,4 +251,4 @@ inline void dense_down(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t 
   p.neuron_major ? dense_down_outer<W>(p, s, begin, end) : dense_down_dots<W>(p, s, begin, end);
 }
 
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::cats

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
+#include "cpu/isa.h"
 #include "ops/causal_conv1d/params.h"
 
 namespace subquad::cpu {
@@ -32,14 +33,6 @@ constexpr int64_t kConvChannels = 2048;  // channels of one work item at most
 constexpr int64_t kConvBackChannels = 512;
 
 // wide_gradient: grad_y is float whatever the other elements are.
-#define SQ_DECLARE(isa)                                                       \
-  namespace isa {                                                             \
-  CausalConv1dKernels causal_conv1d_kernels(DType dtype, bool wide_gradient); \
-  }
-SQ_DECLARE(baseline)
-SQ_DECLARE(v3)
-SQ_DECLARE(v4)
-SQ_DECLARE(v4_bf16)
-#undef SQ_DECLARE
+SQ_KERNELS_BY_ISA(CausalConv1dKernels, causal_conv1d_kernels, DType dtype, bool wide_gradient)
 
 }  // namespace subquad::cpu

@@ -61,35 +61,35 @@ struct Inner {
 template <int kTaps, bool kSilu, bool kWhole, class T, class G>
 inline __attribute__((always_inline)) void backward_lanes(const BackRows<T, G>& r, int64_t c, int64_t lanes) {
   const Params& p = *r.p;
-  const Lanes zero = lanes_set(0.0f);
-  Lanes w[kTaps], window[kTaps], slope[kTaps], dw[kTaps], db = zero;
+  const Vec zero = vec_set(0.0f);
+  Vec w[kTaps], window[kTaps], slope[kTaps], dw[kTaps], db = zero;
   for (int i = 0; i < kTaps; ++i) {
-    w[i] = lanes_load<kWhole>(r.weight + i * p.channels + c, lanes);
+    w[i] = vec_load_part<kWhole>(r.weight + i * p.channels + c, lanes);
     slope[i] = dw[i] = window[i] = zero;
   }
-  const Lanes bias = lanes_load<kWhole>(r.bias + c, lanes);
+  const Vec bias = vec_load_part<kWhole>(r.bias + c, lanes);
   for (int i = 0; i < kTaps - 1; ++i) {
     if (r.history != nullptr) {
-      window[i] = lanes_load<kWhole>(r.history + i * r.channels + c, lanes);
+      window[i] = vec_load_part<kWhole>(r.history + i * r.channels + c, lanes);
     } else if (r.t0 - (kTaps - 1) + i >= r.s.start) {
-      window[i] = lanes_load<kWhole>(r.x + (i - (kTaps - 1)) * p.x_stride_t + c, lanes);
+      window[i] = vec_load_part<kWhole>(r.x + (i - (kTaps - 1)) * p.x_stride_t + c, lanes);
     }
   }
   // Step t makes the slope of row t and, from it and those before, dx of row t - (kTaps - 1).
   const auto step = [&](int64_t t, auto edge) __attribute__((always_inline)) {
     constexpr bool kEdge = decltype(edge)::value;
     const int64_t i0 = t - r.t0;
-    Lanes dz = zero;
+    Vec dz = zero;
     if (!kEdge || t < r.s.end) {
       const int exist = !kEdge || p.state != nullptr || t - r.s.start >= kTaps ? kTaps : int(t - r.s.start) + 1;
-      window[kTaps - 1] = lanes_load<kWhole>(r.x + i0 * p.x_stride_t + c, lanes);
-      dz = lanes_load<kWhole>(r.grad + i0 * p.channels + c, lanes);
+      window[kTaps - 1] = vec_load_part<kWhole>(r.x + i0 * p.x_stride_t + c, lanes);
+      dz = vec_load_part<kWhole>(r.grad + i0 * p.channels + c, lanes);
       if constexpr (kSilu) {
-        Lanes z = bias;
+        Vec z = bias;
         for (int i = 0; i < kTaps; ++i) {
           if (!kEdge || kTaps - i <= exist) z = w[i] * window[i] + z;
         }
-        dz *= lanes_silu_grad(z);
+        dz *= silu_grad(z);
       }
       if (!kEdge || t < r.t1) {
         db += dz;
@@ -101,18 +101,18 @@ inline __attribute__((always_inline)) void backward_lanes(const BackRows<T, G>& 
     slope[kTaps - 1] = dz;
     const int64_t u = t - (kTaps - 1), j0 = u - r.t0;
     if (!kEdge || (u >= r.t0 && u < r.t1)) {
-      Lanes sum = r.first_group ? zero : lanes_load<kWhole>(r.sum + j0 * r.channels + c, lanes);
+      Vec sum = r.first_group ? zero : vec_load_part<kWhole>(r.sum + j0 * r.channels + c, lanes);
       for (int j = 0; j < kTaps; ++j) {  // slope[j] belongs to row u + j
         if (!kEdge || j < r.s.end - u) sum = w[kTaps - 1 - j] * slope[j] + sum;
       }
       if (!r.last_group) {
-        lanes_store<kWhole>(r.sum + j0 * r.channels + c, sum, lanes);
+        vec_store_part<kWhole>(r.sum + j0 * r.channels + c, sum, lanes);
       } else {
         const int64_t column = u - (r.s.end - (kTaps - 1));
         if (kEdge && r.grad_final != nullptr && column >= 0) {
           for (int64_t k = 0; k < lanes; ++k) sum[k] += to_float(r.grad_final[(c + k) * (kTaps - 1) + column]);
         }
-        lanes_store<kWhole>(r.dx + j0 * p.inputs + c, sum, lanes);
+        vec_store_part<kWhole>(r.dx + j0 * p.inputs + c, sum, lanes);
       }
     }
     for (int i = 0; i < kTaps - 1; ++i) window[i] = window[i + 1], slope[i] = slope[i + 1];
@@ -125,7 +125,7 @@ inline __attribute__((always_inline)) void backward_lanes(const BackRows<T, G>& 
   for (; t < last; ++t) step(t, Edge{});
   for (int i = 0; i <= kTaps; ++i) {
     float* sum = r.partial + i * p.channels + c;
-    lanes_store<kWhole>(sum, lanes_load<kWhole>(sum, lanes) + (i < kTaps ? dw[i < kTaps ? i : 0] : db), lanes);
+    vec_store_part<kWhole>(sum, vec_load_part<kWhole>(sum, lanes) + (i < kTaps ? dw[i < kTaps ? i : 0] : db), lanes);
   }
 }
 
@@ -194,9 +194,9 @@ void reduce(const Params& p, int64_t c0, int64_t c1) {
     const int64_t lanes = c1 - c < kLanes ? c1 - c : kLanes;
     for (int64_t i = 0; i <= p.taps; ++i) {
       if (i == p.taps && p.dbias == nullptr) break;
-      Lanes sum = lanes_set(0.0f);
+      Vec sum = vec_set(0.0f);
       for (int64_t k = 0; k < blocks; ++k) {
-        sum += lanes_load<false>(p.partial + (k * (p.taps + 1) + i) * p.channels + c, lanes);
+        sum += vec_load_part<false>(p.partial + (k * (p.taps + 1) + i) * p.channels + c, lanes);
       }
       for (int64_t k = 0; k < lanes; ++k) {
         T* out = i == p.taps ? static_cast<T*>(p.dbias) + c + k : static_cast<T*>(p.dweight) + (c + k) * p.taps + i;
@@ -319,14 +319,8 @@ CausalConv1dKernels kernels() {
 }  // namespace
 
 CausalConv1dKernels causal_conv1d_kernels(DType dtype, bool wide_gradient) {
-  switch (dtype) {
-    case DType::kFloat:
-      return kernels<float, float>();
-    case DType::kBFloat16:
-      return wide_gradient ? kernels<BFloat16, float>() : kernels<BFloat16, BFloat16>();
-    default:
-      return wide_gradient ? kernels<Half, float>() : kernels<Half, Half>();
-  }
+  return by_dtype<BFloat16, Half>(dtype,
+                                  [=]<class T>(T) { return wide_gradient ? kernels<T, float>() : kernels<T, T>(); });
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

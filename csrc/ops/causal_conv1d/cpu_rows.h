@@ -4,21 +4,25 @@
 #pragma once
 
 #include "common/half.h"
-#include "cpu/simd/lanes.h"
+#include "common/integers.h"
+#include "cpu/simd/vec.h"
 #include "ops/causal_conv1d/cpu.h"
 
 namespace subquad::cpu::SUBQUAD_ISA::conv {
 
 using Params = CausalConv1dParams;
 
+inline __attribute__((always_inline)) Vec silu(Vec x) { return x / (1.0f + vector_exp(-x)); }
+
+inline __attribute__((always_inline)) Vec silu_grad(Vec x) {
+  const Vec s = 1.0f / (1.0f + vector_exp(-x));
+  return s * (1.0f + x * (1.0f - s));
+}
+
 /// The sequence that a token belongs to: its index, its first token and the token after its last.
 struct Span {
   int64_t n, start, end;
 };
-
-inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
-  return value < low ? low : value > high ? high : value;
-}
 
 inline Span span_of(const Params& p, int64_t b, int64_t t) {
   if (p.cu_seqlens == nullptr) return {b, 0, p.time};
@@ -70,20 +74,20 @@ struct Rows {
 
 template <int kTaps, bool kSilu, bool kWhole, class T, class Y>
 inline __attribute__((always_inline)) void convolve_lanes(const Rows<T, Y>& r, int64_t c, int64_t lanes) {
-  Lanes w[kTaps], window[kTaps];
-  for (int i = 0; i < kTaps; ++i) w[i] = lanes_load<kWhole>(r.weight + i * r.weight_stride + c, lanes);
-  const Lanes bias = lanes_load<kWhole>(r.bias + c, lanes);
+  Vec w[kTaps], window[kTaps];
+  for (int i = 0; i < kTaps; ++i) w[i] = vec_load_part<kWhole>(r.weight + i * r.weight_stride + c, lanes);
+  const Vec bias = vec_load_part<kWhole>(r.bias + c, lanes);
   for (int i = 0; i < kTaps - 1; ++i) {
-    window[i] = r.history != nullptr ? lanes_load<kWhole>(r.history + i * r.channels + c, lanes)
-                                     : lanes_load<kWhole>(r.x + (i - (kTaps - 1)) * r.x_stride + c, lanes);
+    window[i] = r.history != nullptr ? vec_load_part<kWhole>(r.history + i * r.channels + c, lanes)
+                                     : vec_load_part<kWhole>(r.x + (i - (kTaps - 1)) * r.x_stride + c, lanes);
   }
   for (int64_t t = 0; t < r.rows; ++t) {
-    window[kTaps - 1] = lanes_load<kWhole>(r.x + t * r.x_stride + c, lanes);
-    Lanes z = bias;
+    window[kTaps - 1] = vec_load_part<kWhole>(r.x + t * r.x_stride + c, lanes);
+    Vec z = bias;
     for (int i = 0; i < kTaps; ++i) z = w[i] * window[i] + z;
-    if constexpr (kSilu) z = lanes_silu(z);
-    if (r.residual != nullptr) z += lanes_load<kWhole>(r.residual + t * r.residual_stride + c, lanes);
-    lanes_store<kWhole>(r.y + t * r.y_stride + c, z, lanes);
+    if constexpr (kSilu) z = conv::silu(z);
+    if (r.residual != nullptr) z += vec_load_part<kWhole>(r.residual + t * r.residual_stride + c, lanes);
+    vec_store_part<kWhole>(r.y + t * r.y_stride + c, z, lanes);
     for (int i = 0; i < kTaps - 1; ++i) window[i] = window[i + 1];
   }
 }

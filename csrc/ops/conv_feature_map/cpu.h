@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
+#include "cpu/isa.h"
 #include "ops/conv_feature_map/params.h"
 
 namespace subquad::cpu {
@@ -21,14 +22,6 @@ struct ConvFeatureMapKernels {
   void (*reduce)(const ConvFeatureMapParams&, int64_t index);
 };
 
-#define SQ_DECLARE(isa)                                        \
-  namespace isa {                                              \
-  ConvFeatureMapKernels conv_feature_map_kernels(DType dtype); \
-  }
-SQ_DECLARE(baseline)
-SQ_DECLARE(v3)
-SQ_DECLARE(v4)
-SQ_DECLARE(v4_bf16)
-#undef SQ_DECLARE
+SQ_KERNELS_BY_ISA(ConvFeatureMapKernels, conv_feature_map_kernels, DType dtype)
 
 }  // namespace subquad::cpu

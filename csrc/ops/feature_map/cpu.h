@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
+#include "cpu/isa.h"
 #include "ops/feature_map/params.h"
 
 namespace subquad::cpu {
@@ -18,14 +19,6 @@ struct FeatureMapKernels {
   void (*reduce)(const FeatureMapParams&, int64_t index);
 };
 
-#define SQ_DECLARE(isa)                               \
-  namespace isa {                                     \
-  FeatureMapKernels feature_map_kernels(DType dtype); \
-  }
-SQ_DECLARE(baseline)
-SQ_DECLARE(v3)
-SQ_DECLARE(v4)
-SQ_DECLARE(v4_bf16)
-#undef SQ_DECLARE
+SQ_KERNELS_BY_ISA(FeatureMapKernels, feature_map_kernels, DType dtype)
 
 }  // namespace subquad::cpu

@@ -9,7 +9,9 @@ namespace {
 using namespace feature;
 
 int64_t scratch_bytes(const FeatureMapParams& p, bool backward) {
-  return Scratch(p, backward, nullptr).floats * static_cast<int64_t>(sizeof(float));
+  Arena arena(nullptr);
+  Scratch(p, backward, arena);
+  return arena.used();
 }
 
 /// Rows [begin, begin + n) of one head as floats, padded with zeros to `ldx` columns and to a whole group of rows.
@@ -27,7 +29,8 @@ void load_rows(const FeatureMapParams& p, int64_t head, int64_t begin, int64_t n
 
 template <class T>
 void forward(const FeatureMapParams& p, int64_t head, int64_t begin, int64_t end, void* memory) {
-  const Scratch s(p, false, memory);
+  Arena arena(memory);
+  const Scratch s(p, false, arena);
   Block weight{};
   if (p.weight != nullptr) weight = load_weight<T>(p, head, s);
   for (int64_t row = begin; row < end; row += kFeatureTile) {
@@ -39,7 +42,8 @@ void forward(const FeatureMapParams& p, int64_t head, int64_t begin, int64_t end
 
 template <class T>
 void backward(const FeatureMapParams& p, int64_t head, int64_t chunk, void* memory) {
-  const Scratch s(p, true, memory);
+  Arena arena(memory);
+  const Scratch s(p, true, arena);
   const Block weight = begin_backward<T>(p, head, s);
   const int64_t begin = chunk * p.chunk, end = p.rows - begin < p.chunk ? p.rows : begin + p.chunk;
   for (int64_t row = begin; row < end; row += kFeatureTile) {
@@ -61,14 +65,7 @@ FeatureMapKernels kernels() {
 }  // namespace
 
 FeatureMapKernels feature_map_kernels(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return kernels<BFloat16>();
-    case DType::kHalf:
-      return kernels<Half>();
-    default:
-      return kernels<float>();
-  }
+  return by_dtype<BFloat16, Half>(dtype, []<class T>(T) -> FeatureMapKernels { return kernels<T>(); });
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

@@ -4,31 +4,25 @@
 
 #include "common/exp.h"
 #include "common/half.h"
+#include "cpu/simd/arena.h"
 #include "cpu/simd/tile.h"
 #include "ops/feature_map/params.h"
 
 namespace subquad::cpu::SUBQUAD_ISA::feature {
 
 constexpr float kInf = __builtin_inff();
-constexpr float kLog2e = 1.44269504f;
 
 /// What a thread works in. Rows of x and dx are `ldx` floats apart, those of y, of the features and of the weight
 /// `ldy`.
 struct Scratch {
   float *x, *y, *positive, *negative, *grad_positive, *grad_negative;
   float *weight, *weight_t, *dx, *dweight;
-  int64_t ldx, ldy, floats;
+  int64_t ldx, ldy;
 
-  Scratch(const FeatureMapParams& p, bool backward, void* memory) {
+  Scratch(const FeatureMapParams& p, bool backward, Arena& arena) {
     ldx = round_up(p.d, kLanes);
     ldy = round_up(p.f, kLanes);
-    floats = 0;
-    float* base = static_cast<float*>(memory);
-    const auto take = [&](int64_t count) {
-      float* here = base + floats;
-      floats += round_up(count, 16);
-      return here;
-    };
+    const auto take = [&](int64_t count) { return arena.take<float>(count); };
     x = take(kFeatureTile * ldx);
     y = p.weight == nullptr ? x : take(kFeatureTile * ldy);
     positive = take(ldy);

@@ -10,7 +10,7 @@
 namespace subquad::cpu {
 namespace {
 
-constexpr int64_t kMaxWidth = 256;
+
 constexpr int64_t kMaxGroup = 4;  // states of a group stay in the cache
 
 GatedLinearAttentionKernels kernels_for(const Tensor& q) {
@@ -22,8 +22,8 @@ GlaTensor rows_of(const Tensor& x, const char* name, int64_t batch, int64_t toke
   STD_TORCH_CHECK(x.dim() == (has_width ? 4 : 3) && x.size(0) == batch && x.size(1) == tokens && x.size(2) >= 1, name,
                   ": expected shape [", batch, ", ", tokens, ", H", has_width ? ", D]" : "]");
   if (has_width)
-    STD_TORCH_CHECK(x.size(3) == width && width <= kMaxWidth && (x.stride(3) == 1 || width == 1), name,
-                    ": expected a contiguous last dimension of ", width, " <= ", kMaxWidth);
+    STD_TORCH_CHECK(x.size(3) == width && width <= kGlaMaxDim && (x.stride(3) == 1 || width == 1), name,
+                    ": expected a contiguous last dimension of ", width, " <= ", kGlaMaxDim);
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.size(2)};
 }
 
@@ -158,8 +158,8 @@ Tensor gated_linear_attention_step_(const Tensor& q, const Tensor& k, const Tens
   for (const auto& [x, name] : {std::pair{&q, "q"}, {&k, "k"}, {&v, "v"}}) {
     check_contiguous(*x, name);
     STD_TORCH_CHECK(x->dim() == 3 && x->size(0) == q.size(0) && x->scalar_type() == q.scalar_type() &&
-                        x->size(1) >= 1 && x->size(2) >= 1 && x->size(2) <= kMaxWidth,
-                    name, ": expected shape [B, H, D <= ", kMaxWidth, "] and the dtype of q");
+                        x->size(1) >= 1 && x->size(2) >= 1 && x->size(2) <= kGlaMaxDim,
+                    name, ": expected shape [B, H, D <= ", kGlaMaxDim, "] and the dtype of q");
   }
   check_contiguous(state, "state");
   STD_TORCH_CHECK(state.dim() == 4 && state.scalar_type() == ScalarType::Float, "state: expected float32 [P, H, K, V]");

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
+#include "cpu/isa.h"
 #include "ops/gated_linear_attention/params.h"
 
 namespace subquad::cpu {
@@ -23,14 +24,6 @@ struct GatedLinearAttentionKernels {
   void (*step)(const GlaStepParams&, int64_t item);
 };
 
-#define SQ_DECLARE(isa)                                                    \
-  namespace isa {                                                          \
-  GatedLinearAttentionKernels gated_linear_attention_kernels(DType dtype); \
-  }
-SQ_DECLARE(baseline)
-SQ_DECLARE(v3)
-SQ_DECLARE(v4)
-SQ_DECLARE(v4_bf16)
-#undef SQ_DECLARE
+SQ_KERNELS_BY_ISA(GatedLinearAttentionKernels, gated_linear_attention_kernels, DType dtype)
 
 }  // namespace subquad::cpu

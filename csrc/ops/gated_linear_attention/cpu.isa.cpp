@@ -9,7 +9,9 @@
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
-int64_t groups(const GatedLinearAttentionParams& p) { return (p.states + p.group - 1) / p.group; }
+using namespace gla;
+
+int64_t groups(const GatedLinearAttentionParams& p) { return ceil_div(p.states, p.group); }
 
 int64_t forward_items(const GatedLinearAttentionParams& p) { return p.sequences * groups(p); }
 
@@ -96,14 +98,7 @@ GatedLinearAttentionKernels kernels() {
 }  // namespace
 
 GatedLinearAttentionKernels gated_linear_attention_kernels(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return kernels<BFloat16>();
-    case DType::kHalf:
-      return kernels<Half>();
-    default:
-      return kernels<float>();
-  }
+  return by_dtype<BFloat16, Half>(dtype, []<class T>(T) -> GatedLinearAttentionKernels { return kernels<T>(); });
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

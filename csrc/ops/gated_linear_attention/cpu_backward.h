@@ -8,7 +8,7 @@
 
 #include "ops/gated_linear_attention/cpu_chunk.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
+namespace subquad::cpu::SUBQUAD_ISA::gla {
 
 constexpr int64_t kSegmentBlocks = 4;
 constexpr int64_t kSegment = kSegmentBlocks * kChunk;
@@ -230,10 +230,10 @@ class GlaBackward {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t at = row(s, t + i, h);
         inverse[i] = normalised() ? 1.0f / (p_.den[at] + p_.eps) : 1.0f;
-        for_lanes(static_cast<const T*>(grads_.grad_o) + at * p_.dv, p_.dv, size_.v, [&](int64_t c, Lanes x) {
+        for_lanes(static_cast<const T*>(grads_.grad_o) + at * p_.dv, p_.dv, size_.v, [&](int64_t c, Vec x) {
           x *= inverse[i];
           far.add(x);
-          lanes_narrow(grad + i * size_.v + c, x);
+          vec_store(grad + i * size_.v + c, x);
         });
       }
       zero_words(grad + n * size_.v, (padded - n) * size_.v);
@@ -400,4 +400,4 @@ class GlaBackward {
   float *column_, *dk_, *dv_, *dg_;
 };
 
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::gla

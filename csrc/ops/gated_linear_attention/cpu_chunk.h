@@ -9,15 +9,14 @@
 
 #include <math.h>
 
-#include "cpu/simd/lanes.h"
+#include "cpu/simd/arena.h"
 #include "cpu/simd/tile.h"
+#include "cpu/simd/vec.h"
 #include "ops/gated_linear_attention/params.h"
-#include "ops/interval_attention/cpu_rows.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
+namespace subquad::cpu::SUBQUAD_ISA::gla {
 
 constexpr int64_t kChunk = 32;
-constexpr float kLog2E = 1.44269504f;
 constexpr float kHalfRange = 57.7f;  // 40 natural units: masked products stay below 2^116 times the operands
 constexpr float kModerate = 1e18f;   // operands below it cannot overflow in a product of two
 
@@ -25,10 +24,10 @@ inline int64_t chunk_rows(int64_t n) { return n <= 16 ? 16 : kChunk; }
 
 /// The largest magnitude of what went by. NaN is above every number.
 struct Magnitude {
-  LaneBits bits = {};
+  VecBits bits = {};
 
-  void add(Lanes x) {
-    const LaneBits magnitude = lanes_cast<LaneBits>(x) & 0x7fffffffu;
+  void add(Vec x) {
+    const VecBits magnitude = same_bits<VecBits>(x) & 0x7fffffffu;
     bits = magnitude > bits ? magnitude : bits;
   }
   bool within(float limit) const {
@@ -38,31 +37,29 @@ struct Magnitude {
   }
 };
 
-inline Lanes lanes_exp2(Lanes x) { return lanes_cast<Lanes>(vec_exp2(lanes_cast<Vec>(x))); }
-
 /// 2^x for any x, NaN kept; 2^126 at most.
-inline Lanes decay_of(Lanes x) { return lanes_exp2(x > 126.0f ? lanes_set(126.0f) : x); }
+inline Vec decay_of(Vec x) { return vec_exp2(x > 126.0f ? vec_set(126.0f) : x); }
 
 /// visit(c, x) for the columns [c, c + kLanes) of a row of n elements, zeros beyond them up to `padded`.
 template <class T, class Visit>
 inline __attribute__((always_inline)) void for_lanes(const T* row, int64_t n, int64_t padded, Visit visit) {
   int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) visit(c, lanes_load<true>(row + c, kLanes));
-  for (; c < padded; c += kLanes) visit(c, lanes_load<false>(row + c, n - c));
+  for (; c + kLanes <= n; c += kLanes) visit(c, vec_load_part<true>(row + c, kLanes));
+  for (; c < padded; c += kLanes) visit(c, vec_load_part<false>(row + c, n - c));
 }
 
 /// dst[i] = float(row[i]) for the n elements of a row, zeros up to `padded`, in whole vectors.
 template <class T>
 inline void widen_row(const T* row, int64_t n, int64_t padded, float* dst) {
-  for_lanes(row, n, padded, [&](int64_t c, Lanes x) { lanes_narrow(dst + c, x); });
+  for_lanes(row, n, padded, [&](int64_t c, Vec x) { vec_store(dst + c, x); });
 }
 
 /// dst = row * factor for the n elements of a row, rounded.
 template <class T>
 inline void round_row(const float* row, int64_t n, float factor, T* dst) {
   int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) lanes_store<true>(dst + c, lanes_widen(row + c) * factor, kLanes);
-  if (c < n) lanes_store<false>(dst + c, lanes_load<false>(row + c, n - c) * factor, n - c);
+  for (; c + kLanes <= n; c += kLanes) vec_store_part<true>(dst + c, vec_load(row + c) * factor, kLanes);
+  if (c < n) vec_store_part<false>(dst + c, vec_load_part<false>(row + c, n - c) * factor, n - c);
 }
 
 struct Sizes {
@@ -79,9 +76,8 @@ struct Sequence {
 
 inline Sequence sequence_at(const GatedLinearAttentionParams& p, int64_t n) {
   if (p.cu_seqlens == nullptr) return {n, 0, p.tokens};
-  const auto clamp = [&](int64_t x, int64_t low) { return x < low ? low : x > p.tokens ? p.tokens : x; };
-  const int64_t begin = clamp(p.cu_seqlens[n], 0);
-  return {0, begin, clamp(p.cu_seqlens[n + 1], begin)};
+  const int64_t begin = clamp(p.cu_seqlens[n], 0, p.tokens);
+  return {0, begin, clamp(p.cu_seqlens[n + 1], begin, p.tokens)};
 }
 
 /// Row of token t of a head, in elements of E.
@@ -112,14 +108,14 @@ class Chunk {
     for (int64_t i = 0; i < n; ++i) {
       float *key = kb + i * size_.k, *value = v + i * size_.v;
       const float* fall = down + i * size_.k;
-      for_lanes(row_of<T>(p_.k, b, t + i, s * p_.k.heads / p_.states), p_.dk, size_.k, [&](int64_t c, Lanes x) {
-        if (decays_) x *= lanes_widen(fall + c);
+      for_lanes(row_of<T>(p_.k, b, t + i, s * p_.k.heads / p_.states), p_.dk, size_.k, [&](int64_t c, Vec x) {
+        if (decays_) x *= vec_load(fall + c);
         far.add(x);
-        lanes_narrow(key + c, x);
+        vec_store(key + c, x);
       });
-      for_lanes(row_of<T>(p_.v, b, t + i, s * p_.v.heads / p_.states), p_.dv, size_.v, [&](int64_t c, Lanes x) {
+      for_lanes(row_of<T>(p_.v, b, t + i, s * p_.v.heads / p_.states), p_.dv, size_.v, [&](int64_t c, Vec x) {
         far.add(x);
-        lanes_narrow(value + c, x);
+        vec_store(value + c, x);
       });
     }
     zero_words(kb + n * size_.k, (padded - n) * size_.k);
@@ -140,11 +136,11 @@ class Chunk {
     for (int64_t i = 0; i < n; ++i) {
       float* query = dst + i * size_.k;
       const float* rise = up + i * size_.k;
-      for_lanes(row_of<T>(p_.q, b, t + i, query_head), p_.dk, size_.k, [&](int64_t c, Lanes x) {
+      for_lanes(row_of<T>(p_.q, b, t + i, query_head), p_.dk, size_.k, [&](int64_t c, Vec x) {
         far.add(x);
         x *= p_.scale;
-        if (decays_) x *= lanes_widen(rise + c);
-        lanes_narrow(query + c, x);
+        if (decays_) x *= vec_load(rise + c);
+        vec_store(query + c, x);
       });
     }
     zero_words(dst + n * size_.k, (chunk_rows(n) - n) * size_.k);
@@ -166,15 +162,15 @@ class Chunk {
     const int64_t width = size_.k, middle = (n - 1) / 2 * width;
     Magnitude far;
     for (int64_t c = 0; c < width; c += kLanes) {
-      const Lanes m = lanes_widen(up + middle + c), first = lanes_widen(head + c) * kLog2E;
+      const Vec m = vec_load(up + middle + c), first = vec_load(head + c) * kLog2e;
       for (int64_t i = c; i < n * width; i += width) {
-        const Lanes exponent = lanes_widen(up + i) - m;
+        const Vec exponent = vec_load(up + i) - m;
         far.add(exponent);
-        if (queries || i + width >= n * width) lanes_narrow(up + i, lanes_exp2(exponent));
-        lanes_narrow(down + i, lanes_exp2(-exponent));
+        if (queries || i + width >= n * width) vec_store(up + i, vec_exp2(exponent));
+        vec_store(down + i, vec_exp2(-exponent));
       }
-      const Lanes grown = first > 126.0f ? lanes_set(INFINITY) : decay_of(first);
-      lanes_narrow(head + c, grown * decay_of(m));
+      const Vec grown = first > 126.0f ? vec_set(INFINITY) : decay_of(first);
+      vec_store(head + c, grown * decay_of(m));
     }
     std::memcpy(tail, up + (n - 1) * width, static_cast<size_t>(width) * sizeof(float));
     return far.within(kHalfRange);
@@ -186,14 +182,14 @@ class Chunk {
     const bool channel = p_.gate == GateKind::kChannel;
     for (int64_t i = 0; i < n; ++i, gates += p_.g.stride_t) {
       float *row = up + i * size_.k, *before = row - size_.k;
-      const auto add = [&](int64_t c, Lanes gate) {
-        if (i == 0) lanes_narrow(head + c, gate);
-        lanes_narrow(row + c, i == 0 ? lanes_set(0.0f) : gate * kLog2E + lanes_widen(before + c));
+      const auto add = [&](int64_t c, Vec gate) {
+        if (i == 0) vec_store(head + c, gate);
+        vec_store(row + c, i == 0 ? vec_set(0.0f) : gate * kLog2e + vec_load(before + c));
       };
       if (channel) {
         for_lanes(gates, p_.dk, size_.k, add);
       } else {
-        const Lanes gate = lanes_set(to_float(*gates));
+        const Vec gate = vec_set(to_float(*gates));
         for (int64_t c = 0; c < size_.k; c += kLanes) add(c, gate);
       }
     }
@@ -313,4 +309,4 @@ inline float sum_of(const float* a, int64_t n) {
   return total;
 }
 
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::gla

@@ -6,7 +6,7 @@
 
 #include "ops/gated_linear_attention/cpu_chunk.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
+namespace subquad::cpu::SUBQUAD_ISA::gla {
 
 template <class T>
 class GlaForward {
@@ -137,4 +137,4 @@ class GlaForward {
   float *state_ = nullptr, *z_ = nullptr, *pending_ = nullptr;  // of the head chosen
 };
 
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::gla

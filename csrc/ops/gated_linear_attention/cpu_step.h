@@ -1,9 +1,9 @@
 // One token through the state of one head, in place, in one pass over it. One instruction set.
 #pragma once
 
-#include "cpu/simd/lanes.h"
+#include "cpu/simd/vec.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
+namespace subquad::cpu::SUBQUAD_ISA::gla {
 
 constexpr int64_t kStepWidth = 256;  // of a head, and of the rows below
 constexpr int64_t kStepHeads = 4;    // query heads that one pass over a state serves
@@ -12,19 +12,19 @@ constexpr int64_t kStepHeads = 4;    // query heads that one pass over a state s
 template <class T>
 void widen_token(const T* p, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) lanes_narrow(out + i, lanes_widen(p + i));
+  for (; i + kLanes <= n; i += kLanes) vec_store(out + i, vec_load(p + i));
   for (; i < n; ++i) out[i] = to_float(p[i]);
 }
 
 /// Sum of a b.
 inline float dot_token(const float* a, const float* b, int64_t n) {
-  Lanes sum{};
-  for (int64_t i = 0; i + kLanes <= n; i += kLanes) sum += lanes_widen(a + i) * lanes_widen(b + i);
+  Vec sum{};
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) sum += vec_load(a + i) * vec_load(b + i);
   if (n % kLanes != 0) {
     const int64_t i = n - n % kLanes;
-    sum += lanes_load<false>(a + i, n - i) * lanes_load<false>(b + i, n - i);
+    sum += vec_load_part<false>(a + i, n - i) * vec_load_part<false>(b + i, n - i);
   }
-  return vec_sum(lanes_cast<Vec>(sum));
+  return vec_sum(sum);
 }
 
 /// A state [dk, dv] and the token that goes through it. Heads of q and o are `kStepWidth` apart.
@@ -39,22 +39,22 @@ struct StepToken {
 template <bool kUpdate, int kHeads, int kVecs>
 void step_columns(const StepToken& t, int64_t first) {
   constexpr int64_t kAhead = 16;  // rows whose cache lines are asked for early: hardware stops at the end of a page
-  Lanes sums[kHeads][kVecs] = {};
+  Vec sums[kHeads][kVecs] = {};
   for (int64_t c = 0; c < t.dk; ++c) {
     float* row = t.state + c * t.dv + first;
-    const Lanes decay = lanes_set(t.decay[c]), key = lanes_set(t.k[c]);
+    const Vec decay = vec_set(t.decay[c]), key = vec_set(t.k[c]);
     for (int n = 0; n < kVecs; ++n) {
       __builtin_prefetch(row + kAhead * t.dv + n * kLanes, kUpdate ? 1 : 0, 3);
-      Lanes s = lanes_widen(row + n * kLanes);
+      Vec s = vec_load(row + n * kLanes);
       if constexpr (kUpdate) {
-        s = decay * s + key * lanes_widen(t.v + first + n * kLanes);
-        lanes_narrow(row + n * kLanes, s);
+        s = decay * s + key * vec_load(t.v + first + n * kLanes);
+        vec_store(row + n * kLanes, s);
       }
       for (int h = 0; h < kHeads; ++h) sums[h][n] += t.q[h * kStepWidth + c] * s;
     }
   }
   for (int h = 0; h < kHeads; ++h)
-    for (int n = 0; n < kVecs; ++n) lanes_narrow(t.o + h * kStepWidth + first + n * kLanes, sums[h][n]);
+    for (int n = 0; n < kVecs; ++n) vec_store(t.o + h * kStepWidth + first + n * kLanes, sums[h][n]);
 }
 
 /// Ask for the first kilobytes of what is needed soon, while other work is done.
@@ -104,4 +104,4 @@ inline void step_state(const StepToken& t, int64_t heads, bool update) {
   }
 }
 
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::gla

@@ -17,8 +17,8 @@ GlaTensor rows_of(const Tensor& x, const char* name, int64_t width, const Tensor
   STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) >= 1, name, ": expected shape [",
                   q.size(0), ", ", q.size(1), ", H", width > 0 ? ", D]" : "]");
   if (width > 0) {
-    STD_TORCH_CHECK(x.size(3) == width && width <= kGlaMaxDim && (x.stride(3) == 1 || width == 1), name,
-                    ": expected a contiguous last dimension of ", width, " <= ", kGlaMaxDim);
+    STD_TORCH_CHECK(x.size(3) == width && width <= kStepWidth && (x.stride(3) == 1 || width == 1), name,
+                    ": expected a contiguous last dimension of ", width, " <= ", kStepWidth);
   }
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.size(2)};
 }
@@ -103,8 +103,8 @@ const void* token_of(const Tensor& x, const char* name, int64_t dims, const Tens
   check_contiguous(x, name);
   check_same_device(x, name, q, "q");
   STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) >= 1, name, ": expected ", q.size(0), " rows and some heads");
-  STD_TORCH_CHECK(dims < 3 || (x.size(2) >= 1 && x.size(2) <= kGlaMaxDim), name, ": expected a head dimension in [1, ",
-                  kGlaMaxDim, "]");
+  STD_TORCH_CHECK(dims < 3 || (x.size(2) >= 1 && x.size(2) <= kStepWidth), name, ": expected a head dimension in [1, ",
+                  kStepWidth, "]");
   return x.const_data_ptr();
 }
 

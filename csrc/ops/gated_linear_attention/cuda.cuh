@@ -189,12 +189,12 @@ __global__ void __launch_bounds__(kWalkThreads)
 /// One row and state head: all columns, since z is updated in place and nobody else may read it.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kStepThreads) gated_linear_step_kernel(const GlaStepParams p) {
-  SQ_SHARED(float, key, kGlaMaxDim);
-  SQ_SHARED(float, decay, kGlaMaxDim);
-  SQ_SHARED(float, value, kGlaMaxDim);
-  SQ_SHARED(float, query, kStepHeads* kGlaMaxDim);
+  SQ_SHARED(float, key, kStepWidth);
+  SQ_SHARED(float, decay, kStepWidth);
+  SQ_SHARED(float, value, kStepWidth);
+  SQ_SHARED(float, query, kStepHeads* kStepWidth);
   SQ_SHARED(float, totals, kStepHeads* kStepWarps);
-  SQ_SHARED(float, parts, kStepWarps * kStepHeads * kGlaMaxDim);
+  SQ_SHARED(float, parts, kStepWarps * kStepHeads * kStepWidth);
   const int c = static_cast<int>(threadIdx.x), dk = static_cast<int>(p.dk), dv = static_cast<int>(p.dv);
   const int states = static_cast<int>(p.states), per_state = static_cast<int>(p.q_heads) / states;
   const int64_t b = blockIdx.x / static_cast<unsigned>(states);
@@ -235,16 +235,16 @@ __global__ void __launch_bounds__(kStepThreads) gated_linear_step_kernel(const G
       float y = 0.0f;
       if (c < dk) {
         y = p.scale * sq::to_float(sq::load_nc(static_cast<const T*>(p.q) + (head + first + h) * dk + c));
-        query[h * kGlaMaxDim + c] = y;
+        query[h * kStepWidth + c] = y;
       }
       const float sum = warp_sum(c < dk ? y * z : 0.0f);
       if (c % kWarp == 0) totals[h * kStepWarps + c / kWarp] = sum;
     }
     __syncthreads();
     if (first == 0) {
-      step_state<kAligned, true>(state, dk, dv, key, decay, value, query, kGlaMaxDim, heads, parts);
+      step_state<kAligned, true>(state, dk, dv, key, decay, value, query, kStepWidth, heads, parts);
     } else {
-      step_state<kAligned, false>(state, dk, dv, key, decay, value, query, kGlaMaxDim, heads, parts);
+      step_state<kAligned, false>(state, dk, dv, key, decay, value, query, kStepWidth, heads, parts);
     }
     __syncthreads();
     step_outputs(parts, p.z == nullptr ? nullptr : totals, heads, dv, p.eps, out + first * dv);

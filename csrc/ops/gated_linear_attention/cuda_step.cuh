@@ -9,8 +9,8 @@ namespace subquad::cuda {
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / kWarp;
 constexpr int kStepHeads = 4;  // query heads that one pass over the state serves
-constexpr int kGlaMaxDim = 256;
-static_assert(kStepThreads >= kGlaMaxDim, "a thread owns one channel");
+constexpr int kStepWidth = 256;
+static_assert(kStepThreads >= kStepWidth, "a thread owns one channel");
 constexpr int kStepQuad = 4;                          // columns of a lane
 constexpr int kStepLanes = 8;                         // lanes of a row
 constexpr int kStepTile = kStepLanes * kStepQuad;     // columns of a warp

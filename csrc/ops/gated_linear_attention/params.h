@@ -5,6 +5,8 @@
 
 namespace subquad {
 
+constexpr int64_t kGlaMaxDim = 256;  // of K and of V
+
 enum class GateKind : int { kNone, kHead, kChannel };
 
 /// A tensor [B, T, H, D] (or [B, T, H]) whose last dimension is contiguous.

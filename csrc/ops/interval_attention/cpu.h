@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
+#include "cpu/isa.h"
 #include "ops/interval_attention/params.h"
 
 namespace subquad::cpu {
@@ -31,14 +32,6 @@ struct IntervalAttentionKernels {
                  int64_t end);
 };
 
-#define SQ_DECLARE(isa)                                             \
-  namespace isa {                                                   \
-  IntervalAttentionKernels interval_attention_kernels(DType dtype); \
-  }
-SQ_DECLARE(baseline)
-SQ_DECLARE(v3)
-SQ_DECLARE(v4)
-SQ_DECLARE(v4_bf16)
-#undef SQ_DECLARE
+SQ_KERNELS_BY_ISA(IntervalAttentionKernels, interval_attention_kernels, DType dtype)
 
 }  // namespace subquad::cpu

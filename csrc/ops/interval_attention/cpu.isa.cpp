@@ -1,12 +1,12 @@
 // Compiled once per instruction set.
 #include "ops/interval_attention/cpu.h"
 
-#include <math.h>
-
 #include "ops/interval_attention/cpu_backward.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
+
+using namespace interval;
 
 int64_t row_tiles(const IntervalAttentionParams& p) { return ceil_div(p.mask.tq * (p.heads / p.kv_heads), kRows); }
 
@@ -96,14 +96,7 @@ IntervalAttentionKernels kernels() {
 }  // namespace
 
 IntervalAttentionKernels interval_attention_kernels(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return kernels<BFloat16>();
-    case DType::kHalf:
-      return kernels<Half>();
-    default:
-      return kernels<float>();
-  }
+  return by_dtype<BFloat16, Half>(dtype, []<class T>(T) -> IntervalAttentionKernels { return kernels<T>(); });
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

@@ -2,9 +2,11 @@
 // in one place, in the order of the rows; dq is written, or one part of it when the keys are cut into several ranges.
 #pragma once
 
+#include <math.h>
+
 #include "ops/interval_attention/cpu_forward.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
+namespace subquad::cpu::SUBQUAD_ISA::interval {
 
 /// x = scaled scores, d = gradients of the weights, over columns [begin, end): x becomes the weights 2^(x - lse2), d
 /// the gradients of the scores.
@@ -281,4 +283,4 @@ class BackwardRange {
   const int64_t bytes_;
 };
 
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::interval

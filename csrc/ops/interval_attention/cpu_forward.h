@@ -1,11 +1,11 @@
 // Forward pass of interval attention: one tile of rows over the key tiles it sees, with a running softmax.
 #pragma once
 
+#include <math.h>
+
 #include "ops/interval_attention/cpu_rows.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
-
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+namespace subquad::cpu::SUBQUAD_ISA::interval {
 
 /// Key rows [key, key + count) of one head as words, padded with zero rows to kKeys. Returns whether all are finite.
 template <class Words, class T>
@@ -317,4 +317,4 @@ class ForwardTile {
   const int64_t bytes_;
 };
 
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::interval

@@ -2,18 +2,15 @@
 // set.
 #pragma once
 
+#include "cpu/simd/arena.h"
 #include "cpu/simd/tile.h"
 #include "ops/interval_attention/params.h"
 
-namespace subquad::cpu::SUBQUAD_ISA {
+namespace subquad::cpu::SUBQUAD_ISA::interval {
 
 constexpr int64_t kRows = 128;  // query rows of a tile: rows of all heads of a group, position by position
 constexpr int64_t kKeys = 128;  // keys of a tile
 constexpr int64_t kGroups = kRows / kTileRows;  // rows are treated kTileRows at a time
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /// Rows [first, first + count) of the (position, head of the group) pairs of one batch entry and key head.
 struct RowTile {
@@ -101,7 +98,7 @@ class VisibleKeys {
  private:
   Interval clipped(int64_t row, int64_t r, int64_t key, int64_t count) const {
     const Interval at = intervals_[row * per_row_ + r];
-    return {clamp_index(at.begin - key, 0, count), clamp_index(at.end - key, 0, count)};
+    return {clamp(at.begin - key, 0, count), clamp(at.end - key, 0, count)};
   }
   bool alive(int64_t row, int64_t key) const {
     const int64_t at = rows_.b * mask_.key_stride_b + rows_.head(row) * mask_.key_stride_h + key;
@@ -116,21 +113,4 @@ class VisibleKeys {
   int32_t* marks_;
 };
 
-/// Cuts one allocation into aligned pieces; without memory it only counts the bytes.
-class Arena {
- public:
-  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
-}  // namespace subquad::cpu::SUBQUAD_ISA
+}  // namespace subquad::cpu::SUBQUAD_ISA::interval

@@ -27,7 +27,7 @@ inline int64_t attention_row_groups(const IntervalAttentionParams& p) {
 inline int64_t attention_splits(const IntervalAttentionParams& p) {
   const int64_t blocks = p.kv_heads * attention_row_groups(p);
   const int64_t wanted = ceil_div(kAttentionBlocks, blocks < 1 ? 1 : blocks);
-  const int64_t most = clamp_index(ceil_div(p.mask.tk, kKeysPerSplit), 1, kMaxSplits);
+  const int64_t most = clamp(ceil_div(p.mask.tk, kKeysPerSplit), 1, kMaxSplits);
   return wanted < most ? wanted : most;
 }
 
@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
   seen = 0;
   for (int64_t r = 0; r < p.mask.intervals; ++r) {
     const Interval tiles = tiles_of_interval(p.mask, rows, r, seen);
-    const int64_t first = clamp_index(low - before, 0, tiles.end - tiles.begin);
-    const int64_t last = clamp_index(high - before, 0, tiles.end - tiles.begin);
+    const int64_t first = clamp(low - before, 0, tiles.end - tiles.begin);
+    const int64_t last = clamp(high - before, 0, tiles.end - tiles.begin);
     before += tiles.end - tiles.begin;
     if (!slotted) seen = tiles.end;
     if (first >= last) continue;

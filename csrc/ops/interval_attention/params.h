@@ -3,17 +3,11 @@
 
 #include <cstdint>
 
-#include "common/isa.h"
-
-#ifndef SQ_HD
-#if defined(__CUDACC__)
-#define SQ_HD __host__ __device__ __forceinline__
-#else
-#define SQ_HD inline
-#endif
-#endif
+#include "common/integers.h"
 
 namespace subquad {
+
+constexpr int64_t kIntervalMaxDim = 256;  // of D and of Dv
 
 /// Which keys a row sees. With `starts`, interval r of row t is [starts, ends) at
 /// b * mask_stride_b + h * mask_stride_h + t * intervals + r; without, the analytic form (see `row_interval`).
@@ -66,14 +60,12 @@ struct Interval {
   int64_t begin, end;  // empty when begin >= end
 };
 
-SQ_HD int64_t clamp_index(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
-
 /// Interval r of row t, inside [0, Tk]. Analytic: i = t + Tk - Tq sees all keys, or, when causal, those of
 /// [0, min(sink_tokens, i + 1)) and [max(sink_tokens, i - window + 1), i + 1).
 SQ_HD Interval row_interval(const IntervalMaskParams& m, int64_t b, int64_t h, int64_t t, int64_t r) {
   if (m.starts != nullptr) {
     const int64_t at = b * m.mask_stride_b + h * m.mask_stride_h + t * m.intervals + r;
-    return {clamp_index(m.starts[at], 0, m.tk), clamp_index(m.ends[at], 0, m.tk)};
+    return {clamp(m.starts[at], 0, m.tk), clamp(m.ends[at], 0, m.tk)};
   }
   if (!m.causal) return {0, m.tk};
   const int64_t stop = t + m.tk - m.tq + 1;

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
+#include "cpu/isa.h"
 #include "ops/lawcat_decode_step/params.h"
 
 namespace subquad::cpu {
@@ -12,14 +13,6 @@ namespace subquad::cpu {
 /// weights of a head come one after the other.
 using LawcatDecodeStepKernel = void (*)(const LawcatDecodeStepParams&, int64_t item);
 
-#define SQ_DECLARE(isa)                                          \
-  namespace isa {                                                \
-  LawcatDecodeStepKernel lawcat_decode_step_kernel(DType dtype); \
-  }
-SQ_DECLARE(baseline)
-SQ_DECLARE(v3)
-SQ_DECLARE(v4)
-SQ_DECLARE(v4_bf16)
-#undef SQ_DECLARE
+SQ_KERNELS_BY_ISA(LawcatDecodeStepKernel, lawcat_decode_step_kernel, DType dtype)
 
 }  // namespace subquad::cpu

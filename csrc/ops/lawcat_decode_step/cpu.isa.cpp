@@ -10,6 +10,8 @@
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
 
+using namespace gla;
+
 static_assert(kDecodeMaxDim == kStepWidth);
 constexpr float kInf = __builtin_inff();
 
@@ -47,34 +49,34 @@ void shift(int64_t d, int64_t past_taps, const T* token, T* past) {
 /// y[first .. first + kVecs vectors) of x W; the last vector may stand for fewer than kLanes columns.
 template <class T, int kVecs, bool kWhole>
 void project_columns(const float* x, const T* weight, int64_t d, int64_t f, int64_t first, float* y) {
-  Lanes even[kVecs] = {}, odd[kVecs] = {};  // one chain of additions would wait for itself
-  const auto add = [&](int64_t c, Lanes(&sums)[kVecs]) {
-    const Lanes value = lanes_set(x[c]);
+  Vec even[kVecs] = {}, odd[kVecs] = {};  // one chain of additions would wait for itself
+  const auto add = [&](int64_t c, Vec(&sums)[kVecs]) {
+    const Vec value = vec_set(x[c]);
     for (int n = 0; n < kVecs; ++n)
-      sums[n] += value * lanes_load<kWhole>(weight + c * f + first + n * kLanes, f - first - n * kLanes);
+      sums[n] += value * vec_load_part<kWhole>(weight + c * f + first + n * kLanes, f - first - n * kLanes);
   };
   int64_t c = 0;
   for (; c + 2 <= d; c += 2) add(c, even), add(c + 1, odd);
   if (c < d) add(c, even);
-  for (int n = 0; n < kVecs; ++n) lanes_narrow(y + first + n * kLanes, even[n] + odd[n]);
+  for (int n = 0; n < kVecs; ++n) vec_store(y + first + n * kLanes, even[n] + odd[n]);
 }
 
 /// out = max(softmax(y), eps); y has -inf from f up to a whole vector.
 void softmax(float* y, int64_t f, float eps, float* out) {
-  Lanes top = lanes_widen(y);
+  Vec top = vec_load(y);
   for (int64_t i = kLanes; i < f; i += kLanes) {
-    const Lanes a = lanes_widen(y + i);
+    const Vec a = vec_load(y + i);
     top = a > top ? a : top;
   }
   float largest = top[0];
   for (int i = 1; i < kLanes; ++i) largest = top[i] > largest ? top[i] : largest;
-  Lanes sum{};
+  Vec sum{};
   for (int64_t i = 0; i < f; i += kLanes) {
-    const Lanes e = lanes_exp(lanes_widen(y + i) - largest);
-    lanes_narrow(y + i, e);
+    const Vec e = vector_exp(vec_load(y + i) - largest);
+    vec_store(y + i, e);
     sum += e;
   }
-  const float inverse = 1.0f / vec_sum(lanes_cast<Vec>(sum));
+  const float inverse = 1.0f / vec_sum(sum);
   for (int64_t j = 0; j < f; ++j) {
     const float value = y[j] * inverse;
     out[j] = value < eps ? eps : value;
@@ -194,14 +196,7 @@ void run(const LawcatDecodeStepParams& p, int64_t item) {
 }  // namespace
 
 LawcatDecodeStepKernel lawcat_decode_step_kernel(DType dtype) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return run<BFloat16>;
-    case DType::kHalf:
-      return run<Half>;
-    default:
-      return run<float>;
-  }
+  return by_dtype<BFloat16, Half>(dtype, []<class T>(T) -> LawcatDecodeStepKernel { return run<T>; });
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

@@ -13,7 +13,7 @@ namespace subquad::cuda {
 constexpr int kDecodePasses = 4;              // over states, whose heads are mapped together
 constexpr int kDecodeUnits = 1 + kStepHeads;  // heads of a pass: the key, then its queries
 constexpr int kDecodeSlots = 4;               // columns of a map that a lane owns, 32 apart
-static_assert(kDecodeSlots * kWarp * 2 == kDecodeMaxDim && kDecodeMaxDim == kGlaMaxDim);
+static_assert(kDecodeSlots * kWarp * 2 == kDecodeMaxDim && kDecodeMaxDim == kStepWidth);
 
 /// Floats of shared memory: inputs of the maps by warp, features by unit, decay and value, totals, the warps' outputs.
 inline int64_t decode_shared_floats(const LawcatDecodeStepParams& p) {
