@@ -124,29 +124,13 @@ void backward(const CatsActivationParams& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class Z>
-CatsActivationKernels kernels(DType u) {
-  switch (u) {
-    case DType::kBFloat16:
-      return {forward<Z, BFloat16>, backward<Z, BFloat16>};
-    case DType::kHalf:
-      return {forward<Z, Half>, backward<Z, Half>};
-    default:
-      return {forward<Z, float>, backward<Z, float>};
-  }
-}
-
 }  // namespace
 
 CatsActivationKernels cats_activation_kernels(DType z, DType u) {
-  switch (z) {
-    case DType::kBFloat16:
-      return kernels<BFloat16>(u);
-    case DType::kHalf:
-      return kernels<Half>(u);
-    default:
-      return kernels<float>(u);
-  }
+  return by_dtype<BFloat16, Half>(u, [z]<class U>(U) -> CatsActivationKernels {
+    if (z == DType::kFloat) return {forward<float, U>, backward<float, U>};
+    return {forward<U, U>, backward<U, U>};
+  });
 }
 
 }  // namespace subquad::cpu::SUBQUAD_ISA

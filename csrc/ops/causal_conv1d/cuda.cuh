@@ -26,22 +26,17 @@ struct ConvSpan {
   int64_t n, start, end;
 };
 
-__device__ __forceinline__ int64_t clamp_index(int64_t value, int64_t low, int64_t high) {
-  return value < low ? low : value > high ? high : value;
-}
-
 __device__ __forceinline__ ConvSpan conv_span(const ConvParams& p, int64_t b, int64_t t) {
   if (p.cu_seqlens == nullptr) return {b, 0, p.time};
-  const int64_t n = clamp_index(sq::load_nc(p.sequence + t), 0, p.sequences - 1);
-  return {n, clamp_index(sq::load_nc(p.cu_seqlens + n), 0, t),
-          clamp_index(sq::load_nc(p.cu_seqlens + n + 1), t + 1, p.time)};
+  const int64_t n = clamp(sq::load_nc(p.sequence + t), 0, p.sequences - 1);
+  return {n, clamp(sq::load_nc(p.cu_seqlens + n), 0, t), clamp(sq::load_nc(p.cu_seqlens + n + 1), t + 1, p.time)};
 }
 
 /// All of sequence n, for the kernels that are not about one token.
 __device__ __forceinline__ ConvSpan conv_sequence(const ConvParams& p, int64_t n) {
   if (p.cu_seqlens == nullptr) return {n, 0, p.time};
-  const int64_t start = clamp_index(sq::load_nc(p.cu_seqlens + n), 0, p.time);
-  return {n, start, clamp_index(sq::load_nc(p.cu_seqlens + n + 1), start, p.time)};
+  const int64_t start = clamp(sq::load_nc(p.cu_seqlens + n), 0, p.time);
+  return {n, start, clamp(sq::load_nc(p.cu_seqlens + n + 1), start, p.time)};
 }
 
 /// Input channel of an output channel, and the output channel of group g for an input channel. Channels are fewer than

@@ -15,12 +15,6 @@ constexpr int kMapThreads = 128;
 constexpr int kMapSlots = static_cast<int>(kFeatureMaxDim) / kWarp;  // columns of a row that a lane owns
 constexpr float kMapInf = INFINITY;
 
-__device__ __forceinline__ float warp_max(float v) {
-  SQ_UNROLL
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, offset));
-  return v;
-}
-
 /// x[r * d + k] of rows first + r < end, 0 beyond.
 template <class T>
 __device__ __forceinline__ void load_tile(const FeatureMapParams& p, int64_t head, int64_t first, int64_t end,

@@ -28,10 +28,6 @@ __device__ __forceinline__ int64_t shared_head(int64_t s, int64_t heads, int64_t
   return static_cast<unsigned>(s) * static_cast<unsigned>(heads) / static_cast<unsigned>(states);
 }
 
-__device__ __forceinline__ int64_t bounded(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : (x > high ? high : x);
-}
-
 /// One sequence, state head, `kWalkHeads` of its query heads and `kStepTile` columns of the values. kRows: channels of
 /// a thread, each with four columns of the state.
 template <class T, int kRows, bool kAligned>
@@ -58,8 +54,8 @@ __global__ void __launch_bounds__(kWalkThreads)
   int64_t b = n, begin = 0, end = p.tokens;
   if (p.cu_seqlens != nullptr) {
     b = 0;
-    begin = bounded(sq::load_nc(p.cu_seqlens + n), 0, p.tokens);
-    end = bounded(sq::load_nc(p.cu_seqlens + n + 1), begin, p.tokens);
+    begin = clamp(sq::load_nc(p.cu_seqlens + n), 0, p.tokens);
+    end = clamp(sq::load_nc(p.cu_seqlens + n + 1), begin, p.tokens);
   }
   const int64_t state_at = (n * p.states + s) * dk * dv, z_at = (n * p.states + s) * dk;
 

@@ -3,13 +3,14 @@
 
 #include "cuda/chunk.cuh"
 #include "cuda/portable.cuh"
+#include "ops/gated_linear_attention/params.h"
 
 namespace subquad::cuda {
 
 constexpr int kStepThreads = 256;
 constexpr int kStepWarps = kStepThreads / kWarp;
 constexpr int kStepHeads = 4;  // query heads that one pass over the state serves
-constexpr int kStepWidth = 256;
+constexpr int kStepWidth = static_cast<int>(kGlaMaxDim);
 static_assert(kStepThreads >= kStepWidth, "a thread owns one channel");
 constexpr int kStepQuad = 4;                          // columns of a lane
 constexpr int kStepLanes = 8;                         // lanes of a row

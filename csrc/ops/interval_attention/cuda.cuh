@@ -2,6 +2,7 @@
 // equal shares, and what the shares gave is merged in their order. Forward only; correct for any number of rows.
 #pragma once
 
+#include "common/exp.h"
 #include "cuda/chunk.cuh"
 #include "cuda/portable.cuh"
 #include "ops/interval_attention/params.h"
@@ -12,11 +13,10 @@ constexpr int kAttentionRows = 8;   // rows of one key head that share the loads
 constexpr int kAttentionKeys = 32;  // keys of a tile: one per lane where weights are made
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = kAttentionWarps * kWarp;
-constexpr int kMaxHeadDim = 256;
+constexpr int kAttentionWidth = static_cast<int>(kIntervalMaxDim);
 constexpr int64_t kAttentionBlocks = 264;  // blocks wanted: two for each of 132 processors
 constexpr int64_t kKeysPerSplit = 256;     // fewer keys are not worth a block of their own
 constexpr int64_t kMaxSplits = 64;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 inline int64_t attention_row_groups(const IntervalAttentionParams& p) {
   return ceil_div(p.mask.tq * (p.heads / p.kv_heads), kAttentionRows);
@@ -88,8 +88,8 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kAttentionThreads, 3)
     interval_attention_split_kernel(const IntervalAttentionParams p, float* __restrict__ scratch, int64_t splits) {
   constexpr int kChunk = kVecElems<T>;
-  constexpr int kCols = kMaxHeadDim / kAttentionThreads;  // columns of the values per thread
-  SQ_SHARED(float, query, kAttentionRows* kMaxHeadDim);
+  constexpr int kCols = kAttentionWidth / kAttentionThreads;  // columns of the values per thread
+  SQ_SHARED(float, query, kAttentionRows* kAttentionWidth);
   SQ_SHARED(float, weights, kAttentionRows* kAttentionKeys);
   SQ_SHARED(float, factors, kAttentionRows);
   SQ_SHARED(unsigned, visible, kAttentionRows);
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
   const int64_t low = total * split / splits, high = total * (split + 1) / splits;
 
   const auto load_query = [&](int64_t slot) {
-    for (int i = thread; i < kAttentionRows * kMaxHeadDim; i += kAttentionThreads) {
-      const int row = i / kMaxHeadDim, c = i % kMaxHeadDim;
+    for (int i = thread; i < kAttentionRows * kAttentionWidth; i += kAttentionThreads) {
+      const int row = i / kAttentionWidth, c = i % kAttentionWidth;
       float x = 0.0f;
       if (row < rows.count && c < p.d) {
         const T* q = static_cast<const T*>(p.q) + rows.b * p.q_stride_b + rows.position(row) * p.q_stride_t +
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
             for (int i = 0; i < kAttentionRows; ++i) {
               SQ_UNROLL
               for (int e = 0; e < kChunk; ++e) {
-                if (kAligned || c + e < p.d) dots[i] = fmaf(query[i * kMaxHeadDim + c + e], k[e], dots[i]);
+                if (kAligned || c + e < p.d) dots[i] = fmaf(query[i * kAttentionWidth + c + e], k[e], dots[i]);
               }
             }
           }

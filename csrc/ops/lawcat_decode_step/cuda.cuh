@@ -21,12 +21,6 @@ inline int64_t decode_shared_floats(const LawcatDecodeStepParams& p) {
          kStepWarps * kStepHeads * p.dv;
 }
 
-__device__ __forceinline__ float decode_max(float v) {
-  SQ_UNROLL
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, offset));
-  return v;
-}
-
 /// One head by one warp: x[0 .. d) = act(bias + taps of [past, token]); `moves`: the token enters the past.
 template <class T>
 __device__ __forceinline__ void convolve_head(const LawcatDecodeStepParams& p, const T* token, const T* weight,
@@ -79,7 +73,7 @@ __device__ __forceinline__ void map_head(const LawcatDecodeStepParams& p, const 
       e[i] = lane + i * kWarp < f ? (half == 0 ? y[i] : -y[i]) : -INFINITY;
       top = fmaxf(top, e[i]);
     }
-    top = decode_max(top);
+    top = warp_max(top);
     SQ_UNROLL
     for (int i = 0; i < kDecodeSlots; ++i) {
       e[i] = lane + i * kWarp < f ? expf(e[i] - top) : 0.0f;

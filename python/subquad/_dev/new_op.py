@@ -18,6 +18,8 @@ PLACES = {
     "ops.py.in": "python/subquad/ops/{stem}.py",
     "nn.py.in": "python/subquad/nn/{stem}.py",
     "triton.py.in": "kernels/triton_ops/{stem}.py",
+    "params.h.in": "csrc/ops/{stem}/params.h",
+    "arguments.h.in": "csrc/ops/{stem}/arguments.h",
     "cpu.h.in": "csrc/ops/{stem}/cpu.h",
     "cpu.isa.cpp.in": "csrc/ops/{stem}/cpu.isa.cpp",
     "cpu.cpp.in": "csrc/ops/{stem}/cpu.cpp",
