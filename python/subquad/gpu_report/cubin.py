@@ -154,6 +154,11 @@ def demangle(names: list[str]) -> dict[str, str]:
     return {name: _shorten(line) for name, line in zip(names, lines.splitlines(), strict=True)}
 
 
+def template(name: str) -> str:
+    """`k` of the readable name `k<bf16, 1>`."""
+    return name.split("<")[0]
+
+
 def _shorten(signature: str) -> str:
     """`void subquad::cuda::k<sq::bf16, (subquad::Mode)1>(Params)` -> `k<bf16, 1>`."""
     depth, end = 0, len(signature)

@@ -39,6 +39,12 @@ def nvcc_version() -> str | None:
     return match.group(1) if match else None
 
 
+def plan(nvcc: str, archs: tuple[int, ...]) -> tuple[_build.Library, Path]:
+    """The extension for these architectures, and where the per-user cache keeps it, compiled or not."""
+    library = _build.cuda_library(_native.SOURCES.resolve(), _build.torch_dir(), _env.cxx(), nvcc, archs)
+    return library, _build.cached_path(library, _build.private_folder(_env.read().cache_dir))
+
+
 def compile_all(family: str | None, archs: list[int], progress: Callable[[int], None]) -> dict[str, Path]:
     """Objects by op stem, each with the cubins of the requested architectures. Kept in the per-user cache.
 
@@ -53,13 +59,11 @@ def compile_all(family: str | None, archs: list[int], progress: Callable[[int], 
     nvcc = _build.find_nvcc(_env.cuda_home())
     assert nvcc is not None, "ask unavailable() first"
     known = tuple(arch for arch in archs if arch in _build.CUDA_ARCHES)
-    root = _native.SOURCES.resolve()
-    library = _build.cuda_library(root, _build.torch_dir(), _env.cxx(), nvcc, known)
+    library, extension = plan(nvcc, known)
     units = [unit for unit in library.units if in_family(unit.source.parent.name, family)]
     progress(-len(units))
-    cache = _build.private_folder(_env.read().cache_dir)
-    built = _build.cached_path(library, cache).parent  # where the extension itself was compiled, if it was
-    folder = _build.private_folder(cache / f"gpu-report-{library.key()}")
+    built = extension.parent  # where the extension itself was compiled, if it was
+    folder = _build.private_folder(_env.read().cache_dir / f"gpu-report-{library.key()}")
     objects = {}
     for unit in units:
         candidates = (built / unit.obj, folder / unit.obj)
