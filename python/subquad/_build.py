@@ -154,7 +154,7 @@ def cuda_library(root: Path, torch: Path, cxx: str, nvcc: str, arches: tuple[int
     units = tuple(Unit(source, _object(root, source), base) for source in sorted(root.glob("ops/*/cuda*.cu")))
     # nvcc links, so that it finds its own static runtime.
     link: tuple[str, ...] = (nvcc, "-shared", "-cudart", "static", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
-    # libtorch.so needs libtorch_cuda.so where there is one: through it the weak stream getter of cuda/binding.h is found.
+    # libtorch.so needs libtorch_cuda.so where there is one: through it the weak stream getter of cuda/launch.h is found.
     link += ("-Xlinker", "--no-as-needed", "-ltorch")
     return Library("_C_cuda", units, link, root)
 
