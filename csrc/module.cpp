@@ -1,5 +1,5 @@
 // Makes `import subquad._C` work; the ops register themselves when the library is loaded. Schemas:
-// python/subquad/_schemas.py.
+// python/subquad/contract/.
 #include <Python.h>
 
 PyMODINIT_FUNC PyInit__C(void) {

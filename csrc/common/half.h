@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "isa.h"
+#include "common/isa.h"
 
 namespace subquad {
 SQ_ISA_BEGIN

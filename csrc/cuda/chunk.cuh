@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "portable.cuh"
+#include "common/integers.h"
+#include "cuda/portable.cuh"
 
 namespace subquad::cuda {
 
@@ -14,8 +15,6 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 /// Elements of T in one 16-byte access.
 template <class T>
 constexpr int kVecElems = 16 / static_cast<int>(sizeof(T));
-
-__host__ __device__ __forceinline__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// How a chunk is read: weights are used once, activations by every block.
 enum class Reuse { kStream, kKeep };
@@ -88,6 +87,13 @@ __device__ __forceinline__ float reciprocal(float v) {
 #else
   return 1.0f / v;
 #endif
+}
+
+/// The largest of the warp, for every lane.
+__device__ __forceinline__ float warp_max(float v) {
+  SQ_UNROLL
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, offset));
+  return v;
 }
 
 /// Sum over the warp; every lane gets the same bits (a butterfly adds in one fixed order).

@@ -91,6 +91,11 @@ def _defines() -> tuple[str, ...]:
     return (f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DPy_LIMITED_API={PYTHON_TARGET}")
 
 
+def _object(root: Path, source: Path, suffix: str = "") -> str:
+    """Name of an object file: the path below `root` in one word, such as ops_cats_mlp_cpu.isa.v3.o."""
+    return source.relative_to(root).with_suffix("").as_posix().replace("/", "_") + f"{suffix}.o"
+
+
 def _isa_flags() -> dict[str, tuple[str, ...]]:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return X86_LEVELS
@@ -117,14 +122,13 @@ def native_library(root: Path, torch: Path, cxx: str, sanitize: bool = False) ->
     base += ("-fno-math-errno", "-fno-trapping-math")
     base += (f"-ffile-prefix-map={root}=csrc", *_defines(), *_includes(root, torch))
     units = []
-    for source in (root / "module.cpp", *sorted((root / "cpu").glob("*.cpp"))):
+    for source in (root / "module.cpp", *sorted(root.glob("cpu/*.cpp")), *sorted(root.glob("ops/*/cpu*.cpp"))):
         if source.name.endswith(".isa.cpp"):
-            stem = source.name.removesuffix(".isa.cpp")
             for level, flags in _isa_flags().items():
                 command = (*base, *flags, *INTRINSICS_NOISE, f"-DSUBQUAD_ISA={level}")
-                units.append(Unit(source, f"{stem}.{level}.o", command))
+                units.append(Unit(source, _object(root, source, f".{level}"), command))
         else:
-            units.append(Unit(source, f"{source.stem}.o", base))
+            units.append(Unit(source, _object(root, source), base))
     return Library("_C", tuple(units), _link(cxx, torch, *extra), root)
 
 
@@ -147,10 +151,10 @@ def cuda_library(root: Path, torch: Path, cxx: str, nvcc: str, arches: tuple[int
         "-v",
     )
     base += ("-lineinfo", *gencode, *_defines(), *_includes(root, torch))
-    units = tuple(Unit(source, f"{source.stem}.o", base) for source in sorted((root / "cuda").glob("*.cu")))
+    units = tuple(Unit(source, _object(root, source), base) for source in sorted(root.glob("ops/*/cuda*.cu")))
     # nvcc links, so that it finds its own static runtime.
     link: tuple[str, ...] = (nvcc, "-shared", "-cudart", "static", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
-    # libtorch.so needs libtorch_cuda.so where there is one: through it the weak stream getter of cuda/binding.h is found.
+    # libtorch.so needs libtorch_cuda.so where there is one: through it the weak stream getter of cuda/launch.h is found.
     link += ("-Xlinker", "--no-as-needed", "-ltorch")
     return Library("_C_cuda", units, link, root)
 
@@ -168,8 +172,8 @@ def simt_library(root: Path, torch: Path, cxx: str, sanitize: bool = False) -> L
         *extra,
     )
     base += (f"-ffile-prefix-map={root}=csrc", "-DSUBQUAD_SIMT", *_defines(), *_includes(root, torch))
-    cuda = [Unit(s, f"{s.stem}.cu.o", (*base, "-x", "c++")) for s in sorted((root / "cuda").glob("*.cu"))]
-    runtime = [Unit(s, f"simt_{s.stem}.o", base) for s in sorted((root / "simt").glob("*.cpp"))]
+    cuda = [Unit(s, _object(root, s), (*base, "-x", "c++")) for s in sorted(root.glob("ops/*/cuda*.cu"))]
+    runtime = [Unit(s, _object(root, s), base) for s in sorted(root.glob("simt/*.cpp"))]
     return Library("_C_simt", (*cuda, *runtime), _link(cxx, torch, *extra), root)
 
 

@@ -106,9 +106,10 @@ def test_planted_cuda_spill(output: io.StringIO, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(cuda_side, "unavailable", lambda archs: None)
     monkeypatch.setattr(_native, "SOURCES", tmp_path)
     monkeypatch.setenv("SUBQUAD_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "cuda").mkdir()
-    source = tmp_path / "cuda" / "planted.cu"
-    (tmp_path / "cuda" / "unrelated.cu").write_text("this is not C++")
+    source, unrelated = (tmp_path / "ops" / stem / "cuda.cu" for stem in ("planted", "unrelated"))
+    for path in (source, unrelated):
+        path.parent.mkdir(parents=True)
+    unrelated.write_text("this is not C++")
     path = tmp_path / "report.json"
 
     source.write_text(CUDA.format(comment=""))
@@ -124,9 +125,9 @@ def test_planted_cuda_spill(output: io.StringIO, tmp_path: Path, monkeypatch: py
     assert _run(output, family="planted") == 0
     assert "planted_kernel may spill: the table is indexed at run time" in output.getvalue()
 
-    (tmp_path / "cuda" / "unrelated.cu").rename(source)
+    unrelated.rename(source)
     assert _run(output, family="planted") == 2
-    assert "nvcc failed on planted.cu" in output.getvalue()
+    assert "nvcc failed on planted/cuda.cu" in output.getvalue()
 
 
 def test_without_nvcc_the_report_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,12 +31,20 @@ PLACES = {
     "ops": ("python/subquad/ops/{}.py",),
     "nn": ("python/subquad/nn/{}.py",),
     "triton": ("kernels/triton_ops/{}.py",),
-    "cpu": ("csrc/cpu/{}.h", "csrc/cpu/{}.cpp", "csrc/cpu/{}.isa.cpp"),
-    "cuda": ("csrc/cuda/{}.cuh", "csrc/cuda/{}.cu"),
+    "native": ("csrc/ops/{}/params.h", "csrc/ops/{}/arguments.h"),
+    "cpu": ("csrc/ops/{}/cpu.h", "csrc/ops/{}/cpu.cpp", "csrc/ops/{}/cpu.isa.cpp"),
+    "cuda": ("csrc/ops/{}/cuda.cuh", "csrc/ops/{}/cuda.cu"),
     "spec": ("tests/specs/{}.py",),
     "test": ("tests/ops/{0}/test_{0}.py",),
 }
+# Native code of an op that stands on that of others; no other op includes another's files.
+FAMILIES = {
+    "cats_mlp": ("cats_activation",),
+    "conv_feature_map": ("causal_conv1d", "feature_map"),
+    "lawcat_decode_step": ("gated_linear_attention",),
+}
 GENERATED = ("build", "dist", "site", "demo")
+CXX = {".h", ".cuh", ".cpp", ".cu"}
 TEXT = {".py", ".h", ".cuh", ".cpp", ".cu", ".md", ".toml", ".yml", ".yaml", ".cfg", ".in", ".json", ".sh", ""}
 
 
@@ -82,6 +90,32 @@ def importing(folder: Path, pattern: str, module_level: bool = False) -> list[st
     return [f"{name_of(path)}: {name}" for path, name in found if re.search(pattern, name)]
 
 
+def _included(path: Path) -> set[str]:
+    """Headers of csrc that a file includes, as paths below csrc."""
+    names = re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text(), re.MULTILINE)
+    beside = [path.parent / name if (path.parent / name).exists() else CSRC / name for name in names]
+    return {header.resolve().relative_to(CSRC).as_posix() for header in beside}
+
+
+def native_includes() -> dict[str, set[str]]:
+    """Every file of csrc and the headers that it reaches."""
+    direct = {p.relative_to(CSRC).as_posix(): _included(p) for p in FILES if CSRC in p.parents and p.suffix in CXX}
+    reached = {name: set(found) for name, found in direct.items()}
+    grown = True
+    while grown:
+        before = sum(map(len, reached.values()))
+        reached = {name: found.union(*(direct[header] for header in found)) for name, found in reached.items()}
+        grown = sum(map(len, reached.values())) > before
+    return reached
+
+
+def _knows_torch(name: str) -> bool:
+    return re.search(r"#\s*include\s*<torch/", (CSRC / name).read_text()) is not None
+
+
+NATIVE = native_includes()
+
+
 def missing(stem: str) -> dict[str, str]:
     """What the specs of a stem declare missing."""
     return {place: reason for spec in SPECS if spec.stem == stem for place, reason in spec.missing.items()}
@@ -109,8 +143,6 @@ def test_every_op_has_its_files(stem: str, place: str) -> None:
         (PACKAGE / "reference", "{}.py"),
         (PACKAGE / "ops", "{}.py"),
         (TRITON, "{}.py"),
-        (CSRC / "cuda", "{}.cu"),
-        (CSRC / "cpu", "{}.isa.cpp"),
         (ROOT / "tests" / "specs", "{}.py"),
     ],
     ids=lambda value: name_of(value) if isinstance(value, Path) else "",
@@ -120,6 +152,10 @@ def test_every_file_belongs_to_an_op(folder: Path, pattern: str) -> None:
     own = [p.name for p in FILES if p.parent == folder and p.name.startswith(prefix) and p.name.endswith(suffix)]
     public = [name for name in own if not name.startswith(("_", "conftest"))]
     assert set(public) <= {pattern.format(stem) for stem in STEMS}
+
+
+def test_native_code_belongs_to_an_op() -> None:
+    assert {path.relative_to(CSRC / "ops").parts[0] for path in FILES if CSRC / "ops" in path.parents} == set(STEMS)
 
 
 def test_tests_belong_to_an_op_or_a_room() -> None:
@@ -246,15 +282,40 @@ def test_csrc_uses_the_stable_interface_only() -> None:
 
 
 def test_csrc_kernels_do_not_know_torch() -> None:
-    """Kernels take raw pointers; only the bindings (<stem>.cpp, <stem>.cu, binding.h, dtype.h) include torch."""
-    bindings = {f"{stem}{suffix}" for stem in STEMS for suffix in (".cpp", ".cu")} | {
-        "binding.h",
-        "dtype.h",
-        "module.cpp",
-        "isa.cpp",
+    """Kernels take raw pointers: none reaches torch, not by way of another header either. What binds them does."""
+    binding = re.compile(r"torch/\w+\.h|cuda/launch\.h|cpu/threads\.cpp|ops/\w+/(arguments\.h|cpu\.cpp|cuda\.cu)")
+    reaching = {name for name, found in NATIVE.items() if any(_knows_torch(header) for header in {name, *found})}
+    assert {name for name in reaching if not binding.fullmatch(name)} == set()
+
+
+def test_native_rooms_do_not_know_the_ops() -> None:
+    """common, torch, cpu, cuda and simt lie below the ops; an op is included by the declared members of its family."""
+    offenders = []
+    for name, found in NATIVE.items():
+        own = name.split("/")[1] if name.startswith("ops/") else None
+        allowed = {own, *FAMILIES.get(own or "", ())}
+        offenders += [
+            f"{name}: {other}" for other in found if other.startswith("ops/") and other.split("/")[1] not in allowed
+        ]
+    assert offenders == []
+
+
+def test_families_are_about_something() -> None:
+    stems = {
+        name: {other.split("/")[1] for other in found if other.startswith("ops/")} for name, found in NATIVE.items()
     }
-    including = [p for p in FILES if CSRC in p.parents and re.search(r"#\s*include\s*<torch/", p.read_text())]
-    assert [name_of(p) for p in including if p.name not in bindings and p.suffix != ".md"] == []
+    for stem, others in FAMILIES.items():
+        assert set(others) <= set().union(*(of for name, of in stems.items() if name.startswith(f"ops/{stem}/"))), stem
+
+
+def test_kernels_stay_on_their_device() -> None:
+    """What both devices share is in common, torch, params.h and arguments.h."""
+    for name, found in NATIVE.items():
+        side = re.fullmatch(r"(?:ops/\w+/)?(cpu|cuda)[_./].*", name)
+        other = {"cpu": r"(ops/\w+/)?cuda[_./]", "cuda": r"(ops/\w+/)?cpu[_./]", None: r"(ops/\w+/)?(cpu|cuda)[_./]"}
+        wrong = re.compile(other[side.group(1) if side else None])
+        if not name.startswith("simt/"):
+            assert [header for header in found if wrong.match(header)] == [], name
 
 
 def test_cxx_never_defines_schemas() -> None:

@@ -59,10 +59,10 @@ def test_next_steps_are_said(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 
 def test_nothing_is_overwritten(tree: Path, tmp_path: Path) -> None:
-    there = tmp_path / "csrc/cpu/other_op.h"
+    there = tmp_path / "csrc/ops/other_op/cpu.h"
     there.parent.mkdir(parents=True)
     there.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"csrc/cpu/other_op\.h"):
+    with pytest.raises(FileExistsError, match=r"csrc/ops/other_op/cpu\.h"):
         new_op.create("other_op", tmp_path)
     assert there.read_text() == "mine" and list(tmp_path.rglob("*.py")) == []
 
@@ -77,7 +77,7 @@ def test_names_that_are_none(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("plan", [_build.native_library, _build.simt_library])
 def test_native_skeleton_compiles(tree: Path, plan) -> None:
     library = plan(tree / "csrc", _build.torch_dir(), _env.cxx())
-    units = [unit for unit in library.units if unit.source.name.split(".")[0] == STEM]
+    units = [unit for unit in library.units if unit.source.parent.name == STEM]
     assert units
     for unit in units:
         command = [*unit.command, "-Wall", "-Werror", "-fsyntax-only", str(unit.source)]

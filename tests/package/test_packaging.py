@@ -69,7 +69,7 @@ def test_cuda_plan_has_every_architecture_and_the_newest_as_ptx(torch_dir: Path)
 
 def test_emulator_compiles_the_cuda_sources_themselves(torch_dir: Path) -> None:
     units = _build.simt_library(CSRC, torch_dir, "g++").units
-    assert {unit.source for unit in units if unit.source.suffix == ".cu"} == set((CSRC / "cuda").glob("*.cu"))
+    assert {unit.source for unit in units if unit.source.suffix == ".cu"} == set(CSRC.rglob("*.cu"))
 
 
 @pytest.mark.parametrize("plan", [_build.native_library, _build.simt_library])

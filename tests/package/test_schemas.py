@@ -16,6 +16,7 @@ from subquad.testing.checks.operators import recorded
 from subquad.testing.specs import SPECS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
+BINDINGS = {"cpu": "cpu.cpp", "cuda": "cuda.cu"}
 
 
 def arguments(name: str) -> list[str]:
@@ -52,13 +53,12 @@ def test_triton_registers_both_devices(name: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"subquad_triton::{name}", key)
 
 
-@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+@pytest.mark.parametrize("folder", BINDINGS)
 def test_cxx_implements_exactly_the_schemas(folder: str) -> None:
     """Each operator in the binding of its stem, once."""
-    suffix = ".cpp" if folder == "cpu" else ".cu"
     for stem in STEMS:
         expected = [n for n, op in CONTRACTS[stem].operators.items() if (op.cuda or folder == "cpu")]
-        path = CSRC / folder / f"{stem}{suffix}"
+        path = CSRC / "ops" / stem / BINDINGS[folder]
         found = re.findall(r'm\.impl\("(\w+)"', path.read_text()) if expected else []
         assert sorted(found) == sorted(expected) and path.exists() == bool(expected)
 
@@ -75,13 +75,11 @@ def test_launchers_have_the_schema_as_signature(name: str, backend: str) -> None
 @pytest.mark.parametrize("stem", STEMS)
 def test_cxx_parameters_are_named_as_in_the_schema(stem: str) -> None:
     """Error messages quote C++ parameter names."""
-    for folder, suffix in (("cpu", ".cpp"), ("cuda", ".cu")):
-        path = CSRC / folder / f"{stem}{suffix}"
-        for name in (n for n, op in CONTRACTS[stem].operators.items() if (op.cuda or folder == "cpu")):
-            text = path.read_text()
-            declared = re.search(rf"\b{name}\(([^)]*)\)\s*{{", text)
-            assert declared, f"{folder}/{stem}{suffix} has no function {name}"
-            assert [p.split()[-1].lstrip("&*") for p in declared.group(1).split(",")] == arguments(name)
+    text = (CSRC / "ops" / stem / "arguments.h").read_text()
+    for name in CONTRACTS[stem].operators:
+        declared = re.search(rf"\b{name}\(([^)]*)\)\s*{{", text)
+        assert declared, f"{stem}/arguments.h has no function {name}"
+        assert [p.split()[-1].lstrip("&*") for p in declared.group(1).split(",")] == arguments(name)
 
 
 @backend_params("cats_mlp", *NAMESPACES)

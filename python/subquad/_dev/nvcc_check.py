@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import _build, _env, _native
+from .. import _build, _env
+from ..gpu_report import cuda_side
+from ..gpu_report.cubin import demangle, template
 from ..gpu_report.cuda_side import allowed_spills
 
 _DESCRIPTION = "Compile and link the CUDA kernels without a GPU, and load the result."
@@ -49,20 +49,9 @@ def parse(log: str) -> list[Kernel]:
     return kernels
 
 
-def demangle(names: list[str]) -> dict[str, str]:
-    """Readable names, where c++filt is at hand."""
-    if shutil.which("c++filt") is None or not names:
-        return {name: name for name in names}
-    output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    readable = (re.sub(r"\(.*", "", text).removeprefix("void ") for text in output.splitlines())
-    return dict(zip(names, readable, strict=True))
-
-
 def compile_cuda(nvcc: str, arches: tuple[int, ...]) -> tuple[Path, list[Kernel]]:
     """The CUDA library, kept in the cache (gpu-report uses its objects), and what ptxas said about its kernels."""
-    library = _build.cuda_library(_native.SOURCES.resolve(), _build.torch_dir(), _env.cxx(), nvcc, arches)
-    cache = _build.private_folder(_env.read().cache_dir)
-    output = _build.cached_path(library, cache)
+    library, output = cuda_side.plan(nvcc, arches)
     folder = _build.private_folder(output.parent)
     log = folder / "ptxas.log"
     if not (output.exists() and log.exists()):
@@ -81,11 +70,6 @@ def unregistered(library: Path) -> list[str]:
     torch.ops.load_library(str(library))
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return [name for name, op in OPERATORS.items() if op.cuda and not has(f"subquad::{name}", "CUDA")]
-
-
-def template(name: str) -> str:
-    """`cats_up_kernel` of `subquad::cuda::cats_up_kernel<float, 1>`."""
-    return name.split("<")[0].split("::")[-1]
 
 
 def summary(kernels: list[Kernel], names: dict[str, str]) -> list[str]:

@@ -169,7 +169,7 @@ def _cuda_entries(family: str | None, archs: list[int], console: Console) -> lis
                         shared=code.shared,
                         occupancy=occupancy(arch, code.threads or 0, code.registers, code.shared) if known else None,
                         code=code,
-                        allow_spill=allowed.get(names[code.name].split("<")[0]),
+                        allow_spill=allowed.get(cubin.template(names[code.name])),
                     )
                 )
     return entries

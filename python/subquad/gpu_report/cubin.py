@@ -79,11 +79,13 @@ def _cuobjdump(option: str, path: Path) -> str:
 
 
 def extract(path: Path, folder: Path) -> dict[int, Path]:
-    """The cubins embedded in an object or library, by architecture, written into `folder`."""
+    """The cubins embedded in an object, by architecture, written into a folder of its name below `folder`."""
+    own = folder / path.stem
+    own.mkdir()
     command = [tool("cuobjdump"), "--extract-elf", "all", str(path.resolve())]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    subprocess.run(command, cwd=own, check=True, capture_output=True, text=True)
     found = {}
-    for cubin in folder.glob(f"{path.stem}*.cubin"):
+    for cubin in own.glob("*.cubin"):
         match = re.search(r"\.sm_(\d+)[a-z]?\.cubin$", cubin.name)
         if match:
             found[int(match.group(1))] = cubin
@@ -152,6 +154,11 @@ def demangle(names: list[str]) -> dict[str, str]:
         return {name: name for name in names}
     lines = subprocess.run([program], input="\n".join(names), check=True, capture_output=True, text=True).stdout
     return {name: _shorten(line) for name, line in zip(names, lines.splitlines(), strict=True)}
+
+
+def template(name: str) -> str:
+    """`k` of the readable name `k<bf16, 1>`."""
+    return name.split("<")[0]
 
 
 def _shorten(signature: str) -> str:

@@ -39,6 +39,12 @@ def nvcc_version() -> str | None:
     return match.group(1) if match else None
 
 
+def plan(nvcc: str, archs: tuple[int, ...]) -> tuple[_build.Library, Path]:
+    """The extension for these architectures, and where the per-user cache keeps it, compiled or not."""
+    library = _build.cuda_library(_native.SOURCES.resolve(), _build.torch_dir(), _env.cxx(), nvcc, archs)
+    return library, _build.cached_path(library, _build.private_folder(_env.read().cache_dir))
+
+
 def compile_all(family: str | None, archs: list[int], progress: Callable[[int], None]) -> dict[str, Path]:
     """Objects by op stem, each with the cubins of the requested architectures. Kept in the per-user cache.
 
@@ -53,18 +59,16 @@ def compile_all(family: str | None, archs: list[int], progress: Callable[[int], 
     nvcc = _build.find_nvcc(_env.cuda_home())
     assert nvcc is not None, "ask unavailable() first"
     known = tuple(arch for arch in archs if arch in _build.CUDA_ARCHES)
-    root = _native.SOURCES.resolve()
-    library = _build.cuda_library(root, _build.torch_dir(), _env.cxx(), nvcc, known)
-    units = [unit for unit in library.units if in_family(unit.source.stem, family)]
+    library, extension = plan(nvcc, known)
+    units = [unit for unit in library.units if in_family(unit.source.parent.name, family)]
     progress(-len(units))
-    cache = _build.private_folder(_env.read().cache_dir)
-    built = _build.cached_path(library, cache).parent  # where the extension itself was compiled, if it was
-    folder = _build.private_folder(cache / f"gpu-report-{library.key()}")
+    built = extension.parent  # where the extension itself was compiled, if it was
+    folder = _build.private_folder(_env.read().cache_dir / f"gpu-report-{library.key()}")
     objects = {}
     for unit in units:
         candidates = (built / unit.obj, folder / unit.obj)
         path = next((candidate for candidate in candidates if candidate.exists()), None)
-        objects[unit.source.stem] = path or _compile(unit, folder / unit.obj)
+        objects[unit.source.parent.name] = path or _compile(unit, folder / unit.obj)
         progress(1)
     return objects
 
@@ -73,13 +77,13 @@ def _compile(unit: _build.Unit, output: Path) -> Path:
     partial = output.with_suffix(".partial.o")
     result = subprocess.run([*unit.command, "-c", str(unit.source), "-o", str(partial)], capture_output=True, text=True)
     if result.returncode != 0:
-        raise CudaError(f"nvcc failed on {unit.source.name}:\n{result.stderr[-4000:]}")
+        raise CudaError(f"nvcc failed on {unit.source.parent.name}/{unit.source.name}:\n{result.stderr[-4000:]}")
     return partial.replace(output)
 
 
 def allowed_spills() -> dict[str, str]:
     """Kernel name -> declared reason, from the comments in the CUDA sources."""
     reasons: dict[str, str] = {}
-    for path in sorted((_native.SOURCES / "cuda").glob("*.cu*")):
+    for path in sorted((_native.SOURCES / "ops").glob("*/*.cu*")):
         reasons.update(_ALLOW.findall(path.read_text()))
     return reasons

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable
 from rich.console import Console
 from rich.table import Table
 
+from . import cubin
 from .entry import Entry
 
 WIDTH = 160  # where the output is no terminal
 
 
 def _template(entry: Entry) -> str:
-    return entry.kernel.split("<")[0]
+    return cubin.template(entry.kernel)
 
 
 def _between(values: Iterable[float], form: str = "{}") -> str:

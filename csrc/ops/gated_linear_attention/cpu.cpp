@@ -1,0 +1,65 @@
+// subquad::gated_linear_attention_* on CPU tensors.
+#include "ops/gated_linear_attention/cpu.h"
+
+#include "common/integers.h"
+#include "cpu/threads.h"
+#include "ops/gated_linear_attention/arguments.h"
+#include "torch/register.h"
+
+namespace subquad::cpu {
+namespace {
+
+constexpr int64_t kMaxGroup = 4;  // states of a group stay in the cache
+
+/// Neighbouring states that walk together: as many as leave every thread a group.
+int64_t group_of(const GatedLinearAttentionParams& p) {
+  return clamp(p.sequences * p.states / thread_count(), 1, kMaxGroup);
+}
+
+/// A few tokens: waking other threads would take as long as the work.
+bool is_small(const GatedLinearAttentionParams& p) {
+  constexpr int64_t kSmallProducts = 1 << 18;
+  return p.q.heads * p.sequences * p.tokens * p.dk * p.dv < kSmallProducts;
+}
+
+struct Cpu {
+  static void forward(GatedLinearAttentionParams p, DType dtype, const Tensor& q, const auto&...) {
+    p.group = group_of(p);
+    const int64_t rows = q.size(0) * p.tokens;
+    advise_huge_pages(p.o, rows * p.q.heads * p.dv * static_cast<int64_t>(q.element_size()));
+    const GatedLinearAttentionKernels kernels = SQ_DISPATCH_ISA(gated_linear_attention_kernels, dtype);
+    parallel_items_with_scratch(kernels.forward_items(p), is_small(p), kernels.forward_scratch(p),
+                                [&](int64_t item, void* scratch) { kernels.forward(p, item, scratch); });
+  }
+
+  static void backward(GatedLinearAttentionParams p, const GatedLinearAttentionGrads& grads, DType dtype,
+                       const Tensor& q, const auto&...) {
+    p.group = group_of(p);
+    const int64_t rows = q.size(0) * p.tokens, element = static_cast<int64_t>(q.element_size());
+    const int64_t gates = p.g.heads * (p.gate == GateKind::kChannel ? p.dk : 1);
+    advise_huge_pages(grads.dq, rows * p.q.heads * p.dk * element);
+    advise_huge_pages(grads.dk, rows * p.k.heads * p.dk * element);
+    advise_huge_pages(grads.dv, rows * p.v.heads * p.dv * element);
+    advise_huge_pages(grads.dg, rows * gates * (p.gate_is_float ? static_cast<int64_t>(sizeof(float)) : element));
+    const GatedLinearAttentionKernels kernels = SQ_DISPATCH_ISA(gated_linear_attention_kernels, dtype);
+    parallel_items_with_scratch(kernels.backward_items(p), is_small(p), kernels.backward_scratch(p),
+                                [&](int64_t item, void* scratch) { kernels.backward(p, grads, item, scratch); });
+  }
+
+  static void step(const GlaStepParams& p, DType dtype, const auto&...) {
+    constexpr int64_t kSmallState = 1 << 16;
+    const GatedLinearAttentionKernels kernels = SQ_DISPATCH_ISA(gated_linear_attention_kernels, dtype);
+    const int64_t items = p.batch * p.states;
+    parallel_items(items, items * p.dk * p.dv < kSmallState, [&](int64_t item) { kernels.step(p, item); });
+  }
+};
+
+}  // namespace
+
+SQ_REGISTER_OPS(m) {
+  m.impl("gated_linear_attention_fwd", TORCH_BOX(&gated_linear_attention_fwd<Cpu>));
+  m.impl("gated_linear_attention_bwd", TORCH_BOX(&gated_linear_attention_bwd<Cpu>));
+  m.impl("gated_linear_attention_step_", TORCH_BOX(&gated_linear_attention_step_<Cpu>));
+}
+
+}  // namespace subquad::cpu

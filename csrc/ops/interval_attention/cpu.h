@@ -1,0 +1,37 @@
+// Interval attention on a CPU, forward and backward. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/isa.h"
+#include "ops/interval_attention/params.h"
+
+namespace subquad::cpu {
+
+/// Work is cut into items that touch no memory of each other; the cuts depend on shapes alone. `scratch` is private to
+/// the caller, 64-byte aligned, of the size asked for.
+struct IntervalAttentionKernels {
+  int64_t (*forward_scratch)(const IntervalAttentionParams&);
+  int64_t (*forward_items)(const IntervalAttentionParams&);
+  void (*forward)(const IntervalAttentionParams&, int64_t item, void* scratch);
+
+  /// grads.delta of (position, head) pairs [begin, end); before any `backward`.
+  void (*delta)(const IntervalAttentionParams&, const IntervalAttentionGrads&, int64_t begin, int64_t end);
+
+  /// The keys of a head are cut into ranges, whose shares of dq are summed in their order. Where heads are few, each
+  /// range is an item, writes its share as floats in the layout of dq to dq_parts + range * (elements of dq), and
+  /// `sum_dq` adds them. Where heads are many, an item takes all ranges of one head and sums in one part: the same
+  /// bits. No part: dq is written.
+  int64_t (*backward_items)(const IntervalAttentionParams&);
+  int64_t (*dq_parts)(const IntervalAttentionParams&);
+  int64_t (*backward_scratch)(const IntervalAttentionParams&, const IntervalAttentionGrads&);
+  void (*backward)(const IntervalAttentionParams&, const IntervalAttentionGrads&, int64_t item, float* dq_parts,
+                   void* scratch);
+  void (*sum_dq)(const IntervalAttentionParams&, const IntervalAttentionGrads&, const float* dq_parts, int64_t begin,
+                 int64_t end);
+};
+
+SQ_KERNELS_BY_ISA(IntervalAttentionKernels, interval_attention_kernels, DType dtype)
+
+}  // namespace subquad::cpu
