@@ -81,6 +81,11 @@ def importing(folder: Path, pattern: str, module_level: bool = False) -> list[st
     return [f"{name_of(path)}: {name}" for path, name in found if re.search(pattern, name)]
 
 
+def is_here(path: Path) -> bool:
+    """Whether the file exists, or, for Triton kernels, the package of its name."""
+    return path.exists() or (path.parent == TRITON and (path.with_suffix("") / "__init__.py").exists())
+
+
 def missing(stem: str) -> dict[str, str]:
     """What the specs of a stem declare missing."""
     return {place: reason for spec in SPECS if spec.stem == stem for place, reason in spec.missing.items()}
@@ -92,7 +97,7 @@ def missing(stem: str) -> dict[str, str]:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_op_has_its_files(stem: str, place: str) -> None:
-    existing = [(ROOT / name.format(stem)).exists() for name in PLACES[place]]
+    existing = [is_here(ROOT / name.format(stem)) for name in PLACES[place]]
     if place in missing(stem):
         assert not any(existing), f"{place} of {stem} exists, although its spec declares it missing"
     else:
@@ -119,6 +124,12 @@ def test_every_file_belongs_to_an_op(folder: Path, pattern: str) -> None:
     own = [p.name for p in FILES if p.parent == folder and p.name.startswith(prefix) and p.name.endswith(suffix)]
     public = [name for name in own if not name.startswith(("_", "conftest"))]
     assert set(public) <= {pattern.format(stem) for stem in STEMS}
+
+
+def test_packages_of_triton_kernels_belong_to_an_op() -> None:
+    packages = {path.relative_to(TRITON).parts[0] for path in below(TRITON) if path.parent != TRITON}
+    assert packages <= {"_common", *STEMS}
+    assert [stem for stem in packages if (TRITON / f"{stem}.py").exists()] == []
 
 
 def test_tests_belong_to_an_op_or_a_room() -> None:
