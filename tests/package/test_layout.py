@@ -132,6 +132,16 @@ def test_packages_of_triton_kernels_belong_to_an_op() -> None:
     assert [stem for stem in packages if (TRITON / f"{stem}.py").exists()] == []
 
 
+def test_helpers_that_triton_kernels_share_have_two_users() -> None:
+    for helper in (path for path in below(TRITON / "_common") if path.stem != "__init__"):
+        users = {
+            path.relative_to(TRITON).parts[0].removesuffix(".py")
+            for path in below(TRITON)
+            if any(helper.stem in name.split(".") and name.startswith(".") for name in imports(path))
+        }
+        assert len(users) > 1, f"{name_of(helper)} is used by {users} alone"
+
+
 def test_tests_belong_to_an_op_or_a_room() -> None:
     tests = ROOT / "tests"
     parts = {path.relative_to(tests).parts for path in FILES if tests in path.parents}
