@@ -8,7 +8,7 @@ dweight and dbias are partial sums of one tile each, which a second kernel adds 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,10 +16,9 @@ import triton.language as tl
 
 from ._common.activations import activate, activate_grad
 from ._common.aot import AotCase
-from ._common.convolution import convolve, spans, tap
+from ._common.convolution import MAX_TAPS, Packed, Tokens, conv_of, convolve, place, tap
 from ._common.numerics import cast
 
-MAX_TAPS = 8
 ROWS, COLS = 64, 64
 _TILE = {"ROWS": ROWS, "COLS": COLS, "num_warps": 4, "enable_fp_fusion": True}
 BACK_ROWS = 32  # with more per thread, the backward of silu with a state spills
@@ -28,13 +27,33 @@ _FLAT = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 _VARIES = ["time", "tiles", "sequences"]
 
 
+class Residual(NamedTuple):
+    """[B, T, channels] that is added to the result, or None."""
+
+    ptr: Any
+    stride_b: Any
+    stride_t: Any
+
+
+class State(NamedTuple):
+    """A pool of states [count, inputs, length]."""
+
+    ptr: Any
+    stride_n: Any
+    stride_c: Any
+    stride_l: Any
+    count: Any
+    length: Any
+
+
 @triton.jit
-def _input(c, groups, head_dim, GROUPED: tl.constexpr):
+def _output(ci, g, conv, GROUPED: tl.constexpr):
+    """The g-th output channel of input channels."""
     if GROUPED:
-        h = c // head_dim
-        return h // groups * head_dim + (c - h * head_dim)
+        h = ci // conv.head_dim
+        return (h * conv.groups + g) * conv.head_dim + (ci - h * conv.head_dim)
     else:
-        return c
+        return ci
 
 
 @triton.jit
@@ -51,85 +70,68 @@ def _tile(time, tiles, width, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARIES)
 def _causal_conv1d_fwd_kernel(
-    x_ptr, x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, residual_ptr, residual_stride_b, residual_stride_t,
-    cu_ptr, sequence_ptr, y_ptr, time, tiles, sequences, inputs, channels, groups, head_dim,
-    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_CU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    conv, packed, residual, y_ptr, time, tiles, sequences,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    b, _, rows, c, mask = _tile(time, tiles, channels, ROWS, COLS)
-    n, before, _ = spans(rows, time, cu_ptr, sequence_ptr, sequences, b, HAS_CU)
-    ci = _input(c, groups, head_dim, GROUPED)
-    z = convolve(
-        x_ptr + b * x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, rows, before, n, ci, c, mask, inputs, channels,
-        TAPS, HAS_BIAS, HAS_STATE,
-    )  # fmt: skip
+    b, _, rows, c, mask = _tile(time, tiles, conv.channels, ROWS, COLS)
+    tokens = place(rows, time, packed, sequences, b)
+    ci = c
+    if GROUPED:
+        h = c // conv.head_dim
+        ci = h // conv.groups * conv.head_dim + (c - h * conv.head_dim)
+    z = convolve(conv.x + b * conv.stride_b, conv, tokens, ci, c, conv.channels, mask, TAPS)  # [ROWS, COLS]
     if SILU:
         z = activate(z, 0)
-    if HAS_RESIDUAL:
-        offsets = rows.to(tl.int64)[:, None] * residual_stride_t + c[None, :]
-        z += tl.load(residual_ptr + b * residual_stride_b + offsets, mask, other=0.0).to(tl.float32)
-    offsets = (b * time + rows)[:, None] * channels + c[None, :]
+    if residual.ptr is not None:
+        offsets = rows.to(tl.int64)[:, None] * residual.stride_t + c[None, :]
+        z += tl.load(residual.ptr + b * residual.stride_b + offsets, mask, other=0.0).to(tl.float32)
+    offsets = (b * time + rows)[:, None] * conv.channels + c[None, :]
     tl.store(y_ptr + offsets, cast(z, y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _causal_conv1d_bwd_kernel(
-    grad_ptr, grad_final_ptr, x_ptr, x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, cu_ptr, sequence_ptr,
-    dx_ptr, partial_ptr, time, tiles, sequences, inputs, channels, groups, head_dim,
-    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-    HAS_FINAL: tl.constexpr, HAS_CU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    conv, packed, grad_ptr, grad_final_ptr, dx_ptr, partial_ptr, time, tiles, sequences,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    b, tile, rows, ci, mask = _tile(time, tiles, inputs, ROWS, COLS)
-    x_ptr += b * x_stride_b
-    n, before, left = spans(rows, time, cu_ptr, sequence_ptr, sequences, b, HAS_CU)
+    """dx, and this tile's part of dweight and dbias."""
+    b, tile, rows, ci, mask = _tile(time, tiles, conv.inputs, ROWS, COLS)
+    x_ptr = conv.x + b * conv.stride_b
+    tokens = place(rows, time, packed, sequences, b)
     dx = tl.zeros([ROWS, COLS], tl.float32)
-    partial_ptr += (b * tiles + tile) * (TAPS + 1) * channels
-    for g in range(groups):
-        c = ci
-        if GROUPED:
-            h = ci // head_dim
-            c = (h * groups + g) * head_dim + (ci - h * head_dim)
-        used = ci < inputs
+    partial_ptr += (b * tiles + tile) * (TAPS + 1) * conv.channels
+    for g in range(conv.groups):
+        c = _output(ci, g, conv, GROUPED)
+        used = ci < conv.inputs
         for j in tl.static_range(TAPS):  # what row + j, in the same sequence, says about row
-            late = mask & (left > j)[:, None]
-            offsets = (b * time + rows + j)[:, None] * channels + c[None, :]
-            dz = tl.load(grad_ptr + offsets, late, other=0.0).to(tl.float32)
+            late = mask & (tokens.left > j)[:, None]
+            offsets = (b * time + rows + j)[:, None] * conv.channels + c[None, :]
+            dz = tl.load(grad_ptr + offsets, late, other=0.0).to(tl.float32)  # [ROWS, COLS]
             if SILU:
-                z = convolve(
-                    x_ptr, x_stride_t, weight_ptr, bias_ptr, state_ptr, rows + j, before + j, n, ci, c, late, inputs,
-                    channels, TAPS, HAS_BIAS, HAS_STATE,
-                )  # fmt: skip
+                later = Tokens(rows + j, tokens.sequence, tokens.before + j, tokens.left - j)
+                z = convolve(x_ptr, conv, later, ci, c, conv.channels, late, TAPS)
                 dz *= activate_grad(z, 0)
-            w = tl.load(weight_ptr + c.to(tl.int64) * TAPS + (TAPS - 1 - j), used, other=0.0).to(tl.float32)
+            w = tl.load(conv.weight + c.to(tl.int64) * TAPS + (TAPS - 1 - j), used, other=0.0).to(tl.float32)
             dx = tl.where(late, dx + dz * w[None, :], dx)
             if j == 0:
                 for i in tl.static_range(TAPS):
-                    x = tap(
-                        x_ptr, x_stride_t, state_ptr, rows, before, n, ci, mask, inputs, TAPS, TAPS - 1 - i, HAS_STATE
-                    )
+                    x = tap(x_ptr, conv, tokens, ci, mask, TAPS, TAPS - 1 - i)
                     product = tl.where(mask, dz * x, 0.0)
-                    if not HAS_STATE:
-                        product = tl.where((before >= TAPS - 1 - i)[:, None], product, 0.0)
-                    tl.store(partial_ptr + i * channels + c, tl.sum(product, 0), used)
-                tl.store(partial_ptr + TAPS * channels + c, tl.sum(tl.where(mask, dz, 0.0), 0), used)
-    if HAS_FINAL:
-        column = TAPS - 1 - left
-        offsets = (n[:, None] * inputs + ci[None, :]) * (TAPS - 1) + column[:, None]
+                    if conv.state is None:
+                        product = tl.where((tokens.before >= TAPS - 1 - i)[:, None], product, 0.0)
+                    tl.store(partial_ptr + i * conv.channels + c, tl.sum(product, 0), used)
+                tl.store(partial_ptr + TAPS * conv.channels + c, tl.sum(tl.where(mask, dz, 0.0), 0), used)
+    if grad_final_ptr is not None:
+        column = TAPS - 1 - tokens.left
+        offsets = (tokens.sequence[:, None] * conv.inputs + ci[None, :]) * (TAPS - 1) + column[:, None]
         dx += tl.load(grad_final_ptr + offsets, mask & (column >= 0)[:, None], other=0.0).to(tl.float32)
-    offsets = (b * time + rows)[:, None] * inputs + ci[None, :]
+    offsets = (b * time + rows)[:, None] * conv.inputs + ci[None, :]
     tl.store(dx_ptr + offsets, cast(dx, dx_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _causal_conv1d_reduce_kernel(
-    partial_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    channels,
-    blocks,
-    TAPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial_ptr, dweight_ptr, dbias_ptr, channels, blocks, TAPS: tl.constexpr, BLOCK: tl.constexpr
 ):
     columns = tl.cdiv(channels, BLOCK)
     row = tl.program_id(0) // columns
@@ -140,14 +142,14 @@ def _causal_conv1d_reduce_kernel(
         total += tl.load(partial_ptr + k * step + row * channels + c, c < channels, other=0.0)
     if row < TAPS:
         tl.store(dweight_ptr + c.to(tl.int64) * TAPS + row, cast(total, dweight_ptr.dtype.element_ty), c < channels)
-    elif HAS_BIAS:
+    elif dbias_ptr is not None:
         tl.store(dbias_ptr + c, cast(total, dbias_ptr.dtype.element_ty), c < channels)
 
 
 @triton.jit
-def _whole(cu_ptr, n, time, HAS_CU: tl.constexpr):
+def _sequence(cu_ptr, n, time):
     """(first token, length) of sequence n."""
-    if HAS_CU:
+    if cu_ptr is not None:
         start = tl.minimum(tl.maximum(tl.load(cu_ptr + n), 0), time)
         return start, tl.minimum(tl.maximum(tl.load(cu_ptr + n + 1), start), time) - start
     else:
@@ -155,61 +157,52 @@ def _whole(cu_ptr, n, time, HAS_CU: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["time"])
-def _causal_conv1d_final_kernel(
-    x_ptr, x_stride_b, x_stride_t, state_ptr, cu_ptr, final_ptr, time, inputs,
-    TAPS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_CU: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    columns = tl.cdiv(inputs, BLOCK)
+def _causal_conv1d_final_kernel(conv, cu_ptr, final_ptr, time, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.cdiv(conv.inputs, BLOCK)
     n = tl.program_id(0) // columns
     c = (tl.program_id(0) - n * columns) * BLOCK + tl.arange(0, BLOCK)
-    start, length = _whole(cu_ptr, n, time, HAS_CU)
-    if not HAS_CU:
-        x_ptr += n.to(tl.int64) * x_stride_b
-    base = (n.to(tl.int64) * inputs + c) * (TAPS - 1)
+    start, length = _sequence(cu_ptr, n, time)
+    x_ptr = conv.x
+    if cu_ptr is None:
+        x_ptr += n.to(tl.int64) * conv.stride_b
+    base = (n.to(tl.int64) * conv.inputs + c) * (TAPS - 1)
     for k in tl.static_range(TAPS - 1):
         t = c * 0 + length - (TAPS - 1) + k  # blocks, for a mask must not mix scalars and blocks in the interpreter
-        value = tl.load(x_ptr + (start + t).to(tl.int64) * x_stride_t + c, (c < inputs) & (t >= 0), other=0.0)
-        if HAS_STATE:
-            past = tl.load(state_ptr + base + k + length, (c < inputs) & (t < 0), other=0.0)
-            value = tl.where(t >= 0, value, past)
-        tl.store(final_ptr + base + k, value, c < inputs)
+        x = tl.load(x_ptr + (start + t).to(tl.int64) * conv.stride_t + c, (c < conv.inputs) & (t >= 0), other=0.0)
+        if conv.state is not None:
+            past = tl.load(conv.state + base + k + length, (c < conv.inputs) & (t < 0), other=0.0)
+            x = tl.where(t >= 0, x, past)
+        tl.store(final_ptr + base + k, x, c < conv.inputs)
 
 
 @triton.jit(do_not_specialize=["time"])
 def _causal_conv1d_dstate_kernel(
-    grad_ptr, grad_final_ptr, x_ptr, x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, cu_ptr, dstate_ptr,
-    time, inputs, channels, groups, head_dim,
-    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FINAL: tl.constexpr,
-    HAS_CU: tl.constexpr, BLOCK: tl.constexpr,
+    conv, cu_ptr, grad_ptr, grad_final_ptr, dstate_ptr, time,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(inputs, BLOCK)
+    columns = tl.cdiv(conv.inputs, BLOCK)
     n = tl.program_id(0) // columns
     ci = (tl.program_id(0) - n * columns) * BLOCK + tl.arange(0, BLOCK)
-    start, length = _whole(cu_ptr, n, time, HAS_CU)
-    b = (n * 0 if HAS_CU else n).to(tl.int64)
-    used = ci < inputs
+    start, length = _sequence(cu_ptr, n, time)
+    b = (n * 0 if cu_ptr is not None else n).to(tl.int64)
+    used = ci < conv.inputs
     lengths = ci * 0 + length
-    base = (n.to(tl.int64) * inputs + ci) * (TAPS - 1)
+    base = (n.to(tl.int64) * conv.inputs + ci) * (TAPS - 1)
     for k in tl.static_range(TAPS - 1):
         total = tl.zeros([BLOCK], tl.float32)
-        for g in range(groups):
-            c = ci
-            if GROUPED:
-                h = ci // head_dim
-                c = (h * groups + g) * head_dim + (ci - h * head_dim)
+        for g in range(conv.groups):
+            c = _output(ci, g, conv, GROUPED)
             for r in tl.static_range(k + 1):  # rows of x that column k is a tap of
                 live = used & (lengths > r)
-                dz = tl.load(grad_ptr + (b * time + start + r) * channels + c, live, other=0.0).to(tl.float32)
+                dz = tl.load(grad_ptr + (b * time + start + r) * conv.channels + c, live, other=0.0).to(tl.float32)
                 if SILU:
                     before = tl.zeros([1], tl.int32) + r
-                    z = convolve(
-                        x_ptr + b * x_stride_b, x_stride_t, weight_ptr, bias_ptr, state_ptr, start + before, before,
-                        (before * 0).to(tl.int64) + n, ci, c, live[None, :], inputs, channels, TAPS, HAS_BIAS, True,
-                    )  # fmt: skip
+                    tokens = Tokens(start + before, (before * 0).to(tl.int64) + n, before, length - before)
+                    z = convolve(conv.x + b * conv.stride_b, conv, tokens, ci, c, conv.channels, live[None, :], TAPS)
                     dz *= activate_grad(tl.sum(z, 0), 0)
-                w = tl.load(weight_ptr + c.to(tl.int64) * TAPS + (k - r), used, other=0.0).to(tl.float32)
+                w = tl.load(conv.weight + c.to(tl.int64) * TAPS + (k - r), used, other=0.0).to(tl.float32)
                 total = tl.where(live, total + w * dz, total)
-        if HAS_FINAL:
+        if grad_final_ptr is not None:
             through = used & (lengths <= k)
             total += tl.load(grad_final_ptr + base + k - length, through, other=0.0).to(tl.float32)
         tl.store(dstate_ptr + base + k, cast(total, dstate_ptr.dtype.element_ty), used)
@@ -217,69 +210,73 @@ def _causal_conv1d_dstate_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _causal_conv1d_update_kernel(
-    x_ptr, state_ptr, stride_n, stride_c, stride_l, weight_ptr, bias_ptr, residual_ptr, seqlens_ptr, indices_ptr, y_ptr,
-    tokens, states, length, inputs, channels, groups, head_dim,
-    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    RING: tl.constexpr, HAS_INDICES: tl.constexpr, BLOCK: tl.constexpr,
+    conv, state, residual_ptr, seqlens_ptr, indices_ptr, y_ptr, tokens,
+    TAPS: tl.constexpr, SILU: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(inputs, BLOCK)
+    """y of the next `tokens` tokens of every row, then the state; a ring where `seqlens_ptr` says how many came before."""
+    columns = tl.cdiv(conv.inputs, BLOCK)
     b = tl.program_id(0) // columns
     ci = (tl.program_id(0) - b * columns) * BLOCK + tl.arange(0, BLOCK)
     b = b.to(tl.int64)
-    used = ci < inputs
+    used = ci < conv.inputs
     n = b
-    if HAS_INDICES:
+    if indices_ptr is not None:
         n = tl.load(indices_ptr + b).to(tl.int64)
     zero = ci * 0  # masks are made of blocks, for the interpreter does not mix them with scalars
     n += zero
-    live = (n >= 0) & (n < states)
+    live = (n >= 0) & (n < state.count)
     position = tokens * 0
-    if RING:
+    if seqlens_ptr is not None:
         position = tl.load(seqlens_ptr + b)
-        position = position - position // length * length
-        position = tl.where(position < 0, position + length, position)
-    state_ptr += tl.where(live, n, 0) * stride_n + ci.to(tl.int64) * stride_c
-    x_ptr += b * tokens * inputs + ci
+        position = position - position // state.length * state.length
+        position = tl.where(position < 0, position + state.length, position)
+    state_ptr = state.ptr + tl.where(live, n, 0) * state.stride_n + ci.to(tl.int64) * state.stride_c
+    x_ptr = conv.x + b * tokens * conv.inputs + ci
     for t in range(tokens):
-        for g in range(groups):
-            c = ci
-            if GROUPED:
-                h = ci // head_dim
-                c = (h * groups + g) * head_dim + (ci - h * head_dim)
+        for g in range(conv.groups):
+            c = _output(ci, g, conv, GROUPED)
             z = tl.zeros([BLOCK], tl.float32)
-            if HAS_BIAS:
-                z += tl.load(bias_ptr + c, used, other=0.0).to(tl.float32)
+            if conv.bias is not None:
+                z += tl.load(conv.bias + c, used, other=0.0).to(tl.float32)
             for i in tl.static_range(TAPS):
                 back = zero + t - (TAPS - 1 - i)  # below 0: in the state
-                slot = length + back
-                if RING:
-                    slot = position + length + back
-                    slot = slot - slot // length * length
-                new = tl.load(x_ptr + back.to(tl.int64) * inputs, used & (back >= 0), other=0.0)
-                old = tl.load(state_ptr + slot.to(tl.int64) * stride_l, used & live & (back < 0), other=0.0)
+                slot = state.length + back
+                if seqlens_ptr is not None:
+                    slot = position + state.length + back
+                    slot = slot - slot // state.length * state.length
+                new = tl.load(x_ptr + back.to(tl.int64) * conv.inputs, used & (back >= 0), other=0.0)
+                old = tl.load(state_ptr + slot.to(tl.int64) * state.stride_l, used & live & (back < 0), other=0.0)
                 x = tl.where(back >= 0, new.to(tl.float32), old.to(tl.float32))
-                z += x * tl.load(weight_ptr + c.to(tl.int64) * TAPS + i, used, other=0.0).to(tl.float32)
+                z += x * tl.load(conv.weight + c.to(tl.int64) * TAPS + i, used, other=0.0).to(tl.float32)
             if SILU:
                 z = activate(z, 0)
-            offsets = (b * tokens + t) * channels + c
-            if HAS_RESIDUAL:
+            offsets = (b * tokens + t) * conv.channels + c
+            if residual_ptr is not None:
                 z += tl.load(residual_ptr + offsets, used, other=0.0).to(tl.float32)
             tl.store(y_ptr + offsets, cast(tl.where(live, z, 0.0), y_ptr.dtype.element_ty), used)
     tl.debug_barrier()  # all of the old state has been read
-    if RING:
+    if seqlens_ptr is not None:
         for t in range(tokens):
             slot = zero + position + t
-            slot = slot - slot // length * length
-            value = tl.load(x_ptr + (zero + t).to(tl.int64) * inputs, used, other=0.0)
-            tl.store(state_ptr + slot.to(tl.int64) * stride_l, value, used & live)
+            slot = slot - slot // state.length * state.length
+            value = tl.load(x_ptr + (zero + t).to(tl.int64) * conv.inputs, used, other=0.0)
+            tl.store(state_ptr + slot.to(tl.int64) * state.stride_l, value, used & live)
             tl.debug_barrier()  # a long call comes round to the same slot
     else:
-        for i in range(length):
+        for i in range(state.length):
             source = zero + i + tokens
-            old = tl.load(state_ptr + source.to(tl.int64) * stride_l, used & live & (source < length), other=0.0)
-            new = tl.load(x_ptr + (source - length).to(tl.int64) * inputs, used & (source >= length), other=0.0)
+            old = tl.load(
+                state_ptr + source.to(tl.int64) * state.stride_l, used & live & (source < state.length), other=0.0
+            )
+            new = tl.load(
+                x_ptr + (source - state.length).to(tl.int64) * conv.inputs, used & (source >= state.length), other=0.0
+            )
             tl.debug_barrier()
-            tl.store(state_ptr + (zero + i).to(tl.int64) * stride_l, tl.where(source < length, old, new), used & live)
+            tl.store(
+                state_ptr + (zero + i).to(tl.int64) * state.stride_l,
+                tl.where(source < state.length, old, new),
+                used & live,
+            )
             tl.debug_barrier()  # slots are written after they were read, by whichever thread
 
 
@@ -382,34 +379,34 @@ def causal_conv1d_fwd(
     """
     taps = check_channels(x, weight, bias, groups, head_dim)
     sequences = check_sequences(x, initial_state, cu_seqlens, sequence, taps)
-    batch, time, inputs = x.shape
+    batch, time = x.shape[:2]
     channels = weight.shape[0]
     _rows("residual", residual, (batch, time, channels), x)
     y = x.new_empty((batch, time, channels))
-    has_state, has_cu = initial_state is not None and taps > 1, cu_seqlens is not None
     if y.numel():
         tiles = triton.cdiv(time, ROWS)
-        strides = (0, 0) if residual is None else (residual.stride(0), residual.stride(1))
+        added = Residual(None, 0, 0) if residual is None else Residual(residual, *residual.stride()[:2])
         _causal_conv1d_fwd_kernel[(batch * tiles * triton.cdiv(channels, COLS),)](
-            x, x.stride(0), x.stride(1), weight, bias, initial_state, residual, *strides, cu_seqlens, sequence, y,
-            time, tiles, sequences, inputs, channels, groups, head_dim,
-            TAPS=taps, SILU=silu, GROUPED=groups > 1, HAS_BIAS=bias is not None, HAS_STATE=has_state,
-            HAS_RESIDUAL=residual is not None, HAS_CU=has_cu, **_TILE,
+            conv_of(x, weight, bias, initial_state, groups, head_dim), Packed(cu_seqlens, sequence), added, y,
+            time, tiles, sequences, TAPS=taps, SILU=silu, GROUPED=groups > 1, **_TILE,
         )  # fmt: skip
-    return y, final_state(x, initial_state, cu_seqlens, taps, sequences) if output_final_state else x.new_empty((0,))
+    return y, final_state(x, weight, initial_state, cu_seqlens, sequences) if output_final_state else x.new_empty((0,))
 
 
 def final_state(
-    x: torch.Tensor, initial_state: torch.Tensor | None, cu_seqlens: torch.Tensor | None, taps: int, sequences: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sequences: int,
 ) -> torch.Tensor:
     """The last inputs `[N, D / groups, W - 1]` of every sequence, of checked arguments."""
-    time, inputs = x.shape[1:]
-    final = x.new_empty((sequences, inputs, taps - 1))
+    taps = weight.shape[1]
+    final = x.new_empty((sequences, x.shape[2], taps - 1))
     if final.numel():
-        _causal_conv1d_final_kernel[(sequences * triton.cdiv(inputs, _FLAT["BLOCK"]),)](
-            x, x.stride(0), x.stride(1), initial_state, cu_seqlens, final, time, inputs,
-            TAPS=taps, HAS_STATE=initial_state is not None and taps > 1, HAS_CU=cu_seqlens is not None, **_FLAT,
-        )  # fmt: skip
+        _causal_conv1d_final_kernel[(sequences * triton.cdiv(x.shape[2], _FLAT["BLOCK"]),)](
+            conv_of(x, weight, None, initial_state, 1, 1), cu_seqlens, final, x.shape[1], TAPS=taps, **_FLAT
+        )
     return final
 
 
@@ -469,27 +466,22 @@ def conv_backward(
     dstate = x.new_empty((sequences, inputs, taps - 1) if initial_state is not None else (0,))
     tiles = triton.cdiv(time, BACK_ROWS)
     partials = x.new_empty((batch * tiles, taps + 1, channels), dtype=torch.float32)
-    flags = {
-        "TAPS": taps, "SILU": silu, "GROUPED": groups > 1, "HAS_BIAS": bias is not None,
-        "HAS_FINAL": grad_final is not None and taps > 1, "HAS_CU": cu_seqlens is not None,
-    }  # fmt: skip
-    has_state = initial_state is not None and taps > 1
+    conv = conv_of(x, weight, bias, initial_state, groups, head_dim)
+    flags = {"TAPS": taps, "SILU": silu, "GROUPED": groups > 1}
+    through = grad_final if taps > 1 else None
     any_rows = grad_y.numel() > 0
     if any_rows:
         _causal_conv1d_bwd_kernel[(batch * tiles * triton.cdiv(inputs, COLS),)](
-            grad_y, grad_final, x, x.stride(0), x.stride(1), weight, bias, initial_state, cu_seqlens, sequence,
-            dx, partials, time, tiles, sequences, inputs, channels, groups, head_dim, **flags, HAS_STATE=has_state, **_BACK_TILE,
+            conv, Packed(cu_seqlens, sequence), grad_y, through, dx, partials, time, tiles, sequences, **flags, **_BACK_TILE
         )  # fmt: skip
     if channels:
         _causal_conv1d_reduce_kernel[((taps + 1) * triton.cdiv(channels, _FLAT["BLOCK"]),)](
-            partials, dweight, dbias, channels, batch * tiles if any_rows else 0,
-            TAPS=taps, HAS_BIAS=bias is not None, **_FLAT,
+            partials, dweight, None if bias is None else dbias, channels, batch * tiles if any_rows else 0, TAPS=taps, **_FLAT
         )  # fmt: skip
     if dstate.numel():
         _causal_conv1d_dstate_kernel[(sequences * triton.cdiv(inputs, _FLAT["BLOCK"]),)](
-            grad_y, grad_final, x, x.stride(0), x.stride(1), weight, bias, initial_state, cu_seqlens, dstate,
-            time, inputs, channels, groups, head_dim, **flags, **_FLAT,
-        )  # fmt: skip
+            conv, cu_seqlens, grad_y, through, dstate, time, **flags, **_FLAT
+        )
     return dx, dweight, dbias, dstate
 
 
@@ -532,13 +524,12 @@ def causal_conv1d_update_(
     _integers("cache_seqlens", cache_seqlens, batch)
     _integers("conv_state_indices", conv_state_indices, batch)
     y = x.new_empty((batch, tokens, channels))
-    length = conv_state.shape[2]
     if y.numel():
+        count, _, length = conv_state.shape
         _causal_conv1d_update_kernel[(batch * triton.cdiv(inputs, _FLAT["BLOCK"]),)](
-            x, conv_state, *conv_state.stride(), weight, bias, residual, cache_seqlens, conv_state_indices, y,
-            tokens, conv_state.shape[0], length, inputs, channels, groups, head_dim,
-            TAPS=taps, SILU=silu, GROUPED=groups > 1, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            RING=cache_seqlens is not None and length > 0, HAS_INDICES=conv_state_indices is not None, **_FLAT,
+            conv_of(x, weight, bias, None, groups, head_dim), State(conv_state, *conv_state.stride(), count, length), residual,
+            cache_seqlens if length > 0 else None, conv_state_indices, y, tokens,
+            TAPS=taps, SILU=silu, GROUPED=groups > 1, **_FLAT,
         )  # fmt: skip
     return y
 
