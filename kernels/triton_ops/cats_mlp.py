@@ -33,6 +33,7 @@ import triton.language as tl
 
 from ._common.activations import activate, check_activation, is_active
 from ._common.aot import AotCase
+from ._common.checks import check_packed, check_threshold, require
 from ._common.numerics import INTERPRET, cast, is_finite, split_bf16, widen_if_interpreted
 
 MAX_TOKENS = tl.constexpr(16)
@@ -341,8 +342,9 @@ def cats_mlp_fwd(
     """
     check_activation(activation)
     _check(x, w_gate, w_up, w_down, threshold)
-    _check_biases(x, w_gate.shape[0], b_gate=b_gate, b_up=b_up, b_down=b_down)
     (n, h), i = x.shape, w_gate.shape[0]
+    for name, bias, size in (("b_gate", b_gate, i), ("b_up", b_up, i), ("b_down", b_down, h)):
+        check_packed(name, bias, (size,), x)
     plan = _FMA if x.dtype == torch.float32 else _DOT
     groups = triton.cdiv(n, plan.tokens)
     splits, span = plan.splits(i)
@@ -378,28 +380,16 @@ def _check(
     x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, threshold: torch.Tensor
 ) -> None:
     """What the kernels need to stay inside their tensors; the public function checks the rest, with better words."""
-    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS.value or not x.is_contiguous():
-        raise ValueError(
-            f"x: expected contiguous [1..{MAX_TOKENS.value}, H], got {list(x.shape)} with strides {x.stride()}"
-        )
+    fits = x.dim() == 2 and 1 <= x.shape[0] <= MAX_TOKENS.value and x.is_contiguous()
+    require(fits, "x", f"contiguous [1..{MAX_TOKENS.value}, H]", x)
     h, i = x.shape[1], w_gate.shape[0]
     for name, w, shape, ok in (
         ("w_gate", w_gate, (i, h), h <= 1 or w_gate.stride(-1) == 1),
         ("w_up", w_up, (i, h), h <= 1 or w_up.stride(-1) == 1),
         ("w_down", w_down, (h, i), h <= 1 or i <= 1 or 1 in w_down.stride()),
     ):
-        if w.shape != shape or not ok or w.dtype != x.dtype:
-            got = f"{w.dtype} {tuple(w.shape)} strides {w.stride()}"
-            raise ValueError(f"{name}: expected {x.dtype} {shape} with a unit stride, got {got}")
-    if threshold.dim() != 1 or threshold.numel() not in (1, i) or threshold.dtype != torch.float32:
-        raise ValueError(f"threshold: expected fp32 [1] or [{i}], got {threshold.dtype} {list(threshold.shape)}")
-
-
-def _check_biases(x: torch.Tensor, inner: int, **biases: torch.Tensor | None) -> None:
-    for name, bias in biases.items():
-        size = x.shape[1] if name == "b_down" else inner
-        if bias is not None and (bias.shape != (size,) or bias.dtype != x.dtype or not bias.is_contiguous()):
-            raise ValueError(f"{name}: expected contiguous {x.dtype} [{size}], got {bias.dtype} {list(bias.shape)}")
+        require(w.shape == shape and ok and w.dtype == x.dtype, name, f"{x.dtype} {shape} with a unit stride", w)
+    check_threshold(threshold, i)
 
 
 def _aot_args(dtype: torch.dtype, neuron_major: bool, options: bool = False) -> tuple[Any, ...]:

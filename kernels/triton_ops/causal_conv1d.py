@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ._common.activations import activate, activate_grad
 from ._common.aot import AotCase
+from ._common.checks import check_integers, check_packed, check_rows, require
 from ._common.convolution import MAX_TAPS, Packed, Tokens, conv_of, convolve, place, tap
 from ._common.numerics import cast
 
@@ -280,30 +281,6 @@ def _causal_conv1d_update_kernel(
             tl.debug_barrier()  # slots are written after they were read, by whichever thread
 
 
-def _require(condition: bool, name: str, expected: str, tensor: torch.Tensor) -> None:
-    if not condition:
-        got = f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
-        raise ValueError(f"{name}: expected {expected}, got {got}")
-
-
-def check_packed(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
-    if tensor is not None:
-        fits = tensor.shape == shape and tensor.dtype == x.dtype and tensor.is_contiguous()
-        _require(fits, name, f"a contiguous tensor of shape {list(shape)} and {x.dtype}", tensor)
-
-
-def _rows(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor) -> None:
-    if tensor is not None:
-        fits = tensor.shape == shape and tensor.dtype == x.dtype and (tensor.stride(-1) == 1 or shape[-1] <= 1)
-        _require(fits, name, f"shape {list(shape)}, {x.dtype} and a contiguous last dimension", tensor)
-
-
-def _integers(name: str, tensor: torch.Tensor | None, size: int) -> None:
-    if tensor is not None:
-        fits = tensor.shape == (size,) and tensor.dtype == torch.int32 and tensor.is_contiguous()
-        _require(fits, name, f"int32 [{size}]", tensor)
-
-
 def check_channels(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -314,11 +291,11 @@ def check_channels(
     bias_name: str = "bias",
 ) -> int:
     """The number of taps, after the checks that all operators share."""
-    _require(x.dim() == 3, "x", "3 dimensions", x)
+    require(x.dim() == 3, "x", "3 dimensions", x)
     taps = f"[D, W] with W in 1..{MAX_TAPS}"
-    _require(weight.dim() == 2 and 1 <= weight.shape[1] <= MAX_TAPS, weight_name, taps, weight)
+    require(weight.dim() == 2 and 1 <= weight.shape[1] <= MAX_TAPS, weight_name, taps, weight)
     fits = groups >= 1 and head_dim >= 1 and x.shape[2] % head_dim == 0 and weight.shape[0] == x.shape[2] * groups
-    _require(fits, weight_name, f"{groups} times the channels of x, in heads of {head_dim}", weight)
+    require(fits, weight_name, f"{groups} times the channels of x, in heads of {head_dim}", weight)
     check_packed(weight_name, weight, tuple(weight.shape), x)
     check_packed(bias_name, bias, (weight.shape[0],), x)
     return weight.shape[1]
@@ -332,16 +309,16 @@ def check_sequences(
     taps: int,
 ) -> int:
     """The number of sequences, after the checks of what has one entry for each."""
-    _rows("x", x, tuple(x.shape), x)
+    check_rows("x", x, tuple(x.shape), x)
     if cu_seqlens is None or sequence is None:
         sequences = x.shape[0]
     else:
         sequences = cu_seqlens.shape[0] - 1
-        _require(
+        require(
             x.shape[0] == 1 and (sequences > 0 or x.shape[1] == 0), "cu_seqlens", "[N + 1] for a batch of 1", cu_seqlens
         )
-        _integers("cu_seqlens", cu_seqlens, sequences + 1)
-        _integers("sequence", sequence, x.shape[1])
+        check_integers("cu_seqlens", cu_seqlens, sequences + 1)
+        check_integers("sequence", sequence, x.shape[1])
     check_packed("initial_state", state, (sequences, x.shape[2], taps - 1), x)
     return sequences
 
@@ -381,7 +358,7 @@ def causal_conv1d_fwd(
     sequences = check_sequences(x, initial_state, cu_seqlens, sequence, taps)
     batch, time = x.shape[:2]
     channels = weight.shape[0]
-    _rows("residual", residual, (batch, time, channels), x)
+    check_rows("residual", residual, (batch, time, channels), x)
     y = x.new_empty((batch, time, channels))
     if y.numel():
         tiles = triton.cdiv(time, ROWS)
@@ -519,10 +496,10 @@ def causal_conv1d_update_(
     check_packed("x", x, tuple(x.shape), x)
     fits = conv_state.dim() == 3 and conv_state.dtype == x.dtype and conv_state.shape[1] == inputs
     fits = fits and conv_state.shape[2] >= taps - 1 and (conv_state_indices is not None or conv_state.shape[0] == batch)
-    _require(fits, "conv_state", f"[{batch} or P, {inputs}, L >= {taps - 1}] in {x.dtype}", conv_state)
+    require(fits, "conv_state", f"[{batch} or P, {inputs}, L >= {taps - 1}] in {x.dtype}", conv_state)
     check_packed("residual", residual, (batch, tokens, channels), x)
-    _integers("cache_seqlens", cache_seqlens, batch)
-    _integers("conv_state_indices", conv_state_indices, batch)
+    check_integers("cache_seqlens", cache_seqlens, batch)
+    check_integers("conv_state_indices", conv_state_indices, batch)
     y = x.new_empty((batch, tokens, channels))
     if y.numel():
         count, _, length = conv_state.shape

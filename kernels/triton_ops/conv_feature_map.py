@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ._common.activations import activate
 from ._common.aot import AotCase
+from ._common.checks import check_packed, require
 from ._common.convolution import Conv, Packed, conv_of, convolve, place
 from ._common.features import (
     MAX_DIM,
@@ -31,7 +32,7 @@ from ._common.features import (
     store_features,
 )
 from ._common.numerics import INTERPRET
-from .causal_conv1d import check_channels, check_packed, check_sequences, conv_backward, final_state
+from .causal_conv1d import check_channels, check_sequences, conv_backward, final_state
 
 _VARIES = ["rows", "time", "sequences"]
 
@@ -162,13 +163,13 @@ def _call(
     eps: float,
 ) -> _Call:
     """The arguments after the checks that protect memory."""
-    if fm_weight.dim() != 3 or not all(1 <= n <= MAX_DIM for n in fm_weight.shape[1:]):
-        raise ValueError(f"fm_weight: expected shape [M, d, f], d and f in 1..{MAX_DIM}, got {list(fm_weight.shape)}")
+    fits = fm_weight.dim() == 3 and all(1 <= n <= MAX_DIM for n in fm_weight.shape[1:])
+    require(fits, "fm_weight", f"[M, d, f] with d and f in 1..{MAX_DIM}", fm_weight)
     maps, d, f = fm_weight.shape
     taps = check_channels(x, conv_weight, conv_bias, groups, d, "conv_weight", "conv_bias")
     heads = conv_weight.shape[0] // d
-    if heads % max(1, maps) or (maps > 0) != (heads > 0):
-        raise ValueError(f"fm_weight: expected M to divide the {heads} heads of conv_weight, got {maps}")
+    fits = heads % max(1, maps) == 0 and (maps > 0) == (heads > 0)
+    require(fits, "fm_weight", f"M to divide the {heads} heads of conv_weight", fm_weight)
     check_packed("fm_weight", fm_weight, (maps, d, f), x)
     check_map(kind, fullspace)
     sequences = check_sequences(x, initial_state, cu_seqlens, sequence, taps)

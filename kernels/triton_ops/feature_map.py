@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ._common.aot import AotCase
+from ._common.checks import check_packed, check_rows, require
 from ._common.features import (
     MAX_DIM,
     check_map,
@@ -133,20 +134,15 @@ def _call(
     x: torch.Tensor, weight: torch.Tensor | None, kind: int, fullspace: bool, eps: float
 ) -> tuple[Projection, dict[str, Any]]:
     """What the kernels take, and constants and warps, after the checks that keep them inside their tensors."""
-    if x.dim() != 4 or not 1 <= x.shape[3] <= MAX_DIM:
-        raise ValueError(f"x: expected shape [B, T, H, d] with d in 1..{MAX_DIM}, got {list(x.shape)}")
-    if x.shape[3] > 1 and x.stride(3) != 1:
-        raise ValueError(f"x: expected a contiguous last dimension, got strides {x.stride()}")
+    require(x.dim() == 4 and 1 <= x.shape[3] <= MAX_DIM, "x", f"[B, T, H, d] with d in 1..{MAX_DIM}", x)
+    check_rows("x", x, tuple(x.shape), x)
     check_map(kind, fullspace)
     heads, d = x.shape[2:]
     f = d
     if weight is not None:
-        if weight.dim() != 3 or weight.shape[:2] != (heads, d) or not 1 <= weight.shape[2] <= MAX_DIM:
-            raise ValueError(f"weight: expected shape [{heads}, {d}, f], f in 1..{MAX_DIM}, got {list(weight.shape)}")
-        if weight.dtype is not x.dtype or not weight.is_contiguous():
-            raise ValueError(
-                f"weight: expected a contiguous tensor of {x.dtype}, got {weight.dtype}, {weight.stride()}"
-            )
+        fits = weight.dim() == 3 and 1 <= weight.shape[2] <= MAX_DIM
+        require(fits, "weight", f"[{heads}, {d}, f] with f in 1..{MAX_DIM}", weight)
+        check_packed("weight", weight, (heads, d, weight.shape[2]), x)
         f = weight.shape[2]
     y = Projection(x, *x.stride()[:3], weight, heads, d, f, least(kind, eps))
     return y, map_constants(kind, fullspace, d, f)
@@ -193,10 +189,7 @@ def feature_map_bwd(
     """
     y, constants = _call(x, weight, kind, fullspace, eps)
     rows, time = x.shape[0] * x.shape[1], x.shape[1]
-    shape = [*x.shape[:3], 2 * y.f if fullspace else y.f]
-    if list(grad_out.shape) != shape or grad_out.dtype is not x.dtype or not grad_out.is_contiguous():
-        got = f"{grad_out.dtype} {list(grad_out.shape)} with strides {grad_out.stride()}"
-        raise ValueError(f"grad_out: expected a contiguous tensor of {x.dtype} {shape}, got {got}")
+    check_packed("grad_out", grad_out, (*x.shape[:3], 2 * y.f if fullspace else y.f), x)
     dx = x.new_empty(x.shape)
     block = 32 if INTERPRET.value else 16
     if x.dtype is torch.float32 and constants["F"] >= 128:
