@@ -21,8 +21,7 @@ PACKAGE, TRITON, CSRC = ROOT / "python" / "subquad", ROOT / "kernels" / "triton_
 TOP_LEVEL = {
     ".ci", ".clang-format", ".clang-tidy", ".editorconfig", ".gitattributes", ".gitignore", ".pre-commit-config.yaml",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "benchmarks", "csrc", "docs",
-    "examples",
-    "kernels", "mkdocs.yml", "pyproject.toml", "python", "setup.py", "tests",
+    "examples", "findings", "kernels", "mkdocs.yml", "pyproject.toml", "python", "setup.py", "tests",
 }  # fmt: skip
 PLACES = {
     "reference": ("python/subquad/reference/{}.py",),
