@@ -293,7 +293,7 @@ def _aot_args(dtype: torch.dtype, d: int, f: int, kind: int, full: bool, backwar
 
 
 _SPILLS = dict.fromkeys(
-    ("_causal_conv1d_bwd_kernel", "_conv_feature_map_fwd_kernel", "_conv_feature_map_dw_kernel"),
+    ("causal_conv1d_bwd_kernel", "_conv_feature_map_fwd_kernel", "_conv_feature_map_dw_kernel"),
     "all options at once in float32: a few words",
 )
 # Every tap and bias is read per channel, in whatever width: "options".
