@@ -144,7 +144,7 @@ def _call(
         require(fits, "weight", f"[{heads}, {d}, f] with f in 1..{MAX_DIM}", weight)
         check_packed("weight", weight, (heads, d, weight.shape[2]), x)
         f = weight.shape[2]
-    y = Projection(x, *x.stride()[:3], weight, heads, d, f, least(kind, eps))
+    y = Projection(x, x.stride(0), x.stride(1), x.stride(2), weight, heads, d, f, least(kind, eps))
     return y, map_constants(kind, fullspace, d, f)
 
 

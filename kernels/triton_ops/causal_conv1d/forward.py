@@ -94,8 +94,8 @@ def causal_conv1d_update_kernel(
         position = tl.load(seqlens_ptr + b)
         position = position - position // state.length * state.length
         position = tl.where(position < 0, position + state.length, position)
-    state_ptr = state.ptr + tl.where(live, n, 0) * state.stride_n + ci.to(tl.int64) * state.stride_c
-    x_ptr = conv.x + b * tokens * conv.inputs + ci
+    state_ptr = state.ptr + (tl.where(live, n, 0) * state.stride_n + ci.to(tl.int64) * state.stride_c)
+    x_ptr = conv.x + (b * tokens * conv.inputs + ci)
     for t in range(tokens):
         for g in range(conv.groups):
             c = output_channels(ci, g, conv, GROUPED)

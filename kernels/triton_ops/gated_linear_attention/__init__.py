@@ -61,9 +61,11 @@ class _Plan:
             PRECISION=_PRECISIONS[q.dtype],
         )
         self.options = {"FLAGS": self.flags, "C": chunk, "BK": block_k, "BV": block_v, "num_warps": 8, "num_stages": 1}
-        self.q, self.k, self.v = (Heads(x, *x.stride()[:3], 1) for x in (q, k, v))
+        self.q, self.k, self.v = (Heads(x, x.stride(0), x.stride(1), x.stride(2), 1) for x in (q, k, v))
         # A gate that no branch reads must still be one: k stands in.
-        self.g = self.k if g is None else Heads(g, *g.stride()[:3], g.stride(3) if g.dim() == 4 else 0)
+        self.g = self.k
+        if g is not None:
+            self.g = Heads(g, g.stride(0), g.stride(1), g.stride(2), g.stride(3) if g.dim() == 4 else 0)
         self.initial = States(s0, z0)
         self.chunks = triton.cdiv(self.tokens, chunk)
         self.slots = self.sequences * self.chunks

@@ -74,9 +74,9 @@ def _call(
         bias_strides = _broadcast_strides(key_bias, tk)
     mask = Mask(starts, ends, *strides, key_start, key_stop, *key_strides, key_bias, *bias_strides)
     tensors = (
-        Heads(q, *q.stride()[:3], d, stride_slot=q.stride(3)),
-        Heads(k, *k.stride()[:3], d),
-        Heads(v, *v.stride()[:3], dv),
+        Heads(q, q.stride(0), q.stride(1), q.stride(2), d, q.stride(3)),
+        Heads(k, k.stride(0), k.stride(1), k.stride(2), d),
+        Heads(v, v.stride(0), v.stride(1), v.stride(2), dv),
         mask,
     )
     flags = Flags(
