@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ._common.activations import activate, activate_grad, check_activation, is_active
 from ._common.aot import AotCase
+from ._common.checks import check_threshold, require
 from ._common.numerics import cast
 
 # 16 elements per thread: two 128-bit loads of 16-bit data.
@@ -103,12 +104,10 @@ def _shape(
     """(grid, rows, columns, stride of the threshold), after the checks that keep the kernels inside their tensors."""
     check_activation(activation)
     for name, tensor in {"z": z, **same}.items():
-        if tensor.shape != z.shape or not tensor.is_contiguous():
-            got = f"{list(tensor.shape)} with strides {tensor.stride()}"
-            raise ValueError(f"{name}: expected a contiguous tensor of shape {list(z.shape)}, got {got}")
+        fits = tensor.shape == z.shape and tensor.is_contiguous()
+        require(fits, name, f"a contiguous tensor of shape {list(z.shape)}", tensor)
     cols = z.shape[-1] if z.dim() else 1
-    if threshold.dim() != 1 or threshold.numel() not in (1, cols) or threshold.dtype != torch.float32:
-        raise ValueError(f"threshold: expected fp32 [1] or [{cols}], got {threshold.dtype} {list(threshold.shape)}")
+    check_threshold(threshold, cols)
     rows = z.numel() // cols if cols else 0
     grid = (triton.cdiv(rows, _LAUNCH["ROWS"]) * triton.cdiv(cols, _LAUNCH["COLS"]),)
     return grid, rows, cols, threshold.stride(0) if threshold.numel() > 1 else 0

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,22 +33,57 @@ import triton.language as tl
 
 from ._common.activations import activate, check_activation, is_active
 from ._common.aot import AotCase
+from ._common.checks import check_packed, check_threshold, require
 from ._common.numerics import INTERPRET, cast, is_finite, split_bf16, widen_if_interpreted
 
 MAX_TOKENS = tl.constexpr(16)
 
 
+class Group(NamedTuple):
+    """Tokens [lane + first] of one program: of up to 16 of a call."""
+
+    index: Any
+    count: Any  # of groups
+    lane: Any  # [TOKENS]
+    tokens: Any  # [TOKENS]
+    live: Any  # [TOKENS]: which exist
+
+
+class Matrix(NamedTuple):
+    """A weight, its rows (or columns, of a neuron-major one) `ld` apart, and the bias of what it makes, or None."""
+
+    ptr: Any
+    ld: Any
+    bias: Any
+
+
+class Hidden(NamedTuple):
+    """act [N, I] fp32, its words [groups, I] int32, I neurons of which this program's range ends at `stop`."""
+
+    rows: Any  # [TOKENS]: pointers to act
+    bits: Any
+    inner: Any
+    stop: Any
+
+
 @triton.jit
-def _project(x_ptr, w_ptr, ld, tokens, has_token, rows, need, hidden, DOT: tl.constexpr, BLOCK_H: tl.constexpr):
+def _group(index, n_tokens, TOKENS: tl.constexpr):
+    lane = tl.arange(0, TOKENS)
+    tokens = index * TOKENS + lane
+    return Group(index, tl.cdiv(n_tokens, TOKENS), lane, tokens, tokens < n_tokens)
+
+
+@triton.jit
+def _project(x_ptr, weight, group, rows, need, hidden, DOT: tl.constexpr, BLOCK_H: tl.constexpr):
     """x[tokens] @ w[rows].T in fp32, [TOKENS, ROWS]. Rows outside `need` are not read: their result means nothing."""
     cols = tl.arange(0, BLOCK_H)
-    x_rows = x_ptr + tokens.to(tl.int64) * hidden
-    w_rows = w_ptr + rows.to(tl.int64) * ld
+    x_rows = x_ptr + group.tokens.to(tl.int64) * hidden
+    w_rows = weight.ptr + rows.to(tl.int64) * weight.ld
     if DOT:
-        acc = tl.zeros([tokens.shape[0], rows.shape[0]], tl.float32)
+        acc = tl.zeros([group.tokens.shape[0], rows.shape[0]], tl.float32)
         for start in range(0, hidden, BLOCK_H):
             k = start + cols
-            x_mask = has_token[:, None] & (k < hidden)[None, :]
+            x_mask = group.live[:, None] & (k < hidden)[None, :]
             w_mask = need[:, None] & (k < hidden)[None, :]
             x = tl.load(x_rows[:, None] + k[None, :], x_mask, other=0.0, eviction_policy="evict_last")
             w = tl.load(w_rows[:, None] + k[None, :], w_mask, other=0.0, eviction_policy="evict_first")
@@ -56,10 +91,10 @@ def _project(x_ptr, w_ptr, ld, tokens, has_token, rows, need, hidden, DOT: tl.co
         return acc
     else:
         # Every thread sums its own columns; one reduction across threads at the end.
-        sums = tl.zeros([tokens.shape[0], rows.shape[0], BLOCK_H], tl.float32)
+        sums = tl.zeros([group.tokens.shape[0], rows.shape[0], BLOCK_H], tl.float32)
         for start in range(0, hidden, BLOCK_H):
             k = (start + cols)[None, None, :]
-            x_mask = has_token[:, None, None] & (k < hidden)
+            x_mask = group.live[:, None, None] & (k < hidden)
             w_mask = need[None, :, None] & (k < hidden)
             x = tl.load(x_rows[:, None, None] + k, x_mask, other=0.0, eviction_policy="evict_last")
             w = tl.load(w_rows[None, :, None] + k, w_mask, other=0.0, eviction_policy="evict_first")
@@ -68,92 +103,83 @@ def _project(x_ptr, w_ptr, ld, tokens, has_token, rows, need, hidden, DOT: tl.co
 
 
 @triton.jit
-def _active_word(
-    bits_ptr, neurons, in_range, group, groups, inner, UNION: tl.constexpr, TOKENS: tl.constexpr
-):  # fmt: skip
+def _active_word(bits_ptr, neurons, in_range, group, inner, UNION: tl.constexpr, TOKENS: tl.constexpr):
     """The neurons' words for one group of tokens; with UNION, all ones where any token of the call is active."""
     if UNION:
         word = tl.zeros_like(neurons)
         for g in tl.static_range(MAX_TOKENS // TOKENS):
             # A group that does not exist is replaced by the last one: x | x is x.
-            word |= tl.load(bits_ptr + tl.minimum(g, groups - 1) * inner + neurons, in_range, other=0)
+            word |= tl.load(bits_ptr + tl.minimum(g, group.count - 1) * inner + neurons, in_range, other=0)
         return tl.where(word == 0, 0, -1)
-    return tl.load(bits_ptr + group * inner + neurons, in_range, other=0)
+    return tl.load(bits_ptr + group.index * inner + neurons, in_range, other=0)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _cats_mlp_gate_kernel(
-    x_ptr, w_ptr, ld, bias_ptr, threshold_ptr, threshold_stride, act_ptr, bits_ptr, n_tokens, hidden, inner,
+    x_ptr, weight, threshold_ptr, threshold_stride, act_ptr, bits_ptr, n_tokens, hidden, inner,
     ACTIVATION: tl.constexpr, INCLUSIVE: tl.constexpr, DOT: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """A block of neurons for a group of tokens: act [n_tokens, inner] (fp32, unmasked) and bits [groups, inner]."""
     groups = tl.cdiv(n_tokens, TOKENS)
-    group = tl.program_id(0) % groups
-    lane = tl.arange(0, TOKENS)
-    tokens = group * TOKENS + lane
+    group = _group(tl.program_id(0) % groups, n_tokens, TOKENS)
     rows = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
-    has_token = tokens < n_tokens
     in_range = rows < inner
 
-    z = _project(x_ptr, w_ptr, ld, tokens, has_token, rows, in_range, hidden, DOT, BLOCK_H)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + rows, in_range, other=0.0).to(tl.float32)[None, :]
+    z = _project(x_ptr, weight, group, rows, in_range, hidden, DOT, BLOCK_H)  # [TOKENS, ROWS]
+    if weight.bias is not None:
+        z += tl.load(weight.bias + rows, in_range, other=0.0).to(tl.float32)[None, :]
     s = activate(z, ACTIVATION)
     threshold = tl.load(threshold_ptr + rows.to(tl.int64) * threshold_stride, in_range, other=0.0)
-    active = is_active(s, threshold[None, :], INCLUSIVE) & has_token[:, None]
-    tl.store(act_ptr + tokens.to(tl.int64)[:, None] * inner + rows[None, :], s, has_token[:, None] & in_range[None, :])
-    tl.store(bits_ptr + group * inner + rows, tl.sum(active.to(tl.int32) << lane[:, None], axis=0), in_range)
+    active = is_active(s, threshold[None, :], INCLUSIVE) & group.live[:, None]
+    at = group.tokens.to(tl.int64)[:, None] * inner + rows[None, :]
+    tl.store(act_ptr + at, s, group.live[:, None] & in_range[None, :])
+    word = tl.sum(active.to(tl.int32) << group.lane[:, None], axis=0)  # [ROWS]
+    tl.store(bits_ptr + group.index * inner + rows, word, in_range)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _cats_mlp_up_kernel(
-    x_ptr, w_ptr, ld, bias_ptr, act_ptr, bits_ptr, n_tokens, hidden, inner,
+    x_ptr, weight, act_ptr, bits_ptr, n_tokens, hidden, inner,
     UNION: tl.constexpr, DOT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """act <- act * u where active, in place. Other entries keep the gate's value, which nobody may use."""
     groups = tl.cdiv(n_tokens, TOKENS)
-    group = tl.program_id(0) % groups
-    lane = tl.arange(0, TOKENS)
-    tokens = group * TOKENS + lane
+    group = _group(tl.program_id(0) % groups, n_tokens, TOKENS)
     rows = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
-    has_token = tokens < n_tokens
 
-    word = _active_word(bits_ptr, rows, rows < inner, group, groups, inner, UNION, TOKENS)
+    word = _active_word(bits_ptr, rows, rows < inner, group, inner, UNION, TOKENS)  # [ROWS]
     need = word != 0
     if tl.max(need.to(tl.int32), axis=0) == 0:
         return
-    u = _project(x_ptr, w_ptr, ld, tokens, has_token, rows, need, hidden, DOT, BLOCK_H)
-    if bias_ptr is not None:
-        u += tl.load(bias_ptr + rows, need, other=0.0).to(tl.float32)[None, :]
-    active = (((word[None, :] >> lane[:, None]) & 1) != 0) & has_token[:, None]
-    ptrs = act_ptr + tokens.to(tl.int64)[:, None] * inner + rows[None, :]
+    u = _project(x_ptr, weight, group, rows, need, hidden, DOT, BLOCK_H)  # [TOKENS, ROWS]
+    if weight.bias is not None:
+        u += tl.load(weight.bias + rows, need, other=0.0).to(tl.float32)[None, :]
+    active = (((word[None, :] >> group.lane[:, None]) & 1) != 0) & group.live[:, None]
+    ptrs = act_ptr + group.tokens.to(tl.int64)[:, None] * inner + rows[None, :]
     tl.store(ptrs, tl.load(ptrs, active, other=0.0) * u, active)
 
 
 @triton.jit
-def _down_operands(
-    h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, neurons, stop, inner, cols, in_cols,
-    UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr,
-):  # fmt: skip
+def _down_operands(h, group, weight, neurons, cols, in_cols, UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr):
     """For a block of neurons: active [TOKENS, BLOCK], h [TOKENS, BLOCK] fp32 (0 where inactive), w [BLOCK, COLS].
 
     Rows of w that no token needs are 0, whether or not they were read.
     """
-    in_range = neurons < stop
-    word = _active_word(bits_ptr, neurons, in_range, group, groups, inner, UNION, lane.shape[0])
-    active = (((word[None, :] >> lane[:, None]) & 1) != 0) & has_token[:, None]
-    h = tl.load(h_rows[:, None] + neurons[None, :], has_token[:, None] & in_range[None, :], other=0.0)
+    in_range = neurons < h.stop
+    word = _active_word(h.bits, neurons, in_range, group, h.inner, UNION, group.lane.shape[0])
+    active = (((word[None, :] >> group.lane[:, None]) & 1) != 0) & group.live[:, None]
+    b_h = tl.load(h.rows[:, None] + neurons[None, :], group.live[:, None] & in_range[None, :], other=0.0)
     need = word != 0
     if NEURON_MAJOR:
-        ptrs = w_ptr + neurons.to(tl.int64)[:, None] * ld + cols[None, :]
+        ptrs = weight.ptr + neurons.to(tl.int64)[:, None] * weight.ld + cols[None, :]
         w = tl.load(ptrs, need[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
     else:
         # Neurons are neighbours in memory: leaving out single ones would save no traffic and narrow the loads.
-        ptrs = w_ptr + cols.to(tl.int64)[None, :] * ld + neurons[:, None]
+        ptrs = weight.ptr + cols.to(tl.int64)[None, :] * weight.ld + neurons[:, None]
         w = tl.load(ptrs, in_range[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
         w = tl.where(need[:, None], w, 0.0)
-    return active, tl.where(active, h, 0.0), w
+    return active, tl.where(active, b_h, 0.0), w
 
 
 @triton.jit
@@ -178,21 +204,15 @@ def _is_regular(h):
 
 
 @triton.jit
-def _irregular_terms(
-    h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, begin, stop, inner, cols, in_cols,
-    UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr,
-):  # fmt: skip
+def _irregular_terms(h, group, weight, begin, cols, in_cols, UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr):
     """Sums [TOKENS, COLS] of the active terms h * w with an irregular h or a non-finite w. Runs rarely."""
-    sums = tl.zeros([lane.shape[0], cols.shape[0]], tl.float32)
-    for start in tl.range(begin, stop, 8, num_stages=1):
-        active, h, w = _down_operands(
-            h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + tl.arange(0, 8), stop, inner, cols,
-            in_cols, UNION, NEURON_MAJOR,
-        )  # fmt: skip
+    sums = tl.zeros([group.lane.shape[0], cols.shape[0]], tl.float32)
+    for start in tl.range(begin, h.stop, 8, num_stages=1):
+        active, b_h, w = _down_operands(h, group, weight, start + tl.arange(0, 8), cols, in_cols, UNION, NEURON_MAJOR)
         w = w.to(tl.float32)
-        for b in range(lane.shape[0]):
-            this = lane[:, None] == b
-            h_b = tl.sum(tl.where(this, h, 0.0), axis=0)[:, None]
+        for b in range(group.lane.shape[0]):
+            this = group.lane[:, None] == b
+            h_b = tl.sum(tl.where(this, b_h, 0.0), axis=0)[:, None]
             active_b = tl.sum((this & active).to(tl.int32), axis=0)[:, None] != 0
             terms = tl.where(active_b & ((_is_regular(h_b) & is_finite(w)) == 0), h_b * w, 0.0)
             sums = tl.where(this, sums + tl.sum(terms, axis=0)[None, :], sums)
@@ -201,57 +221,42 @@ def _irregular_terms(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _cats_mlp_down_kernel(
-    h_ptr, w_ptr, ld, bits_ptr, partial_ptr, n_tokens, hidden, inner, span,
+    h_ptr, weight, bits_ptr, partial_ptr, n_tokens, hidden, inner, span,
     UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr, DOT: tl.constexpr,
     TOKENS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial[split, tokens, cols] = sum of h * w over the active neurons of [split * span, (split + 1) * span)."""
     groups = tl.cdiv(n_tokens, TOKENS)
-    group = tl.program_id(0) % groups
+    group = _group(tl.program_id(0) % groups, n_tokens, TOKENS)
     split = tl.program_id(1)
-    lane = tl.arange(0, TOKENS)
-    tokens = group * TOKENS + lane
-    has_token = tokens < n_tokens
     cols = tl.program_id(0) // groups * COLS + tl.arange(0, COLS)
     in_cols = cols < hidden
     begin = split * span
     stop = tl.minimum(begin + span, inner)
     block = tl.arange(0, BLOCK)
-    h_rows = h_ptr + tokens.to(tl.int64) * inner
+    h = Hidden(h_ptr + group.tokens.to(tl.int64) * inner, bits_ptr, inner, stop)
 
     if DOT:
         acc = tl.zeros([TOKENS, COLS], tl.float32)
         for start in range(begin, stop, BLOCK):
-            active, h, w = _down_operands(
-                h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + block, stop, inner, cols, in_cols,
-                UNION, NEURON_MAJOR,
-            )  # fmt: skip
-            acc = _dot_fp32_by_16bit(h, w, acc)
+            _active, b_h, w = _down_operands(h, group, weight, start + block, cols, in_cols, UNION, NEURON_MAJOR)
+            acc = _dot_fp32_by_16bit(b_h, w, acc)
         # 0 * inf is NaN: a non-finite weight shows in the sums of every token, so finite sums prove that none was met.
         if tl.min(tl.min(is_finite(acc).to(tl.int32), axis=1), axis=0) == 0:
             acc = tl.zeros([TOKENS, COLS], tl.float32)
             for start in tl.range(begin, stop, BLOCK, num_stages=1):
-                active, h, w = _down_operands(
-                    h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + block, stop, inner, cols,
-                    in_cols, UNION, NEURON_MAJOR,
-                )  # fmt: skip
-                h = tl.where(_is_regular(h), h, 0.0)
-                acc = _dot_fp32_by_16bit(h, tl.where(is_finite(w.to(tl.float32)), w, 0.0), acc)
-            acc += _irregular_terms(
-                h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, begin, stop, inner, cols, in_cols,
-                UNION, NEURON_MAJOR,
-            )  # fmt: skip
+                _active, b_h, w = _down_operands(h, group, weight, start + block, cols, in_cols, UNION, NEURON_MAJOR)
+                b_h = tl.where(_is_regular(b_h), b_h, 0.0)
+                acc = _dot_fp32_by_16bit(b_h, tl.where(is_finite(w.to(tl.float32)), w, 0.0), acc)
+            acc += _irregular_terms(h, group, weight, begin, cols, in_cols, UNION, NEURON_MAJOR)
     else:
         sums = tl.zeros([TOKENS, BLOCK, COLS], tl.float32)
         for start in range(begin, stop, BLOCK):
-            active, h, w = _down_operands(
-                h_rows, lane, has_token, w_ptr, ld, bits_ptr, group, groups, start + block, stop, inner, cols, in_cols,
-                UNION, NEURON_MAJOR,
-            )  # fmt: skip
-            sums = tl.where(active[:, :, None], tl.fma(h[:, :, None], w[None, :, :], sums), sums)
-        acc = tl.sum(sums, axis=1)
-    out = partial_ptr + (split.to(tl.int64) * n_tokens + tokens)[:, None] * hidden + cols[None, :]
-    tl.store(out, acc, has_token[:, None] & in_cols[None, :])
+            active, b_h, w = _down_operands(h, group, weight, start + block, cols, in_cols, UNION, NEURON_MAJOR)
+            sums = tl.where(active[:, :, None], tl.fma(b_h[:, :, None], w[None, :, :], sums), sums)
+        acc = tl.sum(sums, axis=1)  # [TOKENS, COLS]
+    out = partial_ptr + (split.to(tl.int64) * n_tokens + group.tokens)[:, None] * hidden + cols[None, :]
+    tl.store(out, acc, group.live[:, None] & in_cols[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -337,8 +342,9 @@ def cats_mlp_fwd(
     """
     check_activation(activation)
     _check(x, w_gate, w_up, w_down, threshold)
-    _check_biases(x, w_gate.shape[0], b_gate=b_gate, b_up=b_up, b_down=b_down)
     (n, h), i = x.shape, w_gate.shape[0]
+    for name, bias, size in (("b_gate", b_gate, i), ("b_up", b_up, i), ("b_down", b_down, h)):
+        check_packed(name, bias, (size,), x)
     plan = _FMA if x.dtype == torch.float32 else _DOT
     groups = triton.cdiv(n, plan.tokens)
     splits, span = plan.splits(i)
@@ -353,12 +359,14 @@ def cats_mlp_fwd(
     project = {**tile, "ROWS": plan.rows, "BLOCK_H": plan.block_h, "num_stages": plan.stages}
     options: dict[str, Any] = {"num_warps": plan.warps, "enable_fp_fusion": False}
     _cats_mlp_gate_kernel[grid](
-        x, w_gate, w_gate.stride(0), b_gate, threshold, threshold.stride(0) if threshold.numel() > 1 else 0,
+        x, Matrix(w_gate, w_gate.stride(0), b_gate), threshold, threshold.stride(0) if threshold.numel() > 1 else 0,
         act, bits, n, h, i, ACTIVATION=activation, INCLUSIVE=inclusive, **project, **options,
     )  # fmt: skip
-    _cats_mlp_up_kernel[grid](x, w_up, w_up.stride(0), b_up, act, bits, n, h, i, UNION=union_mask, **project, **options)
+    up = Matrix(w_up, w_up.stride(0), b_up)
+    _cats_mlp_up_kernel[grid](x, up, act, bits, n, h, i, UNION=union_mask, **project, **options)
+    down = Matrix(w_down, w_down.stride(1 if neuron_major else 0), None)
     _cats_mlp_down_kernel[(groups * triton.cdiv(h, plan.cols), splits)](
-        act, w_down, w_down.stride(1 if neuron_major else 0), bits, partials, n, h, i, span,
+        act, down, bits, partials, n, h, i, span,
         UNION=union_mask, NEURON_MAJOR=neuron_major, **tile, COLS=plan.cols, BLOCK=plan.block_i,
         num_stages=plan.down_stages[0 if neuron_major else 1], maxnreg=plan.down_registers, **options,
     )  # fmt: skip
@@ -372,28 +380,16 @@ def _check(
     x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, threshold: torch.Tensor
 ) -> None:
     """What the kernels need to stay inside their tensors; the public function checks the rest, with better words."""
-    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_TOKENS.value or not x.is_contiguous():
-        raise ValueError(
-            f"x: expected contiguous [1..{MAX_TOKENS.value}, H], got {list(x.shape)} with strides {x.stride()}"
-        )
+    fits = x.dim() == 2 and 1 <= x.shape[0] <= MAX_TOKENS.value and x.is_contiguous()
+    require(fits, "x", f"contiguous [1..{MAX_TOKENS.value}, H]", x)
     h, i = x.shape[1], w_gate.shape[0]
     for name, w, shape, ok in (
         ("w_gate", w_gate, (i, h), h <= 1 or w_gate.stride(-1) == 1),
         ("w_up", w_up, (i, h), h <= 1 or w_up.stride(-1) == 1),
         ("w_down", w_down, (h, i), h <= 1 or i <= 1 or 1 in w_down.stride()),
     ):
-        if w.shape != shape or not ok or w.dtype != x.dtype:
-            got = f"{w.dtype} {tuple(w.shape)} strides {w.stride()}"
-            raise ValueError(f"{name}: expected {x.dtype} {shape} with a unit stride, got {got}")
-    if threshold.dim() != 1 or threshold.numel() not in (1, i) or threshold.dtype != torch.float32:
-        raise ValueError(f"threshold: expected fp32 [1] or [{i}], got {threshold.dtype} {list(threshold.shape)}")
-
-
-def _check_biases(x: torch.Tensor, inner: int, **biases: torch.Tensor | None) -> None:
-    for name, bias in biases.items():
-        size = x.shape[1] if name == "b_down" else inner
-        if bias is not None and (bias.shape != (size,) or bias.dtype != x.dtype or not bias.is_contiguous()):
-            raise ValueError(f"{name}: expected contiguous {x.dtype} [{size}], got {bias.dtype} {list(bias.shape)}")
+        require(w.shape == shape and ok and w.dtype == x.dtype, name, f"{x.dtype} {shape} with a unit stride", w)
+    check_threshold(threshold, i)
 
 
 def _aot_args(dtype: torch.dtype, neuron_major: bool, options: bool = False) -> tuple[Any, ...]:

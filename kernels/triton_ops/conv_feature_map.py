@@ -9,7 +9,7 @@ backward of the convolution.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,35 +17,43 @@ import triton.language as tl
 
 from ._common.activations import activate
 from ._common.aot import AotCase
-from ._common.convolution import convolve, spans
-from ._common.features import ELU1, HEDGEHOG2, gradient, store_features
+from ._common.checks import check_packed, require
+from ._common.convolution import Conv, Packed, conv_of, convolve, place
+from ._common.features import (
+    MAX_DIM,
+    check_map,
+    chunk_of,
+    depth_of,
+    gradient,
+    least,
+    map_constants,
+    reduce_partials,
+    store_dx,
+    store_features,
+)
 from ._common.numerics import INTERPRET
-from .causal_conv1d import check_channels, check_packed, check_sequences, conv_backward, final_state
-from .feature_map import MAX_DIM, chunk_of, reduce_partials
+from .causal_conv1d import check_channels, check_sequences, conv_backward, final_state
 
 _VARIES = ["rows", "time", "sequences"]
 
 
-@triton.jit
-def _tokens(row, time, cu_ptr, sequence_ptr, sequences, HAS_CU: tl.constexpr):
-    """Of each row of the flattened batch: its batch, its token, its sequence and how many tokens of that came before."""
-    b = row // time
-    t = row - b * time
-    n, before, _ = spans(t, time, cu_ptr, sequence_ptr, sequences, b.to(tl.int64), HAS_CU)
-    return b.to(tl.int64), t, n, before
+class Projection(NamedTuple):
+    """The heads' matrices [heads / sharing, d, f]; d is the convolution's head_dim."""
+
+    weight: Any
+    heads: Any
+    sharing: Any
+    f: Any
+    eps: Any  # what the map is clamped to
 
 
 @triton.jit
-def _convolved(
-    x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, b, t, n, before, live, head, k, inputs, groups, d,
-    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-):  # fmt: skip
+def _convolved(conv, b, tokens, live, head, k, TAPS: tl.constexpr, SILU: tl.constexpr):
     """Channels k of the head [rows, k] in fp32, 0 where there is none."""
+    d = conv.head_dim
     mask = live[:, None] & (k < d)[None, :]
-    z = convolve(
-        x_ptr + (b * x_stride_b)[:, None], x_stride_t, conv_ptr, bias_ptr, state_ptr, t, before, n, head // groups * d + k,
-        head * d + k, mask, inputs, (head + 1) * d, TAPS, HAS_BIAS, HAS_STATE,
-    )  # fmt: skip
+    x_ptr = conv.x + (b * conv.stride_b)[:, None]
+    z = convolve(x_ptr, conv, tokens, head // conv.groups * d + k, head * d + k, (head + 1) * d, mask, TAPS)
     if SILU:
         z = activate(z, 0)
     return tl.where(mask, z, 0.0)
@@ -53,106 +61,91 @@ def _convolved(
 
 @triton.jit
 def _project(
-    x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, w_ptr, b, t, n, before, live, head, inputs, groups, d, f,
-    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
-    D: tl.constexpr, F: tl.constexpr, BK: tl.constexpr,
+    conv, y, b, tokens, live, head, TAPS: tl.constexpr, SILU: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """What the map is of, [rows, F] in fp32."""
     cols = tl.arange(0, F)
-    y = tl.zeros([live.shape[0], F], tl.float32)
+    acc = tl.zeros([live.shape[0], F], tl.float32)
+    w_ptr = y.weight + (head // y.sharing).to(tl.int64) * conv.head_dim * y.f
     for start in range(0, D, BK):
         k = start + tl.arange(0, BK)
-        z = _convolved(
-            x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, b, t, n, before, live, head, k, inputs, groups, d,
-            TAPS, SILU, HAS_BIAS, HAS_STATE,
-        )  # fmt: skip
-        w = tl.load(w_ptr + k[:, None] * f + cols[None, :], (k < d)[:, None] & (cols < f)[None, :], other=0.0)
-        y = tl.dot(z, w.to(tl.float32), y, input_precision="tf32x3")
-    return y
+        z = _convolved(conv, b, tokens, live, head, k, TAPS, SILU)  # [rows, BK]
+        w_mask = (k < conv.head_dim)[:, None] & (cols < y.f)[None, :]
+        w = tl.load(w_ptr + k[:, None] * y.f + cols[None, :], w_mask, other=0.0)  # [BK, F]
+        acc = tl.dot(z, w.to(tl.float32), acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def _tokens(row, time, packed, sequences):
+    """Batch row of each row of the flattened batch, and its place in its sequence."""
+    b = row // time
+    return b.to(tl.int64), place(row - b * time, time, packed, sequences, b.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _conv_feature_map_fwd_kernel(
-    x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, cu_ptr, sequence_ptr, w_ptr, out_ptr,
-    rows, time, sequences, inputs, heads, groups, sharing, d, f, eps,
-    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_CU: tl.constexpr,
-    KIND: tl.constexpr, FULLSPACE: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    conv, packed, y, out_ptr, rows, time, sequences, TAPS: tl.constexpr, SILU: tl.constexpr,
+    MAP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
-    row = tl.program_id(0) // heads * BM + tl.arange(0, BM)
+    head = tl.program_id(0) % y.heads
+    row = tl.program_id(0) // y.heads * BM + tl.arange(0, BM)
     live = row < rows
-    b, t, n, before = _tokens(row, time, cu_ptr, sequence_ptr, sequences, HAS_CU)
-    w_ptr += (head // sharing).to(tl.int64) * d * f
-    y = _project(
-        x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, w_ptr, b, t, n, before, live, head, inputs, groups,
-        d, f, TAPS, SILU, HAS_BIAS, HAS_STATE, D, F, BK,
-    )  # fmt: skip
-    store_features(y, out_ptr, row.to(tl.int64) * heads + head, live, f, eps, KIND, FULLSPACE, F)
+    b, tokens = _tokens(row, time, packed, sequences)
+    projected = _project(conv, y, b, tokens, live, head, TAPS, SILU, D, F, BK)  # [BM, F]
+    store_features(projected, out_ptr, row.to(tl.int64) * y.heads + head, live, y.f, y.eps, MAP, F)
 
 
 @triton.jit(do_not_specialize=_VARIES)
-def _conv_feature_map_dy_kernel(
-    grad_ptr, dy_ptr, x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, cu_ptr, sequence_ptr, w_ptr,
-    rows, time, sequences, inputs, heads, groups, sharing, d, f, eps,
-    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_CU: tl.constexpr,
-    KIND: tl.constexpr, FULLSPACE: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+def _conv_feature_map_dconv_kernel(
+    conv, packed, y, grad_ptr, dconv_ptr, rows, time, sequences, TAPS: tl.constexpr, SILU: tl.constexpr,
+    MAP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what the convolution makes, fp32 [rows, heads, d]."""
-    head = tl.program_id(0) % heads
-    row = tl.program_id(0) // heads * BM + tl.arange(0, BM)
+    head = tl.program_id(0) % y.heads
+    row = tl.program_id(0) // y.heads * BM + tl.arange(0, BM)
     live = row < rows
-    b, t, n, before = _tokens(row, time, cu_ptr, sequence_ptr, sequences, HAS_CU)
-    w_ptr += (head // sharing).to(tl.int64) * d * f
-    y = _project(
-        x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, w_ptr, b, t, n, before, live, head, inputs, groups,
-        d, f, TAPS, SILU, HAS_BIAS, HAS_STATE, D, F, BK,
-    )  # fmt: skip
-    HALVES: tl.constexpr = 2 if FULLSPACE else 1
-    at = row.to(tl.int64) * heads + head
-    du = gradient(y, grad_ptr + at * f * HALVES, live, f, eps, KIND, FULLSPACE, F)
-    cols = tl.arange(0, F)
-    for start in range(0, D, BK):
-        k = start + tl.arange(0, BK)
-        w = tl.load(w_ptr + k[:, None] * f + cols[None, :], (k < d)[:, None] & (cols < f)[None, :], other=0.0)
-        part = tl.dot(du, tl.trans(w.to(tl.float32)), input_precision="tf32x3")
-        tl.store(dy_ptr + at[:, None] * d + k[None, :], part, live[:, None] & (k < d)[None, :])
+    b, tokens = _tokens(row, time, packed, sequences)
+    projected = _project(conv, y, b, tokens, live, head, TAPS, SILU, D, F, BK)  # [BM, F]
+    at = row.to(tl.int64) * y.heads + head
+    dy = gradient(projected, grad_ptr, at, live, y.f, y.eps, MAP, F)  # [BM, F]
+    w_ptr = y.weight + (head // y.sharing).to(tl.int64) * conv.head_dim * y.f
+    store_dx(dy, w_ptr, dconv_ptr, at, live, conv.head_dim, y.f, D, F, BK)
 
 
 @triton.jit(do_not_specialize=[*_VARIES, "chunk"])
 def _conv_feature_map_dw_kernel(
-    grad_ptr, partial_ptr, x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, cu_ptr, sequence_ptr, w_ptr,
-    rows, time, sequences, inputs, heads, groups, sharing, d, f, eps, chunk,
-    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_CU: tl.constexpr,
-    KIND: tl.constexpr, FULLSPACE: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    BD: tl.constexpr,
+    conv, packed, y, grad_ptr, partial_ptr, rows, time, sequences, chunk, TAPS: tl.constexpr, SILU: tl.constexpr,
+    MAP: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of the matrix's gradient: [chunk, head, BD of its rows, f]."""
     BLOCKS: tl.constexpr = D // BD
-    HALVES: tl.constexpr = 2 if FULLSPACE else 1
-    head = tl.program_id(0) % heads
-    rest = tl.program_id(0) // heads
+    head = tl.program_id(0) % y.heads
+    rest = tl.program_id(0) // y.heads
     part = rest // BLOCKS
     k = (rest - part * BLOCKS) * BD + tl.arange(0, BD)
     cols = tl.arange(0, F)
-    w_ptr += (head // sharing).to(tl.int64) * d * f
     acc = tl.zeros([BD, F], tl.float32)
     for start in range(part * chunk, tl.minimum(rows, (part + 1) * chunk), BM):
         row = start + tl.arange(0, BM)
         live = row < rows
-        b, t, n, before = _tokens(row, time, cu_ptr, sequence_ptr, sequences, HAS_CU)
-        y = _project(
-            x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, w_ptr, b, t, n, before, live, head, inputs, groups,
-            d, f, TAPS, SILU, HAS_BIAS, HAS_STATE, D, F, BK,
-        )  # fmt: skip
-        at = row.to(tl.int64) * heads + head
-        du = gradient(y, grad_ptr + at * f * HALVES, live, f, eps, KIND, FULLSPACE, F)
-        z = _convolved(
-            x_ptr, x_stride_b, x_stride_t, conv_ptr, bias_ptr, state_ptr, b, t, n, before, live, head, k, inputs, groups, d,
-            TAPS, SILU, HAS_BIAS, HAS_STATE,
-        )  # fmt: skip
-        acc = tl.dot(tl.trans(z), du, acc, input_precision="tf32x3")
-    out = partial_ptr + ((part.to(tl.int64) * heads + head) * d + k)[:, None] * f + cols[None, :]
-    tl.store(out, acc, (k < d)[:, None] & (cols < f)[None, :])
+        b, tokens = _tokens(row, time, packed, sequences)
+        projected = _project(conv, y, b, tokens, live, head, TAPS, SILU, D, F, BK)  # [BM, F]
+        dy = gradient(projected, grad_ptr, row.to(tl.int64) * y.heads + head, live, y.f, y.eps, MAP, F)  # [BM, F]
+        z = _convolved(conv, b, tokens, live, head, k, TAPS, SILU)  # [BM, BD]
+        acc = tl.dot(tl.trans(z), dy, acc, input_precision="tf32x3")
+    out = partial_ptr + ((part.to(tl.int64) * y.heads + head) * conv.head_dim + k)[:, None] * y.f + cols[None, :]
+    tl.store(out, acc, (k < conv.head_dim)[:, None] & (cols < y.f)[None, :])
+
+
+class _Call(NamedTuple):
+    """What the kernels share."""
+
+    conv: Conv
+    packed: Packed
+    y: Projection
+    constants: dict[str, Any]
+    sequences: int
 
 
 def _call(
@@ -168,35 +161,22 @@ def _call(
     kind: int,
     fullspace: bool,
     eps: float,
-) -> tuple[tuple[tuple[Any, ...], tuple[Any, ...]], dict[str, Any], int]:
-    """((tensors and strides, sizes and eps); constants and warps; number of sequences) after the checks that protect memory."""
-    if fm_weight.dim() != 3 or not all(1 <= n <= MAX_DIM for n in fm_weight.shape[1:]):
-        raise ValueError(f"fm_weight: expected shape [M, d, f], d and f in 1..{MAX_DIM}, got {list(fm_weight.shape)}")
+) -> _Call:
+    """The arguments after the checks that protect memory."""
+    fits = fm_weight.dim() == 3 and all(1 <= n <= MAX_DIM for n in fm_weight.shape[1:])
+    require(fits, "fm_weight", f"[M, d, f] with d and f in 1..{MAX_DIM}", fm_weight)
     maps, d, f = fm_weight.shape
     taps = check_channels(x, conv_weight, conv_bias, groups, d, "conv_weight", "conv_bias")
     heads = conv_weight.shape[0] // d
-    if heads % max(1, maps) or (maps > 0) != (heads > 0):
-        raise ValueError(f"fm_weight: expected M to divide the {heads} heads of conv_weight, got {maps}")
-    if fm_weight.dtype is not x.dtype or not fm_weight.is_contiguous():
-        got = f"{fm_weight.dtype} with strides {fm_weight.stride()}"
-        raise ValueError(f"fm_weight: expected a contiguous tensor of {x.dtype}, got {got}")
-    if not 0 <= kind < 5:
-        raise ValueError(f"kind: expected a code in 0..4, got {kind}")
-    if kind == HEDGEHOG2.value and not fullspace:
-        raise ValueError("fullspace: expected True with this kind, got False")
+    fits = heads % max(1, maps) == 0 and (maps > 0) == (heads > 0)
+    require(fits, "fm_weight", f"M to divide the {heads} heads of conv_weight", fm_weight)
+    check_packed("fm_weight", fm_weight, (maps, d, f), x)
+    check_map(kind, fullspace)
     sequences = check_sequences(x, initial_state, cu_seqlens, sequence, taps)
-    batch, time, inputs = x.shape
-    arguments = (
-        x, x.stride(0), x.stride(1), conv_weight, conv_bias, initial_state, cu_seqlens, sequence, fm_weight,
-    )  # fmt: skip
-    sizes = (batch * time, time, sequences, inputs, heads, groups, heads // max(1, maps), d, f)
-    width, cols = (max(16, triton.next_power_of_2(n)) for n in (d, f))
-    constants = {
-        "TAPS": taps, "SILU": silu, "HAS_BIAS": conv_bias is not None, "HAS_STATE": initial_state is not None and taps > 1,
-        "HAS_CU": cu_seqlens is not None, "KIND": kind, "FULLSPACE": fullspace, "D": width, "F": cols,
-        "BK": min(width, 32), "num_warps": 8 if cols >= 128 else 4, "enable_fp_fusion": True,
-    }  # fmt: skip
-    return (arguments, (*sizes, float("-inf") if kind == ELU1.value else eps)), constants, sequences
+    constants = {"TAPS": taps, "SILU": silu, **map_constants(kind, fullspace, d, f), "enable_fp_fusion": True}
+    conv = conv_of(x, conv_weight, conv_bias, initial_state, groups, d)
+    y = Projection(fm_weight, heads, heads // max(1, maps), f, least(kind, eps))
+    return _Call(conv, Packed(cu_seqlens, sequence), y, constants, sequences)
 
 
 def conv_feature_map_fwd(
@@ -233,18 +213,19 @@ def conv_feature_map_fwd(
     Raises:
         ValueError: for shapes, dtypes or strides outside the above.
     """
-    (arguments, sizes), constants, sequences = _call(
+    c = _call(
         x, conv_weight, fm_weight, conv_bias, initial_state, cu_seqlens, sequence, groups, silu, kind, fullspace, eps
     )
-    rows, heads, f = sizes[0], sizes[4], sizes[8]
+    rows, time, heads, f = x.shape[0] * x.shape[1], x.shape[1], c.y.heads, c.y.f
     out = x.new_empty((*x.shape[:2], heads, 2 * f if fullspace else f))
     if rows * heads:
         block = 32 if INTERPRET.value else 64
-        grid = (triton.cdiv(rows, block) * heads,)
-        _conv_feature_map_fwd_kernel[grid](*arguments, out, *sizes, BM=block, **constants)
+        _conv_feature_map_fwd_kernel[(triton.cdiv(rows, block) * heads,)](
+            c.conv, c.packed, c.y, out, rows, time, c.sequences, BM=block, **c.constants
+        )
     if not output_final_state:
         return out, x.new_empty((0,))
-    return out, final_state(x, initial_state, cu_seqlens, conv_weight.shape[1], sequences)
+    return out, final_state(x, conv_weight, initial_state, cu_seqlens, c.sequences)
 
 
 def conv_feature_map_bwd(
@@ -273,29 +254,29 @@ def conv_feature_map_bwd(
     Raises:
         ValueError: as `conv_feature_map_fwd`.
     """
-    (arguments, sizes), constants, sequences = _call(
+    c = _call(
         x, conv_weight, fm_weight, conv_bias, initial_state, cu_seqlens, sequence, groups, silu, kind, fullspace, eps
     )
-    rows, heads, d, f = sizes[0], sizes[4], sizes[7], sizes[8]
+    rows, time, heads, d, f = x.shape[0] * x.shape[1], x.shape[1], c.y.heads, c.conv.head_dim, c.y.f
     check_packed("grad_phi", grad_phi, (*x.shape[:2], heads, 2 * f if fullspace else f), x)
-    check_packed("grad_final", grad_final, (sequences, x.shape[2], conv_weight.shape[1] - 1), x)
+    check_packed("grad_final", grad_final, (c.sequences, x.shape[2], conv_weight.shape[1] - 1), x)
     dmaps = torch.zeros_like(fm_weight) if rows * heads == 0 else torch.empty_like(fm_weight)
-    dy = x.new_empty((*x.shape[:2], heads * d), dtype=torch.float32)
+    dconv = x.new_empty((*x.shape[:2], heads * d), dtype=torch.float32)
     if rows * heads:
-        block, chunk = 32 if INTERPRET.value else 16, chunk_of(rows)
-        _conv_feature_map_dy_kernel[(triton.cdiv(rows, block) * heads,)](
-            grad_phi, dy, *arguments, *sizes, BM=block, **constants
+        block, chunk, depth = 32 if INTERPRET.value else 16, chunk_of(rows), depth_of(c.constants)
+        _conv_feature_map_dconv_kernel[(triton.cdiv(rows, block) * heads,)](
+            c.conv, c.packed, c.y, grad_phi, dconv, rows, time, c.sequences, BM=block, **c.constants
         )
-        chunks, depth = triton.cdiv(rows, chunk), min(constants["D"], max(16, 4096 // constants["F"]))
-        partials = dy.new_empty((chunks, heads, d, f))
-        _conv_feature_map_dw_kernel[(constants["D"] // depth * chunks * heads,)](
-            grad_phi, partials, *arguments, *sizes, chunk, BM=block, BD=depth, **constants
+        chunks = triton.cdiv(rows, chunk)
+        partials = dconv.new_empty((chunks, heads, d, f))
+        _conv_feature_map_dw_kernel[(c.constants["D"] // depth * chunks * heads,)](
+            c.conv, c.packed, c.y, grad_phi, partials, rows, time, c.sequences, chunk, BM=block, BD=depth, **c.constants
         )
         reduce_partials(partials, dmaps)
-    dx, dconv, dbias, dstate = conv_backward(
-        dy, grad_final, x, conv_weight, conv_bias, initial_state, cu_seqlens, sequence, groups, d, silu, sequences
+    dx, dweight, dbias, dstate = conv_backward(
+        dconv, grad_final, x, conv_weight, conv_bias, initial_state, cu_seqlens, sequence, groups, d, silu, c.sequences
     )
-    return dx, dconv, dmaps, dbias, dstate
+    return dx, dweight, dmaps, dbias, dstate
 
 
 def _aot_args(dtype: torch.dtype, d: int, f: int, kind: int, full: bool, backward: bool) -> tuple[Any, ...]:
@@ -312,7 +293,7 @@ def _aot_args(dtype: torch.dtype, d: int, f: int, kind: int, full: bool, backwar
 
 
 _SPILLS = dict.fromkeys(
-    ("_causal_conv1d_bwd_kernel", "_conv_feature_map_fwd_kernel", "_conv_feature_map_dw_kernel"),
+    ("causal_conv1d_bwd_kernel", "_conv_feature_map_fwd_kernel", "_conv_feature_map_dw_kernel"),
     "all options at once in float32: a few words",
 )
 # Every tap and bias is read per channel, in whatever width: "options".

@@ -7,7 +7,7 @@ again.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,14 +18,49 @@ from ._common.linear import token_tile
 from ._common.numerics import cast
 
 
+class Branch(NamedTuple):
+    """Queries or keys before their convolution [B, heads, d], its taps [channels, TAPS], bias [channels] or None, pool of past
+    tokens [P, heads, d, TAPS - 1], and matrices [maps, d, f]."""
+
+    x: Any
+    taps: Any
+    bias: Any
+    past: Any
+    weight: Any
+    maps: Any
+    heads: Any
+
+
+class State(NamedTuple):
+    """Pools S [P, states, 2f, dv] and z [P, states, 2f] or None, fp32."""
+
+    s: Any
+    z: Any
+
+
+class Gate(NamedTuple):
+    """Raw gates u [B, heads] or [B, heads, 2f], or None; g = max(logsigmoid(u) / tau, clamp_min)."""
+
+    u: Any
+    heads: Any
+    tau: Any
+    clamp_min: Any
+
+
+class Shape(NamedTuple):
+    d: Any
+    dv: Any
+    f: Any
+    fm_eps: Any
+
+
 @triton.jit
-def _convolved(
-    x_ptr, past_ptr, taps_ptr, bias_ptr, chan, inside, TAPS: tl.constexpr, BIASED: tl.constexpr, SILU: tl.constexpr
-):
-    """act(bias + taps of [past, x]) of some channels of one head, 0 outside."""
+def _convolved(x_ptr, past_ptr, branch, first, chan, inside, TAPS: tl.constexpr, SILU: tl.constexpr):
+    """act(bias + taps of [past, x]) of channels chan of the head whose outputs begin at channel `first`, 0 outside."""
+    taps_ptr = branch.taps + first * TAPS
     y = tl.zeros(chan.shape, tl.float32)
-    if BIASED:
-        y += tl.load(bias_ptr + chan, inside, other=0.0).to(tl.float32)
+    if branch.bias is not None:
+        y += tl.load(branch.bias + first + chan, inside, other=0.0).to(tl.float32)
     for j in tl.static_range(TAPS - 1):
         past = tl.load(past_ptr + chan * (TAPS - 1) + j, inside, other=0.0).to(tl.float32)
         y += tl.load(taps_ptr + chan * TAPS + j, inside, other=0.0).to(tl.float32) * past
@@ -63,109 +98,98 @@ def _softmax(y, some, fm_eps):
 
 @triton.jit
 def _features(
-    x_ptr, past_ptr, taps_ptr, bias_ptr, map_ptr, d, f, fm_eps, TAPS: tl.constexpr, BIASED: tl.constexpr,
-    SILU: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    x_ptr, past_ptr, branch, head, heads, shape, TAPS: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
-    """Both halves of the features of one head."""
+    """Both halves of the features [BF] of output head `head` of `heads`, from one raw head and its past."""
+    d, f = shape.d, shape.f
     cols = tl.arange(0, BF)
+    w_ptr = branch.weight + head * branch.maps // heads * d * f
     y = tl.zeros([BF], tl.float32)
     for first in range(0, d, BD):
         chan = first + tl.arange(0, BD)
-        x = _convolved(x_ptr, past_ptr, taps_ptr, bias_ptr, chan, chan < d, TAPS, BIASED, SILU)
+        x = _convolved(x_ptr, past_ptr, branch, head * d, chan, chan < d, TAPS, SILU)  # [BD]
         mask = (chan < d)[:, None] & (cols < f)[None, :]
-        y += tl.sum(
-            x[:, None] * tl.load(map_ptr + chan[:, None] * f + cols[None, :], mask, other=0.0).to(tl.float32), 0
-        )
-    return _softmax(y, cols < f, fm_eps), _softmax(-y, cols < f, fm_eps)
+        w = tl.load(w_ptr + chan[:, None] * f + cols[None, :], mask, other=0.0).to(tl.float32)  # [BD, BF]
+        y += tl.sum(x[:, None] * w, 0)
+    return _softmax(y, cols < f, shape.fm_eps), _softmax(-y, cols < f, shape.fm_eps)
 
 
 @triton.jit
-def _decay(u_ptr, at, some, tau, clamp_min, GATE: tl.constexpr):
+def _decay(gate, at, some, GATE: tl.constexpr):
     """exp(max(logsigmoid(u) / tau, clamp_min)) from `at` on; 1 without a gate."""
     decay = tl.where(some, 1.0, 1.0)
     if GATE > 0:
         offsets = at + (tl.arange(0, some.shape[0]) if GATE == 2 else tl.zeros([some.shape[0]], tl.int32))
-        u = tl.load(u_ptr + offsets, some, other=0.0).to(tl.float32)
+        u = tl.load(gate.u + offsets, some, other=0.0).to(tl.float32)
         e = tl.exp(-tl.abs(u))
         # log(1 + e) without the cancellation of small e
         one = 1.0 + e
         log = tl.where(one == 1.0, e, tl.log(one) * e / tl.where(one == 1.0, 1.0, one - 1.0))
-        g = (tl.where(u > 0.0, 0.0, u) - log) / tau
-        decay = tl.exp(tl.where(g < clamp_min, clamp_min, g))
+        g = (tl.where(u > 0.0, 0.0, u) - log) / gate.tau
+        decay = tl.exp(tl.where(g < gate.clamp_min, gate.clamp_min, g))
     return decay
 
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, u_ptr, cq_ptr, ck_ptr, cq_bias_ptr, ck_bias_ptr, wphi_ptr, wphi_k_ptr, conv_q_ptr, conv_k_ptr, s_ptr,
-    z_ptr, index_ptr, o_ptr, batch, pool, q_heads, k_heads, v_heads, g_heads, states, maps, key_maps, d, dv, f, tau, clamp_min,
-    scale, eps, fm_eps, GATE: tl.constexpr, NORMALIZE: tl.constexpr, INDEXED: tl.constexpr, TAPS: tl.constexpr,
-    Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+    q, k, gate, state, v_ptr, v_heads, index_ptr, o_ptr, batch, pool, states, d, dv, f, scale, eps, fm_eps,
+    GATE: tl.constexpr, TAPS: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     b, head = (tl.program_id(0) % batch).to(tl.int64), (tl.program_id(0) // batch).to(tl.int64)
-    place = tl.load(index_ptr + b) if INDEXED else b
+    place = b if index_ptr is None else tl.load(index_ptr + b)
     used = (place >= 0) & (place < pool)
-    per_head, per_state = states // k_heads, q_heads // states
+    shape = Shape(d, dv, f, fm_eps)
+    per_head, per_state = states // k.heads, q.heads // states
     half = tl.arange(0, BF)
     some = half < f
-    raw_key = k_ptr + (b * k_heads + head) * d
-    past_k = conv_k_ptr + (place * k_heads + head) * d * (TAPS - 1)
+    raw_key = k.x + (b * k.heads + head) * d
+    past_k = k.past + (place * k.heads + head) * d * (TAPS - 1)
     if not used:
         for i in range(per_head * per_state):
             for first in range(0, dv, BV):
                 cols = first + tl.arange(0, BV)
                 nothing = cast(tl.zeros([BV], tl.float32), o_ptr.dtype.element_ty)
-                tl.store(o_ptr + (b * q_heads + head * per_head * per_state + i) * dv + cols, nothing, cols < dv)
+                tl.store(o_ptr + (b * q.heads + head * per_head * per_state + i) * dv + cols, nothing, cols < dv)
     else:
         for i in range(per_head):
             s = head * per_head + i
-            key_up, key_down = _features(
-                raw_key, past_k, ck_ptr + s * d * TAPS, ck_bias_ptr + s * d if K_BIAS else ck_ptr,
-                wphi_k_ptr + s * key_maps // states * d * f, d, f, fm_eps, TAPS, K_BIAS, SILU, BD, BF,
-            )  # fmt: skip
-            gate = b * g_heads + s * g_heads // states
-            gate = gate * 2 * f if GATE == 2 else gate
-            decay_up = _decay(u_ptr, gate, some, tau, clamp_min, GATE)
-            decay_down = _decay(u_ptr, gate + f if GATE == 2 else gate, some, tau, clamp_min, GATE)
+            key_up, key_down = _features(raw_key, past_k, k, s, states, shape, TAPS, SILU, BD, BF)  # [BF]
+            gate_at = b * gate.heads + s * gate.heads // states
+            gate_at = gate_at * 2 * f if GATE == 2 else gate_at
+            decay_up = _decay(gate, gate_at, some, GATE)
+            decay_down = _decay(gate, gate_at + f if GATE == 2 else gate_at, some, GATE)
             own = (place * states + s) * 2 * f
             z_up = tl.zeros([BF], tl.float32)
             z_down = tl.zeros([BF], tl.float32)
-            if NORMALIZE:
-                z_up = tl.load(z_ptr + own + half, some, other=0.0) * decay_up + key_up
-                z_down = tl.load(z_ptr + own + f + half, some, other=0.0) * decay_down + key_down
+            if state.z is not None:
+                z_up = tl.load(state.z + own + half, some, other=0.0) * decay_up + key_up
+                z_down = tl.load(state.z + own + f + half, some, other=0.0) * decay_down + key_down
                 tl.debug_barrier()
-                tl.store(z_ptr + own + half, z_up, some)
-                tl.store(z_ptr + own + f + half, z_down, some)
+                tl.store(state.z + own + half, z_up, some)
+                tl.store(state.z + own + f + half, z_down, some)
             for r in range(per_state):
                 h = s * per_state + r
-                raw = q_ptr + (b * q_heads + h) * d
-                past_q = conv_q_ptr + (place * q_heads + h) * d * (TAPS - 1)
-                up, down = _features(
-                    raw, past_q, cq_ptr + h * d * TAPS, cq_bias_ptr + h * d if Q_BIAS else cq_ptr,
-                    wphi_ptr + h * maps // q_heads * d * f, d, f, fm_eps, TAPS, Q_BIAS, SILU, BD, BF,
-                )  # fmt: skip
-                _shift(raw, past_q, d, TAPS, BD)
+                raw_query = q.x + (b * q.heads + h) * d
+                past_q = q.past + (place * q.heads + h) * d * (TAPS - 1)
+                up, down = _features(raw_query, past_q, q, h, q.heads, shape, TAPS, SILU, BD, BF)  # [BF]
+                _shift(raw_query, past_q, d, TAPS, BD)
                 up, down = up * scale, down * scale
-                total = 1.0
-                if NORMALIZE:
-                    total = tl.sum(up * z_up, 0) + tl.sum(down * z_down, 0) + eps
+                den = 1.0
+                if state.z is not None:
+                    den = tl.sum(up * z_up, 0) + tl.sum(down * z_down, 0) + eps
                 for first in range(0, dv, BV):
                     cols = first + tl.arange(0, BV)
-                    value = tl.load(v_ptr + (b * v_heads + s * v_heads // states) * dv + cols, cols < dv, other=0.0).to(
-                        tl.float32
-                    )
+                    value_ptr = v_ptr + (b * v_heads + s * v_heads // states) * dv
+                    value = tl.load(value_ptr + cols, cols < dv, other=0.0).to(tl.float32)  # [BV]
+                    s_ptr = state.s + own * dv
                     if r == 0:
-                        state_up = token_tile(s_ptr + own * dv, half, some, cols, dv, key_up, decay_up, value, True)
-                        state_down = token_tile(
-                            s_ptr + own * dv, f + half, some, cols, dv, key_down, decay_down, value, True
-                        )
+                        s_up = token_tile(s_ptr, half, some, cols, dv, key_up, decay_up, value, True)  # [BF, BV]
+                        s_down = token_tile(s_ptr, f + half, some, cols, dv, key_down, decay_down, value, True)
                     else:
-                        state_up = token_tile(s_ptr + own * dv, half, some, cols, dv, key_up, decay_up, value, False)
-                        state_down = token_tile(
-                            s_ptr + own * dv, f + half, some, cols, dv, key_down, decay_down, value, False
-                        )
-                    out = (tl.sum(up[:, None] * state_up, 0) + tl.sum(down[:, None] * state_down, 0)) / total
-                    tl.store(o_ptr + (b * q_heads + h) * dv + cols, cast(out, o_ptr.dtype.element_ty), cols < dv)
+                        s_up = token_tile(s_ptr, half, some, cols, dv, key_up, decay_up, value, False)
+                        s_down = token_tile(s_ptr, f + half, some, cols, dv, key_down, decay_down, value, False)
+                    out = (tl.sum(up[:, None] * s_up, 0) + tl.sum(down[:, None] * s_down, 0)) / den
+                    tl.store(o_ptr + (b * q.heads + h) * dv + cols, cast(out, o_ptr.dtype.element_ty), cols < dv)
                 tl.debug_barrier()  # the state is written before the next query reads it
         _shift(raw_key, past_k, d, TAPS, BD)
 
@@ -184,13 +208,13 @@ def lawcat_decode_step_(
     k_heads, f, taps = k0.shape[1], keys // 2, cq.shape[1]
     o = q0.new_empty((batch, q_heads, dv))
     if batch:
+        queries = Branch(q0, cq, cq_bias, conv_q, wphi, wphi.shape[0], q_heads)
+        raw_keys = Branch(k0, ck, ck_bias, conv_k, wphi_k, wphi_k.shape[0], k_heads)
         _decode_kernel[(batch * k_heads,)](
-            q0, k0, v, u, cq, ck, cq_bias, ck_bias, wphi, wphi_k, conv_q, conv_k, state, z, state_indices, o, batch, pool,
-            q_heads, k_heads, v.shape[1], 1 if u is None else u.shape[1], states, wphi.shape[0], wphi_k.shape[0], d, dv, f, tau,
-            clamp_min, scale, eps, fm_eps, GATE=0 if u is None else u.dim() - 1, NORMALIZE=z is not None,
-            INDEXED=state_indices is not None, TAPS=taps, Q_BIAS=cq_bias is not None, K_BIAS=ck_bias is not None, SILU=silu,
-            BD=min(16, triton.next_power_of_2(d)), BF=triton.next_power_of_2(f), BV=min(16, triton.next_power_of_2(dv)),
-            num_warps=8 if f > 32 else 4,
+            queries, raw_keys, Gate(u, 1 if u is None else u.shape[1], tau, clamp_min), State(state, z), v, v.shape[1],
+            state_indices, o, batch, pool, states, d, dv, f, scale, eps, fm_eps, GATE=0 if u is None else u.dim() - 1,
+            TAPS=taps, SILU=silu, BD=min(16, triton.next_power_of_2(d)), BF=triton.next_power_of_2(f),
+            BV=min(16, triton.next_power_of_2(dv)), num_warps=8 if f > 32 else 4,
         )  # fmt: skip
     return o
 

@@ -22,8 +22,7 @@ PACKAGE, TRITON, CSRC = ROOT / "python" / "subquad", ROOT / "kernels" / "triton_
 TOP_LEVEL = {
     ".ci", ".clang-format", ".clang-tidy", ".editorconfig", ".gitattributes", ".gitignore", ".pre-commit-config.yaml",
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "benchmarks", "csrc", "docs",
-    "examples",
-    "kernels", "mkdocs.yml", "pyproject.toml", "python", "setup.py", "tests",
+    "examples", "findings", "kernels", "mkdocs.yml", "pyproject.toml", "python", "setup.py", "tests",
 }  # fmt: skip
 PLACES = {
     "contract": ("python/subquad/contract/{}.py",),
@@ -116,6 +115,11 @@ def _knows_torch(name: str) -> bool:
 NATIVE = native_includes()
 
 
+def is_here(path: Path) -> bool:
+    """Whether the file exists, or, for Triton kernels, the package of its name."""
+    return path.exists() or (path.parent == TRITON and (path.with_suffix("") / "__init__.py").exists())
+
+
 def missing(stem: str) -> dict[str, str]:
     """What the specs of a stem declare missing."""
     return {place: reason for spec in SPECS if spec.stem == stem for place, reason in spec.missing.items()}
@@ -127,7 +131,7 @@ def missing(stem: str) -> dict[str, str]:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_op_has_its_files(stem: str, place: str) -> None:
-    existing = [(ROOT / name.format(stem)).exists() for name in PLACES[place]]
+    existing = [is_here(ROOT / name.format(stem)) for name in PLACES[place]]
     if place in missing(stem):
         assert not any(existing), f"{place} of {stem} exists, although its spec declares it missing"
     else:
@@ -156,6 +160,22 @@ def test_every_file_belongs_to_an_op(folder: Path, pattern: str) -> None:
 
 def test_native_code_belongs_to_an_op() -> None:
     assert {path.relative_to(CSRC / "ops").parts[0] for path in FILES if CSRC / "ops" in path.parents} == set(STEMS)
+
+
+def test_packages_of_triton_kernels_belong_to_an_op() -> None:
+    packages = {path.relative_to(TRITON).parts[0] for path in below(TRITON) if path.parent != TRITON}
+    assert packages <= {"_common", *STEMS}
+    assert [stem for stem in packages if (TRITON / f"{stem}.py").exists()] == []
+
+
+def test_helpers_that_triton_kernels_share_have_two_users() -> None:
+    for helper in (path for path in below(TRITON / "_common") if path.stem != "__init__"):
+        users = {
+            path.relative_to(TRITON).parts[0].removesuffix(".py")
+            for path in below(TRITON)
+            if any(helper.stem in name.split(".") and name.startswith(".") for name in imports(path))
+        }
+        assert len(users) > 1, f"{name_of(helper)} is used by {users} alone"
 
 
 def test_tests_belong_to_an_op_or_a_room() -> None:

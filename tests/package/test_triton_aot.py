@@ -63,8 +63,8 @@ def test_linear_attention_uses_the_newest_matrix_units(arch: int, instruction: s
     if arch != ARCH:
         entries = triton_entries(triton_side.modules("gated_linear_attention"), [arch], Console(quiet=True))
     entries = [e for e in entries if e.stem == "gated_linear_attention" and "bf16 D128 channel" in e.cases]
-    forward, walk = ["_walk_kernel", "_output_kernel"], ["_walk_kernel"]
-    names = [*forward, *walk, "_dden_kernel", "_reverse_walk_kernel", "_dqkv_kernel"]
+    forward, walk = ["chunk_fwd_state_kernel", "chunk_fwd_out_kernel"], ["chunk_fwd_state_kernel"]
+    names = [*forward, *walk, "chunk_bwd_den_kernel", "chunk_bwd_state_kernel", "chunk_bwd_dqkv_kernel"]
     assert sorted(entry.kernel for entry in entries) == sorted(names)
     for entry in entries:
         assert set(entry.code.matrix) == {instruction}, (entry.kernel, entry.code.matrix)

@@ -8,6 +8,8 @@ import triton.language as tl
 # Fixed when Triton is imported, as @triton.jit itself is. The interpreter keeps bf16 as raw 16-bit integers: there,
 # loads are widened before arithmetic or tl.dot.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -156,9 +156,14 @@ def test_launches(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) ->
     sample = draw(Sampler(torch.bfloat16, device), "launches", 5, (2, 2, 2, 2), 8, 8, batch=1, normalize=True)
     leaves = {n: sample[n].clone().requires_grad_() for n in ("q", "k", "v", "g")}
     o = SPECS[0].fn(**leaves, **sample.kwargs, backend=backend)[0]
-    assert launched == ["_walk_kernel", "_output_kernel"]
+    assert launched == ["chunk_fwd_state_kernel", "chunk_fwd_out_kernel"]
     o.sum().backward()
-    assert launched[2:] == ["_walk_kernel", "_dden_kernel", "_reverse_walk_kernel", "_dqkv_kernel"]
+    assert launched[2:] == [
+        "chunk_fwd_state_kernel",
+        "chunk_bwd_den_kernel",
+        "chunk_bwd_state_kernel",
+        "chunk_bwd_dqkv_kernel",
+    ]
 
 
 @backend_params("gated_linear_attention", *KERNELS)

@@ -9,6 +9,7 @@ import torch
 
 import subquad
 from subquad import IntervalMask
+from subquad.masks import plan
 from subquad.testing import Sampler, backend_params
 
 
@@ -107,7 +108,7 @@ def test_grids_hold_a_large_batch_of_many_heads(monkeypatch: pytest.MonkeyPatch)
             return lambda *args, **kwargs: None
 
     for name in ("fwd", "dq", "dkdv"):
-        monkeypatch.setattr(kernels, f"_interval_attention_{name}_kernel", Recorder())
+        monkeypatch.setattr(kernels, f"interval_attention_{name}_kernel", Recorder())
     q = torch.empty((2**12, 130, 32, 1, 16), device="meta")
     k, lse = torch.empty((2**12, 130, 32, 16), device="meta"), torch.empty((2**12, 130, 32), device="meta")
     mask = (None, None, None, None, 0, -1, True, None, None, 0.25, [])
@@ -116,6 +117,14 @@ def test_grids_hold_a_large_batch_of_many_heads(monkeypatch: pytest.MonkeyPatch)
     assert len(grids) == 3 and all(grid[1:] == (32, 2**12) for grid in grids)
     with pytest.raises(ValueError, match=r"^q: expected a batch"):
         kernels.interval_attention_fwd(q[:1].expand(2**16, -1, -1, -1, -1), k, k, *mask)
+
+
+@backend_params("interval_attention", "triton")
+def test_tiles_of_a_plan_have_one_size(backend: str) -> None:
+    """Kernels may not import subquad: they repeat the sizes."""
+    from subquad.kernels.interval_attention import tiles
+
+    assert (tiles.PLAN_Q.value, tiles.PLAN_K.value) == (plan.PLAN_Q, plan.PLAN_K)
 
 
 @backend_params("interval_attention", "triton")
