@@ -148,23 +148,3 @@ def test_any_schedule_gives_the_same_bits(emulator: ctypes.CDLL, seed: int) -> N
         emulator.subquad_simt_set_seed(1)
     for a, b in zip((*found, *other), (*expected, *one), strict=True):
         assert_same_bits(a, b)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "training", "expected"), [(1, False, "native"), (64, False, "native"), (65, False, "triton"), (8, True, "triton")]
-)  # fmt: skip
-def test_few_tokens_on_a_gpu_go_to_cuda(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, training: bool, expected: str
-) -> None:
-    """Chosen by shape, unless somebody asks for a backend; meta tensors stand in for those of a GPU."""
-    from subquad.ops import gated_linear_attention as module
-
-    monkeypatch.setattr(module, "resolve", lambda stem, device, name: name or "triton")
-    monkeypatch.setattr(module._backends, "unavailable", lambda *_: None)
-
-    class Gpu:
-        device, requires_grad = torch.device("cuda"), training
-        shape = (1, tokens, 1, 8)
-
-    assert module._backend(None, Gpu()) == expected  # type: ignore[arg-type]
-    assert module._backend("triton", Gpu()) == "triton"  # type: ignore[arg-type]
