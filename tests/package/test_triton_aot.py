@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import fcntl
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -25,8 +28,16 @@ def _jitted_kernels() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def entries() -> list[Entry]:
-    return triton_entries(triton_side.modules(None), [ARCH], Console(quiet=True))
+def entries(tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
+    """Compiled by the first worker that needs them, for all."""
+    folder = tmp_path_factory.getbasetemp()
+    kept = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"triton-{ARCH}.pickle"
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(triton_entries(triton_side.modules(None), [ARCH], Console(quiet=True))))
+    found: list[Entry] = pickle.loads(kept.read_bytes())
+    return found
 
 
 def test_cases_reach_every_kernel(entries: list[Entry]) -> None:
