@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -166,40 +167,48 @@ def shown(numbers: list[int]) -> str:
     return f"[{', '.join(map(str, numbers[:4]))}, ..., {', '.join(map(str, numbers[-3:]))}]"
 
 
-def unshared(names: tuple[str, ...], values: Sequence[object], written: tuple[int, ...]) -> None:
+def unshared(names: tuple[str, ...], values: Sequence[Any], tensors: tuple[int, ...], written: tuple[int, ...]) -> None:
     """No element of a tensor that is written to, `values[i]` with i in `written`, is another one's or lies there twice.
 
-    Columns of one buffer that interleave within its rows are refused with those that overlap. Under torch.compile, where memory
-    has no addresses, only the same tensor given twice is found.
+    Slices of one buffer that interleave are told apart from those that overlap. Under torch.compile, where memory has no
+    addresses, only the same tensor given twice is found.
     """
-    tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, torch.Tensor)]
-    traced = torch.compiler.is_compiling() or not all(_addressable(x) for _, x in tensors)
-    for i in written:
-        state = values[i]
-        if not isinstance(state, torch.Tensor):
+    given = [i for i in tensors if values[i] is not None]
+    if not _addressable([values[i] for i in given]):
+        for i in written:
+            for j in given:
+                if j != i and values[j] is values[i]:
+                    raise ValueError(f"{names[i]}: {_SHARED} {names[j]} has")
+        return
+    ranges = [(i, begin := values[i].data_ptr(), begin + _extent(values[i])) for i in given]
+    for i, begin, end in ranges:
+        if i not in written:
             continue
-        if not traced and not state.is_contiguous() and _overlaps_itself(state):
+        state = values[i]
+        if not state.is_contiguous() and _overlaps_itself(state):
             raise ValueError(
                 f"{names[i]}: expected elements of their own, for they are written to, got strides {list(state.stride())}"
             )
-        for j, other in tensors:
-            if j != i and (other is state or (not traced and _overlap(state, other))):
-                raise ValueError(
-                    f"{names[i]}: expected memory of its own, for it is written to, got some that {names[j]} has"
-                )
+        for j, other_begin, other_end in ranges:
+            if begin < other_end and other_begin < end and j != i and _overlap(state, values[j]):
+                raise ValueError(f"{names[i]}: {_SHARED} {names[j]} has")
 
 
-def _addressable(x: torch.Tensor) -> bool:
-    fake = x.device.type == "meta" or isinstance(x, torch._subclasses.FakeTensor)
-    return not fake and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+_SHARED = "expected memory of its own, for it is written to, got some that"
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _addressable(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors, all on one device, lie somewhere: not under a compiler or transform, not of shapes alone."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensors[0].is_meta:
+        return False
+    return not any(type(x) not in _PLAIN and isinstance(x, torch._subclasses.FakeTensor) for x in tensors)
 
 
 def _extent(x: torch.Tensor) -> int:
     """Bytes from the first element to behind the last."""
-    if x.is_contiguous():
-        return x.numel() * x.element_size()
-    if x.numel() == 0:
-        return 0
+    if x.is_contiguous() or x.numel() == 0:
+        return x.nbytes
     return (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * x.element_size()
 
 
@@ -214,15 +223,28 @@ def _overlaps_itself(x: torch.Tensor) -> bool:
     return False
 
 
+_Steps = list[tuple[int, int]]  # (stride, size) of every dimension, in bytes, the longest first
+
+
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors share elements; slices side by side of one buffer's rows do not."""
-    begin_a, begin_b, extent_a, extent_b = a.data_ptr(), b.data_ptr(), _extent(a), _extent(b)
-    if not extent_a or not extent_b or begin_a >= begin_b + extent_b or begin_b >= begin_a + extent_a:
+    """Whether two tensors share a byte; True where that is too hard to say."""
+
+    def steps(x: torch.Tensor) -> _Steps:
+        dims = ((s * x.element_size(), n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1)
+        return [*sorted(dims, reverse=True), (1, x.element_size())]
+
+    return a.numel() > 0 and b.numel() > 0 and _meet(b.data_ptr() - a.data_ptr(), steps(a), steps(b))
+
+
+def _meet(distance: int, a: _Steps, b: _Steps) -> bool:
+    """Whether the bytes of b, which begins `distance` behind a, are some of a's."""
+    end_a, end_b = (1 + sum(stride * (n - 1) for stride, n in x) for x in (a, b))
+    if distance >= end_a or -distance >= end_b:
         return False
-    if a.dim() and b.dim():
-        row = a.stride(0) * a.element_size()
-        inner_a, inner_b = _extent(a[0]), _extent(b[0])
-        if row == b.stride(0) * b.element_size() and inner_a <= row and inner_b <= row:
-            distance = (begin_b - begin_a) % row
-            return distance < inner_a or row - distance < inner_b
+    stride = a[0][0]
+    inner_a, inner_b = (1 + sum(s * (n - 1) for s, n in x[1:]) for x in (a, b))
+    if len(a) > 1 and len(b) > 1 and stride == b[0][0] and inner_a <= stride and inner_b <= stride:
+        # Rows of the same length: b's begin somewhere in a row of a, and may reach into the next.
+        into = distance % stride
+        return _meet(into, a[1:], b[1:]) or _meet(into - stride, a[1:], b[1:])
     return True

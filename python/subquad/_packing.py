@@ -56,7 +56,8 @@ class Packed:
         cu = bounds("cu_seqlens", cu_seqlens, tokens)
         tokens = int(cu[-1]) if tokens is None else tokens
         self.tokens, self.sequences = tokens, cu.shape[0] - 1
-        self.int32, self.int64 = cu.to(torch.int32).contiguous(), cu.to(torch.int64).contiguous()
+        # Copies: what happens to the argument later has nothing to do with this.
+        self.int32, self.int64 = (cu.detach().to(t, copy=True).contiguous() for t in (torch.int32, torch.int64))
         place = torch.arange(tokens, device=cu.device, dtype=torch.int32)
         self.sequence = torch.searchsorted(self.int32, place, right=True, out_int32=True) - 1
 
@@ -83,12 +84,13 @@ class Packed:
     @classmethod
     def remembered(cls, cu_seqlens: torch.Tensor | Packed, x: torch.Tensor) -> Packed:
         """`of`, for the layers of a model, which are all given the same tensor: the first one's answer serves the others."""
-        if not isinstance(cu_seqlens, torch.Tensor) or torch.compiler.is_compiling():
+        if not isinstance(cu_seqlens, torch.Tensor) or torch.compiler.is_compiling() or cu_seqlens.is_inference():
             return cls.of(cu_seqlens, x)
-        version, packed = _REMEMBERED.get(cu_seqlens, (None, cu_seqlens))
-        found = cls.of(packed if version == cu_seqlens._version else cu_seqlens, x)
-        _REMEMBERED[cu_seqlens] = (cu_seqlens._version, found)
-        return found
+        version, packed = _REMEMBERED.get(cu_seqlens, (None, None))
+        if packed is None or version != cu_seqlens._version or packed.tokens != x.shape[1]:
+            packed = cls.of(cu_seqlens, x)
+            _REMEMBERED[cu_seqlens] = (cu_seqlens._version, packed)
+        return cls.of(packed, x)
 
     def __repr__(self) -> str:
         return f"Packed({self.sequences} sequences, {self.tokens} tokens)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +118,67 @@ def test_steps_under_autocast(name: str, backend: str) -> None:
     same(found_states, expected_states)
 
 
+@pytest.mark.heavy
+@backend_params("cats_mlp", "native")
+def test_compiled_training_under_autocast(backend: str) -> None:
+    """The backward, which a compiler traces apart from the autocast it will run under, has the bits of eager code."""
+    tensors = [torch.randn(s, requires_grad=True) for s in ((20, 8), (16, 8), (16, 8), (8, 16))]
+    compiled = torch.compile(lambda *a: subquad.cats_mlp(*a, 0.3), fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (lambda *a: subquad.cats_mlp(*a, 0.3), compiled):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(*tensors)
+        found.append(torch.autograd.grad(y.float().square().sum(), tensors))
+    for eager, traced in zip(*found, strict=True):
+        assert_same_bits(traced, eager)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("op", ["gated_linear_attention", "interval_attention"])
+def test_any_number_of_tokens_compiles_once_and_is_exported(op: str) -> None:
+    """Without a backend asked for, and what tracing saw does not stay behind for eager calls."""
+
+    def call(q: torch.Tensor) -> torch.Tensor:
+        if op == "gated_linear_attention":
+            return subquad.gated_linear_attention(q, q, q)[0]
+        out = subquad.interval_attention(q, q, q, subquad.IntervalMask.causal(q.shape[1]))
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for tokens in (5, 7, 70, 23):
+            q = torch.rand(1, tokens, 2, 8)
+            assert_same_bits(compiled(q), call(q))
+    assert counter.frame_count <= 2
+
+    class Model(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return call(q)
+
+    example = torch.rand(1, 6, 2, 8)
+    sizes = ({1: torch.export.Dim("tokens", min=2, max=64)},)
+    exported = torch.export.export(Model(), (example,), dynamic_shapes=sizes, strict=False)
+    assert_same_bits(exported.module()(example), call(example))
+
+
+def test_meta_tensors_have_shapes() -> None:
+    with torch.device("meta"):
+        assert subquad.cats_activation(torch.empty(3, 4), 0.1).shape == (3, 4)
+        q, state = torch.empty(2, 2, 8), torch.empty(2, 2, 8, 8)
+        assert subquad.gated_linear_attention_step(q, q, q, None, state).shape == (2, 2, 8)
+
+
+@backend_params("gated_linear_attention", "native", "reference")
+def test_gradients_of_no_sequences(backend: str) -> None:
+    q, s, z = (torch.rand(shape, requires_grad=True) for shape in ((0, 5, 2, 8), (0, 2, 8, 8), (0, 2, 8)))
+    options: dict[str, Any] = {"normalize": True, "output_final_state": True, "backend": backend}
+    o, (s1, z1) = subquad.gated_linear_attention(q, q, q, initial_state=(s, z), **options)
+    grads = torch.autograd.grad((o.sum() + s1.sum() + z1.sum()), (q, s, z))
+    assert [g.shape for g in grads] == [q.shape, s.shape, z.shape]
+
+
 # --- steps: one contract ----------------------------------------
 
 
@@ -179,6 +242,48 @@ def test_steps_refuse_the_same_indices_with_the_same_words(
     same(states, before)
 
 
+@backend_params("causal_conv1d", "native", "reference", "simt")
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_no_rows(name: str, backend: str) -> None:
+    tensors, states, indices = step_arguments(name, rows=0)
+    weights = step_arguments(name)[0]
+    rows = {n: x if n in ("x", "q", "k", "v", "g", "q0", "k0", "u") else weights[n] for n, x in tensors.items()}
+    before = copies(states)
+    assert run_step(name, backend, rows, states, **{indices: torch.zeros(0, dtype=torch.int64)}).shape[0] == 0
+    same(states, before)
+
+
+@pytest.mark.heavy
+def test_wide_indices_do_not_wrap() -> None:
+    """Where values are not looked at, what lies outside is skipped, whatever its lowest 32 bits say."""
+    tensors, states, _ = step_arguments("causal_conv1d_update", rows=2, pool=3)
+    step = torch.compile(subquad.causal_conv1d_update, fullgraph=True, backend="aot_eager")
+    before = copies(states)
+    y = step(tensors["x"], states["conv_state"], tensors["weight"], conv_state_indices=torch.tensor([0, 2**32 + 1]))
+    assert not bool(y[1].any())
+    assert_same_bits(states["conv_state"][1:], before["conv_state"][1:])
+    assert not torch.equal(states["conv_state"][0], before["conv_state"][0])
+
+
+def test_tokens_before_may_be_more_than_32_bits_count() -> None:
+    tensors, states, _ = step_arguments("causal_conv1d_update", pool=3)
+    found = []
+    for seen in (torch.tensor([4, 5, 6]), torch.tensor([4, 5, 6]) + 3 * 2**33):
+        ring = states["conv_state"].clone()
+        found.append((subquad.causal_conv1d_update(**tensors, conv_state=ring, cache_seqlens=seen), ring))
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", STEPS[1:])
+def test_compiled_steps_refuse_what_they_would_have_to_copy(name: str) -> None:
+    tensors, states, _ = step_arguments(name, pool=3)
+    states["state"] = states["state"].mT.contiguous().mT
+    with pytest.raises(Exception, match=r"state: expected a contiguous tensor under torch.compile"):
+        torch.compile(getattr(subquad, name), fullgraph=True, backend="aot_eager")(**tensors, **states)
+
+
 @backend_params("causal_conv1d", "native", "reference")
 @pytest.mark.filterwarnings("ignore:subquad")
 @pytest.mark.parametrize("layout", ["rows of a larger buffer", "transposed", "every other"])
@@ -236,19 +341,27 @@ def test_steps_refuse_states_that_share_memory(name: str, backend: str) -> None:
 
 def tensors_of(*tensors: torch.Tensor) -> Callable[[], None]:
     names = tuple("abcdef"[: len(tensors)])
-    return lambda: unshared(names, tensors, (0,))
+    return lambda: unshared(names, tensors, tuple(range(len(tensors))), (0,))
 
 
 def test_memory_that_is_shared() -> None:
     buffer = torch.zeros(4, 3, 5)
     tensors_of(buffer[:, 0], buffer[:, 1], buffer[:, 2])()  # side by side in every row
     tensors_of(buffer[:2], buffer[2:])()
+    tensors_of(buffer[:, :, 0], buffer[:, :, 1])()
+    tensors_of(buffer[..., :-1], buffer[..., -1], buffer[:2, :, 4])()  # a state with its sums as the last column
+    tensors_of(buffer[:, 1:, :2], buffer[:, :2, 2:])()
     tensors_of(buffer[:0], buffer)()
     for other in (buffer, buffer[:, 0], buffer[3], buffer.flatten()[-1:], buffer.view(torch.int32)):
         with pytest.raises(ValueError, match=r"^a: expected memory of its own.* that b has"):
             tensors_of(buffer, other)()
-    with pytest.raises(ValueError, match=r"^a: expected memory of its own"):
-        tensors_of(buffer[:, :2], buffer[:, 1:])()
+    for a, b in (
+        (buffer[:, :2], buffer[:, 1:]),
+        (buffer[..., :3], buffer[..., 2:]),
+        (buffer[:, 1, :2], buffer[:, 1:, 1]),
+    ):
+        with pytest.raises(ValueError, match=r"^a: expected memory of its own"):
+            tensors_of(a, b)()
     with pytest.raises(ValueError, match=r"^a: expected elements of their own"):
         tensors_of(torch.zeros(8).unfold(0, 4, 2))()
     tensors_of(torch.zeros(8).unfold(0, 4, 4))()
@@ -338,6 +451,35 @@ def test_bounds_are_looked_at_once_per_model_call(monkeypatch: pytest.MonkeyPatc
     cu[1] = 7
     with pytest.raises(ValueError, match=r"^cu_seqlens: expected numbers from 0 to 6"):
         layers[0](x, cu_seqlens=cu)
+
+
+def test_packed_bounds_are_their_own() -> None:
+    for dtype in (torch.int32, torch.int64):
+        cu = torch.tensor([0, 2, 6], dtype=dtype)
+        packed = subquad.Packed(cu)
+        cu[1] = 5
+        assert packed.int32.tolist() == packed.int64.tolist() == [0, 2, 6]
+        assert packed.sequence.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_bounds_that_were_looked_at_are_not_kept_alive() -> None:
+    layer, x = subquad.nn.LawcatAttention(4, 2), torch.rand(1, 6, 4)
+    seen = []
+    for _ in range(5):
+        cu = torch.tensor([0, 2, 6])
+        layer(x, cu_seqlens=cu)
+        seen.append(weakref.ref(cu))
+        del cu
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 5
+
+
+def test_bounds_in_inference_mode() -> None:
+    layer, x = subquad.nn.LawcatAttention(4, 2), torch.rand(1, 6, 4)
+    with torch.no_grad():
+        expected = layer(x, cu_seqlens=torch.tensor([0, 2, 6]))[0]
+    with torch.inference_mode():
+        assert_same_bits(layer(x, cu_seqlens=torch.tensor([0, 2, 6]))[0].clone(), expected)
 
 
 # --- backends: the truth in one table ----------------------------------------

@@ -159,7 +159,7 @@ Tensor gated_linear_attention_step_(const Tensor& q, const Tensor& k, const Tens
   p.s = const_cast<float*>(floats_of(state, "state", {p.pool, p.states, p.dk, p.dv}, like_q));
   p.z = const_cast<float*>(floats_of(z, "z", {p.pool, p.states, p.dk}, like_q));
   p.state_indices = int64_of(state_indices, "state_indices", {p.batch}, like_q);
-  STD_TORCH_CHECK(p.state_indices != nullptr || p.pool == p.batch, "state: expected one per row of q, ", p.batch,
+  STD_TORCH_CHECK(state_indices.has_value() || p.pool == p.batch, "state: expected one per row of q, ", p.batch,
                   ", got ", p.pool);
   p.scale = static_cast<float>(scale), p.eps = static_cast<float>(eps);
   const DType dtype = dtype_of(q, "q");

@@ -63,7 +63,7 @@ Tensor lawcat_decode_step_(const Tensor& q0, const Tensor& k0, const Tensor& v, 
   p.s = const_cast<float*>(floats_of(state, "state", {p.pool, p.states, keys, p.dv}, like_q));
   p.z = const_cast<float*>(floats_of(z, "z", {p.pool, p.states, keys}, like_q));
   p.state_indices = int64_of(state_indices, "state_indices", {p.batch}, like_q);
-  STD_TORCH_CHECK(p.state_indices != nullptr || p.pool == p.batch, "state: expected one per row of q0, ", p.batch,
+  STD_TORCH_CHECK(state_indices.has_value() || p.pool == p.batch, "state: expected one per row of q0, ", p.batch,
                   ", got ", p.pool);
   p.silu = silu;
   p.tau = static_cast<float>(tau), p.clamp_min = static_cast<float>(clamp_min), p.scale = static_cast<float>(scale);

@@ -20,6 +20,7 @@ class Operator:
         backward: the operator of its gradients. That one's arguments are matched by name: `grad_<output>`, an output, an
             argument of the forward, or what only the backward needs, which `ops._call.run` is given apart.
         differentiable: arguments that have gradients, in the order of the backward's first results.
+        switches: results that exist only where an argument, a bool, is true. Their gradients are left out elsewhere.
         strided: arguments whose last dimension has to be dense while the other strides are free. All others are made contiguous
             before the call, but those `as_given`.
         as_given: arguments that the kernels read, or write, with any strides.
@@ -31,6 +32,7 @@ class Operator:
     outputs: tuple[str, ...] = ("out",)
     backward: str | None = None
     differentiable: tuple[str, ...] = ()
+    switches: Mapping[str, str] = field(default_factory=dict)
     strided: tuple[str, ...] = ()
     as_given: tuple[str, ...] = ()
     cuda: bool = True

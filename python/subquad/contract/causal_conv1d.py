@@ -39,6 +39,7 @@ CONTRACT = Contract(
             outputs=("y", "final"),
             backward="causal_conv1d_bwd",
             differentiable=("x", "weight", "bias", "initial_state", "residual"),
+            switches={"final": "output_final_state"},
             strided=("x", "residual"),
         ),
         "causal_conv1d_bwd": Operator(

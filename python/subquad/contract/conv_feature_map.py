@@ -47,6 +47,7 @@ CONTRACT = Contract(
             outputs=("phi", "final"),
             backward="conv_feature_map_bwd",
             differentiable=("x", "conv_weight", "fm_weight", "conv_bias", "initial_state"),
+            switches={"final": "output_final_state"},
             strided=("x",),
         ),
         "conv_feature_map_bwd": Operator(

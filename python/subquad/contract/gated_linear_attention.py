@@ -64,6 +64,7 @@ CONTRACT = Contract(
             outputs=("o", "den", "s", "z"),
             backward="gated_linear_attention_bwd",
             differentiable=("q", "k", "v", "g", "s0", "z0"),
+            switches={"z": "normalize"},
             strided=("q", "k", "v", "g"),
         ),
         "gated_linear_attention_bwd": Operator(

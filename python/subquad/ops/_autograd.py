@@ -12,7 +12,12 @@ import torch
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Nothing in the block is cast again: kernels and references accumulate in float32."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether torch's products on this type of device are under autocast."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 class _Raise(torch.autograd.Function):
@@ -38,7 +43,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: torch.Tensor) -> Any:
         device = next(grad.device.type for grad in grads if grad is not None)
-        with torch.no_grad(), without_autocast(device):
+        # A compiler may trace the backward apart from the autocast that it will run under.
+        always = torch.compiler.is_compiling() and device != "meta"
+        with torch.no_grad(), torch.autocast(device, enabled=False) if always else without_autocast(device):
             outputs = backward(ctx, *grads)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return outputs

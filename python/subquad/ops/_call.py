@@ -16,8 +16,8 @@ import torch
 from .. import _checks
 from .._backends import SubquadWarning, backward_backend, resolve
 from ..contract import CONTRACTS, HANDLES, OPERATORS, STEM_OF
-from ._autograd import once_differentiable, without_autocast
-from ._schema import GRADIENTS, SIGNATURES, Gradient, Signature
+from ._autograd import autocasts, once_differentiable, without_autocast
+from ._schema import GRADIENTS, SIGNATURES, Signature
 
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 GradientHook = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
@@ -33,7 +33,7 @@ def autocast(*values: Any, to: Any = None) -> tuple[Any, ...]:
     Like torch's own products: float32 and the 16-bit types are cast, float64, integers and what is no tensor are not.
     """
     leader = values[0] if to is None else to
-    if not isinstance(leader, torch.Tensor) or not torch.is_autocast_enabled(leader.device.type):
+    if not isinstance(leader, torch.Tensor) or not autocasts(leader.device.type):
         return values
     dtype = torch.get_autocast_dtype(leader.device.type) if to is None else to.dtype
     return tuple(v.to(dtype) if isinstance(v, torch.Tensor) and v.dtype in _CASTABLE else v for v in values)
@@ -91,7 +91,9 @@ def run(
 
 def choose(stem: str, device: str, backend: str | None, tokens: int | None = None, training: bool = False) -> str:
     """The backend of a call; see `_backends.resolve`."""
-    few = tokens is not None and not training and tokens <= CONTRACTS[stem].few
+    few = False
+    if device == "cuda" and tokens is not None and not training:
+        few = bool(tokens <= CONTRACTS[stem].few)  # of a traced size: now, for good
     return resolve(stem, device, backend, few)
 
 
@@ -144,7 +146,11 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.constants = tuple(arguments[i] for i in gradient.constants)
         ctx.call = (operator, backend, backward_only)
-        ctx.given = tuple(arguments[i] is not None for i in range(len(arguments)))
+        ctx.given = tuple(argument is not None for argument in arguments)
+        # A state of no taps is as absent as one that nobody asked for.
+        ctx.absent = tuple(
+            i for i, switch in gradient.switches.items() if not arguments[switch] or outputs[i].shape[-1] == 0
+        )
         if gradient.plain_outputs:
             ctx.mark_non_differentiable(*(outputs[i] for i in gradient.plain_outputs))
         return results
@@ -155,7 +161,9 @@ class _Differentiable(torch.autograd.Function):
         operator, backend, backward_only = ctx.call
         gradient = GRADIENTS[operator]
         saved = ctx.saved_tensors
-        values = _backward_arguments(gradient, grads, saved, ctx.constants, backward_only)
+        upstream = [None if i in ctx.absent else grad.contiguous() for i, grad in enumerate(grads)]
+        named = {"grad": upstream, "saved": saved, "constant": ctx.constants, "extra": backward_only}
+        values = [named[source][i] for source, i in gradient.sources]
         name = backward_backend(operator, backend, saved[0].device.type)
         results = HANDLES[name][gradient.operator](*values)
         found = dict(zip(gradient.results, results if isinstance(results, tuple) else (results,), strict=False))
@@ -166,20 +174,6 @@ class _Differentiable(torch.autograd.Function):
             for argument, given in zip(gradient.arguments, ctx.given, strict=True)
         )
         return (None, None, None, *by_argument)
-
-
-def _backward_arguments(
-    gradient: Gradient, grads: Sequence[Any], saved: Sequence[Any], constants: Sequence[Any], extra: Sequence[Any]
-) -> list[Any]:
-    """The arguments of a backward operator. An optional gradient of a result that is empty is left out."""
-    values = []
-    for source, index, optional in gradient.sources:
-        if source == "grad":
-            grad = grads[index]
-            values.append(None if optional and grad.numel() == 0 else grad.contiguous())
-        else:
-            values.append({"saved": saved, "constant": constants, "extra": extra}[source][index])
-    return values
 
 
 # --- states ----------------------------------------
@@ -197,7 +191,8 @@ def step(
 
     - no argument may need a gradient: it would be lost;
     - a state shares memory neither with itself, another state nor any other argument;
-    - states may have any strides. Kernels that want them dense work on a copy, which is said once;
+    - states may have any strides. Kernels that want them dense work on a copy, which is said once (and refused where nothing can
+      be said, under torch.compile);
     - nothing is written before everything has been checked.
 
     Args:
@@ -213,10 +208,9 @@ def step(
     """
     signature = SIGNATURES[operator]
     if torch.is_grad_enabled():
-        for argument, value in zip(signature.names, arguments, strict=True):
-            if isinstance(value, torch.Tensor):
-                _checks.no_gradient(argument, value, hint)
-    _checks.unshared(signature.names, arguments, signature.written)
+        for i in signature.tensors:
+            _checks.no_gradient(signature.names[i], arguments[i], hint)
+    _checks.unshared(signature.names, arguments, signature.tensors, signature.written)
     device = arguments[0].device.type
     name = choose(STEM_OF[operator], device, backend, tokens=1)
     with torch.no_grad(), without_autocast(device):
@@ -228,6 +222,9 @@ def step(
         _checks.not_double(signature.names[0], arguments[0], name)
         prepared = _laid_out(arguments, signature)
         copied = [i for i in signature.written if prepared[i] is not arguments[i]]
+        if copied and torch.compiler.is_compiling():  # which could neither warn nor see what memory states share
+            name_of = signature.names[copied[0]]
+            raise ValueError(f"{name_of}: expected a contiguous tensor under torch.compile, for it is updated in place")
         if copied:
             _warn_of_copies(operator, signature.names[copied[0]])
         result = HANDLES[name][operator](*prepared)
@@ -240,7 +237,7 @@ _warned: set[str] = set()
 
 
 def _warn_of_copies(operator: str, argument: str) -> None:
-    if operator not in _warned and not torch.compiler.is_compiling():
+    if operator not in _warned:
         _warned.add(operator)
         warnings.warn(
             f"subquad: {operator}: {argument} is not contiguous and is copied at every step, there and back; keep it contiguous",

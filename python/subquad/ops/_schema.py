@@ -55,7 +55,8 @@ class Gradient:
         operator: the backward operator.
         arguments: names of the forward's arguments, which gradients are returned for.
         names: names of the backward's arguments.
-        sources: of each of them ("grad" | "saved" | "constant" | "extra", index there, whether it is optional).
+        sources: of each of them ("grad" | "saved" | "constant" | "extra", index there).
+        switches: by number of a result, the place of the forward's argument that says whether it exists.
         saved_arguments, saved_outputs: places of what is saved, in this order.
         constants: places of the forward's arguments that are no tensors.
         plain_outputs: places of results without a gradient.
@@ -65,7 +66,8 @@ class Gradient:
     operator: str
     arguments: tuple[str, ...]
     names: tuple[str, ...]
-    sources: tuple[tuple[str, int, bool], ...]
+    sources: tuple[tuple[str, int], ...]
+    switches: dict[int, int]
     saved_arguments: tuple[int, ...]
     saved_outputs: tuple[int, ...]
     constants: tuple[int, ...]
@@ -82,28 +84,29 @@ def _gradient(operator: str) -> Gradient:
     saved_arguments = [i for i in signature.tensors if signature.names[i] in wanted]
     saved_outputs = [i for i, n in enumerate(spec.outputs) if n in wanted]
     constants = [i for i, n in enumerate(signature.names) if n in wanted and i not in saved_arguments]
-    sources: list[tuple[str, int, bool]] = []
+    sources: list[tuple[str, int]] = []
     extra = 0
     for a in arguments:
         output = a.name.removeprefix("grad_")
         if a.name.startswith("grad_") and output in spec.outputs:
-            sources.append(("grad", spec.outputs.index(output), str(a.type) == "Optional[Tensor]"))
+            sources.append(("grad", spec.outputs.index(output)))
         elif a.name in spec.outputs:
-            sources.append(("saved", len(saved_arguments) + saved_outputs.index(spec.outputs.index(a.name)), False))
+            sources.append(("saved", len(saved_arguments) + saved_outputs.index(spec.outputs.index(a.name))))
         elif a.name in signature.names:
             place = signature.names.index(a.name)
             kind, among = ("saved", saved_arguments) if place in saved_arguments else ("constant", constants)
-            sources.append((kind, among.index(place), False))
+            sources.append((kind, among.index(place)))
         else:
-            sources.append(("extra", extra, False))
+            sources.append(("extra", extra))
             extra += 1
-    with_gradient = {index for source, index, _ in sources if source == "grad"}
+    with_gradient = {index for source, index in sources if source == "grad"}
     named = backward.outputs != ("out",)
     return Gradient(
         spec.backward,
         signature.names,
         tuple(wanted),
         tuple(sources),
+        {spec.outputs.index(output): signature.names.index(switch) for output, switch in spec.switches.items()},
         tuple(saved_arguments),
         tuple(saved_outputs),
         tuple(constants),

@@ -153,11 +153,14 @@ def causal_conv1d_update(
     if residual is not None:
         _checks.like("residual", residual, (*x.shape[:-1], weight.shape[0]), x, "x")
     if cache_seqlens is not None:
-        cache_seqlens = _lengths(cache_seqlens, batch, x).to(torch.int32)
+        lengths = _lengths(cache_seqlens, batch, x)
+        # Only the place in the ring counts; more tokens than 32 bits count stay right.
+        lengths = lengths if lengths.dtype is torch.int32 else lengths.remainder(max(1, conv_state.shape[2]))
+        cache_seqlens = lengths.to(torch.int32)
     if conv_state_indices is not None:
         pool = conv_state.shape[0]
         found = _checks.indices("conv_state_indices", conv_state_indices, batch, pool, x.device)
-        conv_state_indices = found.to(torch.int32)
+        conv_state_indices = found.clamp(-1, pool).to(torch.int32)  # what is outside must not wrap to the inside
     tokens = x if x.dim() == 3 else x[:, None]
     if residual is not None and x.dim() == 2:
         residual = residual[:, None]

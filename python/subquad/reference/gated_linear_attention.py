@@ -84,8 +84,7 @@ def gated_linear_attention_step(
 
     Shapes as in `subquad.gated_linear_attention_step`.
     """
-    live = torch.ones(q.shape[0], dtype=torch.bool, device=q.device) if state_indices is None else state_indices >= 0
-    rows = live.nonzero()[:, 0]
+    rows = torch.arange(q.shape[0], device=q.device) if state_indices is None else (state_indices >= 0).nonzero()[:, 0]
     places = rows if state_indices is None else state_indices[rows].long()
     q1, k1, v1 = (x[rows].unsqueeze(1) for x in (q, k, v))
     g1 = None if g is None else g[rows].unsqueeze(1)

@@ -44,7 +44,7 @@ def test_a_step_reads_and_writes_the_state_once(emulator: ctypes.CDLL, heads: in
 
 def test_many_query_heads_read_the_state_again_but_write_it_once(emulator: ctypes.CDLL) -> None:
     arguments = token((9, 1, 1, 1), 64, 64)
-    state = arguments["s0"].clone()
+    state = arguments["state"].clone()
     args = (*(arguments[n] for n in ("q", "k", "v", "g")), state, None, None, 1.0, 1e-10)
     loaded, stored = traffic(emulator, lambda: HANDLES["simt"]["gated_linear_attention_step_"](*args))
     assert 3 * 4 * state.numel() <= loaded <= 3.2 * 4 * state.numel()
