@@ -362,6 +362,11 @@ def test_memory_that_is_shared() -> None:
     ):
         with pytest.raises(ValueError, match=r"^a: expected memory of its own"):
             tensors_of(a, b)()
+    line = torch.zeros(20)
+    across = line.as_strided((3, 2), (5, 1), 4)  # the end of a row and the beginning of the next
+    tensors_of(line.as_strided((4, 3), (5, 1), 1), across)()
+    with pytest.raises(ValueError, match=r"^a: expected memory of its own"):
+        tensors_of(line.as_strided((4, 2), (5, 1), 0), across)()
     with pytest.raises(ValueError, match=r"^a: expected elements of their own"):
         tensors_of(torch.zeros(8).unfold(0, 4, 2))()
     tensors_of(torch.zeros(8).unfold(0, 4, 4))()
