@@ -188,7 +188,7 @@ def test_static_cache_of_a_hybrid() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "subquad"])
-@pytest.mark.parametrize("layers", [None, [0]])
+@pytest.mark.parametrize("layers", [None, [0], [1]])
 def test_padding_in_a_preallocated_cache(implementation: str, layers: list[int] | None) -> None:
     """Its masks have columns for later tokens, which are no padding of these."""
     register()
