@@ -11,7 +11,7 @@ import torch
 from subquad import attention_transfer, attention_transfer_loss, trainable_parameters
 from subquad.demo.model import cache_name
 from subquad.integrations.transformers import LawcatConfig, convert, register, revert
-from subquad.nn import LawcatAttention
+from subquad.nn import LawcatAttention, LawcatCache, ShortConvolution
 
 transformers = pytest.importorskip("transformers")
 FAMILIES = ("Llama", "Mistral", "Qwen3")
@@ -187,6 +187,85 @@ def test_static_cache_of_a_hybrid() -> None:
     assert torch.equal(greedy(model, ids(), 5, attention_mask=mask, cache_implementation="static"), want)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "subquad"])
+@pytest.mark.parametrize("layers", [None, [0], [1]])
+def test_padding_in_a_preallocated_cache(implementation: str, layers: list[int] | None) -> None:
+    """Its masks have columns for later tokens, which are no padding of these."""
+    register()
+    model = model_of(implementation=implementation, num_hidden_layers=2)
+    convert(model, attention="lawcat", layers=layers)
+    stir(model)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    name = cache_name(model)
+    with torch.no_grad():
+        want = model(ids(), attention_mask=mask).logits
+        cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+        first = model(ids()[:, :9], attention_mask=mask[:, :9], **{name: cache}).logits
+        rest = [
+            model(ids()[:, t : t + 1], attention_mask=mask[:, : t + 1], **{name: cache}).logits for t in (9, 10, 11)
+        ]
+    torch.testing.assert_close(torch.cat([first, *rest], 1)[0, 3:], want[0, 3:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([first, *rest], 1)[1], want[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["conv_q", "conv_k"])
+@pytest.mark.parametrize("options", [{"activation": "silu"}, {"kernel_size": 3}, {"kernel_size": 1}, {"bias": True}])
+def test_convolutions_that_differ(changed: str, options: dict[str, Any]) -> None:
+    """An exchanged convolution counts in single steps as it does in sequences."""
+    torch.manual_seed(2)
+    layer, x = LawcatAttention(32, 4, 2, layer_idx=0), torch.randn(2, 6, 32)
+    groups = {"channel_groups": 2, "head_dim": 8} if changed == "conv_k" else {}
+    with torch.no_grad():
+        before, cache = layer(x)[0], LawcatCache()
+        setattr(layer, changed, ShortConvolution(32, **groups, **options))
+        want = layer(x)[0]
+        got = [layer(piece, cache=cache)[0] for piece in x.split([3, 1, 1, 1], 1)]
+    assert not torch.allclose(want, before, atol=1e-3)
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1], [2], None])
+def test_a_preallocated_cache_of_layers_that_slide_and_others(layers: list[int] | None) -> None:
+    """The masks of the softmax layers fit, whichever layers are replaced."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    more = {"num_hidden_layers": 4, "layer_types": kinds, "use_sliding_window": True, "sliding_window": 7}
+    model = model_of("Qwen2", **more)
+    convert(model, attention="lawcat", layers=layers)
+    stir(model)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    for length in (5, 12):
+        options = {"attention_mask": mask[:, :length], "disable_compile": True}
+        want = greedy(model, ids()[:, :length], 5, **options)
+        assert torch.equal(greedy(model, ids()[:, :length], 5, cache_implementation="static", **options), want)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"linear_covers_window": False}, {"linear_covers_window": False, "gate": "none"}]
+)
+def test_a_window_and_no_tokens(options: dict[str, Any]) -> None:
+    """A call without tokens returns none, and the next one is as if it had not been."""
+    layer, x = LawcatAttention(32, 4, 2, layer_idx=0, window_size=3, **options), torch.randn(2, 5, 32)
+    angle = torch.outer(torch.arange(5.0), 0.5 ** torch.arange(4)).repeat(1, 2)[None]
+    for keep in (0, 4):
+        cache, out = LawcatCache(keep=keep), []
+        for columns in (slice(0, 0), slice(0, 4), slice(4, 4), slice(4, 5)):
+            out.append(layer(x[:, columns], (angle[:, columns].cos(), angle[:, columns].sin()), cache=cache)[0])
+        assert [y.shape[1] for y in out] == [0, 4, 0, 1]
+        torch.testing.assert_close(torch.cat(out, 1), layer(x, (angle.cos(), angle.sin()))[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_with_columns_for_later_tokens() -> None:
+    """Two dimensions with a cache: columns are positions from the first token on."""
+    layer, x = LawcatAttention(32, 4, 2, layer_idx=0), torch.randn(2, 6, 32)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        want, cache = layer(x, attention_mask=mask[:, :6])[0], LawcatCache()
+        got = [layer(piece, attention_mask=mask, cache=cache)[0] for piece in x.split([4, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-5, atol=1e-5)
+
+
 def test_cache_is_constant_and_linear() -> None:
     model = model_of()
     convert(model, attention="lawcat")
@@ -252,6 +331,7 @@ def test_bad_conversions_change_nothing() -> None:
         ({"attention": "lawcat", "taps": 3}, TypeError, "taps: unknown option"),
         ({"attention": LawcatConfig(), "conv_size": 3}, TypeError, "conv_size: options come with"),
         ({"attention": "lawcat", "conv_size": 99}, ValueError, "self_attn: kernel_size"),
+        ({"attention": "lawcat", "keep": -1}, ValueError, "keep: expected an int >= 0"),
         ({"attention": "lawcat", "layers": [7]}, ValueError, "layers: expected numbers below 3"),
         ({"attention": "lawcat", "mlp": "cats", "conv_size": 2}, TypeError, "conv_size: with mlp and attention"),
     ):

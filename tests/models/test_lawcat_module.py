@@ -511,11 +511,11 @@ def test_options_are_those_of_the_config() -> None:
         "conv_on_v": True, "tie_qk_feature_map": False, "gate": "scalar", "gate_rank": 5, "gate_logit_normalizer": 8.0,
         "clamp_min": -0.5, "normalize": False, "eps": 1e-3, "rope": "linear", "window_size": 0, "affine_window": True,
         "linear_covers_window": True, "linear_scale": 0.5, "share_kv_features": False, "use_output_gate": True,
-        "feature_init": "kaiming", "backend": "reference",
+        "feature_init": "kaiming", "keep": 5, "backend": "reference",
     }  # fmt: skip
     assert set(other) == {field.name for field in fields(LawcatConfig)}
     layer, default = LawcatAttention(32, 4, 2, **other), LawcatAttention(32, 4, 2)
-    own = ("feature_dim", "normalize", "eps", "rope", "affine_window", "linear_scale", "backend")
+    own = ("feature_dim", "normalize", "eps", "rope", "affine_window", "linear_scale", "keep", "backend")
     assert all(getattr(layer, name) == other[name] for name in own)
     assert (layer.gate_kind, layer.gate.normalizer, layer.gate.clamp_min) == ("scalar", 8.0, -0.5)
     assert layer.gate[0].out_features == 5 and layer.feature_map.init == "kaiming" and layer.feature_map_k is not None

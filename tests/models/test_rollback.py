@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from subquad.cache.state import State
+from subquad.cache import LawcatState, State
 from subquad.demo.model import DemoError, cache_name, chat_prompt, load
-from subquad.integrations.transformers import LawcatConfig, convert
+from subquad.integrations.transformers import LawcatConfig, convert, revert
 from subquad.nn import LawcatAttention, LawcatCache
 
 KEEP = 6
@@ -209,6 +209,21 @@ def test_rows_and_copies_of_what_is_kept() -> None:
         cache.states[0].reorder(torch.tensor([1]))
 
 
+@each_option
+def test_a_state_dict_of_what_is_kept_from_the_first_token(name: str) -> None:
+    layer, x = layer_of(name), torch.randn(2, 20, 32)
+    cache, loaded = LawcatCache(keep=KEEP), LawcatCache(keep=KEEP)
+    run(layer, x, cache, (4,))
+    loaded.state(0).load_state_dict(cache.states[0].state_dict())
+    for other in (cache, loaded):
+        other.rollback(2)
+    assert_same(loaded, cache, exact=True)
+    for other in (cache, loaded):
+        run(layer, x, other, (3,))
+        other.rollback(5)
+    assert cache.states[0].seen == loaded.states[0].seen == 0 and not loaded.states[0].current()
+
+
 @pytest.mark.parametrize("name", ["default", "before", "window"])
 def test_reset_of_some_rows(name: str) -> None:
     """A row that was reset goes on as a new sequence; the other one as if nothing had happened."""
@@ -303,6 +318,29 @@ def test_drafts_change_no_greedy_output(conversion: str, family: str, monkeypatc
         monkeypatch.undo()
 
 
+def test_a_draft_model_is_told_what_to_keep() -> None:
+    """A LAWCAT model drafts once its layers keep tokens; one that does not says how it would."""
+    model, draft = model_of("hybrid"), model_of(None, seed=1)
+    draft.generation_config.assistant_confidence_threshold = 0  # it drafts several tokens, in as many calls
+    convert(draft, attention="lawcat")
+    with pytest.raises(
+        ValueError, match=r"LawcatConfig\(keep=\.\.\.\), or LawcatAttention.keep, .* 64 for a model that drafts"
+    ):
+        greedy(model, prompt(), 30, assistant_model=draft)
+    revert(draft)
+    convert(draft, attention=LawcatConfig(keep=64))
+    assert torch.equal(greedy(model, prompt(), 30, assistant_model=draft), greedy(model, prompt(), 30))
+
+
+def test_drafts_longer_than_64_tokens() -> None:
+    model, tokens = model_of("hybrid"), prompt(90).repeat(1, 2)
+    want = greedy(model, tokens, 80)
+    for layer in model.modules():
+        if isinstance(layer, LawcatAttention):
+            layer.keep = 128
+    assert torch.equal(greedy(model, tokens, 80, prompt_lookup_num_tokens=100), want)
+
+
 def test_prompts_longer_than_what_is_kept() -> None:
     model, tokens = model_of("hybrid"), prompt(150)
     want = greedy(model, tokens, 24)
@@ -366,7 +404,12 @@ class LawcatCacheOf(LawcatCache):
 def test_old_names() -> None:
     from subquad.nn import lawcat_cache
 
-    assert lawcat_cache.LawcatCache is LawcatCache
+    assert lawcat_cache.LawcatCache is LawcatCache and lawcat_cache.LawcatState is LawcatState
+    assert lawcat_cache.state_of(cache := LawcatCache(), 3) is cache.states[3]
+    with pytest.raises(AttributeError, match=r"expected subquad\.integrations\.transformers\.cache\.StateLayer"):
+        _ = lawcat_cache.cache_layer_class
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lawcat_cache.nothing
 
 
 def test_rollbacks_that_nothing_was_kept_for() -> None:
@@ -387,6 +430,16 @@ def test_rollbacks_that_nothing_was_kept_for() -> None:
         cache.crop(-3)
     cache.crop(-2)
     assert cache.get_seq_length() == 23
+
+
+def test_too_long_a_crop_says_that_other_layers_are_cut() -> None:
+    """transformers goes from layer to layer, so softmax before a LAWCAT layer is cut when that refuses."""
+    model, name = model_of("softmax-first"), cache_name(model_of(None))
+    cache = model(prompt(), use_cache=True)[name]
+    model(prompt(2), **{name: cache})
+    with pytest.raises(ValueError, match="Layers before this one have been cut already: do not use the cache again"):
+        cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.layers[:2]] == [15, 16]
 
 
 @pytest.mark.slow

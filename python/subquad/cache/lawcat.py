@@ -85,6 +85,7 @@ class LawcatState(TensorState):
             raise ValueError(f"state: expected names of a LawcatState, got {name!r}")
         if part == "rows":
             self.rows[inner] = value
+            self.base = {} if self.base is None else self.base  # empty before the first token
         elif part == "base":
             self.base = {**(self.base or {}), inner: value}
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -102,6 +103,7 @@ def find(model: nn.Module, kind: Kind, layers: Iterable[int | str] | None = None
 
     Raises:
         ValueError: if there is none, or an entry of `layers` names none.
+        TypeError: `layers` is no list of numbers and names.
     """
     found = {
         name: module
@@ -112,8 +114,15 @@ def find(model: nn.Module, kind: Kind, layers: Iterable[int | str] | None = None
         raise ValueError(f"model: expected {kind.expected}, got a {type(model).__name__}")
     if layers is None:
         return found
-    wanted = {name for layer in layers for name in match_layer(found, layer)}
+    wanted = {name for layer in listed(layers) for name in match_layer(found, layer)}
     return {name: module for name, module in found.items() if name in wanted}
+
+
+def listed(layers: Any) -> list[int | str]:
+    """`layers` as a list; TypeError for what is one layer, or none at all."""
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers: expected a list of decoder layer numbers or names, got {layers!r}")
+    return list(layers)
 
 
 def match_layer(names: Iterable[str], layer: int | str, argument: str = "layers") -> list[str]:
@@ -121,7 +130,10 @@ def match_layer(names: Iterable[str], layer: int | str, argument: str = "layers"
 
     Raises:
         ValueError: if there is none; the message speaks of `argument`.
+        TypeError: neither a number nor a name.
     """
+    if isinstance(layer, bool) or not isinstance(layer, (str, Integral)):
+        raise TypeError(f"{argument}: expected numbers or names, got {layer!r}")
     numbers = {name: next((int(part) for part in name.split(".") if part.isdigit()), None) for name in names}
     count = 1 + max((n for n in numbers.values() if n is not None), default=-1)
     wanted = layer + count if isinstance(layer, int) and layer < 0 else layer
@@ -178,7 +190,7 @@ def replace(
         ValueError: see `find`; or a layer cannot be converted or lies in another, and the message names it.
         TypeError: an option of a wrong type.
     """
-    wanted = None if layers is None else list(layers)
+    wanted = None if layers is None else listed(layers)
     exchanges = [e for replacement, config in conversions for e in _made(model, replacement, config, wanted)]
     _check_apart([e.name for e in exchanges])
     report = _report(exchanges)
@@ -250,7 +262,7 @@ def restore(model: nn.Module, *kinds: str, layers: Iterable[int | str] | None = 
     if layers is not None:
         if not converted:
             raise ValueError(f"model: expected converted layers, got a {type(model).__name__} without")
-        wanted = {name for layer in layers for name in match_layer(converted, layer)}
+        wanted = {name for layer in listed(layers) for name in match_layer(converted, layer)}
         converted = {name: value for name, value in converted.items() if name in wanted}
     originals: dict[int, nn.Module] = {}
     with ExitStack() as undo:

@@ -52,12 +52,15 @@ class LawcatConfig:
     use_output_gate: bool = False
     feature_init: str = "eye"
     backend: str | None = None
+    keep: int = 0
 
     def check(self, multi_head: bool) -> None:
         """Refuse values that do not exist, or not together. `multi_head`: there are as many key heads as query heads."""
         window = self.window_size
         if isinstance(window, bool) or not isinstance(window, int) or window < 0:
             raise ValueError(f"window_size: expected an int >= 0, got {window!r}")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
+            raise ValueError(f"keep: expected an int >= 0, got {self.keep!r}")
         _checks.choice("gate", self.gate, GATES)
         _checks.choice("rope", self.rope, ROPES)
         if window and not self.normalize:

@@ -37,7 +37,7 @@ def tokens_of(
         mask: see `LawcatAttention.forward`.
         batch, length: B and T.
         window: of the sliding window that the mask may have, since linear attention does not need it.
-        seen: positions before these; a preallocated cache has columns for later ones.
+        seen: positions before these. A preallocated cache has columns for later ones, a sliding one lacks those of the first.
 
     Raises:
         ValueError: a mask of another shape, or that is not causal with padding.
@@ -48,11 +48,19 @@ def tokens_of(
         if not isinstance(mask, ModelMask) or not mask.padded_causal:
             raise ValueError("attention_mask: expected a causal mask of the model, got another IntervalMask")
         padding = mask.padding
-        return None if padding is None else padding[:, -length:].expand(batch, -1)
+        if padding is None:
+            return None
+        first = mask.first_row
+        if isinstance(first, torch.Tensor):  # compiled code may not ask for its value
+            columns = torch.arange(length, device=padding.device) + first.to(padding.device)
+            return padding.index_select(1, columns).expand(batch, -1)
+        assert first is not None
+        return padding[:, first : first + length].expand(batch, -1)
     if mask.dim() == 2:
         if mask.shape[0] != batch or mask.shape[1] < length:
             raise ValueError(f"attention_mask: expected shape [{batch}, >= {length}], got {list(mask.shape)}")
-        return mask[:, -length:].bool()
+        past = mask.shape[1] - length if seen is None else min(seen, mask.shape[1] - length)
+        return mask[:, past : past + length].bool()
     if mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] < length:
         raise ValueError(f"attention_mask: expected [B, 1, {length}, >= {length}] or [B, T], got {list(mask.shape)}")
     visible = mask if mask.dtype is torch.bool else mask == 0

@@ -35,7 +35,7 @@ def window_terms(
     """
     b, t, heads, width = q.shape
     past = k.shape[1] - t
-    blocks = -(-t // window)
+    blocks = max(-(-t // window), 1)  # one of no tokens, too
     fill = blocks * window - t
     groups = heads // k.shape[2]
     queries = F.pad(q.float(), (0, 0, 0, 0, 0, fill)).reshape(b, blocks, window, k.shape[2], groups, width)
@@ -94,7 +94,7 @@ def delayed(
     keys, values = with_past(k, past[0]), with_past(v, past[1])
     gates = None if g is None else with_past(g, past[2])
     entering = keys[:, :t]
-    if gates is not None:
+    if gates is not None and t:
         passed = gates[:, 1:].unfold(1, window, 1).sum(-1)  # of the tokens after the entering one, to the current one
         passed = passed.repeat_interleave(k.shape[2] // passed.shape[2], 2).exp()
         entering = entering * (passed if passed.dim() == 4 else passed[..., None])

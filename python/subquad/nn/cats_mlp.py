@@ -196,8 +196,12 @@ class CATSMLP(nn.Module):
 
         Raises:
             ValueError: if a value is NaN or the shape is neither `[]` nor `[I]`.
+            TypeError: it is neither a number nor a tensor.
         """
-        value = torch.as_tensor(threshold, dtype=torch.float32, device=self.threshold.device).detach()
+        try:
+            value = torch.as_tensor(threshold, dtype=torch.float32, device=self.threshold.device).detach()
+        except TypeError as error:
+            raise TypeError(f"threshold: expected a float or a tensor, got {threshold!r}") from error
         if value.shape not in ((), (self.intermediate_size,)):
             raise ValueError(f"threshold: expected shape [] or [{self.intermediate_size}], got {list(value.shape)}")
         if not value.is_meta and bool(value.isnan().any()):

@@ -105,6 +105,8 @@ class LawcatAttention(nn.Module):
         use_output_gate: o is normalised (RMSNorm) and multiplied by silu(x Wg) before `o_proj`, as in GLA.
         share_kv_features: keys are convolved and mapped once per key-value head, not per query head: HKV states instead of HQ.
         feature_init: "eye" or "kaiming".
+        keep: tokens that the layer's state in a new cache of transformers keeps for a rollback from the start. 0: those of the
+            first call, and more once `generate` announces that it will roll back. A model that drafts for another needs 64.
         proj_bias: whether the projections have a bias.
         layer_idx: number of the layer in a cache.
         parts: modules to use instead of new ones, by name: projections, q_norm, k_norm.
@@ -114,8 +116,7 @@ class LawcatAttention(nn.Module):
     Attributes:
         q_proj, k_proj, v_proj, o_proj: as in transformers' attention.
         original: the attention that `from_attention` was given, or None; not a submodule.
-        keep: tokens that the layer's state in a new cache of transformers keeps for a rollback from the start. 0: those of the
-            first call, and more once `generate` announces that it will roll back. A model that drafts for another needs it.
+        keep: as the option; it may be set at any time.
 
     Raises:
         TypeError: wrong type of an option.
@@ -172,7 +173,7 @@ class LawcatAttention(nn.Module):
         self.window_size, self.affine_window = config.window_size, config.affine_window
         self.linear_covers_window, self.share_kv_features = config.linear_covers_window, config.share_kv_features
         self.linear_scale = None if config.linear_scale is None else _checks.number("linear_scale", config.linear_scale)
-        self.gate_kind, self.backend = config.gate, config.backend
+        self.gate_kind, self.backend, self.keep = config.gate, config.backend, config.keep
         self._inherit(dict(parts or {}), proj_bias, qk_norm, {"device": device, "dtype": dtype})
         self._add(config, {"device": device, "dtype": dtype})
         self._transfer: Callable[..., tuple[torch.Tensor, None]] | None = None
@@ -287,8 +288,9 @@ class LawcatAttention(nn.Module):
         Args:
             hidden_states: [B, T, hidden_size].
             position_embeddings: (cos, sin) [B|1, T, d], for `rope` and the window.
-            attention_mask: None; 0 or 1 [B, >= T] of which the last T count; or a causal mask with padding in four dimensions,
-                bool or additive, or transformers' with attn_implementation="subquad". Padding changes nothing, wherever it is.
+            attention_mask: None; 0 or 1 [B, >= T], of which the last T count, or those after what a cache has seen; or a
+                causal mask with padding in four dimensions, bool or additive, or transformers' with
+                attn_implementation="subquad". Padding changes nothing, wherever it is.
             past_key_values: a `LawcatCache`, or a cache of transformers; it is advanced.
             cu_seqlens: [N + 1], bounds of sequences packed into B = 1.
             cache: another name of `past_key_values`, which transformers uses from 5.24 on.
@@ -527,7 +529,12 @@ class LawcatAttention(nn.Module):
         return o.flatten(2)
 
     def _fuses(self) -> bool:
-        """Whether one operator has it all: gate and feature maps of LAWCAT's form, which a user may have exchanged."""
+        """Whether one operator has it all: children of LAWCAT's form, which a user may have exchanged."""
+        one, other = self.conv_q, self.conv_k
+        if (one.kernel_size, one.activation) != (other.kernel_size, other.activation) or one.channel_groups != 1:
+            return False
+        if other.channel_groups != 1 and other.head_dim != self.head_dim:
+            return False
         if self.gate is not None and not plain(self.gate, GateProjection):
             return False
         return all(

@@ -26,20 +26,19 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
         state: the memory itself.
         record_past: whether a rollback is announced.
         depth: tokens that can be taken back then.
+        columns: of the masks of a preallocated cache; None: as many as there are tokens.
     """
 
     is_sliding = False
 
-    def __init__(self, state: State, replaced: Any = None, keep: int = 0) -> None:
+    def __init__(self, state: State, replaced: Any = None, keep: int = 0, columns: int | None = None) -> None:
         self.state = state
         self.keys = self.values = None
         self.depth = keep or KEPT
         self.record_past = keep > 0 or bool(getattr(replaced, "record_past", False))
         self.is_initialized = False
         self.device: Any = None
-        # transformers may make the mask of all layers after this one: it has the columns of a preallocated cache.
-        preallocated = not getattr(replaced, "is_sliding", False)
-        self.columns: int | None = getattr(replaced, "max_cache_len", None) if preallocated else None
+        self.columns = columns
         if self.record_past:
             state.keep(self.depth)
 
@@ -76,15 +75,18 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
         """Remove minus `tokens_to_remove` tokens; what was kept for that is dropped, also by `crop(0)`.
 
         Raises:
-            ValueError: a positive number, or more tokens than were kept.
+            ValueError: a positive number, or more tokens than were kept. The state is as it was, but layers of softmax before it
+                in the cache have been cut, for transformers goes from layer to layer.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: expected minus the number of tokens, got {tokens_to_remove}")
         kept = self.state.kept
         if -tokens_to_remove > kept:
             raise ValueError(
-                f"tokens_to_remove: expected at most the {kept} tokens that this layer keeps, got {tokens_to_remove}; "
-                "activate_past_recording(tokens) of the layer sets how many"
+                f"tokens_to_remove: expected at most the {kept} tokens that this layer keeps, got {tokens_to_remove}. "
+                "LawcatConfig(keep=...), or LawcatAttention.keep, says how many in new caches: 64 for a model that drafts for "
+                "another, prompt_lookup_num_tokens where those are more; activate_past_recording(tokens) of this layer says so "
+                "from now on. Layers before this one have been cut already: do not use the cache again"
             )
         self.state.rollback(-int(tokens_to_remove))
         self.record_past = True
@@ -157,5 +159,15 @@ def state_in(cache: Any, layer_idx: int, make: Callable[[], State], keep: int = 
             raise ValueError(
                 f"past_key_values: expected an unused layer {layer_idx}, got one that holds keys and values"
             )
-        layers[layer_idx] = layer = StateLayer(make(), layer, keep)
+        layers[layer_idx] = layer = StateLayer(make(), layer, keep, _columns(layers))
     return layer.use()
+
+
+def _columns(layers: list[Any]) -> int | None:
+    """Those of a preallocated cache. transformers asks the first layer that does not slide for the mask of all such layers, and a
+    state does not slide, whatever it replaces."""
+    full = (layer for layer in layers if not getattr(layer, "is_sliding", False))
+    sizes = (
+        layer.columns if isinstance(layer, StateLayer) else getattr(layer, "max_cache_len", None) for layer in full
+    )
+    return next((size for size in sizes if size is not None), None)
