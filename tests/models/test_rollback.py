@@ -382,6 +382,7 @@ def test_caches_of_transformers_survive_copies() -> None:
         assert torch.equal(model(prompt(2), **{name: other}).logits, want)
 
 
+@pytest.mark.heavy
 def test_compiled_steps_find_their_state_in_a_cache_of_transformers() -> None:
     model, name = model_of("linear"), cache_name(model_of(None))
     cache = model(prompt(), use_cache=True)[name]

@@ -30,7 +30,10 @@ HEADERS = {
     for glob in globs
     for path in CSRC.glob(glob)
 }
-pytestmark = pytest.mark.skipif(shutil.which(_env.cxx()) is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.heavy,  # a compiler for every header
+    pytest.mark.skipif(shutil.which(_env.cxx()) is None, reason="no C++ compiler"),
+]
 
 
 def compile_headers(kind: str, *headers: str) -> str:

@@ -166,7 +166,7 @@ def aliased_state(case: Case) -> None:
         assert_close(a, b, case.spec.tol.forward[b.dtype], f"arguments side by side in one storage: result {i}")
 
 
-@check(("native",), applies=_indexed)
+@check(("native",), heavy=True, applies=_indexed)
 def compiled_in_place(case: Case) -> None:
     """torch.compile(fullgraph=True) writes to the states given: no memory as large as the smallest of them is allocated."""
     sample = _sample(case)
