@@ -36,8 +36,9 @@ struct StepToken {
 };
 
 /// kVecs vectors of columns from `first` on: S = a S + k v^T (with kUpdate), o = q S for kHeads query heads.
+/// Inline: left to the compiler, one element type got a call here and took a third longer.
 template <bool kUpdate, int kHeads, int kVecs>
-void step_columns(const StepToken& t, int64_t first) {
+inline __attribute__((always_inline)) void step_columns(const StepToken& t, int64_t first) {
   constexpr int64_t kAhead = 16;  // rows whose cache lines are asked for early: hardware stops at the end of a page
   Vec sums[kHeads][kVecs] = {};
   for (int64_t c = 0; c < t.dk; ++c) {
