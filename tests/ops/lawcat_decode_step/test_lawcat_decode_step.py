@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -171,16 +172,9 @@ def test_autocast_follows_the_pools() -> None:
     assert o.dtype is torch.bfloat16 and conv_q.dtype is torch.bfloat16 and state.dtype is torch.float32
 
 
-def test_twenty_schedules(device: str) -> None:
+def test_twenty_schedules(emulator: ctypes.CDLL) -> None:
     """Seeds beyond those of the generic check, on the sample with the most sharing."""
-    import ctypes
-
-    from subquad import _native
-
-    if device != "cpu" or _native.load("_C_simt", build=True) is not None:
-        pytest.skip("the emulator is not here")
-    set_seed = ctypes.CDLL(str(_native.loaded()["_C_simt"])).subquad_simt_set_seed
-    set_seed.argtypes = [ctypes.c_uint64]
+    set_seed = emulator.subquad_simt_set_seed
     sample = draw(Sampler(), "seeds", (12, 1, 2), 9, 5, 36, bias=True, batch=1)
     expected = step(**sample.args, backend="simt")
     try:
