@@ -78,6 +78,7 @@ def test_a_lawcat_step_moves_its_states_and_little_else(emulator: ctypes.CDLL, s
     assert stored == moved + past + 4 * heads * d
 
 
+@pytest.mark.usefixtures("emulator")
 @pytest.mark.parametrize("heads", [(5, 1, 1, 1), (9, 1, 1, 1), (12, 2, 1, 2)])
 @pytest.mark.parametrize(("dk", "dv"), [(5, 7), (65, 33), (129, 36), (256, 256)])
 def test_more_query_heads_than_a_block_takes(heads: tuple[int, int, int, int], dk: int, dv: int) -> None:
