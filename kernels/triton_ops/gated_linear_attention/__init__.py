@@ -89,16 +89,16 @@ class _Plan:
         )
 
     def walk(self, kernel: Any, *args: Any, **numbers: float) -> None:
-        """A launch over blocks of value columns, states of sequences, and blocks of key channels."""
+        """A launch over blocks of value columns, states of sequences, and blocks of key channels, see `place_of_walk`."""
         if self.sequences:
-            kernel[(self.blocks_v, self.sequences * self.states, self.blocks_k)](
+            kernel[(self.blocks_v * self.sequences * self.states * self.blocks_k,)](
                 *args, self.tokens, self.chunks, self.slots, self.states, self.dk, self.dv, **numbers, **self.options
             )
 
-    def by_chunk(self, kernel: Any, grid: tuple[int, ...], *args: Any, **numbers: float) -> None:
-        """A launch over chunks and more."""
+    def by_chunk(self, kernel: Any, programs: int, *args: Any, **numbers: float) -> None:
+        """A launch of so many programs for every chunk, see `place_of_chunk`."""
         if self.slots:
-            kernel[(self.slots, *grid)](
+            kernel[(self.slots * programs,)](
                 self.q, self.k, self.v, self.g, self.packed, *args, self.sequences, self.chunks, self.tokens, self.states,
                 self.dk, self.dv, **numbers, **self.options,
             )  # fmt: skip
@@ -134,8 +134,7 @@ def gated_linear_attention_fwd(
     den = torch.empty((plan.batch if normalize else 0, plan.tokens, plan.heads), **plan.wide)
     final = plan.empty_states(plan.sequences)
     walked = plan.walk_forwards(final)
-    grid = (plan.heads, plan.blocks_v)
-    plan.by_chunk(chunk_fwd_out_kernel, grid, walked, o, den, scale=scale, eps=eps)
+    plan.by_chunk(chunk_fwd_out_kernel, plan.heads * plan.blocks_v, walked, o, den, scale=scale, eps=eps)
     return o, den, *final
 
 
@@ -149,7 +148,7 @@ def gated_linear_attention_bwd(
     walked = plan.walk_forwards()
     u = torch.empty(q.shape, **plan.wide)
     grads = RowGrads(grad_o, den, torch.empty_like(den))
-    plan.by_chunk(chunk_bwd_den_kernel, (plan.heads,), walked, grads, u, **numbers)
+    plan.by_chunk(chunk_bwd_den_kernel, plan.heads, walked, grads, u, **numbers)
     dstates = plan.empty_states(plan.slots)
     dinitial = States(*(None if x is None else torch.empty(x.shape, **plan.wide) for x in plan.initial))
     plan.walk(
@@ -169,8 +168,8 @@ def gated_linear_attention_bwd(
         width = plan.dk if g.dim() == 4 else plan.narrow_k
         parts *= 1 if g.dim() == 4 else plan.narrow_k
         dg = of_states(g, parts, width)
-    grid = (plan.states, plan.narrow_k + plan.blocks_v)
-    plan.by_chunk(chunk_bwd_dqkv_kernel, grid, walked, grads, u, dstates, dq, dk, dv, dg, **numbers)
+    programs = plan.states * (plan.narrow_k + plan.blocks_v)
+    plan.by_chunk(chunk_bwd_dqkv_kernel, programs, walked, grads, u, dstates, dq, dk, dv, dg, **numbers)
     dk, dv = _sum_of_shared(dk, plan.flags.K_SHARE, q.dtype), _sum_of_shared(dv, plan.flags.V_SHARE, q.dtype)
     if g is not None:
         dg = _sum_of_shared(dg if g.dim() == 4 else dg.flatten(2), parts, g.dtype)
