@@ -165,7 +165,8 @@ GLU = OpSpec(
     missing={
         "nn": ACTIVATION.missing["nn"],
         **{
-            f"check:{name}": _RAW for name in ("dtypes", "layouts", "gradient_layouts", "vmap", "autocast", "switching")
+            f"check:{name}": _RAW
+            for name in ("dtypes", "layouts", "gradient_layouts", "vmap", "autocast", "switching", "tangents")
         },
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..case import Case
 from ..compare import assert_close, assert_same_bits, assert_same_nonfinite
@@ -54,6 +55,27 @@ def gradcheck(case: Case) -> None:
                 return case.reference(sample, **dict(zip(names, tensors, strict=True)))
 
             assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True), sample.id
+
+
+@check()
+def tangents(case: Case) -> None:
+    """Forward-mode differentiation against the float64 reference's: of all arguments and of each alone, a state among them."""
+    sample = case.fullest()
+    names, generator = case.float_args(sample), torch.Generator().manual_seed(98)
+    direction = {n: torch.randn(sample[n].shape, generator=generator).to(sample[n].dtype) for n in names}
+    for chosen in (names, *((n,) for n in names)):
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {n: forward_ad.make_dual(sample[n], direction[n]) for n in chosen}
+            wide = {n: forward_ad.make_dual(sample[n].double(), direction[n].double()) for n in chosen}
+            pairs = zip(case.call(sample, **duals), case.reference(case.wide(sample), **wide), strict=True)
+            for i, (actual, expected) in enumerate(pairs):
+                found, oracle = (forward_ad.unpack_dual(x).tangent for x in (actual, expected))
+                what = f"{sample.id}: tangent of output {i} along {', '.join(chosen)}"
+                if oracle is None:
+                    assert found is None or not found.count_nonzero(), what
+                    continue
+                assert found is not None, f"{what} was dropped"
+                assert_close(found, oracle, 1e-4, what)
 
 
 @check()
