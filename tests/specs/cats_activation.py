@@ -166,7 +166,16 @@ GLU = OpSpec(
         "nn": ACTIVATION.missing["nn"],
         **{
             f"check:{name}": _RAW
-            for name in ("dtypes", "layouts", "gradient_layouts", "vmap", "autocast", "switching", "tangents")
+            for name in (
+                "dtypes",
+                "layouts",
+                "gradient_layouts",
+                "vmap",
+                "autocast",
+                "switching",
+                "tangents",
+                "float64",
+            )
         },
     },
 )

@@ -67,10 +67,11 @@ def draw(
     dv: int | None = None,
     *,
     bias: tuple[int, ...] | None = None,
-    sinks: bool = False,
+    sinks: float | None = None,
     **options: Any,
 ) -> Sample:
-    """Random tensors for one call. `bias` is the shape of key_bias."""
+    """Random tensors for one call. `bias` is the shape of key_bias; sink logits lie around -sinks, 0 and sinks by turns, where 10
+    changes the last digits, and takes nearly all."""
     batch = batch if sampler.tokens is None else sampler.tokens
     args: dict[str, torch.Tensor | None] = {
         "q": sampler.normal(batch, tq, heads, d),
@@ -79,8 +80,9 @@ def draw(
     }
     if bias is not None:
         args["key_bias"] = sampler.normal(*bias)
-    if sinks:
-        args["sink_logits"] = sampler.normal(heads)
+    if sinks is not None:
+        turns = sinks * (torch.arange(heads) % 3 - 1)
+        args["sink_logits"] = sampler.normal(heads) + turns.to(sampler.device, sampler.dtype)
     shared = mask.starts is None or mask.starts.shape[0] == 1
     # Weights are rounded to 16 bits before they are multiplied, so 16-bit results are not rounded once.
     exact = sampler.dtype is torch.float32
@@ -95,19 +97,19 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         yield new("no-keys", IntervalMask.full(), 2, 3, 0, 2, 1, 8, return_lse=True)
         return
     if sampler.size == "large":
-        yield new("causal", IntervalMask.causal(), 2, 300, 300, 4, 2, 64, sinks=True)
+        yield new("causal", IntervalMask.causal(), 2, 300, 300, 4, 2, 64, sinks=10.0)
         yield new("long-one-head", IntervalMask.sink(4, 200), 1, 700, 700, 1, 1, 32, bias=(700,))
         return
     yield new("causal", IntervalMask.causal(), 2, 21, 21, 4, 2, 16)
     yield new(
-        "everything", random_mask(sampler, 1, 6, 19, 37), 2, 19, 37, 6, 2, 12, 20, bias=(1, 6, 37), sinks=True,
+        "everything", random_mask(sampler, 1, 6, 19, 37), 2, 19, 37, 6, 2, 12, 20, bias=(1, 6, 37), sinks=10.0,
         scale=0.3, return_lse=True,
     )  # fmt: skip
     yield new("sink-window", IntervalMask.sink(3, 9), 1, 40, 53, 3, 3, 17, return_lse=True)
     if sampler.size == "small":
         yield new("full", IntervalMask.full(), 2, 5, 70, 2, 1, 8)
         return
-    yield new("full-decode", IntervalMask.full(), 3, 1, 300, 6, 2, 72, 40, sinks=True)
+    yield new("full-decode", IntervalMask.full(), 3, 1, 300, 6, 2, 72, 40, sinks=3.0)
     yield new("sliding-longer-queries", IntervalMask.sliding(50), 2, 150, 100, 2, 2, 33, bias=(100,))
     yield new("tiles", IntervalMask.causal(), 1, 270, 270, 1, 1, 24, return_lse=True)
     yield new("wide", random_mask(sampler, 2, 1, 30, 140), 2, 30, 140, 2, 1, 160, 256)

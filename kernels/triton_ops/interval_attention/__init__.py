@@ -52,7 +52,7 @@ def _call(
     scale: float,
     plan: list[torch.Tensor],
 ) -> _Call:
-    batch, tq, heads, slots, d = q.shape
+    _, tq, heads, slots, d = q.shape
     tk, kv_heads, dv = k.shape[1], k.shape[2], v.shape[3]
     intervals, strides, key_strides, bias_strides = 1, (0, 0), (0, 0), (0, 0)
     if starts is not None:

@@ -70,7 +70,7 @@ def test_largest_biases_and_sinks(name: str, rows: int, backend: str) -> None:
 @pytest.mark.parametrize("rows", [1, 11])
 def test_a_row_of_lowest_biases_is_that_of_none(rows: int, dtype: torch.dtype, backend: str) -> None:
     """The mean of the values, as in scaled_dot_product_attention: the scores are lost beside 3e38. Its gradients too."""
-    out, lse, dq, dk, dv, *_ = results(backend, rows, "all lowest", IntervalMask.full(), dtype)
+    out, lse, _dq, _dk, dv, *_ = results(backend, rows, "all lowest", IntervalMask.full(), dtype)
     sampler = Sampler(dtype)
     q, k, v = (sampler.normal(2, t, 2, 8).transpose(1, 2) for t in (rows, KEYS, KEYS))
     if dtype is not torch.float16:  # whose lowest number is near enough to see scores beside

@@ -57,6 +57,23 @@ def gradcheck(case: Case) -> None:
             assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True), sample.id
 
 
+@check(("reference",))
+def float64(case: Case) -> None:
+    """Without `backend=` the first that takes it runs, which is the reference; kernels asked for refuse it."""
+    sample = case.wide(case.fullest())
+    args = {n: x.double() if x is not None and n in case.spec.mutates else x for n, x in sample.args.items()}
+    for cast in (False, True):
+        with torch.autocast(case.device, torch.bfloat16, cast):
+            for a, b in zip(case.invoke(args, sample.kwargs), case.reference(sample.replace(**args)), strict=True):
+                assert_close(a, b, 1e-12, "float64")
+    try:
+        case.invoke(args, {**sample.kwargs, "backend": "native"})
+    except TypeError as error:
+        assert "float64" in str(error), str(error)
+    else:
+        raise AssertionError("a kernel took float64")
+
+
 @check()
 def tangents(case: Case) -> None:
     """Forward-mode differentiation against the float64 reference's: of all arguments and of each alone, a state among them."""
