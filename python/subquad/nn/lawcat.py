@@ -205,7 +205,7 @@ class LawcatAttention(nn.Module):
             self.conv_k.weight, self.conv_k.bias = self.conv_q.weight, self.conv_q.bias
         # Tied maps of different head counts are one map per key head, which its group of queries shares.
         maps = (key_heads, 0) if config.tie_qk_feature_map else (heads, key_heads)
-        phi: dict[str, Any] = {"init": config.feature_init} | options
+        phi: dict[str, Any] = {"init": config.feature_init, "backend": config.backend} | options
         self.feature_map = LearnedFeatureMap(maps[0], width, self.feature_dim, **phi)
         self.feature_map_k = LearnedFeatureMap(maps[1], width, self.feature_dim, **phi) if maps[1] else None
         gates = {"vector": kv_heads * self.feature_map.out_dim, "scalar": kv_heads, "none": 0}[config.gate]
