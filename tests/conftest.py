@@ -13,11 +13,13 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from subquad.testing import Task
+from subquad.testing.levels import at_level
 
 DEVICES = ("cpu", "cuda")
-LANES = ("quick", "whole")
+LANES = ("quick", "whole", "full")
 QUICK_BACKENDS = ("native", "reference")
-NUMBERS = ("forward", "gradients")  # checks that the quick lane runs in every dtype: roundings show there alone
+# Checks that the quick lane runs in every dtype and at every instruction set: roundings show there alone.
+NUMBERS = ("forward", "gradients", "levels")
 settings.register_profile(
     "subquad", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -34,7 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lane",
         choices=LANES,
         default="whole",
-        help="quick: native and reference, one dtype, nothing that compiles or starts a process; whole: everything",
+        help="quick: native and reference, one dtype, nothing that compiles or starts a process; whole: everything, but what "
+        "is slow or compiles at the CPU's best instruction set only; full: at all of them",
     )
     parser.addoption("--device", choices=DEVICES, default="cpu", help="where the generic tests put their tensors")
 
@@ -43,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "backend(stem, name): needs this backend of this op; skipped with its reason otherwise"
     )
+    config.addinivalue_line("markers", "level(name): runs native kernels at an instruction set below the CPU's best")
     settings.load_profile("subquad")
     torch.set_num_threads(1)  # the problems are tiny; what threads change has a check of its own
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every worker starts as many processes again
@@ -51,11 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--lane") == "quick":
-        first: dict[tuple[object, ...], torch.dtype] = {}  # of every test, in the order of collection
-        chosen = [_is_quick(item, first) for item in items]
-        config.hook.pytest_deselected(items=[item for item, quick in zip(items, chosen, strict=True) if not quick])
-        items[:] = [item for item, quick in zip(items, chosen, strict=True) if quick]
+    lane, first = config.getoption("--lane"), dict[tuple[object, ...], torch.dtype]()  # of every test, as collected
+    chosen = [_is_quick(item, first) if lane == "quick" else True for item in items]
+    for i, item in enumerate(items):
+        if item.get_closest_marker("level"):
+            costly = item.get_closest_marker("slow") or item.get_closest_marker("heavy")
+            chosen[i] &= config.getoption("--device") == "cpu" and (lane == "full" or not costly)
+    config.hook.pytest_deselected(items=[item for item, there in zip(items, chosen, strict=True) if not there])
+    items[:] = [item for item, there in zip(items, chosen, strict=True) if there]
     # The longest first: at the end of a parallel run workers then wait for short ones.
     items.sort(key=lambda item: 0 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("heavy") else 2)
 
@@ -67,8 +74,10 @@ def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     task = params.get("task")
     if isinstance(task, Task):
-        told = task.dtype is task.spec.dtypes[0] or task.check.name in NUMBERS
-        return told and task.backend in QUICK_BACKENDS and not task.check.heavy
+        typical = task.dtype is task.spec.dtypes[0] and not item.get_closest_marker("level")
+        return task.backend in QUICK_BACKENDS and (typical or task.check.name in NUMBERS)
+    if item.get_closest_marker("level"):
+        return False
     backends = {marker.args[1] for marker in item.iter_markers("backend")}
     if "emulator" in getattr(item, "fixturenames", ()) or not backends <= set(QUICK_BACKENDS):
         return False
@@ -138,6 +147,14 @@ def emulator() -> ctypes.CDLL:
 def device(request: pytest.FixtureRequest) -> str:
     """Device under test."""
     return request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def _level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The instruction set of native kernels, and that no other ran."""
+    marker = request.node.get_closest_marker("level")
+    with at_level(marker.args[0] if marker else None):
+        yield
 
 
 @pytest.fixture(autouse=True)

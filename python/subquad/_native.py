@@ -106,6 +106,13 @@ def cpu_isas() -> list[str]:
     return function().decode().split(",")
 
 
+def cpu_isas_ran() -> set[str]:
+    """The instruction sets whose kernels were called since this was last asked."""
+    function = _symbol("subquad_cpu_isas_ran")
+    noted = 0 if function is None else function()
+    return {level for bit, level in enumerate(_build.X86_LEVELS) if noted >> bit & 1}
+
+
 def loaded() -> dict[str, Path]:
     """The libraries in use and where they came from."""
     return dict(_loaded)

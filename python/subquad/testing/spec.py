@@ -180,6 +180,7 @@ class OpSpec:
             with the parameter `backward` is timed with its gradients, an op that mutates on the same tensors from call to call.
         bench_oracle: takes the sample in float64 and a result; returns a part of the result and the oracle of that part.
             For cases too large for the whole reference.
+        lesser_levels: CPU level -> the one below it whose kernels some calls run instead.
         missing: what this op does not have, and why, by backend ("simt"), place ("nn"), check ("check:vmap") or check on one
             backend ("check:vmap:simt").
     """
@@ -206,4 +207,5 @@ class OpSpec:
     bytes: Callable[[BenchCase], float] | None = None
     bench_oracle: Callable[[Sample, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     peers: Mapping[str, Callable[[Sample], Callable[[], Any] | None]] = field(default_factory=dict)
+    lesser_levels: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)

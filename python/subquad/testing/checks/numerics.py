@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from ... import _native
 from ..case import Case
 from ..compare import assert_close, assert_same_bits, assert_same_nonfinite
+from ..instruments import record_ops
+from ..levels import at_level
+from ..levels import levels as levels_under_test
 from ..spec import Sample
 from .registry import KERNELS, check
 
@@ -194,6 +198,29 @@ def nan(case: Case) -> None:
                 what = f"{value} in {name}: output {i}"
                 assert_same_nonfinite(actual, expected, what)
                 assert_close(actual, expected, case.limit(actual.dtype, case.spec.tol.forward), what)
+
+
+@check(("native",), per_dtype=True)
+def levels(case: Case) -> None:
+    """Every raw operator runs the kernels of the level that was asked for, and those agree with the weakest level's."""
+    if case.device != "cpu":
+        return
+    level, weakest = case.level or _native.cpu_isa(), levels_under_test()[0]
+    for sample in case.samples("small"):
+        with record_ops(case.backend) as calls:
+            case.call(sample)
+            case.gradients(sample)
+        for call in calls:
+            found = {}
+            for asked in (level, weakest):
+                with at_level(asked):
+                    found[asked] = call.repeat()
+                    ran = _native.cpu_isas_ran()
+                told = ran in ({asked}, {case.spec.lesser_levels.get(str(asked))})
+                assert told, f"{sample.id}: {call.name}: kernels of {ran or 'no level'} ran, expected {asked}"
+            table = case.spec.tol.grad if call.name.endswith("_bwd") else case.spec.tol.forward
+            for i, (a, b) in enumerate(zip(found[level], found[weakest], strict=True)):
+                assert_close(a, b, case.limit(a.dtype, table), f"{sample.id}: {call.name}: output {i} at {level}")
 
 
 @check()
