@@ -529,11 +529,10 @@ def test_a_mask_follows_its_own_tensors_and_no_others(backend: str, inference: b
 
 def test_a_predicate_is_of_the_mask_as_it_was() -> None:
     starts, ends, _ = written_case()
-    for masks in (
-        IntervalMask(starts, ends, tk=200),
-        IntervalMask.spans(starts.repeat(1, 1, 1, 2), ends.repeat(1, 1, 1, 2), 200),
-    ):
-        predicate = masks.to_mask_mod()
-        masks.ends.fill_(190)
+    twice = IntervalMask.spans(starts.repeat(1, 1, 1, 2), ends.repeat(1, 1, 1, 2), 200)
+    for mask in (IntervalMask(starts, ends, tk=200), twice):
+        predicate = mask.to_mask_mod()
+        assert mask.ends is not None
+        mask.ends.fill_(190)
         place = torch.tensor(100)
         assert not predicate(torch.tensor(0), torch.tensor(0), place, place)

@@ -69,7 +69,7 @@ def _told(function: Predicate, keywords: dict[str, Any]) -> Pattern | None:
     if "allow_is_bidirectional_skip" in keywords:
         return Pattern(causal=False, window=window, linear=False)
     chunks = size is not None and getattr(keywords.get("config"), "attention_chunk_size", None) == size
-    blocks = _made_by(function, "or_masks")
+    blocks = function.__qualname__.startswith("or_masks.")  # dynamo does not tell the module of its closures
     sequences = not chunks and not blocks and size != 1  # with a window of one, no token sees its neighbour
     return Pattern(window=window, broken=True, apart=function if sequences else None, linear=sequences)
 
