@@ -142,11 +142,18 @@ def same_device(name: str, value: torch.Tensor, device: torch.device, of: str = 
         raise ValueError(f"{name}: expected device {device} as {of} has, got {value.device}")
 
 
+def traced(value: torch.Tensor) -> bool:
+    """Whether `value` has no values to read: under torch.compile, export, a transform, capture, or on the meta device."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if value.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return True
+    return value.device.type == "meta" or isinstance(value, torch._subclasses.FakeTensor)
+
+
 def readable(value: torch.Tensor) -> bool:
     """Whether reading values here costs no wait for a device and breaks no graph."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    fake = value.device.type == "meta" or isinstance(value, torch._subclasses.FakeTensor)
-    return not traced and not fake and (value.device.type == "cpu" or _DEBUG)
+    return not traced(value) and (value.device.type == "cpu" or _DEBUG)
 
 
 def no_gradient(name: str, value: torch.Tensor | None, hint: str = "") -> None:

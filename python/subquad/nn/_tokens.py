@@ -47,6 +47,8 @@ def tokens_of(
     if isinstance(mask, IntervalMask):
         if not isinstance(mask, ModelMask) or not mask.padded_causal:
             raise ValueError("attention_mask: expected a causal mask of the model, got another IntervalMask")
+        if mask.sequence_ids is not None:
+            raise ValueError("attention_mask: expected one sequence in each row, got packed ones")
         padding = mask.padding
         if padding is None:
             return None
