@@ -197,7 +197,7 @@ class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
         return self._line
 
 
-@pytest.mark.parametrize(("direction", "layout"), [("convert", "strided"), ("convert", "copy"), ("revert", "strided")])
+@pytest.mark.parametrize(("direction", "layout"), [("convert", "strided"), ("convert", "keep"), ("revert", "strided")])
 def test_an_interrupt_at_any_line_is_all_or_nothing(direction: str, layout: str) -> None:
     config = {"mlp": CatsConfig(down_layout=layout), "attention": LawcatConfig(gate="none")}
 

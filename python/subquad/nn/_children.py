@@ -1,24 +1,70 @@
-"""Children that a layer shares with the module it was made from, and what it may do with them."""
+"""Children that a layer shares with the module it was made from, seen as they are at the moment of a call.
+
+What is plain may be read: its parameters say what a call computes. Anything else (adapters, quantised or sharded weights, offloading,
+hooks, another `forward`, a wrapper) is called.
+"""
 
 from __future__ import annotations
 
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import nn
+from torch.nn.modules import module as _globals
 
 Module = TypeVar("Module", bound=nn.Module)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def plain(child: nn.Module | None, kind: type[Module]) -> TypeGuard[Module]:
     """Whether an operator may read the parameters of a child instead of calling it.
 
-    Not where a user has put a module of another class, or changed what a call does: by a hook, or by another `forward` of the
-    object (as accelerate does when it offloads).
+    Not where a user has put a module of another class or a tensor of another class, or changed what a call does: by a hook, of the
+    module or of all modules, or by another `forward` of the object.
     """
-    if type(child) is not kind:
+    if type(child) is not kind or not _forward_is_its_own(child):
         return False
     hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_pre_hooks, child._backward_hooks)
-    return not any(hooks) and "forward" not in child.__dict__
+    if any(hooks) or _globals._has_any_global_hook():
+        return False
+    return all(p is None or type(p) in (nn.Parameter, torch.Tensor) for p in child._parameters.values())
+
+
+def _forward_is_its_own(child: nn.Module) -> bool:
+    """Also where accelerate has wrapped it to move inputs to the device of the weights and nothing else."""
+    forward = child.__dict__.get("forward")
+    hook = child.__dict__.get("_hf_hook")
+    if hook is not None:
+        if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+            return False
+        forward = child.__dict__.get("_old_forward")
+    if forward is None:
+        return True
+    return getattr(forward, "__func__", None) is type(child).forward and forward.__self__ is child
+
+
+def features(child: Any) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear map, also of an adapter or of quantised weights; None of anything else."""
+    sizes = getattr(child, "in_features", None), getattr(child, "out_features", None)
+    return sizes if isinstance(child, nn.Module) and all(isinstance(n, int) for n in sizes) else None  # type: ignore
+
+
+def placement(child: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of new parameters beside a child: where it computes, if its own are offloaded, quantised or adapted."""
+    parameters = list(child.parameters())
+    device = next((p.device for p in parameters), torch.device("cpu"))
+    for part in child.modules():
+        hook = getattr(part, "_hf_hook", None)
+        if device.type == "meta" and getattr(hook, "offload", False):
+            device = torch.device(hook.execution_device)  # type: ignore[union-attr]
+    return device, next((p.dtype for p in parameters if p.dtype in FLOATS), torch.get_default_dtype())
+
+
+def check_whole(module: nn.Module) -> None:
+    """ValueError for parameters of which a process has a part."""
+    for name, parameter in module.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            raise ValueError(f"{name}: expected a whole parameter, got a DTensor; convert before the model is sharded")
 
 
 def set_mode(module: nn.Module, training: bool, besides: nn.Module) -> None:
