@@ -1,7 +1,7 @@
 """Children that a layer shares with the module it was made from, seen as they are at the moment of a call.
 
-What is plain may be read: its parameters say what a call computes. Anything else (adapters, quantised or sharded weights, offloading,
-hooks, another `forward`, a wrapper) is called.
+What is plain may be read: its parameters say what a call computes. Anything else (adapters, quantised or sharded weights,
+offloading, hooks, another `forward`, a wrapper) is called.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def plain(child: nn.Module | None, kind: type[Module]) -> TypeGuard[Module]:
     """Whether an operator may read the parameters of a child instead of calling it.
 
-    Not where a user has put a module of another class or a tensor of another class, or changed what a call does: by a hook, of the
-    module or of all modules, or by another `forward` of the object.
+    Not where a user has put a module of another class or a tensor of another class, or changed what a call does: by a hook, of
+    the module or of all modules, or by another `forward` of the object.
     """
     if type(child) is not kind or not _forward_is_its_own(child):
         return False
@@ -33,14 +33,19 @@ def plain(child: nn.Module | None, kind: type[Module]) -> TypeGuard[Module]:
 def _forward_is_its_own(child: nn.Module) -> bool:
     """Also where accelerate has wrapped it to move inputs to the device of the weights and nothing else."""
     forward = child.__dict__.get("forward")
-    hook = child.__dict__.get("_hf_hook")
-    if hook is not None:
-        if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+    hooks = _accelerate_hooks(child)
+    if hooks:
+        if any(type(hook).__name__ != "AlignDevicesHook" or hook.offload for hook in hooks):
             return False
         forward = child.__dict__.get("_old_forward")
     if forward is None:
         return True
     return getattr(forward, "__func__", None) is type(child).forward and forward.__self__ is child
+
+
+def _accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else getattr(hook, "hooks", (hook,))  # those of a SequentialHook
 
 
 def features(child: Any) -> tuple[int, int] | None:
@@ -53,10 +58,11 @@ def placement(child: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of new parameters beside a child: where it computes, if its own are offloaded, quantised or adapted."""
     parameters = list(child.parameters())
     device = next((p.device for p in parameters), torch.device("cpu"))
-    for part in child.modules():
-        hook = getattr(part, "_hf_hook", None)
-        if device.type == "meta" and getattr(hook, "offload", False):
-            device = torch.device(hook.execution_device)  # type: ignore[union-attr]
+    if device.type == "meta":
+        hooks = [hook for part in child.modules() for hook in _accelerate_hooks(part)]
+        device = next(
+            (torch.device(hook.execution_device) for hook in hooks if getattr(hook, "offload", False)), device
+        )
     return device, next((p.dtype for p in parameters if p.dtype in FLOATS), torch.get_default_dtype())
 
 
