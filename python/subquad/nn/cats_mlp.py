@@ -293,9 +293,7 @@ class CATSMLP(nn.Module):
         mask = active_mask(activate(upcast(z.detach()), self.activation), threshold, self._inclusive)
         if self.mask_mode == "union":
             mask = mask.flatten(0, -2).any(0).expand_as(mask)
-        h = cats_glu(
-            z, u, threshold, activation=self.activation, inclusive=self._inclusive, grad=self.grad, mask=mask
-        )
+        h = cats_glu(z, u, threshold, activation=self.activation, inclusive=self._inclusive, grad=self.grad, mask=mask)
         if few and not dense and not h.requires_grad and not torch.compiler.is_compiling():
             odd = next((child for child in self.children() if not plain(child, nn.Linear)), self.down_proj)
             _warn_once(f"CATSMLP: a projection is a {type(odd).__name__} that must be called, so nothing is skipped")

@@ -64,7 +64,10 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base_layer, self.in_features, self.out_features = base, base.in_features, base.out_features
-        self.lora_a, self.lora_b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+        self.lora_a, self.lora_b = (
+            nn.Linear(base.in_features, 2, bias=False),
+            nn.Linear(2, base.out_features, bias=False),
+        )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -152,7 +155,11 @@ def wrapped(mlp: nn.Module, name: str) -> None:
 CHANGES = (
     adapt, subclass, hook, pre_hook, forward_of_the_object, offload, quantise, weight_norm, parametrized, pruned, wrapped,
 )  # fmt: skip
-CHILDREN = [(kind, name) for kind, names in (("split", ("gate", "up", "down")), ("fused", ("gate_up", "down"))) for name in names]
+CHILDREN = [
+    (kind, name)
+    for kind, names in (("split", ("gate", "up", "down")), ("fused", ("gate_up", "down")))
+    for name in names
+]
 
 
 def gradients(function: Callable[[torch.Tensor], torch.Tensor], module: nn.Module) -> list[torch.Tensor]:
