@@ -100,7 +100,7 @@ def test_shared_parameters_stay_shared(made: str) -> None:
         other.load_state_dict(state, assign=assign)
         assert is_tied(other) and torch.equal(other.conv_k.weight, state["conv_q.weight"].to(other.conv_k.weight.dtype))
     bad = state | {"conv_k.weight": state["conv_k.weight"] + 1}
-    with pytest.raises(RuntimeError, match="conv_k.weight: expected what conv_q.weight has"):
+    with pytest.raises(RuntimeError, match=r"conv_k.weight: expected what conv_q.weight has"):
         other.load_state_dict(bad)
     assert is_tied(other) and torch.equal(other.conv_k.weight, state["conv_q.weight"].to(other.conv_k.weight.dtype))
     other.conv_k = copy.deepcopy(other.conv_k)  # exchanged: no longer shared
@@ -181,7 +181,7 @@ def test_plain_loading_gives_the_dense_model(ids: torch.Tensor, tmp_path: Path) 
 def test_nothing_to_load(tmp_path: Path) -> None:
     model = build()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="config: expected an entry 'subquad'.* no layer was converted"):
+    with pytest.raises(ValueError, match=r"config: expected an entry 'subquad'.* no layer was converted"):
         load_converted(tmp_path)
     convert(model, mlp="cats")
     model.save_pretrained(tmp_path)

@@ -27,7 +27,12 @@ def plain(child: nn.Module | None, kind: type[Module]) -> TypeGuard[Module]:
     hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_pre_hooks, child._backward_hooks)
     if any(hooks) or _globals._has_any_global_hook():
         return False
-    return all(p is None or type(p) in (nn.Parameter, torch.Tensor) for p in child._parameters.values())
+    return all(p is None or _ordinary(type(p)) for p in child._parameters.values())
+
+
+def _ordinary(tensor: type) -> bool:
+    """Also what stands for an ordinary tensor while a graph is traced."""
+    return tensor in (nn.Parameter, torch.Tensor) or tensor.__module__.startswith("torch._subclasses.")
 
 
 def _forward_is_its_own(child: nn.Module) -> bool:

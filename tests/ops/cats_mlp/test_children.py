@@ -285,6 +285,20 @@ def test_the_layout_goes_back_inside_an_adapter(layout: str) -> None:
     assert mlp.down_proj is module.down_proj
 
 
+@pytest.mark.heavy
+def test_a_graph_is_made_of_what_is_there() -> None:
+    """Compiled again after an adapter came; exported with the operator, not with calls."""
+    module, x = CATSMLP.from_llama_mlp(build("split"), threshold=T).requires_grad_(False), torch.randn(3, H)
+    for strict in (False, True):
+        graph = torch.export.export(module, (x,), strict=strict).graph
+        assert any("cats_mlp_fwd" in str(node.target) for node in graph.nodes)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), composed(module, x))
+    for name in ("gate_proj", "down_proj"):
+        adapt(module, name)
+        torch.testing.assert_close(compiled(x), composed(module, x))
+
+
 # --- plain ---------------------------------------------------------------------------------------------------------------------
 
 
