@@ -256,10 +256,11 @@ def _converted(model: nn.Module) -> list[dict[str, Any]]:
         by = next((r for r in _REGISTRY.values() if isinstance(module, r.layer)), None)
         if by is None:
             continue
-        group = {"kind": by.kind.name, "name": by.name, "options": by.options(module)}
+        group: dict[str, Any] = {"kind": by.kind.name, "name": by.name, "options": by.options(module)}
         known = next((other for other in groups if group.items() <= other.items()), None)
         if known is None:
-            groups.append(known := group | {"layers": []})
+            known = group | {"layers": []}
+            groups.append(known)
         known["layers"].append(name)
     return groups
 

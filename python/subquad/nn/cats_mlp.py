@@ -28,7 +28,7 @@ _STATE = ("threshold", "cats_meta")
 class GatedMLP(nn.Module):
     """The dense block that `CATSMLP` replaces: down(act(gate(x)) * up(x)), x `[..., H]`."""
 
-    def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, activation: str) -> None:
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.act_fn = activation
@@ -79,10 +79,10 @@ class CATSMLP(nn.Module):
     threshold: torch.Tensor
     cats_meta: torch.Tensor
     original: nn.Module | None
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    gate_up_proj: nn.Module
-    down_proj: nn.Module
+    gate_proj: Any  # Linears, or what somebody has put in their place
+    up_proj: Any
+    gate_up_proj: Any
+    down_proj: Any
 
     def __init__(
         self,
@@ -254,13 +254,14 @@ class CATSMLP(nn.Module):
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """z `[..., I]` of x `[..., H]`: what goes into the activation."""
-        return self.gate_up_proj(x).chunk(2, dim=-1)[0] if self._fused else self.gate_proj(x)
+        z: torch.Tensor = self.gate_up_proj(x).chunk(2, dim=-1)[0] if self._fused else self.gate_proj(x)
+        return z
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `[..., H]` of x `[..., H]`, in x's dtype."""
         if not self.reads(x):
             return self._called(x)
-        gate: Any = self.gate_up_proj if self._fused else self.gate_proj
+        gate = self.gate_up_proj if self._fused else self.gate_proj
         up, down = (gate if self._fused else self.up_proj), self.down_proj
         weights, biases = (gate.weight, up.weight), (gate.bias, up.bias)
         if self._fused:
@@ -292,12 +293,13 @@ class CATSMLP(nn.Module):
         threshold = torch.full_like(self.threshold, DENSE) if dense else self.threshold
         mask = active_mask(activate(upcast(z.detach()), self.activation), threshold, self._inclusive)
         if self.mask_mode == "union":
-            mask = mask.flatten(0, -2).any(0).expand_as(mask)
+            mask = mask.reshape(-1, mask.shape[-1]).any(0).expand_as(mask)
         h = cats_glu(z, u, threshold, activation=self.activation, inclusive=self._inclusive, grad=self.grad, mask=mask)
         if few and not dense and not h.requires_grad and not torch.compiler.is_compiling():
             odd = next((child for child in self.children() if not plain(child, nn.Linear)), self.down_proj)
             _warn_once(f"CATSMLP: a projection is a {type(odd).__name__} that must be called, so nothing is skipped")
-        return self.down_proj(h)
+        y: torch.Tensor = self.down_proj(h)
+        return y
 
     def to_dense(self) -> nn.Module:
         """The dense module this one was made from (or a `GatedMLP`), sharing the weights, in their original layout."""

@@ -237,6 +237,7 @@ def test_options_hold_when_children_are_called() -> None:
     with torch.no_grad():
         module.mask_mode = "union"
         torch.testing.assert_close(module(x[:3]), composed(module, x[:3], "union"))
+        assert [module(x[0]).shape, module(x[:0]).shape] == [(H,), (0, H)]
         module.mask_mode, module.prefill = "token", "dense"
         torch.testing.assert_close(module(x), composed_dense(module, x))
         torch.testing.assert_close(module(x[:16]), composed(module, x[:16]))

@@ -62,7 +62,11 @@ def _without_conversions(model_class: Any, groups: list[dict[str, Any]], path: A
     """`from_pretrained`, which does not report what is loaded afterwards."""
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         return model_class.from_pretrained(path, **kwargs)
-    later = [rf"(^|\.){re.escape(name)}\." for group in groups for name in group["layers"]]
+    names = [name for group in groups for name in group["layers"]]
+    tails = [
+        found[0] if (found := re.search(r"[^.]+\.\d+\..*", name)) else name for name in names
+    ]  # without wrappers' names
+    later = [rf"(^|\.){re.escape(tail)}\." for tail in tails]
     quiet: Any = type(model_class.__name__, (model_class,), {"_keys_to_ignore_on_load_unexpected": later})
     model = quiet.from_pretrained(path, **kwargs)
     model.__class__ = model_class
