@@ -182,6 +182,7 @@ def test_teacher_and_student_share_adapters(
         assert torch.equal(model(ids).logits, want)
 
 
+@pytest.mark.heavy
 def test_a_compiled_child_is_heard(ids: torch.Tensor) -> None:
     model, want = build(), build()(ids).logits
     convert(model, attention="lawcat")

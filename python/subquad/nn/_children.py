@@ -24,10 +24,11 @@ def plain(child: nn.Module | None, kind: type[Module]) -> TypeGuard[Module]:
     """
     if type(child) is not kind or not _forward_is_its_own(child):
         return False
-    hooks = (child._forward_pre_hooks, child._forward_hooks, child._backward_pre_hooks, child._backward_hooks)
-    if any(hooks) or _globals._has_any_global_hook():
+    if child._forward_pre_hooks or child._forward_hooks or child._backward_pre_hooks or child._backward_hooks:
         return False
-    return all(p is None or _ordinary(type(p)) for p in child._parameters.values())
+    if _globals._has_any_global_hook():
+        return False
+    return all(p is None or type(p) is nn.Parameter or _ordinary(type(p)) for p in child._parameters.values())
 
 
 def _ordinary(tensor: type) -> bool:
@@ -37,14 +38,13 @@ def _ordinary(tensor: type) -> bool:
 
 def _forward_is_its_own(child: nn.Module) -> bool:
     """Also where accelerate has wrapped it to move inputs to the device of the weights and nothing else."""
-    forward = child.__dict__.get("forward")
-    hooks = _accelerate_hooks(child)
+    if "forward" not in child.__dict__:
+        return True
+    forward, hooks = child.__dict__["forward"], _accelerate_hooks(child)
     if hooks:
         if any(type(hook).__name__ != "AlignDevicesHook" or hook.offload for hook in hooks):
             return False
         forward = child.__dict__.get("_old_forward")
-    if forward is None:
-        return True
     return getattr(forward, "__func__", None) is type(child).forward and forward.__self__ is child
 
 
@@ -61,14 +61,14 @@ def features(child: Any) -> tuple[int, int] | None:
 
 def placement(child: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of new parameters beside a child: where it computes, if its own are offloaded, quantised or adapted."""
-    parameters = list(child.parameters())
-    device = next((p.device for p in parameters), torch.device("cpu"))
+    tensors = [*child.parameters(), *child.buffers()]
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     if device.type == "meta":
         hooks = [hook for part in child.modules() for hook in _accelerate_hooks(part)]
         device = next(
             (torch.device(hook.execution_device) for hook in hooks if getattr(hook, "offload", False)), device
         )
-    return device, next((p.dtype for p in parameters if p.dtype in FLOATS), torch.get_default_dtype())
+    return device, next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), torch.get_default_dtype())
 
 
 def check_whole(module: nn.Module) -> None:

@@ -249,8 +249,7 @@ class CATSMLP(nn.Module):
 
     def reads(self, x: torch.Tensor) -> bool:
         """Whether the weights of the projections say what calls of them on x would compute."""
-        gates = (self.gate_up_proj,) if self._fused else (self.gate_proj, self.up_proj)
-        return all(plain(child, nn.Linear) and child.weight.device == x.device for child in (*gates, self.down_proj))
+        return all(plain(child, nn.Linear) and child.weight.device == x.device for child in self._modules.values())
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """z `[..., I]` of x `[..., H]`: what goes into the activation."""
@@ -296,8 +295,11 @@ class CATSMLP(nn.Module):
             mask = mask.reshape(-1, mask.shape[-1]).any(0).expand_as(mask)
         h = cats_glu(z, u, threshold, activation=self.activation, inclusive=self._inclusive, grad=self.grad, mask=mask)
         if few and not dense and not h.requires_grad and not torch.compiler.is_compiling():
-            odd = next((child for child in self.children() if not plain(child, nn.Linear)), self.down_proj)
-            _warn_once(f"CATSMLP: a projection is a {type(odd).__name__} that must be called, so nothing is skipped")
+            odd = next((c for c in self.named_children() if not plain(c[1], nn.Linear)), ("down_proj", self.down_proj))
+            _warn_once(
+                f"CATSMLP: {odd[0]} ({type(odd[1]).__name__}) is no plain Linear, or has a hook; the projections must be called, "
+                "so nothing is skipped"
+            )
         y: torch.Tensor = self.down_proj(h)
         return y
 

@@ -267,7 +267,7 @@ def test_it_is_said_once() -> None:
     module(x)  # with gradients nothing would be skipped in any case
     with torch.no_grad():
         module(torch.randn(20, H))
-        with pytest.warns(subquad.SubquadWarning, match="a projection is a Adapted that must be called"):
+        with pytest.warns(subquad.SubquadWarning, match=r"down_proj \(Adapted\) is no plain Linear.* must be called"):
             module(x)
         module(x)
 
@@ -332,3 +332,6 @@ def test_placement() -> None:
     mlp.up_proj.base_layer.bias = None
     assert placement(mlp.up_proj)[1] is torch.float32
     assert placement(nn.Linear(2, 2, device="meta"))[0].type == "meta"
+    packed = nn.Module()
+    packed.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32, device="meta"))
+    assert placement(packed) == (torch.device("meta"), torch.float32)
