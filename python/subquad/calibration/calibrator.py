@@ -10,11 +10,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .._backends import SubquadWarning
-from ..convert import CatsConfig, convert_mlps, find_mlps, match_layer
+from ..convert import CatsConfig, convert_mlps, find_mlps, match_layer, restore
 from ..nn._gated import gated_activation
 from ..nn.cats_mlp import CATSMLP
 from ..reference.cats_activation import activate
@@ -105,18 +104,11 @@ class CatsCalibrator:
 
     def _observe(self, stack: ExitStack, name: str, mlp: nn.Module) -> None:
         if isinstance(mlp, CATSMLP):
-            cats = mlp
-
-            def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                w_gate, _, b_gate, _ = cats.projections()
-                with torch.no_grad():
-                    self._count(name, F.linear(args[0], w_gate, b_gate), cats.activation)
-
-            stack.callback(cats.register_forward_pre_hook(before).remove)
-            stack.callback(setattr, cats, "enabled", cats.enabled)
-            cats.enabled = False
-            return
-        activation = gated_activation(mlp)
+            stack.callback(setattr, mlp, "enabled", mlp.enabled)
+            mlp.enabled = False
+            activation = mlp.activation
+        else:
+            activation = gated_activation(mlp)
         fused = isinstance(getattr(mlp, "gate_up_proj", None), nn.Module)
 
         def after(module: nn.Module, args: Any, z: torch.Tensor) -> None:
@@ -250,13 +242,16 @@ class CatsCalibrator:
         gone = [name for name in thresholds if name not in present]
         if gone:
             raise ValueError(f"model: expected a gated MLP at {gone[0]!r}, which was there at calibration")
-        if any(not isinstance(present[name], CATSMLP) for name in thresholds):
-            convert_mlps(self.model, config, thresholds)
-            present = find_mlps(self.model)
-        for name, threshold in thresholds.items():
-            module = present[name]
-            assert isinstance(module, CATSMLP)
-            module.set_threshold(threshold, target_sparsity=shares[name], calibration_tokens=self.tokens[name])
+        with ExitStack() as undo:
+            if any(not isinstance(present[name], CATSMLP) for name in thresholds):
+                undo.callback(restore, self.model, "mlp", layers=convert_mlps(self.model, config, thresholds))
+                present = find_mlps(self.model)
+            for name, threshold in thresholds.items():
+                module = present[name]
+                assert isinstance(module, CATSMLP)
+                undo.callback(_put_back, module, module.threshold, module.threshold.clone(), module.cats_meta.clone())
+                module.set_threshold(threshold, target_sparsity=shares[name], calibration_tokens=self.tokens[name])
+            undo.pop_all()
         return list(thresholds)
 
     # --- keeping -----------------------------------------------------------------------------------------------------
@@ -332,6 +327,11 @@ def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         if name in names and names.index(name) < len(args):
             value = args[names.index(name)]
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _put_back(module: CATSMLP, threshold: torch.Tensor, values: torch.Tensor, meta: torch.Tensor) -> None:
+    module.threshold = threshold.copy_(values)
+    module.cats_meta.copy_(meta)
 
 
 def _neurons(mlp: nn.Module) -> int:

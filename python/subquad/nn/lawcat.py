@@ -16,9 +16,10 @@ from ..masks import IntervalMask
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
 from ..ops.lawcat_decode_step import MAX_DIM
-from ._children import plain, set_mode
+from ._children import placement, plain, set_mode
 from ._lawcat_steps import step
 from ._options import LawcatConfig
+from ._tied import tie, tied_again
 from ._tokens import rotate, sliding_window, tokens_of
 from ._window import hybrid
 from .causal_conv1d import ShortConvolution
@@ -116,6 +117,7 @@ class LawcatAttention(nn.Module):
     Attributes:
         q_proj, k_proj, v_proj, o_proj: as in transformers' attention.
         original: the attention that `from_attention` was given, or None; not a submodule.
+        config: the options it was made with.
         keep: as the option; it may be set at any time.
 
     Raises:
@@ -154,7 +156,7 @@ class LawcatAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        config = LawcatConfig(**options)
+        self.config = config = LawcatConfig(**options)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
         head_dim = hidden_size // max(num_heads, 1) if head_dim is None else head_dim
@@ -202,7 +204,7 @@ class LawcatAttention(nn.Module):
         )
         self.conv_v = ShortConvolution(kv_heads * width, config.conv_size, **conv) if config.conv_on_v else None
         if config.share_qk_conv:
-            self.conv_k.weight, self.conv_k.bias = self.conv_q.weight, self.conv_q.bias
+            tie(self, "conv_k", "conv_q")
         # Tied maps of different head counts are one map per key head, which its group of queries shares.
         maps = (key_heads, 0) if config.tie_qk_feature_map else (heads, key_heads)
         phi: dict[str, Any] = {"init": config.feature_init, "backend": config.backend} | options
@@ -246,8 +248,8 @@ class LawcatAttention(nn.Module):
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
                 raise ValueError(f"attention: expected none with {name}, which linear attention has not")
         parts |= {name: norm for name in NORMS if (norm := getattr(attention, name, None)) is not None}
-        weight = q.weight  # type: ignore[union-attr]
-        defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": weight.device, "dtype": weight.dtype}
+        device, dtype = placement(q)  # type: ignore[arg-type]
+        defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": device, "dtype": dtype}
         heads, kv_heads = sizes[0] // width, sizes[1] // width
         layer = cls(q.in_features, heads, kv_heads, head_dim=width, parts=parts, **(defaults | options))  # type: ignore
         layer._remember(attention)
@@ -267,6 +269,11 @@ class LawcatAttention(nn.Module):
                 setattr(self.original, name, getattr(self, name))
         set_mode(self.original, self.training, besides=self)
         return self.original
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LawcatAttention:
+        with tied_again(self):
+            super()._apply(fn, recurse)
+        return self
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """What LAWCAT adds to the projections, by name: convolutions, feature maps, gate, window factor."""
