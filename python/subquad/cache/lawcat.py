@@ -26,7 +26,7 @@ class LawcatState(TensorState):
         conv_v: such values, where they are convolved.
         s, z: states of `gated_linear_attention`, [N, HS, K, V] and [N, HS, K] float32.
         window_k, window_v: last window_size - 1 rotated keys and values [N, w-1, HKV, d] of the hybrid.
-        window_visible: bool [N, w-1], False where there is none.
+        window_visible: bool [N, w-1], False where there is none yet.
         late_k, late_v, late_g: features, values and gates of the last window_size tokens, which a linear branch that does not
             cover the window has not seen yet.
         seen: tokens that went by, padding included.
@@ -159,22 +159,22 @@ class LawcatState(TensorState):
     def _tail(self, name: str, now: torch.Tensor, count: int) -> torch.Tensor:
         """The last rows of a stream, as many as the tensor has, `count` tokens after `base`."""
         assert self.base is not None
-        rows, past = self.rows[name][:, :count], self.base.get(name)
-        if name.startswith("window"):  # grows until it is full
-            stream = rows if past is None else torch.cat([past, rows], 1)
-            return stream[:, max(stream.shape[1] - now.shape[1], 0) :].clone()
-        if name.startswith("late"):
-            stream = torch.cat([torch.zeros_like(now) if past is None else past, rows], 1)
-            return stream[:, stream.shape[1] - now.shape[1] :].clone()
-        size = now.shape[2]
-        stream = torch.cat([torch.zeros_like(now) if past is None else past, rows.mT], 2)
+        along = 2 if name.startswith("conv") else 1
+        size, past = now.shape[along], self.base.get(name)
+        if name == "window_visible":
+            rows = now.new_ones(now.shape[0], count)
+        else:
+            rows = self.rows[name][:, :count]
+            rows = (rows.mT if along == 2 else rows).to(now.dtype)
+        stream = torch.cat([torch.zeros_like(now) if past is None else past, rows], along)
         real = self.rows.get("real")
         if real is None:
-            return stream[:, :, stream.shape[2] - size :].clone()
-        # Padding inside a sequence is not there for a convolution: real rows go last, in their order.
+            return stream.narrow(along, count, size).clone()
+        # Padding inside a sequence is not there: real rows go last, in their order.
         order = F.pad(real[:, :count], (size, 0), value=True).to(torch.uint8).argsort(stable=True, dim=1)
         order = order[:, order.shape[1] - size :]
-        return stream.gather(2, order[:, None].expand(-1, stream.shape[1], -1))
+        order = order[:, None] if along == 2 else order.view(*order.shape, *(1,) * (stream.dim() - 2))
+        return stream.take_along_dim(order, along)
 
 
 _TENSORS = tuple(f.name for f in fields(LawcatState) if f.name not in ("seen", "depth", "base", "rows", "backend"))
