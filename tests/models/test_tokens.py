@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from subquad import CatsCalibrator
 from subquad.cache import LawcatCache
+from subquad.demo.model import cache_name
+from subquad.integrations.transformers import register
 from subquad.masks import IntervalMask
 from subquad.masks.model_mask import ModelMask
 from subquad.nn import LawcatAttention
@@ -371,3 +374,56 @@ def test_bad_bounds() -> None:
             layer.mix(x, **arguments)
     with pytest.raises(ValueError, match="cu_seq_lens_q: expected None with a batch of 2"):
         layer.mix(x.expand(2, -1, -1), cu_seq_lens_q=cu)
+
+
+# --- what a calibration counts ----------------------------------------
+
+transformers = pytest.importorskip("transformers")
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def model_of(family: str, implementation: str = "sdpa", **more: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 61, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None}
+    sizes |= {"Gemma3Text": {"layer_types": KINDS, "sliding_window": 4}, "Mistral": {"sliding_window": 4}}.get(
+        family, {}
+    )
+    config = getattr(transformers, f"{family}Config")(**(sizes | more))
+    config._attn_implementation = implementation
+    name = {"Gemma3Text": "Gemma3ForCausalLM"}.get(family, f"{family}ForCausalLM")
+    return getattr(transformers, name)(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma3Text"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "subquad"])
+def test_a_calibration_counts_real_tokens(family: str, implementation: str) -> None:
+    """Around `generate` and around calls, with every cache and form of mask."""
+    register()
+    model = model_of(family, implementation)
+    name = cache_name(model)
+    ids, mask = torch.randint(3, 61, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :5] = 0
+    for kind in (None, "static"):
+        for skip, want in ((0, 11 + 6), (2, 7 + 6)):
+            with CatsCalibrator(model, skip_first_tokens=skip) as calibrator:
+                options: dict[str, Any] = (
+                    {} if kind is None else {"cache_implementation": kind, "disable_compile": True}
+                )
+                model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, **options)
+            assert set(calibrator.tokens.values()) == {want}, (kind, skip)
+    mask[1, 3:5] = 0
+    for cache in (None, transformers.DynamicCache(config=model.config), transformers.StaticCache(model.config, 16)):
+        with CatsCalibrator(model) as calibrator:
+            for part in (slice(0, 5), slice(5, 6), slice(6, 8)) if cache is not None else (slice(0, 8),):
+                more = {"use_cache": False} if cache is None else {name: cache}
+                model(ids[:, part], attention_mask=mask[:, : part.stop], **more)
+        assert set(calibrator.tokens.values()) == {9}
+    whole = dense(mask)
+    forms = [whole, dense(mask, torch.float32), {"full_attention": whole, "sliding_attention": whole}]
+    for given in forms if family == "Gemma3Text" else forms[:2]:
+        if implementation == "eager" and given is whole:
+            continue  # a bool mask is added as numbers there
+        with CatsCalibrator(model) as calibrator:
+            model(ids, attention_mask=given, use_cache=False)
+        assert set(calibrator.tokens.values()) == {9}

@@ -63,6 +63,18 @@ def tokens_of(
     return read(mask, batch, length, window, seen).real
 
 
+def padding_of(mask: Any, batch: int, length: int, seen: int | torch.Tensor | None = None) -> torch.Tensor | None:
+    """`Tokens.real` of any attention, causal or not: a token is real where it sees itself."""
+    mask = _of_one_kind(mask)
+    if isinstance(mask, IntervalMask) and not (isinstance(mask, ModelMask) and mask.padded_causal):
+        mask = mask.to_dense(*(() if mask.tq is not None else (length, length)))
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return read(mask, batch, length, None, seen).real
+    _check_pairs(mask, batch, length)
+    columns = _columns(seen, length, mask.shape[3], mask.device)
+    return _visible(mask)[:, 0, :, columns].diagonal(0, 1, 2).expand(batch, -1)
+
+
 def read(
     mask: Any,
     batch: int,
@@ -141,10 +153,11 @@ def _of_pairs(
     mask: torch.Tensor, batch: int, length: int, window: int | None, seen: int | torch.Tensor | None
 ) -> Tokens:
     """From which position sees which, in four dimensions. A row that is padding may see anything."""
-    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != length or mask.shape[3] < length:
-        raise ValueError(f"attention_mask: expected [B, 1, {length}, >= {length}] or [B, T], got {list(mask.shape)}")
+    _check_pairs(mask, batch, length)
     visible = _visible(mask)
     compiling = torch.compiler.is_compiling()
+    if isinstance(seen, torch.Tensor) and length > 1 and not compiling:
+        seen = int(seen)
     columns = _columns(seen, length, mask.shape[3], mask.device)
     before = None
     if isinstance(columns, slice) and columns.start and window is None and not compiling:
@@ -172,6 +185,11 @@ def _of_pairs(
     return Tokens(real.expand(batch, -1), begins.expand(batch, -1))
 
 
+def _check_pairs(mask: torch.Tensor, batch: int, length: int) -> None:
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != length or mask.shape[3] < length:
+        raise ValueError(f"attention_mask: expected [B, 1, {length}, >= {length}] or [B, T], got {list(mask.shape)}")
+
+
 def _visible(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype is torch.bool:
         return mask
@@ -195,8 +213,8 @@ def _with_bounds(
     ids: torch.Tensor | None = None
     if name is not None:
         packed = _bounds(name, told, batch, length)
-        if seen is not None and not isinstance(seen, torch.Tensor) and seen:
-            raise ValueError(f"{name}: expected None once the cache has seen tokens, here {seen}")
+        if seen is not None and not torch.compiler.is_compiling() and int(seen):
+            raise ValueError(f"{name}: expected None once the cache has seen tokens, here {int(seen)}")
         if real is None and begins is None:
             return Tokens(packed=packed)
         ids = packed.sequence[None]

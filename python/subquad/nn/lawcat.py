@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from .. import _checks
 from .._packing import Packed
 from ..cache.lawcat import LawcatState, state_of
+from ..cache.state import adapter_for
 from ..masks import IntervalMask
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
@@ -253,6 +255,8 @@ class LawcatAttention(nn.Module):
         heads, kv_heads = sizes[0] // width, sizes[1] // width
         layer = cls(q.in_features, heads, kv_heads, head_dim=width, parts=parts, **(defaults | options))  # type: ignore
         layer._remember(attention)
+        with suppress(ImportError):
+            adapter_for(attention)  # imports what its library's caches need: compiled code cannot
         set_mode(layer, attention.training, besides=attention)
         return layer
 
@@ -342,7 +346,8 @@ class LawcatAttention(nn.Module):
         tokens = read(attention_mask, b, t, window, seen, **kwargs, cu_seqlens=cu_seqlens)
         mixed = self._advance(hidden_states, position_embeddings, tokens, state)
         if state is not None:
-            state.seen += t
+            seen = state.seen  # not in place: whoever was told it goes on to hold the old number
+            state.seen = (seen.to(hidden_states.device) if isinstance(seen, torch.Tensor) else seen) + t
         if self.output_gate is None or self.output_norm is None:
             return mixed
         if tokens.real is not None:
@@ -443,6 +448,8 @@ class LawcatAttention(nn.Module):
         if self.gate is None:
             return None
         g: torch.Tensor = self.gate.logits(x) if logits else self.gate(x)
+        if not logits and g.dtype in (torch.bfloat16, torch.float16):  # of a gate of another class
+            g = g.float()
         return g.unflatten(-1, (self.num_kv_heads, -1)) if self.gate_kind == "vector" else g
 
     def _features(
@@ -500,6 +507,8 @@ class LawcatAttention(nn.Module):
         packed = None if sequences is None else sequences.packed
         q0, k0, v = self._heads(x, positions)
         g = self._gates(x)
+        if state is not None:
+            state.suit(q0.dtype)
         if entering is not None:
             entering |= {"conv_q": q0.flatten(2), "conv_k": k0.flatten(2)}
             entering |= {} if self.conv_v is None else {"conv_v": v.flatten(2)}
