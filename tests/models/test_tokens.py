@@ -11,7 +11,7 @@ import torch
 from subquad import CatsCalibrator
 from subquad.cache import LawcatCache
 from subquad.demo.model import cache_name
-from subquad.integrations.transformers import register
+from subquad.integrations.transformers import LawcatConfig, convert, register
 from subquad.masks import IntervalMask
 from subquad.masks.model_mask import ModelMask
 from subquad.nn import LawcatAttention
@@ -228,6 +228,7 @@ def told(batch: int = 1) -> dict[str, dict[str, Any]]:
         "additive": {"attention_mask": torch.zeros(block.shape).masked_fill(~block, torch.finfo(torch.float32).min)},
         "of this package": {"attention_mask": ModelMask.of(IntervalMask.from_dense(block))},
         "by kind": {"attention_mask": {"full_attention": block}},
+        "sequences of a mask": {"attention_mask": numbered(ids)},
     }
     if batch == 1:
         ways |= {
@@ -238,6 +239,12 @@ def told(batch: int = 1) -> dict[str, dict[str, Any]]:
             "all": {"cu_seq_lens_q": cu, "position_ids": places, "attention_mask": block},
         }
     return ways
+
+
+def numbered(ids: torch.Tensor) -> ModelMask:
+    mask = ModelMask.of(IntervalMask.causal(9, 9), padded_causal=True, first_row=0)
+    mask.sequence_ids = ids[:1]
+    return mask
 
 
 def apart(layer: LawcatAttention, x: torch.Tensor, bounds: list[int]) -> tuple[torch.Tensor, LawcatCache]:
@@ -345,7 +352,7 @@ def test_packed_sequences_where_a_graph_is_compiled(name: str) -> None:
 
 @torch.no_grad()
 def test_positions_are_those_of_one_sequence() -> None:
-    """Behind a mask positions say nothing, and with a cache they begin a sequence where they begin at 0."""
+    """With a mask or a cache they begin a sequence where they begin at 0, and with padding nowhere."""
     layer, x = layer_of("default"), torch.randn(1, 9, 32)
     whole, odd = layer.mix(x), torch.tensor([[5, 6, 7, 9, 10, 11, 12, 13, 14]])
     for arguments in (
@@ -427,3 +434,31 @@ def test_a_calibration_counts_real_tokens(family: str, implementation: str) -> N
         with CatsCalibrator(model) as calibrator:
             model(ids, attention_mask=given, use_cache=False)
         assert set(calibrator.tokens.values()) == {9}
+
+
+# --- packed rows of a model ----------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "subquad"])
+@pytest.mark.parametrize("layers", [None, [0], [1, 2]])
+@torch.no_grad()
+def test_a_model_keeps_packed_rows_apart(implementation: str, layers: list[int] | None) -> None:
+    """By positions with every mixture of layers, by bounds where all are linear (softmax of transformers ignores those)."""
+    register()
+    for family, config in (("Llama", LawcatConfig()), ("Mistral", LawcatConfig(window_size=3))):
+        model = model_of(family, implementation)
+        convert(model, attention=config, layers=layers)
+        ids = torch.randint(3, 61, (1, 9))
+        parts = [model(ids[:, a:b], use_cache=False).logits for a, b in itertools.pairwise(BOUNDS)]
+        want = torch.cat(parts, 1)
+        ways: list[dict[str, Any]] = [told()["positions"]]
+        if layers is None:
+            cu = torch.tensor(BOUNDS, dtype=torch.int32)
+            ways += [told()["flash"], {"cu_seqlens": cu}, told()["flash"] | told()["positions"]]
+        for way in ways:
+            found = model(ids, use_cache=False, **way).logits
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+        if layers is None:
+            found = model(ids, **told()["flash"]).logits  # with the cache that a model makes by itself
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model(ids, **told()["positions"]).logits, want, rtol=1e-4, atol=1e-4)

@@ -92,7 +92,8 @@ def read(
         seen: positions before these; None without a cache. A preallocated cache has columns for later ones, a sliding one lacks
             those of the first.
         told: what else a model tells its layers, of which `BOUNDS`, `seq_idx` and `position_ids` are read. As in transformers,
-            positions that start again count where there is no mask; with a cache, where they start from 0.
+            positions that do not go on begin a sequence where there is neither a mask nor a cache; otherwise those that start
+            from 0 do, where there is no padding.
 
     Raises:
         TypeError: something that is no mask.
@@ -143,10 +144,15 @@ def _of_intervals(
         raise ValueError("attention_mask: expected a causal mask of the model, got another IntervalMask")
     if not mask.padded_causal:
         return _of_pairs(mask.to_dense(), batch, length, window, seen)
-    if mask.padding is None:
-        return Tokens()
-    columns = _columns(mask.first_row, length, mask.padding.shape[1], mask.padding.device)
-    return Tokens(mask.padding[:, columns].expand(batch, -1))
+    padding, ids = mask.padding, getattr(mask, "sequence_ids", None)
+    first = 0 if mask.first_row is None else mask.first_row
+    real, ids = (
+        None if x is None else x[:, _columns(first, length, x.shape[1], x.device)].expand(batch, -1)
+        for x in (padding, ids)
+    )
+    if ids is None or length == 1 or (torch.compiler.is_compiling() and seen is not None):  # those come without a cache
+        return Tokens(real)
+    return Tokens(real, _apart(ids, real))
 
 
 def _of_pairs(
@@ -222,12 +228,15 @@ def _with_bounds(
         ids = told["seq_idx"]
         if ids.shape != (batch, length):
             raise ValueError(f"seq_idx: expected shape [{batch}, {length}], got {list(ids.shape)}")
-    elif not masked:
-        ids = _restarts(told.get("position_ids"), length, seen)
+    elif not masked or not torch.compiler.is_compiling():
+        ids = _restarts(told.get("position_ids"), real, length, anywhere=not masked and seen is None)
     if ids is not None:
         apart = _apart(ids, real)
         begins = apart if begins is None else begins | apart
-    if begins is not None and not torch.compiler.is_compiling() and not bool(begins.any()):
+    if begins is not None and torch.compiler.is_compiling():
+        if seen is not None:
+            raise ValueError(f"{name or 'seq_idx'}: expected None with a cache and a mask where a graph is compiled")
+    elif begins is not None and not bool(begins.any()):
         begins = None
     return Tokens(real, None if begins is None else begins.expand(batch, -1))
 
@@ -249,14 +258,14 @@ def _bounds(name: str, told: dict[str, Any], batch: int, length: int) -> Packed:
     return packed
 
 
-def _restarts(positions: Any, length: int, seen: int | torch.Tensor | None) -> torch.Tensor | None:
-    """The sequence of every token, by positions that do not go on."""
+def _restarts(positions: Any, real: torch.Tensor | None, length: int, anywhere: bool) -> torch.Tensor | None:
+    """The sequence of every token, by positions that do not go on: anywhere, or from 0 where there is no padding."""
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or positions.shape[1] != length or length == 1:
         return None
-    if seen is not None and torch.compiler.is_compiling():
-        return None
     restart = positions.diff(dim=1) != 1
-    if seen is not None:
+    if not anywhere:
+        if torch.compiler.is_compiling() or (real is not None and not bool(real.all())):
+            return None
         restart = restart & (positions[:, 1:] == 0)
     return nn.functional.pad(restart, (1, 0)).cumsum(1)
 
