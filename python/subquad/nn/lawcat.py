@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from .. import _checks
 from .._packing import Packed
 from ..cache.lawcat import LawcatState, state_of
+from ..cache.state import adapter_for
 from ..masks import IntervalMask
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
@@ -19,8 +21,10 @@ from ..ops.lawcat_decode_step import MAX_DIM
 from ._children import placement, plain, set_mode
 from ._lawcat_steps import step
 from ._options import LawcatConfig
+from ._sequences import Sequences
 from ._tied import tie, tied_again
-from ._tokens import rotate, sliding_window, tokens_of
+from ._tokens import Tokens, read, rotate, sliding_window
+from ._tokens import tokens_of as tokens_of
 from ._window import hybrid
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
@@ -253,6 +257,8 @@ class LawcatAttention(nn.Module):
         heads, kv_heads = sizes[0] // width, sizes[1] // width
         layer = cls(q.in_features, heads, kv_heads, head_dim=width, parts=parts, **(defaults | options))  # type: ignore
         layer._remember(attention)
+        with suppress(ImportError):
+            adapter_for(attention)  # imports what its library's caches need: compiled code cannot
         set_mode(layer, attention.training, besides=attention)
         return layer
 
@@ -296,20 +302,24 @@ class LawcatAttention(nn.Module):
             hidden_states: [B, T, hidden_size].
             position_embeddings: (cos, sin) [B|1, T, d], for `rope` and the window.
             attention_mask: None; 0 or 1 [B, >= T], of which the last T count, or those after what a cache has seen; or a
-                causal mask with padding in four dimensions, bool or additive, or transformers' with
-                attn_implementation="subquad". Padding changes nothing, wherever it is.
-            past_key_values: a `LawcatCache`, or a cache of transformers; it is advanced.
-            cu_seqlens: [N + 1], bounds of sequences packed into B = 1.
+                causal mask with padding or packed sequences in four dimensions, bool or additive, or transformers' with
+                attn_implementation="subquad"; or a mapping of such masks by kind of layer. Padding changes nothing, wherever
+                it is.
+            past_key_values: a `LawcatCache`, or a cache of transformers; it is advanced. Of packed sequences the last goes on.
+            cu_seqlens: [N + 1], bounds of sequences packed into B = 1, before the cache has seen tokens.
             cache: another name of `past_key_values`, which transformers uses from 5.24 on.
-            kwargs: what else the model passes; `output_attentions` is refused.
+            kwargs: what else the model passes. Bounds named `cu_seq_lens_q`, `seq_idx` [B, T], and `position_ids` that start
+                again tell packed sequences apart too; `output_attentions` is refused.
 
         Returns:
             (output [B, T, hidden_size], None). Rows of padding are o_proj of 0.
 
         Raises:
-            ValueError: a mask that is not causal with padding; options that this attention does not have.
+            TypeError: a mask that is none.
+            ValueError: a mask that is not causal with padding or packed sequences; options that this attention does not have.
         """
         past_key_values = cache if past_key_values is None else past_key_values
+        kwargs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         if self._transfer is not None:
             return self._transfer(
                 self,
@@ -319,7 +329,7 @@ class LawcatAttention(nn.Module):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        mixed = self.mix(hidden_states, position_embeddings, attention_mask, past_key_values, cu_seqlens, **kwargs)
+        mixed = self.mix(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         return self.o_proj(mixed), None
 
     def mix(
@@ -336,21 +346,20 @@ class LawcatAttention(nn.Module):
             raise ValueError("output_attentions: linear attention has no matrix of weights; expected False, got True")
         if position_embeddings is None and (self.window_size or self.rope != "none"):
             raise ValueError("position_embeddings: expected (cos, sin), for rope or a window, got None")
-        if cu_seqlens is not None and (self.window_size or attention_mask is not None or past_key_values is not None):
-            raise ValueError("cu_seqlens: expected None with a window, a mask or a cache")
         b, t, _ = hidden_states.shape
-        packed = None if cu_seqlens is None else Packed.remembered(cu_seqlens, hidden_states)
         window = None if self.original is None else sliding_window(self.original)
         state = state_of(past_key_values, self.layer_idx, self.keep)
-        tokens = tokens_of(attention_mask, b, t, window, None if state is None else state.seen)
-        mixed = self._advance(hidden_states, position_embeddings, tokens, state, packed)
+        seen = None if state is None else state.seen
+        tokens = read(attention_mask, b, t, window, seen, **kwargs, cu_seqlens=cu_seqlens)
+        mixed = self._advance(hidden_states, position_embeddings, tokens, state)
         if state is not None:
-            state.seen += t
+            seen = state.seen  # not in place: whoever was told it goes on to hold the old number
+            state.seen = (seen.to(hidden_states.device) if isinstance(seen, torch.Tensor) else seen) + t
         if self.output_gate is None or self.output_norm is None:
             return mixed
+        if tokens.real is not None:
+            hidden_states = torch.where(tokens.real[..., None], hidden_states, 0)
         gate = F.silu(self.output_gate(hidden_states))
-        if tokens is not None:
-            gate = torch.where(tokens[..., None], gate, 0)
         normed: torch.Tensor = self.output_norm(mixed.unflatten(-1, (-1, self.head_dim)))
         return normed.flatten(-2) * gate
 
@@ -358,34 +367,36 @@ class LawcatAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
+        tokens: Tokens,
         state: LawcatState | None,
-        cu_seqlens: Packed | None,
     ) -> torch.Tensor:
         """`_mixed`; where the state keeps tokens for a rollback, those alone are recorded, and what comes before them is not."""
         early = 0 if state is None else x.shape[1] - state.depth
-        if state is None or not state.depth:
-            return self._mixed(x, positions, tokens, state, cu_seqlens)
+        apart = tokens.packed is not None or tokens.begins is not None
+        if state is None or not state.depth or apart:
+            if state is not None and apart:
+                state.keep(state.depth)  # a sum cannot be computed again over the beginning of a sequence
+            return self._mixed(x, positions, tokens, state)
         if early <= 0:
             return self._recorded(x, positions, tokens, state)
         state.keep(state.depth)
         parts = []
         for mix, columns in ((self._mixed, slice(early)), (self._recorded, slice(early, None))):
             pair = None if positions is None else (positions[0][:, columns], positions[1][:, columns])
-            parts.append(mix(x[:, columns], pair, None if tokens is None else tokens[:, columns], state))
+            parts.append(mix(x[:, columns], pair, tokens[columns], state))
         return torch.cat(parts, 1)
 
     def _recorded(
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
+        tokens: Tokens,
         state: LawcatState,
     ) -> torch.Tensor:
         """`_mixed`, whose tokens can be taken back."""
         before = state.current()
         entering: dict[str, torch.Tensor] = {}
-        mixed = self._mixed(x, positions, tokens, state, entering=entering)
+        mixed = self._mixed(x, positions, tokens, state, entering)
         state.record(before, entering, self.backend)
         return mixed
 
@@ -393,9 +404,8 @@ class LawcatAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
+        tokens: Tokens,
         state: LawcatState | None,
-        cu_seqlens: Packed | None = None,
         entering: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attention of the tokens there are, 0 at the others: one step in place, or sequences.
@@ -403,27 +413,24 @@ class LawcatAttention(nn.Module):
         `entering` is filled with the rows [B, T, ...] that enter the state, for `LawcatState.record`.
         """
         b, t, _ = x.shape
-        alone = t == 1 and entering is None and not self.window_size
+        alone = t == 1 and entering is None and not self.window_size and tokens.begins is None and tokens.packed is None
         if alone and state is not None and state.s is not None and self._steps(x):
-            return step(self, x, positions, tokens, state)
-        if tokens is None or self.window_size or torch.compiler.is_compiling():
-            return self._sequences(x, positions, tokens, state, cu_seqlens, entering)
+            return step(self, x, positions, tokens.real, state)
+        sequences = Sequences.of(tokens, b, t)
+        if sequences is None:
+            return self._sequences(x, positions, state, None, entering)
         # Without the padding: chunks then begin where they do in a sequence alone, and the operators give the same bits.
-        rows = tokens.flatten().nonzero()[:, 0]
-        if rows.shape[0] == b * t:
-            return self._sequences(x, positions, None, state, cu_seqlens, entering)
-        bounds = Packed(F.pad(tokens.sum(1).cumsum(0), (1, 0)), rows.shape[0])
         if positions is not None:
-            cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, rows] for p in positions)
+            cos, sin = (sequences.gather(p.expand(b, t, -1)) for p in positions)
             positions = (cos, sin)
-        mixed = self._sequences(x.flatten(0, 1)[None, rows], positions, None, state, bounds, entering)
-
-        def spread(y: torch.Tensor) -> torch.Tensor:
-            return y.new_zeros(b * t, *y.shape[2:]).index_copy(0, rows, y[0]).unflatten(0, (b, t))
-
+        inner = sequences.enter(state)
+        mixed = self._sequences(sequences.gather(x), positions, inner, sequences, entering)
+        sequences.leave(inner, state)
         if entering is not None:
-            entering.update({name: spread(y) for name, y in entering.items()}, real=tokens)
-        return spread(mixed)
+            entering.update({name: sequences.spread(y) for name, y in entering.items()})
+            if tokens.real is not None:
+                entering["real"] = tokens.real
+        return sequences.spread(mixed)
 
     def _steps(self, x: torch.Tensor) -> bool:
         """Whether states may be changed in place: no gradient can flow, and the convolutions are those of this package."""
@@ -448,6 +455,8 @@ class LawcatAttention(nn.Module):
         if self.gate is None:
             return None
         g: torch.Tensor = self.gate.logits(x) if logits else self.gate(x)
+        if not logits and g.dtype in (torch.bfloat16, torch.float16):  # of a gate of another class
+            g = g.float()
         return g.unflatten(-1, (self.num_kv_heads, -1)) if self.gate_kind == "vector" else g
 
     def _features(
@@ -498,28 +507,26 @@ class LawcatAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
         state: LawcatState | None,
-        cu_seqlens: Packed | None,
+        sequences: Sequences | None,
         entering: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
+        packed = None if sequences is None else sequences.packed
         q0, k0, v = self._heads(x, positions)
         g = self._gates(x)
-        if tokens is not None:
-            q0, k0, v = (torch.where(tokens[..., None, None], a, 0) for a in (q0, k0, v))
+        if state is not None:
+            state.suit(q0.dtype)
         if entering is not None:
             entering |= {"conv_q": q0.flatten(2), "conv_k": k0.flatten(2)}
             entering |= {} if self.conv_v is None else {"conv_v": v.flatten(2)}
-        q, k = self._features(q0, k0, state, cu_seqlens)
+        q, k = self._features(q0, k0, state, packed)
         if self.conv_v is not None:
-            v = self._convolve("conv_v", v, state, cu_seqlens)
-        if tokens is not None:
-            k, v = (torch.where(tokens[..., None, None], a, 0) for a in (k, v))
-            if g is not None:
-                g = torch.where(tokens.view(*tokens.shape, *(1,) * (g.dim() - 2)), g, 0)
+            v = self._convolve("conv_v", v, state, packed)
+        if sequences is not None and sequences.resets is not None:
+            g = sequences.forget(g)
         if self.window_size:
             assert positions is not None
-            return hybrid(self, q0, k0, q, k, v, g, positions, tokens, state, entering)
+            return hybrid(self, q0, k0, q, k, v, g, positions, state, sequences, entering)
         if entering is not None:
             entering |= {"k": k, "v": v} | ({} if g is None else {"g": g})
         started = state is not None and state.s is not None
@@ -528,7 +535,8 @@ class LawcatAttention(nn.Module):
             assert state is not None
             initial = (state.s, state.z) if self.normalize else state.s
         o, final = gated_linear_attention(
-            q, k, v, g, initial_state=initial, output_final_state=state is not None, cu_seqlens=cu_seqlens,
+            q, k, v, g, initial_state=initial, output_final_state=state is not None,
+            cu_seqlens=None if sequences is None else sequences.sums,
             normalize=self.normalize, eps=self.eps, backend=self.backend,
         )  # fmt: skip
         if state is not None:
