@@ -16,7 +16,7 @@ from subquad.testing import Task
 
 DEVICES = ("cpu", "cuda")
 LANES = ("quick", "whole")
-QUICK_BACKENDS = ("native", "reference")
+QUICK_BACKENDS = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 NUMBERS = ("forward", "gradients")  # checks that the quick lane runs in every dtype: roundings show there alone
 settings.register_profile(
     "subquad", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -51,26 +51,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cuda":  # a test that asks for no device puts its tensors on the CPU
+        _select(config, items, ["device" in getattr(item, "fixturenames", ()) for item in items])
     if config.getoption("--lane") == "quick":
         first: dict[tuple[object, ...], torch.dtype] = {}  # of every test, in the order of collection
-        chosen = [_is_quick(item, first) for item in items]
-        config.hook.pytest_deselected(items=[item for item, quick in zip(items, chosen, strict=True) if not quick])
-        items[:] = [item for item, quick in zip(items, chosen, strict=True) if quick]
+        _select(config, items, [_is_quick(item, first) for item in items])
     # The longest first: at the end of a parallel run workers then wait for short ones.
     items.sort(key=lambda item: 0 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("heavy") else 2)
+
+
+def _select(config: pytest.Config, items: list[pytest.Item], chosen: list[bool]) -> None:
+    config.hook.pytest_deselected(items=[item for item, taken in zip(items, chosen, strict=True) if not taken])
+    items[:] = [item for item, taken in zip(items, chosen, strict=True) if taken]
 
 
 def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -> bool:
     """Whether the quick lane has this test: its markers and parameters say so, a new op's as those of any other."""
     if item.get_closest_marker("slow") or item.get_closest_marker("heavy"):
         return False
+    backends = QUICK_BACKENDS[item.config.getoption("--device")]
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     task = params.get("task")
     if isinstance(task, Task):
         told = task.dtype is task.spec.dtypes[0] or task.check.name in NUMBERS
-        return told and task.backend in QUICK_BACKENDS and not task.check.heavy
-    backends = {marker.args[1] for marker in item.iter_markers("backend")}
-    if "emulator" in getattr(item, "fixturenames", ()) or not backends <= set(QUICK_BACKENDS):
+        return told and task.backend in backends and not task.check.heavy
+    needed = {marker.args[1] for marker in item.iter_markers("backend")}
+    if "emulator" in getattr(item, "fixturenames", ()) or not needed <= set(backends):
         return False
     dtype = next((p for p in params.values() if isinstance(p, torch.dtype)), None)
     return dtype is None or first.setdefault((item.path, item.originalname), dtype) is dtype

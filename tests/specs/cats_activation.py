@@ -49,7 +49,11 @@ def with_threshold(sample: Sample, sampler: Sampler, threshold: str | float) -> 
     if threshold == "channel":
         return sample.replace(threshold=channel_thresholds(scores.reshape(-1, z.shape[-1]), sampler))
     t = threshold_in_gap(scores, 0.5)
-    return sample.with_options(threshold=t) if threshold == "scalar" else sample.replace(threshold=torch.full((1,), t))
+    return (
+        sample.with_options(threshold=t)
+        if threshold == "scalar"
+        else sample.replace(threshold=scores.new_full((1,), t).float())
+    )
 
 
 def samples(sampler: Sampler, gated: bool = False) -> Iterator[Sample]:

@@ -98,7 +98,11 @@ def with_threshold(sample: Sample, sampler: Sampler, threshold: str | float, fra
     if threshold == "channel":
         return sample.replace(threshold=channel_thresholds(scores, sampler))
     t = threshold_in_gap(scores, fraction)
-    return sample.with_options(threshold=t) if threshold == "scalar" else sample.replace(threshold=torch.full((1,), t))
+    return (
+        sample.with_options(threshold=t)
+        if threshold == "scalar"
+        else sample.replace(threshold=scores.new_full((1,), t).float())
+    )
 
 
 def settled(sample: Sample, with_threshold: Callable[[Sample], Sample]) -> Sample:

@@ -114,7 +114,7 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
     yield new("wide", random_mask(sampler, 2, 1, 30, 140), 2, 30, 140, 2, 1, 160, 256)
     alive = torch.arange(130)[None, None]
     mask = IntervalMask.causal(130, 130).with_key_lifetime(alive.int(), (alive + 1 + alive % 60).int())
-    yield new("lifetime", mask, 1, 130, 130, 2, 2, 20)
+    yield new("lifetime", mask.to(sampler.device), 1, 130, 130, 2, 2, 20)
     rope = RopeSpec(1.0 / 100 ** (torch.arange(0, 8, 2) / 8), 8)
     mask = random_mask(sampler, 1, 1, 25, 60)
     shift = sampler.integers(-40, 40, *mask.starts.shape).int() if mask.starts is not None else None
@@ -219,7 +219,7 @@ def _bench_cases() -> Iterator[BenchCase]:
 
 def bench_sample(case: BenchCase, device: str) -> Sample:
     p = case.params
-    mask = MASKS[p["mask"]](p["t"])
+    mask = MASKS[p["mask"]](p["t"]).to(device)
     sampler = Sampler(p["dtype"], device)
     return draw(sampler, case.id, mask, 1, p["t"], p["t"], p["heads"], p["heads"], p["d"])
 
@@ -228,7 +228,7 @@ def bench_oracle(sample: Sample, result: torch.Tensor) -> tuple[torch.Tensor, to
     """Some rows, against the dense definition of those rows."""
     q, k, v, mask = sample["q"], sample["k"], sample["v"], sample.kwargs["mask"]
     rows = torch.linspace(0, q.shape[1] - 1, 48).long()
-    starts, ends = mask.materialize(q.shape[1], k.shape[1]).lower(q.shape[1], k.shape[1])[:2]
+    starts, ends = mask.materialize(q.shape[1], k.shape[1], q.device).lower(q.shape[1], k.shape[1])[:2]
     few = IntervalMask(starts[:, :, rows], ends[:, :, rows], tk=k.shape[1])
     return result[:, rows], oracle(q[:, rows], k, v, few)
 
@@ -266,7 +266,7 @@ def _flex(sample: Sample) -> Callable[[], torch.Tensor] | None:
     if sample["q"].requires_grad:
         return None
     q, k, v = (sample[n].transpose(1, 2).contiguous() for n in ("q", "k", "v"))
-    mask = sample.kwargs["mask"].materialize(q.shape[2], k.shape[2])
+    mask = sample.kwargs["mask"].materialize(q.shape[2], k.shape[2], q.device)
     block = create_block_mask(mask.to_mask_mod(), 1, None, q.shape[2], k.shape[2], device=q.device.type)
     torch.compiler.reset()  # or the eighth shape in one process runs uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
