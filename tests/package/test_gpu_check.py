@@ -28,11 +28,11 @@ def python(code: str, limit: float = 60.0, name: str = "step") -> Step:
     return Step(name, (sys.executable, "-c", code), limit)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_dry_run_lists_every_step(device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert gpu_check.main(["--device", device, "--dry-run", "--out", str(tmp_path / "out")]) == 0
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_dry_run_lists_every_step(kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu_check.main(["--device", kind, "--dry-run", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    planned = gpu_check.steps(device, tmp_path / "out")
+    planned = gpu_check.steps(kind, tmp_path / "out")
     assert [step.name for step in planned] == NAMES
     for step in planned:
         assert f"{step.name}, {step.limit:.0f} s at most:\n  {step.command}\n" in shown
@@ -44,16 +44,14 @@ def test_a_card_needs_less_than_ten_minutes(tmp_path: Path) -> None:
     assert sum(step.limit for step in gpu_check.steps("cuda", tmp_path)) < 600
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_commands_have_the_arguments_they_are_given(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_commands_have_the_arguments_they_are_given(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of this package is parsed; nothing runs."""
     monkeypatch.setattr(gpu_steps, "touch", lambda *_: 0)
     monkeypatch.setattr(gpu_steps, "bench", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     parsed = 0
-    for step in gpu_check.steps(device, tmp_path):
+    for step in gpu_check.steps(kind, tmp_path):
         words = list(step.words)
         if "subquad._dev.gpu_steps" in words:
             assert gpu_steps.main(words[words.index("subquad._dev.gpu_steps") + 1 :]) == 0

@@ -121,7 +121,7 @@ def random(c: Choices) -> Sample:
     return c.vary(
         draw(
             c.sampler, "random", 1 if cu else c.integer("batch", 0, 2), tokens, groups * sharing * c.integer("heads", 1, 2),
-            c.extent("d", 1, 140), c.extent("f", 1, 140), taps, groups=groups, sharing=sharing, bias=c.flag("bias"),
+            c.extent("d", 1, 256), c.extent("f", 1, 256), taps, groups=groups, sharing=sharing, bias=c.flag("bias"),
             state=c.flag("state"), cu_seqlens=cu, kind=kind, fullspace=not (c.flag("half") and kind != "hedgehog2"), **options,
         )
     )  # fmt: skip

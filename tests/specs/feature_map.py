@@ -61,8 +61,8 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
 def random(c: Choices) -> Sample:
     """Any shape, weight, kind, halves, eps."""
     kind = c.pick("kind", KINDS)
-    shape = (c.integer("batch", 0, 3), c.extent("time", 0, 70), c.integer("heads", 1, 3), c.extent("d", 1, 140))
-    width = c.extent("f", 1, 140) if not c.flag("no_weight") else None
+    shape = (c.integer("batch", 0, 3), c.extent("time", 0, 70), c.integer("heads", 1, 3), c.extent("d", 1, 256))
+    width = c.extent("f", 1, 256) if not c.flag("no_weight") else None
     half = c.flag("half") and kind != "hedgehog2"
     sample = draw(c.sampler, "random", *shape, width, kind=kind, fullspace=not half)
     sample = c.vary(sample)

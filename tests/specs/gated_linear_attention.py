@@ -173,8 +173,8 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
 
 def random(c: Choices) -> Sample:
     """Any lengths, shared heads, gates from none to such as forget everything, states, packed sequences."""
-    tokens, bounds = c.extent("tokens", 0, 70), None
-    heads, gate, dk, dv = _random_heads(c)
+    tokens = c.extent("tokens", 0, 70)
+    heads, gate, dk, dv = _random_heads(c, 66)
     cuts = c.bounds("cu_seqlens", tokens)
     bounds = None if cuts is None else tuple(cuts)
     options: dict[str, Any] = {}
@@ -189,7 +189,7 @@ def random(c: Choices) -> Sample:
 
 def random_step(c: Choices) -> Sample:
     """Any number of rows, shared heads, gates, states in a pool."""
-    heads, gate, dk, dv = _random_heads(c)
+    heads, gate, dk, dv = _random_heads(c, 256)
     batch = c.integer("batch", 0, 5)
     sample = draw_step(
         c.sampler, "random", heads, dk, dv, gate=gate, mean=c.pick("mean", MEANS), batch=batch,
@@ -210,14 +210,14 @@ MEANS = (0.1, 0.0, 0.5, 5.0, 60.0)
 INDEX = (torch.int64, torch.int32)
 
 
-def _random_heads(c: Choices) -> tuple[tuple[int, int, int, int], str, int, int]:
+def _random_heads(c: Choices, widest: int) -> tuple[tuple[int, int, int, int], str, int, int]:
     """(heads of q, k, v and g, kind of gate, width of keys, of values)."""
     states = c.pick("states", (1, 2, 3, 4, 6))
     gate = c.pick("gate", ("channel", "head", "none"))
     k, v, g = states, c.divisor("value_heads", states), c.divisor("gate_heads", states)
     if c.flag("shared_keys"):
         k, v = c.divisor("key_heads", states), states
-    return (states * c.integer("group", 1, 4), k, v, g), gate, c.extent("dk", 1, 66), c.extent("dv", 1, 66)
+    return (states * c.integer("group", 1, 4), k, v, g), gate, c.extent("dk", 1, widest), c.extent("dv", 1, widest)
 
 
 def _random_gate(c: Choices, sample: Sample) -> Sample:

@@ -131,7 +131,7 @@ def random(c: Choices) -> Sample:
     tq, tk = c.extent("tq", 0, 80), c.extent("tk", 0, 140)
     batch, kv_heads = c.integer("batch", 0, 2), c.integer("kv_heads", 1, 2)
     heads = kv_heads * c.pick("group", (1, 1, 2, 3, 7))
-    d, dv = c.extent("d", 1, 140), c.extent("dv", 1, 140)
+    d, dv = c.extent("d", 1, 256), c.extent("dv", 1, 256)
     mask = _random_mask(c, batch, heads, tq, tk, MASK_KINDS if d > 1 else MASK_KINDS[:-1])
     options: dict[str, Any] = {}
     if mask.shift is not None:

@@ -124,8 +124,8 @@ def random(c: Choices) -> Sample:
         options["tau"] = 4.0
     batch = c.integer("batch", 0, 4)
     sample = draw(
-        c.sampler, "random", (queries, c.divisor("key_heads", states), states), c.extent("d", 1, 70), c.extent("f", 1, 40),
-        c.extent("dv", 1, 70), taps=c.pick("taps", (4, 1, 2, 3, 5, 6, 7, 8)), gate=c.pick("gate", ("channel", "head", "none")),
+        c.sampler, "random", (queries, c.divisor("key_heads", states), states), c.extent("d", 1, 256), c.extent("f", 1, 128),
+        c.extent("dv", 1, 256), taps=c.pick("taps", (4, 1, 2, 3, 5, 6, 7, 8)), gate=c.pick("gate", ("channel", "head", "none")),
         gate_heads=c.divisor("gate_heads", states), maps=c.divisor("maps", queries),
         key_maps=c.divisor("key_maps", states), bias=c.flag("bias"), normalize=not c.flag("sums"), batch=batch,
         pool=c.places("pool", batch), **options,

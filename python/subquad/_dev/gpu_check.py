@@ -75,7 +75,7 @@ def steps(device: str, folder: Path) -> list[Step]:
     """What is run, in this order."""
     python = sys.executable
     module = (python, "-m", "subquad._dev.gpu_steps")
-    workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    workers = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     lane = ("-m", "pytest", "-p", "no:benchmark", *workers, "--lane", "quick", "--device", device, "tests/ops")
     results = str(folder / "bench.json")
     if device == "cpu":
