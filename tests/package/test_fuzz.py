@@ -152,4 +152,4 @@ def test_levels_are_chosen_in_processes_of_their_own(backend: str, monkeypatch: 
     monkeypatch.setattr(fuzz.subprocess, "run", run)
     assert fuzz.main(["--isa", "all", "--count", "5", "--op", "cats_mlp", "--seed", "3"]) == 0
     assert [c[:2] for c in commands] == [["env", f"SUBQUAD_CPU_ISA={level}"] for level in fuzz._levels()]
-    assert all(c[4:] == ["subquad._dev.fuzz", "--seed", "3", "--count", "5", "--op", "cats_mlp"] for c in commands)
+    assert all(c[4:] == ["subquad._dev.fuzz", "--count", "5", "--seed", "3", "--op", "cats_mlp"] for c in commands)

@@ -158,7 +158,7 @@ def _fuzz(specs: Sequence[OpSpec], args: argparse.Namespace, say: Callable[[str]
             wanted = BATCH if args.count is None else min(BATCH, args.count - total.count)
             found = search(spec, args.backend, wanted, seed, args.device)
             total.seconds += found.seconds
-            total.count += wanted if found.taken is None else found.count
+            total.count += min(found.count, wanted)
             if found.taken is not None:
                 failed += 1
                 say(f"{spec.name}: {found.error}\n  {command(found, args.backend, args.device)}")
@@ -177,11 +177,12 @@ def _levels() -> list[str]:
 
 def _in_processes(levels: Sequence[str], args: argparse.Namespace) -> int:
     """One process for each instruction set: it is chosen when the library is loaded."""
-    share = [] if args.minutes is None else ["--minutes", str(args.minutes / len(levels))]
-    words = [*(share or ["--count", str(args.count)] if args.count is not None or share else [])]
+    amount = (
+        ["--minutes", str((args.minutes or 1.0) / len(levels))] if args.count is None else ["--count", str(args.count)]
+    )
+    words = ["--replay", *args.replay] if args.replay else [*amount, "--seed", str(args.seed)]
     words += ["--op", args.op] if args.op else []
-    words += ["--replay", *args.replay] if args.replay else []
-    module = [sys.executable, "-m", "subquad._dev.fuzz", "--seed", str(args.seed), *words]
+    module = [sys.executable, "-m", "subquad._dev.fuzz", *words]
     codes = [subprocess.run(["env", f"SUBQUAD_CPU_ISA={level}", *module]).returncode for level in levels]
     return max(codes)
 
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         _env.interpret_triton()
     if args.isa is not None and (args.backend != "native" or args.device != "cpu"):
         parser.error("--isa: chooses among the native kernels of the CPU")
-    if args.isa is not None and [args.isa] != [_env.read().cpu_isa]:
+    if args.isa is not None and args.isa != _env.read().cpu_isa:
         return _in_processes(_levels() if args.isa == "all" else [args.isa], args)
     from ..testing.specs import SPECS
 
