@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -149,12 +150,15 @@ def test_every_op_is_timed_before_any_twice() -> None:
 
 def test_benchmarks_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bench.json"
-    assert gpu_steps.bench((UPDATE, CONV), "cpu", 0.0, file) == 0
+    assert gpu_steps.bench((UPDATE,), "cpu", 0.0, file) == 0 and not file.exists()
+    assert "0 cases, 0 wrong, 1 not reached" in capsys.readouterr().out
+    broken = dataclasses.replace(CONV, bench_sample=lambda *_: 1 / 0)
+    assert gpu_steps.bench((UPDATE, broken), "cpu", 30.0, file) == 1
     record = json.loads(file.read_text())
-    assert record["results"] == [] and record["settings"]["not_reached"][0].startswith("causal_conv1d_update ")
-    assert gpu_steps.bench((UPDATE,), "cpu", 30.0, file) == 0
-    (result,) = json.loads(file.read_text())["results"]
-    assert result["failure"] is None and set(result["seconds"]) == {"subquad", "shift"}
+    right, wrong = record["results"]
+    assert right["failure"] is None and set(right["seconds"]) == {"subquad", "shift"}
+    assert wrong["failure"].startswith("ZeroDivisionError") and record["not_reached"] == []
+    assert "| causal_conv1d_update | update-b1-d4096-fp32 | native |" in gpu_check.table([], "card", record)
 
 
 def test_other_libraries_are_called_when_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from ..testing.spec import BenchCase, OpSpec, Sample, Sampler
 BACKENDS = {"cpu": ("simt",), "cuda": ("native", "triton")}  # that touch memory as a GPU does
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = 3  # of an op
+COMPILED = ("flex", "compiled chunks", "compiled")  # peers whose compilation alone outlasts the step
 
 
 def touch(specs: tuple[OpSpec, ...], device: str, check: str | None, say: Callable[[str], None] = print) -> int:
@@ -66,9 +67,9 @@ def _alone(sample: Sample, sampler: Sampler) -> list[Sample]:
 
 
 def _with_outside(spec: OpSpec, device: str) -> OpSpec:
-    """The spec with the peers that other libraries have on a GPU."""
-    more = OUTSIDE.get(spec.name, {}) if device == "cuda" else {}
-    return dataclasses.replace(spec, peers={**spec.peers, **more})
+    """The spec with the peers that other libraries have on a GPU, without those that compile."""
+    peers = {name: peer for name, peer in spec.peers.items() if name not in COMPILED}
+    return dataclasses.replace(spec, peers=peers | (dict(OUTSIDE.get(spec.name, {})) if device == "cuda" else {}))
 
 
 def cases(specs: tuple[OpSpec, ...], device: str) -> list[tuple[OpSpec, BenchCase]]:
@@ -91,29 +92,28 @@ def bench(specs: tuple[OpSpec, ...], device: str, budget: float, file: Path | No
     """Check and time; cases for which the time is over are named as not reached. The number of wrong results."""
     end, plan = time.monotonic() + budget, Plan(rounds=20, warmup=3, budget=2.0)
     results: list[dict[str, Any]] = []
-    left: list[str] = []
-    failed = 0
-    for spec, case in cases(specs, device):
-        if time.monotonic() > end:
-            left.append(f"{spec.name} {case.id}")
-            continue
-        spec = _with_outside(spec, device)
-        try:
-            backend = _backends.resolve(spec.stem, device, None)
-            result = measure.run_case(spec, case, device, backend, plan)
-        except Exception as error:
-            failed += 1
-            print(f"{spec.name} {case.id}: {traceback.format_exc()}", flush=True)
-            results.append({"op": spec.name, "case": case.id, "failure": f"{type(error).__name__}: {error}"})
-            continue
-        failed += result.failure is not None
-        results.append(result.as_dict())
-        print(f"{spec.name} {case.id}: {result.failure or 'right'}", flush=True)
-    print(f"{len(results)} cases, {failed} wrong; not reached: {', '.join(left) or 'none'}")
-    if file is not None:
-        found = record.record(results, [], device=device, not_reached=left)
-        file.write_text(json.dumps(found, indent=1) + "\n")
+    left = cases(specs, device)
+    found = record.record((), (), device=device)
+    while left and time.monotonic() < end:
+        spec, case = left.pop(0)
+        results.append(_timed(_with_outside(spec, device), case, device, plan))
+        print(f"{spec.name} {case.id}: {results[-1]['failure'] or 'right'}", flush=True)
+        found |= {"results": results, "not_reached": [f"{s.name} {c.id}" for s, c in left]}
+        if file is not None:  # after each: what is there, is kept
+            file.write_text(json.dumps(found, indent=1) + "\n")
+    failed = sum(result["failure"] is not None for result in results)
+    print(f"{len(results)} cases, {failed} wrong, {len(left)} not reached")
     return failed
+
+
+def _timed(spec: OpSpec, case: BenchCase, device: str, plan: Plan) -> dict[str, Any]:
+    """The result of a case, an exception being one too."""
+    try:
+        backend = _backends.resolve(spec.stem, device, None)
+        return measure.run_case(spec, case, device, backend, plan).as_dict()
+    except Exception as error:
+        print(traceback.format_exc(), flush=True)
+        return {"op": spec.name, "case": case.id, "failure": f"{type(error).__name__}: {error}"}
 
 
 def main(argv: list[str] | None = None) -> int:
