@@ -123,7 +123,6 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
 
 
 MASK_KINDS = ("causal", "full", "sliding", "sink", "random", "lifetime", "prefix", "packed", "shifted")
-BIAS_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 def random(c: Choices) -> Sample:
@@ -143,15 +142,14 @@ def random(c: Choices) -> Sample:
         c.sampler, "random", mask, batch, tq, tk, heads, kv_heads, d, dv, bias=bias, sinks=c.flag("sinks"),
         return_lse=c.flag("lse"), **options,
     )  # fmt: skip
-    found = sample.args.get("key_bias")
-    if found is not None and found.numel() and c.flag("left_out"):
-        found.view(-1)[:: c.integer("left_out.every", 1, 5)] = -torch.inf
     for name in ("key_bias", "sink_logits"):
-        dtype = c.pick(f"{name}.dtype", BIAS_DTYPES) if sample.args.get(name) is not None else None
-        if dtype is not None:
-            sample = sample.to(dtype, [name])
-    if "sink_logits" in sample.args:
-        sample = sample.replace(sink_logits=sample["sink_logits"] + c.pick("sink", (0.0, 0.0, 10.0, -10.0, -torch.inf)))
+        if sample.args.get(name) is not None:
+            x = sample[name].to(c.pick(f"{name}.dtype", (c.dtype, torch.float32, torch.bfloat16)))
+            if c.flag(f"{name}.extreme"):
+                info = torch.finfo(x.dtype)
+                value = c.pick(f"{name}.value", (-torch.inf, -torch.inf, 10.0, -10.0, info.min, info.max))
+                x.view(-1)[:: c.integer(f"{name}.every", 1, 5)] = value
+            sample = sample.replace(**{name: x})
     if not tk:
         c.finite.add("sink_logits")  # a row without keys gives 0
     return c.vary(sample)
