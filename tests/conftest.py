@@ -17,7 +17,7 @@ from subquad.testing.levels import at_level
 
 DEVICES = ("cpu", "cuda")
 LANES = ("quick", "whole", "full")
-QUICK_BACKENDS = ("native", "reference")
+QUICK_BACKENDS = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 # Checks that the quick lane runs in every dtype and at every instruction set: roundings show there alone.
 NUMBERS = ("forward", "gradients", "levels")
 settings.register_profile(
@@ -55,31 +55,44 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    lane, first = config.getoption("--lane"), dict[tuple[object, ...], torch.dtype]()  # of every test, as collected
-    chosen = [_is_quick(item, first) if lane == "quick" else True for item in items]
-    for i, item in enumerate(items):
-        if item.get_closest_marker("level"):
-            costly = item.get_closest_marker("slow") or item.get_closest_marker("heavy")
-            chosen[i] &= config.getoption("--device") == "cpu" and (lane == "full" or not costly)
-    config.hook.pytest_deselected(items=[item for item, there in zip(items, chosen, strict=True) if not there])
-    items[:] = [item for item, there in zip(items, chosen, strict=True) if there]
+    device, lane = config.getoption("--device"), config.getoption("--lane")
+    _select(config, items, [_has_level(item, device, lane) for item in items])
+    if device == "cuda":  # a test that asks for no device puts its tensors on the CPU
+        _select(config, items, ["device" in getattr(item, "fixturenames", ()) for item in items])
+    if lane == "quick":
+        first: dict[tuple[object, ...], torch.dtype] = {}  # of every test, in the order of collection
+        _select(config, items, [_is_quick(item, first) for item in items])
     # The longest first: at the end of a parallel run workers then wait for short ones.
     items.sort(key=lambda item: 0 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("heavy") else 2)
+
+
+def _select(config: pytest.Config, items: list[pytest.Item], chosen: list[bool]) -> None:
+    config.hook.pytest_deselected(items=[item for item, taken in zip(items, chosen, strict=True) if not taken])
+    items[:] = [item for item, taken in zip(items, chosen, strict=True) if taken]
+
+
+def _has_level(item: pytest.Item, device: str, lane: str) -> bool:
+    """Whether a test at an instruction set below the CPU's best is run: where it is cheap, or in the lane that has all."""
+    if not item.get_closest_marker("level"):
+        return True
+    costly = item.get_closest_marker("slow") or item.get_closest_marker("heavy")
+    return device == "cpu" and (lane == "full" or not costly)
 
 
 def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -> bool:
     """Whether the quick lane has this test: its markers and parameters say so, a new op's as those of any other."""
     if item.get_closest_marker("slow") or item.get_closest_marker("heavy"):
         return False
+    backends = QUICK_BACKENDS[item.config.getoption("--device")]
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     task = params.get("task")
     if isinstance(task, Task):
         typical = task.dtype is task.spec.dtypes[0] and not item.get_closest_marker("level")
-        return task.backend in QUICK_BACKENDS and (typical or task.check.name in NUMBERS)
+        return task.backend in backends and not task.check.heavy and (typical or task.check.name in NUMBERS)
     if item.get_closest_marker("level"):
         return False
-    backends = {marker.args[1] for marker in item.iter_markers("backend")}
-    if "emulator" in getattr(item, "fixturenames", ()) or not backends <= set(QUICK_BACKENDS):
+    needed = {marker.args[1] for marker in item.iter_markers("backend")}
+    if "emulator" in getattr(item, "fixturenames", ()) or not needed <= set(backends):
         return False
     dtype = next((p for p in params.values() if isinstance(p, torch.dtype)), None)
     return dtype is None or first.setdefault((item.path, item.originalname), dtype) is dtype
