@@ -36,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="whole",
         help="quick: native and reference, one dtype, nothing that compiles or starts a process; whole: everything",
     )
+    parser.addoption(
+        "--matrix",
+        choices=("sample", "whole"),
+        default="sample",
+        help="cells of tests/models/test_matrix.py that are run",
+    )
     parser.addoption("--device", choices=DEVICES, default="cpu", help="where the generic tests put their tensors")
 
 

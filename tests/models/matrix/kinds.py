@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,15 +81,13 @@ KINDS = {
 class Lora(nn.Module):
     """A linear layer with a low-rank adapter, shaped as peft's are: it has the layer's `weight`, but computes more."""
 
-    scaling = 2.0
+    rank, scaling = 2, 2.0
 
-    def __init__(self, name: str, base_layer: nn.Linear, rank: int = 2) -> None:
+    def __init__(self, name: str, base_layer: nn.Linear) -> None:
         super().__init__()
         self.base_layer = base_layer
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        for adapter, shape in (("lora_A", (rank, base_layer.in_features)), ("lora_B", (base_layer.out_features, rank))):
-            values = 0.3 * torch.randn(shape, generator=generator)
-            self.register_parameter(adapter, nn.Parameter(values.to(base_layer.weight.dtype)))
+        for adapter, value in low_rank(name, base_layer).items():
+            self.register_parameter(adapter, nn.Parameter(value))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -112,20 +109,45 @@ class Lora(nn.Module):
         return self.base_layer(x) + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def low_rank(name: str, linear: nn.Linear) -> dict[str, torch.Tensor]:
+    """The two matrices of the adapter of a projection with this name."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    shapes = {"lora_A": (Lora.rank, linear.in_features), "lora_B": (linear.out_features, Lora.rank)}
+    return {n: 0.3 * torch.randn(shape, generator=generator, dtype=linear.weight.dtype) for n, shape in shapes.items()}
+
+
+def projections(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of attention and MLPs, by qualified name, which a conversion leaves alone."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
-            yield name, module
+    modules = dict(model.named_modules())
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS
+    }
 
 
 def adapt(model: nn.Module) -> None:
     """Put an adapter on every projection."""
-    for name, linear in projections(model):
+    for name, linear in projections(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Lora(name, linear))
 
 
+def adapt_by_peft(model: nn.Module) -> None:
+    """`adapt`, with the library's own layers."""
+    import peft
+
+    linears = projections(model)
+    values = {name: low_rank(name, linear) for name, linear in linears.items()}
+    config = peft.LoraConfig(r=Lora.rank, lora_alpha=Lora.rank * Lora.scaling, target_modules=list(linears))
+    peft.inject_adapter_in_model(config, model)
+    with torch.no_grad():
+        for name, parameter in adapters(model).items():
+            layer, _, adapter = name.rpartition(".")
+            parameter.copy_(values[layer][adapter])
+
+
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the adapters, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    """Parameters of the adapters, by name; peft's are named as those of `Lora`."""
+    named = ((name.removesuffix(".default.weight"), parameter) for name, parameter in model.named_parameters())
+    return {name: parameter for name, parameter in named if name.endswith((".lora_A", ".lora_B"))}

@@ -74,11 +74,14 @@ class Lawcat(nn.Module):
         self.attention, self.options = attention, options
         self.new = {name: value.double() for name, value in new_parameters(layer, options).items()}
 
-    def forward(self, hidden_states: torch.Tensor, position_embeddings: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
         x, options, of = hidden_states[0], self.options, self.attention
         t = x.shape[0]
-        q, k, v = (getattr(of, f"{n}_proj")(x).unflatten(-1, (-1, HEAD_DIM)) for n in "qkv")
-        q, k = (getattr(of, f"{n}_norm")(y) if hasattr(of, f"{n}_norm") else y for n, y in (("q", q), ("k", k)))
+        q, k, v = (getattr(of, f"{n}_proj")(x) for n in "qkv")
+        q, k = (self._normed(n, y) for n, y in (("q", q), ("k", k)))
+        q, k, v = (y.unflatten(-1, (-1, HEAD_DIM)) for y in (q, k, v))
         k, v = (y.repeat_interleave(HEADS // KV_HEADS, 1) for y in (k, v))  # [T, HQ, d]
         cos, sin = (p[0].double()[:, None] for p in position_embeddings)
         rotated = [y * cos + torch.cat([-y[..., HEAD_DIM // 2 :], y[..., : HEAD_DIM // 2]], -1) * sin for y in (q, k)]
@@ -100,6 +103,11 @@ class Lawcat(nn.Module):
             weights = weights + self.new["window_factor"].sigmoid()[:, None, None] * near
         o = torch.einsum("hti,ihd->thd", weights / (weights.sum(-1, keepdim=True) + 1e-10), v)
         return of.o_proj(o.flatten(1))[None], None
+
+    def _normed(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """q or k [T, H d]; the norm, where there is one, is of each head, or in OLMo 2 of all of them together."""
+        norm = getattr(self.attention, f"{name}_norm", None)
+        return x if norm is None else norm(x.view(x.shape[0], -1, norm.weight.shape[0])).flatten(1)
 
     def _features(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Convolution over time, channel by channel, and the map: [T, HQ, 2 f]."""
@@ -156,7 +164,9 @@ class Truth:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def truth(kind: Kind, conversion: Conversion, adapted: bool, rows: list[torch.Tensor], columns: list[torch.Tensor]) -> Truth:
+def truth(
+    kind: Kind, conversion: Conversion, adapted: bool, rows: list[torch.Tensor], columns: list[torch.Tensor]
+) -> Truth:
     """Of rows of token ids [T_r], which stand in these columns of a batch: softmax with a window counts those."""
     model = kind.model()
     if adapted:
@@ -170,7 +180,8 @@ def truth(kind: Kind, conversion: Conversion, adapted: bool, rows: list[torch.Te
         else:
             layer.self_attn.register_forward_pre_hook(_masked(masks, kind.windows[number]), with_kwargs=True)
         if conversion.cats:
-            layer.mlp = Cats(layer.mlp, model.config.get_text_config().to_dict().get("hidden_activation") or model.config.hidden_act)
+            config = model.config
+            layer.mlp = Cats(layer.mlp, getattr(config, "hidden_activation", None) or config.hidden_act)
 
     def run() -> list[torch.Tensor]:
         found = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from subquad.demo.model import cache_name
-from subquad.integrations.transformers import CatsConfig, LawcatConfig, convert, register
+from subquad.integrations.transformers import CatsConfig, LawcatConfig, convert, register, revert
 from subquad.nn import CATSMLP, LawcatAttention
 
 from . import kinds, oracle
@@ -64,19 +65,19 @@ def truth_of(kind: str, conversion: str, adapted: bool, padding: str) -> oracle.
     return oracle.truth(KINDS[kind], CONVERSIONS[conversion], adapted, batch.rows, batch.columns)
 
 
-def model_of(case: Case) -> Any:
+def model_of(case: Case, adapt: Callable[[Any], None]) -> Any:
     """The converted model, not yet with the values that the truth has."""
     register()
     model, conversion = KINDS[case.kind].model(), CONVERSIONS[case.conversion]
     model.set_attn_implementation(case.implementation)
     if case.variant == "lora_before":
-        kinds.adapt(model)
+        adapt(model)
     if conversion.cats:
         convert(model, mlp=CatsConfig())
     if conversion.lawcat is not None:
         convert(model, attention=LawcatConfig(**conversion.lawcat), layers=conversion.layers)
     if case.variant == "lora_after":
-        kinds.adapt(model)
+        adapt(model)
     return model
 
 
@@ -102,7 +103,8 @@ def logits_of(model: Any, case: Case, batch: Batch) -> torch.Tensor:
     call, found, past = model, [], None
     if case.variant == "compiled":
         torch._dynamo.reset()
-        call = torch.compile(model, backend="aot_eager")
+        # What is traced is what differs; what comes after it is left out where several graphs are made.
+        call = torch.compile(model, backend="aot_eager" if case.cache == "none" else "eager")
     options: dict[str, Any] = {"use_cache": False}
     if case.cache != "none":
         options = {"use_cache": True, cache_name(model): _cache(model, case.cache)}
@@ -111,7 +113,9 @@ def logits_of(model: Any, case: Case, batch: Batch) -> torch.Tensor:
     for tokens in batch.tokens.split(CALLS[case.cache], 1):
         first = 0 if past is None else past
         past = first + tokens.shape[1]
-        more = {"attention_mask": batch.real[:, :past].long(), "position_ids": positions[:, first:past]} if masked else {}
+        more = (
+            {"attention_mask": batch.real[:, :past].long(), "position_ids": positions[:, first:past]} if masked else {}
+        )
         found.append(call(tokens, **options, **more).logits)
     return torch.cat(found, 1)
 
@@ -124,10 +128,13 @@ def _cache(model: Any, name: str) -> Any:
     return transformers.DynamicCache(config=model.config)
 
 
-def errors(case: Case) -> dict[str, float]:
-    """How far the case is from the truth, relative to its largest value: logits of real tokens, gradients of adapters."""
+def errors(case: Case, adapt: Callable[[Any], None] = kinds.adapt) -> dict[str, float]:
+    """How far the case is from the truth, relative to its largest value. `adapt` puts adapters on a model.
+
+    Logits of real tokens; gradients of adapters, without a cache; logits of the model that `revert` gives back.
+    """
     adapted = case.variant.startswith("lora")
-    model = model_of(case)
+    model = model_of(case, adapt)
     batch, true = batch_of(case.padding), truth_of(case.kind, case.conversion, adapted, case.padding)
     align(model, case, true.thresholds)
     learns = adapted and case.cache == "none"
@@ -143,13 +150,18 @@ def errors(case: Case) -> dict[str, float]:
         trained = kinds.adapters(model)
         assert trained.keys() == true.gradients.keys()
         zero = torch.zeros(())
-        found["gradients"] = _distance(
-            [zero if p.grad is None else p.grad for p in trained.values()], list(true.gradients.values())
-        )
+        gradients = [zero if p.grad is None else p.grad for p in trained.values()]
+        found["gradients"] = _distance(gradients, list(true.gradients.values()))
+    if case.conversion != "none":
+        revert(model)
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            softmax = model(batch_of("none").tokens, use_cache=False).logits
+        found["reverted"] = _distance(list(softmax), truth_of(case.kind, "none", adapted, "none").logits)
     return found
 
 
 def _distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
     largest = max(float(y.abs().max()) for y in want)
-    worst = torch.stack([(x - y).abs().max() for x, y in zip(got, want, strict=True)])
+    worst = torch.stack([(x.detach() - y).abs().max() for x, y in zip(got, want, strict=True)])
     return float(worst.max()) / largest  # NaN stays NaN
