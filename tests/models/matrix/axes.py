@@ -108,12 +108,6 @@ REFUSALS = (  # in the order in which they are met
         lambda case: case.kind in ("starcoder2", "gpt-oss") and case.cats,
     ),
     Refusal(
-        "adapters in MLPs",
-        "CATS reads the weights of projections, which adapters are not in",
-        r"layers\.\d+\.mlp: mlp\.\w+_proj: expected a plain torch\.nn\.Linear, got (Lora|Linear)",
-        lambda case: case.cats and case.variant == "lora_before",
-    ),
-    Refusal(
         "sinks",
         "linear attention has no softmax that a sink could belong to",
         r"layers\.\d+\.self_attn: attention: expected none with sinks",

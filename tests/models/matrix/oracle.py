@@ -1,7 +1,7 @@
 """The truth: a float64 model that runs every row alone, without padding and without a cache.
 
-Its softmax is transformers' eager one under masks made here; CATS and LAWCAT are written out again below, in the form of sums over
-all earlier tokens. Nothing of the package is used.
+Its softmax is transformers' eager one under masks made here; CATS and LAWCAT are written out again below, in the form of sums
+over all earlier tokens. Nothing of the package is used.
 """
 
 from __future__ import annotations
