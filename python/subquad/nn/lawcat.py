@@ -430,8 +430,7 @@ class LawcatAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, T, HQ, d] and k [B, T, HKV, d] of the linear branch, and v."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if self.rope == "linear" and positions is not None:
             q, k = rotate(q, *positions), rotate(k, *positions)
         return q, k, v
@@ -546,6 +545,16 @@ class LawcatAttention(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
+
+
+def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, d] with every head normalised, or as in OLMo 2 all heads together: the width of the norm's weight tells."""
+    if norm is None:
+        return x
+    weight, width = getattr(norm, "weight", None), x.shape[-1]
+    together = isinstance(weight, torch.Tensor) and weight.shape[-1] != width
+    normed: torch.Tensor = norm(x.flatten(2)).unflatten(-1, (-1, width)) if together else norm(x)
+    return normed
 
 
 def _mapped(phi: nn.Module, x: torch.Tensor) -> torch.Tensor:
