@@ -230,7 +230,7 @@ class LawcatAttention(nn.Module):
             options: arguments of the constructor.
 
         Raises:
-            ValueError: an attention of another form, or with dropout or sinks.
+            ValueError: an attention of another form, or with dropout, sinks or parts that linear attention has no place for.
         """
         parts = {name: getattr(attention, name, None) for name in PROJECTIONS}
         width = getattr(attention, "head_dim", None)
@@ -245,6 +245,9 @@ class LawcatAttention(nn.Module):
             value = getattr(attention, name, None)
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
                 raise ValueError(f"attention: expected none with {name}, which linear attention has not")
+        others = [name for name in _computing(attention) if name not in PROJECTIONS + NORMS]
+        if others:
+            raise ValueError(f"attention: expected none with {others[0]}, which would be left out")
         parts |= {name: norm for name in NORMS if (norm := getattr(attention, name, None)) is not None}
         weight = q.weight  # type: ignore[union-attr]
         defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": weight.device, "dtype": weight.dtype}
@@ -545,6 +548,16 @@ class LawcatAttention(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
+
+
+def _computing(attention: nn.Module) -> list[str]:
+    """Names of its own parameters, and of children that have some or normalise: what its output depends on."""
+    own = [name for name, _ in attention.named_parameters(recurse=False)]
+    return own + [
+        name
+        for name, child in attention.named_children()
+        if next(child.parameters(), None) is not None or type(child).__name__.endswith("Norm")
+    ]
 
 
 def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
