@@ -39,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="quick: native and reference, one dtype, nothing that compiles or starts a process; whole: everything, but what "
         "is slow or compiles at the CPU's best instruction set only; full: at all of them",
     )
+    parser.addoption(
+        "--matrix",
+        choices=("sample", "whole"),
+        default="sample",
+        help="cells of tests/models/test_matrix.py that are run",
+    )
     parser.addoption("--device", choices=DEVICES, default="cpu", help="where the generic tests put their tensors")
 
 

@@ -236,7 +236,7 @@ class LawcatAttention(nn.Module):
             options: arguments of the constructor.
 
         Raises:
-            ValueError: an attention of another form, or with dropout or sinks.
+            ValueError: an attention of another form, or with dropout, sinks or parts that linear attention has no place for.
         """
         parts = {name: getattr(attention, name, None) for name in PROJECTIONS}
         width = getattr(attention, "head_dim", None)
@@ -251,6 +251,9 @@ class LawcatAttention(nn.Module):
             value = getattr(attention, name, None)
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
                 raise ValueError(f"attention: expected none with {name}, which linear attention has not")
+        others = [name for name in _computing(attention) if name not in PROJECTIONS + NORMS]
+        if others:
+            raise ValueError(f"attention: expected none with {others[0]}, which would be left out")
         parts |= {name: norm for name in NORMS if (norm := getattr(attention, name, None)) is not None}
         device, dtype = placement(q)  # type: ignore[arg-type]
         defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": device, "dtype": dtype}
@@ -444,8 +447,7 @@ class LawcatAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, T, HQ, d] and k [B, T, HKV, d] of the linear branch, and v."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if self.rope == "linear" and positions is not None:
             q, k = rotate(q, *positions), rotate(k, *positions)
         return q, k, v
@@ -561,6 +563,26 @@ class LawcatAttention(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
+
+
+def _computing(attention: nn.Module) -> list[str]:
+    """Names of its own parameters, and of children that have some or normalise: what its output depends on."""
+    own = [name for name, _ in attention.named_parameters(recurse=False)]
+    return own + [
+        name
+        for name, child in attention.named_children()
+        if next(child.parameters(), None) is not None or type(child).__name__.endswith("Norm")
+    ]
+
+
+def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, d] with every head normalised, or as in OLMo 2 all heads together: the width of the norm's weight tells."""
+    if norm is None:
+        return x
+    weight, width = getattr(norm, "weight", None), x.shape[-1]
+    together = isinstance(weight, torch.Tensor) and weight.shape[-1] != width
+    normed: torch.Tensor = norm(x.flatten(2)).unflatten(-1, (-1, width)) if together else norm(x)
+    return normed
 
 
 def _mapped(phi: nn.Module, x: torch.Tensor) -> torch.Tensor:
