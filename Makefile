@@ -18,7 +18,7 @@ help:
 	@echo "make quick       the tests to run after every change, within a minute (installs first; ARGS='tests/ops/cats_mlp')"
 	@echo "make test        all tests on every backend that can run here (installs first)"
 	@echo "make bench       time the ops against torch (ARGS='cats --json FILE')"
-	@echo "make gpu-report  compile every GPU kernel for sm_80, sm_90 and sm_100 and list what it needs"
+	@echo "make gpu-report  compile every GPU kernel for every supported architecture and list what it needs"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make docs        build the documentation into site/"
 	@echo "make build       compile the native kernels again"

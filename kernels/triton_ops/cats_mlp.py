@@ -34,6 +34,7 @@ import triton.language as tl
 from ._common.activations import activate, check_activation, is_active
 from ._common.aot import AotCase
 from ._common.checks import check_packed, check_threshold, require
+from ._common.device import register_limit
 from ._common.numerics import INTERPRET, cast, is_finite, split_bf16, widen_if_interpreted
 
 MAX_TOKENS = tl.constexpr(16)
@@ -368,7 +369,7 @@ def cats_mlp_fwd(
     _cats_mlp_down_kernel[(groups * triton.cdiv(h, plan.cols), splits)](
         act, down, bits, partials, n, h, i, span,
         UNION=union_mask, NEURON_MAJOR=neuron_major, **tile, COLS=plan.cols, BLOCK=plan.block_i,
-        num_stages=plan.down_stages[0 if neuron_major else 1], maxnreg=plan.down_registers, **options,
+        num_stages=plan.down_stages[0 if neuron_major else 1], **register_limit(plan.down_registers), **options,
     )  # fmt: skip
     _cats_mlp_reduce_kernel[(triton.cdiv(h, plan.cols), n)](
         partials, b_down, y, h, splits, MAX_SPLITS=plan.max_splits, COLS=plan.cols, num_warps=4, enable_fp_fusion=False

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from .._common.aot import AotCase
-from .._common.numerics import INTERPRET
+from .._common.device import generation, precision
 from .arguments import Flags, Heads, RowGrads, Sequences, States, Walked
 from .backward import chunk_bwd_den_kernel, chunk_bwd_dqkv_kernel, chunk_bwd_state_kernel, sum_shared_kernel
 from .forward import chunk_fwd_out_kernel, chunk_fwd_state_kernel, recurrent_step_kernel
@@ -34,8 +34,7 @@ def _tiles(dtype: torch.dtype) -> tuple[int, int]:
     """
     if dtype is torch.float32:
         return 32, 32
-    generation = 9 if INTERPRET.value else int(triton.runtime.driver.active.get_current_target().arch) // 10
-    return 64 if generation in (9, 10) else 32, 64
+    return 64 if generation() in (9, 10) else 32, 64
 
 
 class _Plan:
@@ -58,7 +57,7 @@ class _Plan:
             G_SHARE=self.states // max(gates, 1),
             GATE=0 if g is None else g.dim() - 2,
             NORMALIZE=normalize,
-            PRECISION=_PRECISIONS[q.dtype],
+            PRECISION=precision(_PRECISIONS[q.dtype]),
         )
         self.options = {"FLAGS": self.flags, "C": chunk, "BK": block_k, "BV": block_v, "num_warps": 8, "num_stages": 1}
         self.q, self.k, self.v = (Heads(x, x.stride(0), x.stride(1), x.stride(2), 1) for x in (q, k, v))

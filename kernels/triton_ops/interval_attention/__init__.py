@@ -15,6 +15,7 @@ import torch
 import triton
 
 from .._common.aot import AotCase
+from .._common.device import precision
 from .arguments import Flags, Heads, Mask, Plan, RowResults
 from .backward import interval_attention_dkdv_kernel, interval_attention_dq_kernel
 from .forward import interval_attention_fwd_kernel
@@ -86,7 +87,7 @@ def _call(
         INTERVALS=intervals,
         SLOTS=slots,
         GROUP=heads // kv_heads,
-        PRECISION="tf32x3" if q.dtype is torch.float32 else "tf32",
+        PRECISION=precision("tf32x3" if q.dtype is torch.float32 else "tf32"),
     )
     sizes = {"tq": tq, "tk": tk, "sink_tokens": sink_tokens, "window": window, "heads": heads, "scale": scale}
     blocks = {"BD": max(16, triton.next_power_of_2(d)), "BDV": max(16, triton.next_power_of_2(dv))}
