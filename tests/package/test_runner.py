@@ -211,8 +211,9 @@ def test_autocast_declaration_is_checked() -> None:
 def test_every_check_has_a_planted_fault() -> None:
     marks = test_planted_fault_is_found.pytestmark  # type: ignore[attr-defined]
     planted = {getattr(values, "values", values)[1] for values in marks[0].args[1]} | {"autocast"}
-    # switching needs the backend table (test_backends.py), freed_storage a planted read of freed memory, levels native kernels (test_levels.py), schedules the emulator
-    # (tests/emulator/test_simt.py), and laws of state a toy that has one (test_state_laws.py)
+    # switching needs the backend table (test_backends.py), freed_storage a planted read of freed memory, levels native kernels
+    # (test_levels.py), schedules the emulator (tests/emulator/test_simt.py), and laws of state a toy that has one
+    # (test_state_laws.py)
     laws = {name for name, check in CHECKS.items() if not check.applies(SPEC)}
     assert set(CHECKS) - planted - laws == {"switching", "freed_storage", "levels", "schedules", "compile_inductor"}
 

@@ -184,7 +184,8 @@ def _of_pairs(
         want = (place <= place[:, None]) & real[:, None] & (sequence[:, :, None] == sequence[:, None])
         if window is not None:
             want = want & (place > place[:, None] - window)
-        if not bool(((visible == want[:, None]) | ~real[:, None, :, None]).all()):
+        lost = seen is None and not bool(real.any())  # tokens stand in other columns than the last
+        if lost or not bool(((visible == want[:, None]) | ~real[:, None, :, None]).all()):
             raise ValueError(
                 "attention_mask: expected a causal mask with padding or packed sequences, got another pattern"
             )
