@@ -56,6 +56,14 @@ def sliding_window(attention: nn.Module) -> int | None:
     return window
 
 
+def chunk_size(attention: nn.Module) -> int | None:
+    """The chunks of an attention layer of transformers (Llama 4), outside of which it sees nothing; None for one without."""
+    config = getattr(attention, "config", None)
+    size: int | None = getattr(config, "attention_chunk_size", None)
+    kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    return size if kinds is None or index is None or kinds[index] == "chunked_attention" else None
+
+
 def tokens_of(
     mask: Any, batch: int, length: int, window: int | None = None, seen: int | torch.Tensor | None = None
 ) -> torch.Tensor | None:
