@@ -190,9 +190,8 @@ def _of_pairs(
     if not compiling:
         sequence = begins.cumsum(1)
         want = (place <= place[:, None]) & real[:, None] & (sequence[:, :, None] == sequence[:, None])
-        if window is not None:
-            want = want & (place > place[:, None] - window)
-        if not bool(((visible == want[:, None]) | ~real[:, None, :, None]).all()):
+        fitting = [want] if window is None else [want, want & (place > place[:, None] - window)]
+        if not any(bool(((visible == x[:, None]) | ~real[:, None, :, None]).all()) for x in fitting):
             raise ValueError(
                 "attention_mask: expected a causal mask with padding or packed sequences, got another pattern"
             )
