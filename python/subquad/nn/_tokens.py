@@ -56,6 +56,14 @@ def sliding_window(attention: nn.Module) -> int | None:
     return window
 
 
+def chunk_size(attention: nn.Module) -> int | None:
+    """The chunks of an attention layer of transformers (Llama 4), outside of which it sees nothing; None for one without."""
+    config = getattr(attention, "config", None)
+    size: int | None = getattr(config, "attention_chunk_size", None)
+    kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    return size if kinds is None or index is None or kinds[index] == "chunked_attention" else None
+
+
 def tokens_of(
     mask: Any, batch: int, length: int, window: int | None = None, seen: int | torch.Tensor | None = None
 ) -> torch.Tensor | None:
@@ -182,10 +190,9 @@ def _of_pairs(
     if not compiling:
         sequence = begins.cumsum(1)
         want = (place <= place[:, None]) & real[:, None] & (sequence[:, :, None] == sequence[:, None])
-        if window is not None:
-            want = want & (place > place[:, None] - window)
+        fitting = [want] if window is None else [want, want & (place > place[:, None] - window)]
         lost = seen is None and not bool(real.any())  # tokens stand in other columns than the last
-        if lost or not bool(((visible == want[:, None]) | ~real[:, None, :, None]).all()):
+        if lost or not any(bool(((visible == x[:, None]) | ~real[:, None, :, None]).all()) for x in fitting):
             raise ValueError(
                 "attention_mask: expected a causal mask with padding or packed sequences, got another pattern"
             )

@@ -23,7 +23,7 @@ from ._lawcat_steps import step
 from ._options import LawcatConfig
 from ._sequences import Sequences
 from ._tied import tie, tied_again
-from ._tokens import Tokens, read, rotate, sliding_window
+from ._tokens import Tokens, chunk_size, read, rotate, sliding_window
 from ._tokens import tokens_of as tokens_of
 from ._window import hybrid
 from .causal_conv1d import ShortConvolution
@@ -236,7 +236,7 @@ class LawcatAttention(nn.Module):
             options: arguments of the constructor.
 
         Raises:
-            ValueError: an attention of another form, or with dropout, sinks or parts that linear attention has no place for.
+            ValueError: one of another form, or with chunks, dropout, sinks or parts that linear attention has no place for.
         """
         parts = {name: getattr(attention, name, None) for name in PROJECTIONS}
         width = getattr(attention, "head_dim", None)
@@ -251,6 +251,8 @@ class LawcatAttention(nn.Module):
             value = getattr(attention, name, None)
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
                 raise ValueError(f"attention: expected none with {name}, which linear attention has not")
+        if (chunks := chunk_size(attention)) is not None:
+            raise ValueError(f"attention: expected none in chunks, got one with config.attention_chunk_size = {chunks}")
         others = [name for name in _computing(attention) if name not in PROJECTIONS + NORMS]
         if others:
             raise ValueError(f"attention: expected none with {others[0]}, which would be left out")
