@@ -25,7 +25,8 @@ def model_of(family: str = "Llama", implementation: str = "sdpa", **more: Any) -
     sizes |= {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256, "initializer_range": 0.3}
     if family == "Mistral":
         sizes["sliding_window"] = 6
-    config = getattr(transformers, f"{family}Config")(**(sizes | more))
+    names = f"{family}TextConfig", f"{family}Config"
+    config = next(getattr(transformers, name) for name in names if hasattr(transformers, name))(**(sizes | more))
     config._attn_implementation = implementation
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 

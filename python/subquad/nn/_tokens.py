@@ -41,16 +41,10 @@ class Tokens:
         return Tokens(real, begins)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, d] rotated as transformers does it: halves are pairs; cos and sin [B|1, T, <= d]."""
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    a, b = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, rest], -1).to(x.dtype)
-
-
 def sliding_window(attention: nn.Module) -> int | None:
-    """The window of an attention layer of transformers, which some keep in their config only."""
+    """The window of an attention layer of transformers: some keep it in their config only, or have it without sliding."""
+    if getattr(attention, "is_sliding", None) is False:
+        return None
     config = getattr(attention, "config", None)
     window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     return window
