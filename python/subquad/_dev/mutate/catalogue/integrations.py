@@ -1,0 +1,164 @@
+"""Faults of what meets transformers, and of the functions that have the names of other packages."""
+
+from __future__ import annotations
+
+from ..fault import Fault, Where
+
+
+def _of(file: str, *tests: str) -> Where:
+    return Where(f"python/subquad/{file}", tests, "", ())
+
+
+_ATTENTION = _of("integrations/transformers/attention.py", "tests/models/test_attention.py")
+_MASKS = _of("integrations/transformers/masks.py", "tests/models/test_attention.py", "tests/models/test_lawcat.py")
+_PREDICATES = _of("integrations/transformers/predicates.py", "tests/models/test_attention.py")
+_CACHE = _of(
+    "integrations/transformers/cache.py",
+    "tests/models/test_rollback.py",
+    "tests/models/test_lawcat.py",
+    "tests/package/test_state_laws.py",
+)
+_CONVERT = _of("integrations/transformers/convert.py", "tests/models/test_convert.py")
+_FLA = _of("compat/fla.py", "tests/package/test_compat_fla.py")
+_CONV = _of("compat/causal_conv1d.py", "tests/ops/causal_conv1d")
+
+FAULTS = (
+    Fault("hf-scale-dropped", "formula", _ATTENTION, "scale=scaling,", "scale=None,"),
+    Fault("hf-sinks-dropped", "sink", _ATTENTION, "sink_logits=s_aux,", "sink_logits=None,"),
+    Fault(
+        "hf-not-causal",
+        "mask",
+        _ATTENTION,
+        "attention_mask = IntervalMask.causal(tq, tk) if causal else IntervalMask.full(tq, tk)",
+        "attention_mask = IntervalMask.causal(tq, tk)",
+    ),
+    Fault(
+        "hf-window-ignored",
+        "mask",
+        _ATTENTION,
+        "attention_mask = masks.windowed(attention_mask, sliding_window, tq, tk, query.device)",
+        "pass",
+    ),
+    Fault(
+        "hf-dropout-silent",
+        "guard",
+        _ATTENTION,
+        "if dropout and module.training:",
+        "if dropout and not module.training:",
+    ),
+    Fault(
+        "hf-softcap-silent",
+        "guard",
+        _ATTENTION,
+        "if kwargs.get(name) is not None and kwargs[name] is not False:",
+        "if kwargs.get(name) is True:",
+    ),
+    Fault("hf-padding-columns", "bounds", _MASKS, "[:, kv_offset : kv_offset + kv_length]", "[:, :kv_length]"),
+    Fault(
+        "hf-padding-short-mask",
+        "guard",
+        _MASKS,
+        "nn.functional.pad(attention_mask.bool(), (0, max(0, missing)))",
+        "nn.functional.pad(attention_mask.bool(), (0, max(0, missing)), value=True)",
+    ),
+    Fault(
+        "hf-static-window",
+        "bounds",
+        _MASKS,
+        "start = stop - width if width >= 0 else torch.zeros_like(stop)",
+        "start = stop - width - 1 if width >= 0 else torch.zeros_like(stop)",
+    ),
+    Fault(
+        "hf-static-offset",
+        "mask",
+        _MASKS,
+        "stop = torch.arange(q_length, device=device) + (q_offset - kv_offset + 1)",
+        "stop = torch.arange(q_length, device=device) + (q_offset + 1)",
+    ),
+    Fault("hf-first-row", "mask", _MASKS, "first_row=q_offset - kv_offset,", "first_row=0,"),
+    Fault(
+        "hf-additive-mask",
+        "mask",
+        _MASKS,
+        "hidden = mask <= torch.finfo(mask.dtype).min / 2",
+        "hidden = mask < torch.finfo(mask.dtype).min",
+    ),
+    Fault("hf-additive-bias", "guard", _MASKS, "if not bool(((mask == 0) | hidden).all()):", "if False:"),
+    Fault(
+        "hf-predicate-window",
+        "mask",
+        _PREDICATES,
+        'return (False, _closed_over(parts[0])["sliding_window"]) if sliding else None',
+        "return (False, -1) if sliding else None",
+    ),
+    Fault("hf-predicate-unknown", "mask", _PREDICATES, "and len(parts) == 2\n", "and len(parts) >= 2\n"),
+    Fault(
+        "hf-cache-columns",
+        "mask",
+        _CACHE,
+        "return self.columns or self.state.seen + query_length, 0",
+        "return self.state.seen + query_length, 0",
+    ),
+    Fault("hf-cache-crop", "bounds", _CACHE, "self.state.rollback(-int(tokens_to_remove))", "self.state.rollback(0)"),
+    Fault("hf-cache-crop-unchecked", "guard", _CACHE, "if tokens_to_remove > 0:", "if False:"),
+    Fault(
+        "hf-cache-beams",
+        "state",
+        _CACHE,
+        "def reorder_cache(self, beam_idx: torch.Tensor) -> None:\n        self.state.select(beam_idx)",
+        "def reorder_cache(self, beam_idx: torch.Tensor) -> None:\n        pass",
+    ),
+    Fault(
+        "hf-cache-repeat",
+        "stride",
+        _CACHE,
+        "self.state.select(torch.arange(count).repeat_interleave(repeats))",
+        "self.state.select(torch.arange(count).repeat(repeats))",
+    ),
+    Fault("hf-cache-used-layer", "guard", _CACHE, 'if getattr(layer, "is_initialized", False):', "if False:"),
+    Fault("hf-cache-recording", "state", _CACHE, "self.state.keep(self.depth if first else 0)", "self.state.keep(0)"),
+    Fault("hf-cache-reset", "state", _CACHE, "self.state.reset()\n", "pass\n"),
+    Fault(
+        "hf-convert-options",
+        "guard",
+        _CONVERT,
+        "return known[value], config(**options)",
+        "return known[value], config()",
+    ),
+    Fault(
+        "fla-reverse-bounds",
+        "mask",
+        _FLA,
+        "cu_seqlens = q.shape[1] - cu_seqlens.flip(0)",
+        "cu_seqlens = cu_seqlens.flip(0)",
+    ),
+    Fault(
+        "fla-reverse-states",
+        "state",
+        _FLA,
+        "final = final if cu_seqlens is None else _in_opposite_order(final)",
+        "final = final",
+    ),
+    Fault(
+        "fla-state-layout",
+        "stride",
+        _FLA,
+        "return o, (s.mT.contiguous() if state_v_first else s, z.unsqueeze(1))",
+        "return o, (s, z.unsqueeze(1))",
+    ),
+    Fault(
+        "conv-package-bounds",
+        "bounds",
+        _CONV,
+        "begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]",
+        "begins[:, 1:] = seq_idx[:, 1:] > seq_idx[:, :-1]",
+    ),
+    Fault(
+        "conv-package-negative",
+        "mask",
+        _CONV,
+        "y = torch.where((seq_idx < 0)[..., None], torch.zeros_like(y), y)",
+        "pass",
+    ),
+    Fault("conv-package-states-out", "state", _CONV, "final = final_states_out.copy_(final)", "pass"),
+)

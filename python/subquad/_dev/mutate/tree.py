@@ -1,0 +1,112 @@
+"""A private copy of the sources with warm builds: faults are planted there, never in the working tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ... import _build, _env
+from .fault import Fault
+
+_BUILT = {"native": "_C.abi3.so", "simt": "_C_simt.so"}  # where the package looks for them first
+
+
+@dataclass
+class Tree:
+    """The copy in `folder / "tree"`, pristine builds in `folder / "build"`, a fault's in `folder / "fault"`."""
+
+    source: Path
+    folder: Path
+    best: str  # CPU instruction set of this machine
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "tree"
+
+    def sync(self) -> None:
+        """Bring the copy up to date; what has not changed keeps its time, and so its objects."""
+        listed = subprocess.run(
+            ["git", "-C", str(self.source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            capture_output=True, text=True, check=True,
+        ).stdout.split("\0")  # fmt: skip
+        wanted = {name for name in listed if name and os.path.lexists(self.source / name)}
+        for name in wanted:
+            _copy(self.source / name, self.root / name)
+        for path in list(self.root.rglob("*")):
+            kept = path.suffix in (".so", ".pyc") or (path.is_dir() and not path.is_symlink())
+            if not kept and path.relative_to(self.root).as_posix() not in wanted:
+                path.unlink()
+
+    def install(self, native: Path) -> None:
+        """A library of the same sources, for faults that need no build."""
+        shutil.copy2(native, self._installed(_BUILT["native"]))
+
+    def build(self) -> None:
+        """Both libraries without a fault, all instruction sets."""
+        for name, output in _BUILT.items():
+            self._compile(name, self.folder / "build" / name, self.folder / "build" / output)
+            shutil.copy2(self.folder / "build" / output, self._installed(output))
+
+    @contextmanager
+    def planted(self, fault: Fault) -> Iterator[None]:
+        """The copy with the fault, compiled as far as it reaches; raises BuildError when it does not compile."""
+        path = self.root / fault.where.file
+        before, times = path.read_text(), path.stat()
+        native = fault.where.file.startswith("csrc/")
+        try:
+            path.write_text(fault.text(self.root))
+            _forget_bytecode(path)
+            if native:
+                self._build_fault(fault)
+            yield
+        finally:
+            path.write_text(before)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            _forget_bytecode(path)
+            if native:
+                for output in _BUILT.values():
+                    shutil.copy2(self.folder / "build" / output, self._installed(output))
+
+    def _build_fault(self, fault: Fault) -> None:
+        work = self.folder / "fault"
+        shutil.rmtree(work, ignore_errors=True)
+        for name, output in _BUILT.items():
+            shutil.copytree(self.folder / "build" / name, work / name)
+            self._installed(output).unlink()
+            self._compile(name, work / name, self._installed(output), fault.where.levels or (self.best,))
+
+    def _compile(self, name: str, folder: Path, output: Path, levels: tuple[str, ...] = ()) -> None:
+        library = self._library(name)
+        if levels:  # objects of the others stay as they are
+            left = [u for u in library.units if ".isa." in u.obj and u.obj.split(".")[-2] not in levels]
+            command = (*library.link[:1], *(unit.obj for unit in left), *library.link[1:])
+            library = replace(library, units=tuple(u for u in library.units if u not in left), link=command)
+        _build.compile_library(library, folder, output)
+
+    def _library(self, name: str) -> _build.Library:
+        make = _build.native_library if name == "native" else _build.simt_library
+        return make(self.root / "csrc", _build.torch_dir(), _env.cxx())
+
+    def _installed(self, output: str) -> Path:
+        return self.root / "python" / "subquad" / output
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_symlink():
+        if not (target.is_symlink() and target.readlink() == source.readlink()):
+            target.unlink(missing_ok=True)
+            target.symlink_to(source.readlink())
+    elif not target.is_file() or source.read_bytes() != target.read_bytes():
+        shutil.copyfile(source, target)
+
+
+def _forget_bytecode(path: Path) -> None:
+    """Two faults of one length within a second would share their bytecode."""
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+        compiled.unlink()
