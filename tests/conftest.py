@@ -73,7 +73,8 @@ def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -
             return leading and numbers
         return (leading or numbers) and not task.check.heavy
     backends = {marker.args[1] for marker in item.iter_markers("backend")}
-    if "emulator" in getattr(item, "fixturenames", ()) or not backends <= set(QUICK_BACKENDS):
+    cheap = backends <= set(QUICK_BACKENDS) or item.get_closest_marker("quick") is not None
+    if "emulator" in getattr(item, "fixturenames", ()) or not cheap:
         return False
     dtype = next((p for p in params.values() if isinstance(p, torch.dtype)), None)
     return dtype is None or first.setdefault((item.path, item.originalname), dtype) is dtype

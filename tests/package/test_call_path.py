@@ -66,6 +66,15 @@ def test_autocast_casts_before_it_checks(backend: str) -> None:
         subquad.cats_mlp(x, *w, down, 0.1, backend=backend)
 
 
+@backend_params("cats_mlp", "reference")
+def test_autocast_leaves_float64_alone(backend: str) -> None:
+    """As torch's own products do: an oracle does not lose its digits to a model's autocast."""
+    x, weights = torch.randn(3, 8).double(), [torch.randn(s).double() for s in ((16, 8), (16, 8), (8, 16))]
+    outside = subquad.cats_mlp(x, *weights, 0.1, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(subquad.cats_mlp(x, *weights, 0.1, backend=backend), outside)
+
+
 @backend_params("cats_mlp", "native")
 def test_backward_under_autocast_is_that_outside(backend: str) -> None:
     x, gate, up = (torch.randn(s, requires_grad=True) for s in ((20, 8), (16, 8), (16, 8)))

@@ -67,6 +67,16 @@ def test_ties(backend: str, activation: str) -> None:
     assert_same_bits(subquad.cats_activation(z, a.abs(), inclusive=True, **options), a)
 
 
+@pytest.mark.quick
+@backend_params("cats_activation")
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_nan_is_active(backend: str, inclusive: bool) -> None:
+    """No comparison with it is true: it must not pass for a small activation."""
+    z = torch.tensor([float("nan"), 0.1, 3.0])
+    a = subquad.cats_activation(z, 1.0, inclusive=inclusive, backend=backend)
+    assert a.isnan().tolist() == [True, False, False] and a[1] == 0 and a[2] > 1
+
+
 @backend_params("cats_activation")
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_dead_entries_are_positive_zero(backend: str, spec: OpSpec) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ... import _build, _env
-from .fault import Fault
+from .fault import Fault, Where
 
 _BUILT = {"native": "_C.abi3.so", "simt": "_C_simt.so"}  # where the package looks for them first
 
@@ -78,19 +78,29 @@ class Tree:
         for name, output in _BUILT.items():
             shutil.copytree(self.folder / "build" / name, work / name)
             self._installed(output).unlink()
-            self._compile(name, work / name, self._installed(output), fault.where.levels or (self.best,))
+            self._compile(name, work / name, self._installed(output), fault.where)
 
-    def _compile(self, name: str, folder: Path, output: Path, levels: tuple[str, ...] = ()) -> None:
+    def _compile(self, name: str, folder: Path, output: Path, where: Where | None = None) -> None:
         library = self._library(name)
-        if levels:  # objects of the others stay as they are
-            left = [u for u in library.units if ".isa." in u.obj and u.obj.split(".")[-2] not in levels]
-            command = (*library.link[:1], *(unit.obj for unit in left), *library.link[1:])
-            library = replace(library, units=tuple(u for u in library.units if u not in left), link=command)
+        if where is not None:  # what its tests do not look at stays as it is
+            seen = [u for u in library.units if self._is_seen(u.obj, where)]
+            left = [u.obj for u in library.units if u not in seen]
+            library = replace(library, units=tuple(seen), link=(*library.link[:1], *left, *library.link[1:]))
         _build.compile_library(library, folder, output)
 
+    def _is_seen(self, obj: str, where: Where) -> bool:
+        level = obj.split(".")[-2] if ".isa." in obj else None
+        of_tests = any(obj.startswith(f"ops_{path.rpartition('/')[2]}_c") for path in where.tests)
+        return (of_tests or not obj.startswith("ops_")) and level in (None, *(where.levels or (self.best,)))
+
     def _library(self, name: str) -> _build.Library:
+        """The plan of a release without optimisation: the problems of tests are tiny, compiling is what takes time."""
         make = _build.native_library if name == "native" else _build.simt_library
-        return make(self.root / "csrc", _build.torch_dir(), _env.cxx())
+        library = make(self.root / "csrc", _build.torch_dir(), _env.cxx())
+        units = (
+            replace(u, command=tuple("-O0" if w in ("-O2", "-O3") else w for w in u.command)) for u in library.units
+        )
+        return replace(library, units=tuple(units))
 
     def _installed(self, output: str) -> Path:
         return self.root / "python" / "subquad" / output

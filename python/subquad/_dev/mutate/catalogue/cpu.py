@@ -24,7 +24,12 @@ _DOT = _of("cpu/simd/dot.h", "cats_mlp", levels=_V4)
 _PRODUCTS = _of("cpu/simd/products.h", "cats_mlp", levels=_V4)
 _THREADS = _of("cpu/threads.h", "interval_attention", "feature_map", first=("thread",))
 _ISA = Where("csrc/cpu/isa.cpp", ("tests/package/test_backends.py", "tests/ops/cats_activation"), _K, ("isa",))
-_ISA_DISPATCH = Where("csrc/cpu/isa.h", ("tests/package/test_backends.py", "tests/ops"), _K, ("isa",))
+_ISA_DISPATCH = Where(
+    "csrc/cpu/isa.h",
+    ("tests/package/test_backends.py", "tests/ops/cats_activation", "tests/ops/feature_map"),
+    _K,
+    ("isa",),
+)
 _GLU = _of("ops/cats_activation/cpu.isa.cpp", "cats_activation")
 _GLU_CPU = _of("ops/cats_activation/cpu.cpp", "cats_activation")
 _MLP = _of("ops/cats_mlp/cpu.isa.cpp", "cats_mlp", levels=_V4)

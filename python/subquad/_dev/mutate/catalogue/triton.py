@@ -112,6 +112,7 @@ FAULTS = (
         _MLP,
         "tl.store(ptrs, tl.load(ptrs, active, other=0.0) * u, active)",
         "tl.store(ptrs, tl.load(ptrs, active, other=0.0) * u, group.live[:, None] & need[None, :])",
+        "an entry that is not active is masked again where it is read: what stands there is never used",
     ),
     Fault(
         "triton-mlp-span",
@@ -135,11 +136,11 @@ FAULTS = (
         "(split < splits - 1)[:, None] & in_cols[None, :]",
     ),
     Fault(
-        "triton-mlp-neuron-major",
-        "dispatch",
+        "triton-mlp-down-stride",
+        "stride",
         _MLP,
-        "neuron_major = w_down.stride(0) == 1 or h == 1",
-        "neuron_major = w_down.stride(1) != 1 or h == 1",
+        "down = Matrix(w_down, w_down.stride(1 if neuron_major else 0), None)",
+        "down = Matrix(w_down, h if neuron_major else i, None)",
     ),
     # --- causal convolution
     Fault(
