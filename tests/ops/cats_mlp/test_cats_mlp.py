@@ -10,6 +10,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from subquad import reference
+from subquad.ops import _linear
 from subquad.reference.cats_activation import ACTIVATIONS, activate
 from subquad.testing import Sample, Sampler, Task, assert_same_bits, backend_params, generic_tests, strategies
 from subquad.testing.case import Case
@@ -153,3 +154,11 @@ def test_union_covers_token_masks() -> None:
     tensors = {n: a for n, a in sample.args.items() if a is not None}
     expected = reference.cats_mlp.cats_mlp(**tensors, threshold=torch.zeros(1), mask=mask)
     assert_same_bits(SPEC.reference(**tensors, threshold=sample.kwargs["threshold"], mask_mode="union"), expected)
+
+
+def test_narrow_weights_are_widened_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of rows, the last one incomplete, in their order."""
+    x, w, b = (torch.randn(shape).bfloat16() for shape in ((3, 8), (10, 8), (10,)))
+    whole = _linear.linear_fp32(x, w, b)
+    monkeypatch.setattr(_linear, "_BLOCK_ELEMENTS", 24)
+    torch.testing.assert_close(_linear.linear_fp32(x, w, b), whole)

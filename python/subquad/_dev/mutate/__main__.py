@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
     tree = Tree(ROOT, args.folder, _best_isa())
     print(f"mutate: {len(chosen)} faults; copying and building in {tree.folder}", flush=True)
     tree.sync()
-    if any(fault.where.file.startswith("csrc/") for _, fault in chosen):
+    if any(fault.where.library for _, fault in chosen):
         tree.build()
     else:
         tree.install(_native.loaded()["_C"])

@@ -36,6 +36,7 @@ class Where:
         tests: files or folders of tests below the root.
         select: pytest's -k, to leave out what cannot see the file.
         first: words of test names, the likeliest to notice: they run first.
+        library: "native" or "simt", to be built anew; "" for sources in Python.
         levels: CPU instruction sets to build with the fault; () for the best of the machine alone.
     """
 
@@ -43,6 +44,7 @@ class Where:
     tests: tuple[str, ...]
     select: str = ""
     first: tuple[str, ...] = ("forward", "gradients")
+    library: str = ""
     levels: tuple[str, ...] = ()
 
 

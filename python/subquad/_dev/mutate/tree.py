@@ -49,15 +49,16 @@ class Tree:
     def build(self) -> None:
         """Both libraries without a fault, all instruction sets."""
         for name, output in _BUILT.items():
-            self._compile(name, self.folder / "build" / name, self.folder / "build" / output)
-            shutil.copy2(self.folder / "build" / output, self._installed(output))
+            built = self.folder / "build" / output
+            _build.compile_library(self._library(name), self.folder / "build" / name, built)
+            shutil.copy2(built, self._installed(output))
 
     @contextmanager
     def planted(self, fault: Fault) -> Iterator[None]:
         """The copy with the fault, compiled as far as it reaches; raises BuildError when it does not compile."""
         path = self.root / fault.where.file
         before, times = path.read_text(), path.stat()
-        native = fault.where.file.startswith("csrc/")
+        native = fault.where.library
         try:
             path.write_text(fault.text(self.root))
             _forget_bytecode(path)
@@ -69,24 +70,22 @@ class Tree:
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
             _forget_bytecode(path)
             if native:
-                for output in _BUILT.values():
-                    shutil.copy2(self.folder / "build" / output, self._installed(output))
+                shutil.copy2(self.folder / "build" / _BUILT[native], self._installed(_BUILT[native]))
 
     def _build_fault(self, fault: Fault) -> None:
-        work = self.folder / "fault"
-        shutil.rmtree(work, ignore_errors=True)
-        for name, output in _BUILT.items():
-            shutil.copytree(self.folder / "build" / name, work / name)
-            self._installed(output).unlink()
-            self._compile(name, work / name, self._installed(output), fault.where)
-
-    def _compile(self, name: str, folder: Path, output: Path, where: Where | None = None) -> None:
+        name, work = fault.where.library, self.folder / "fault"
+        pristine, output = self.folder / "build" / name, self._installed(_BUILT[name])
         library = self._library(name)
-        if where is not None:  # what its tests do not look at stays as it is
-            seen = [u for u in library.units if self._is_seen(u.obj, where)]
-            left = [u.obj for u in library.units if u not in seen]
-            library = replace(library, units=tuple(seen), link=(*library.link[:1], *left, *library.link[1:]))
-        _build.compile_library(library, folder, output)
+        seen = [u for u in library.units if self._is_seen(u.obj, fault.where)]
+        left = [str(pristine / u.obj) for u in library.units if u not in seen]
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        # With ninja's records, what the fault does not touch is up to date.
+        for kept in (".ninja_log", ".ninja_deps", *(u.obj for u in seen)):
+            shutil.copy2(pristine / kept, work / kept)
+        output.unlink()
+        link = (*library.link[:1], *left, *library.link[1:])
+        _build.compile_library(replace(library, units=tuple(seen), link=link), work, output)
 
     def _is_seen(self, obj: str, where: Where) -> bool:
         level = obj.split(".")[-2] if ".isa." in obj else None

@@ -6,13 +6,13 @@ from ..fault import Fault, Where
 
 
 def _of(file: str, *stems: str, first: tuple[str, ...] = ("forward", "gradients")) -> Where:
-    return Where(f"csrc/{file}", tuple(f"tests/ops/{stem}" for stem in stems), "simt", first)
+    return Where(f"csrc/{file}", tuple(f"tests/ops/{stem}" for stem in stems), "simt", first, "simt")
 
 
 _PORTABLE = _of("cuda/portable.cuh", "cats_activation", "feature_map")
 _CHUNK = _of("cuda/chunk.cuh", "cats_activation", "cats_mlp", "causal_conv1d")
 _LAUNCH = Where(
-    "csrc/cuda/portable.cuh", ("tests/emulator", "tests/package/test_bindings.py"), "", ("launch", "extent")
+    "csrc/cuda/portable.cuh", ("tests/emulator", "tests/package/test_bindings.py"), "", ("launch", "extent"), "simt"
 )
 _GLU = _of("ops/cats_activation/cuda.cuh", "cats_activation")
 _MLP = _of("ops/cats_mlp/cuda.cuh", "cats_mlp")

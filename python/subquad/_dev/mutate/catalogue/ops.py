@@ -109,11 +109,10 @@ FAULTS = (
     ),
     Fault(
         "ops-linear-blocks",
-        "bounds",
+        "stride",
         _LINEAR,
-        "rows = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))",
-        "rows = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[0]))",
-        "the size of blocks changes no sum: every output column is computed within one block",
+        "for block in weight.split(rows)], dim=1)",
+        "for block in weight.split(rows)][::-1], dim=1)",
     ),
     Fault(
         "ops-linear-narrow-bias",
@@ -185,12 +184,11 @@ FAULTS = (
         "cu.detach().to(t).contiguous()",
     ),
     Fault(
-        "ops-packed-empty-sequence",
+        "ops-packed-boundary",
         "bounds",
         _PACKING,
         "torch.searchsorted(self.int32, place, right=True, out_int32=True) - 1",
-        "torch.searchsorted(self.int32, place + 1, out_int32=True) - 1",
-        "of integers, the last bound at most t is the last bound below t + 1",
+        "torch.searchsorted(self.int32, place, out_int32=True) - 1",
     ),
     Fault(
         "ops-packed-decreasing",
