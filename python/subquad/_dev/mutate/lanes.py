@@ -17,6 +17,18 @@ from .tree import Tree
 LANES = ("quick", "whole")
 _OPTIONS = ["-x", "-q", "--tb=no", "--no-header", "--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist"]
 
+# Words of tests that are the likeliest to notice a kind of fault: they run first.
+_LIKELY = {
+    "nan": ("nan", "finite"),
+    "barrier": ("schedules",),
+    "guard": ("skipped", "refuse", "bad", "error"),
+    "index width": ("32_bits",),
+    "stride": ("forward", "layouts"),
+    "bounds": ("forward", "tiles", "guards"),
+    "stale": ("stale", "copy"),
+    "mask": ("forward", "tiles", "mask"),
+}
+
 
 class Server:
     """`server.py` in a process that imports subquad from the copy."""
@@ -74,7 +86,8 @@ def judge(fault: Fault, tree: Tree, server: Server, lanes: tuple[str, ...] = LAN
             for lane in lanes:
                 where = fault.where
                 paths = ["tests"] if every else [*where.tests, *(["-k", where.select] if where.select else [])]
-                answer = server.run(["--lane", lane, *paths], passed, where.first)
+                first = (*_LIKELY.get(fault.kind, ()), *where.first)
+                answer = server.run(["--lane", lane, *paths], passed, first)
                 passed += answer["passed"]
                 if answer["how"] != "survived":
                     seen[lane] = f"{answer['how']}: {answer['test']}"

@@ -39,9 +39,9 @@ class Recorder:
         items[:] = [item for item in items if item.nodeid not in self.passed]
         items.sort(key=self._rank)
 
-    def _rank(self, item: Any) -> tuple[bool, bool, bool]:
-        likely = any(word in item.nodeid for word in self.first)
-        return item.get_closest_marker("slow") is not None, item.get_closest_marker("heavy") is not None, not likely
+    def _rank(self, item: Any) -> tuple[bool, bool, int]:
+        likely = next((i for i, word in enumerate(self.first) if word in item.nodeid), len(self.first))
+        return item.get_closest_marker("slow") is not None, item.get_closest_marker("heavy") is not None, likely
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.say("start", nodeid)
