@@ -11,14 +11,18 @@ PYTEST := $(BIN)/pytest -n logical --maxprocesses 16 --dist worksteal --benchmar
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh $(addprefix csrc/*/*/*.,h cpp cu cuh))
 say = @printf '\033[1m== %s\033[0m\n'
 
-.PHONY: help demo quick test bench gpu-report lint docs build clean
+# Of a command that installs nothing: what was asked for, or .venv where it is there.
+HERE := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+
+.PHONY: help demo quick test bench gpu-check gpu-report lint docs build clean
 
 help:
 	@echo "make demo        run a real language model with CATS and measure it (installs first; ARGS='--quick')"
 	@echo "make quick       the tests to run after every change, within a minute (installs first; ARGS='tests/ops/cats_mlp')"
 	@echo "make test        all tests on every backend that can run here (installs first)"
 	@echo "make bench       time the ops against torch (ARGS='cats --json FILE')"
-	@echo "make gpu-report  compile every GPU kernel for sm_80, sm_90 and sm_100 and list what it needs"
+	@echo "make gpu-check   build, test, sanitize and time everything on a GPU (installs nothing; ARGS='--device cpu', --dry-run)"
+	@echo "make gpu-report  compile every GPU kernel for every supported architecture and list what it needs"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make docs        build the documentation into site/"
 	@echo "make build       compile the native kernels again"
@@ -35,6 +39,10 @@ test: $(VENV)/.package
 
 bench: $(VENV)/.package
 	$(BIN)/subquad bench $(ARGS)
+
+gpu-check:
+	@$(HERE) -c 'import hypothesis, pytest, rich, torch' || { echo "gpu-check needs these: make gpu-check PYTHON=..."; exit 1; }
+	PYTHONPATH=python $(HERE) -m subquad._dev.gpu_check $(ARGS)
 
 gpu-report: $(VENV)/.package
 	$(BIN)/subquad gpu-report $(ARGS)

@@ -13,12 +13,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from subquad.testing import Task
+from subquad.testing.levels import at_level
 
 DEVICES = ("cpu", "cuda")
-LANES = ("quick", "whole")
-QUICK_BACKENDS = ("native", "reference")
-# Checks that the quick lane runs in every dtype, for roundings show there alone, and on other backends in one.
-NUMBERS = ("forward", "gradients")
+LANES = ("quick", "whole", "full")
+QUICK_BACKENDS = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+# Checks that the quick lane runs in every dtype and at every instruction set, for roundings show there alone, and on the other
+# backends in one dtype.
+NUMBERS = ("forward", "gradients", "levels")
 settings.register_profile(
     "subquad", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -35,7 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lane",
         choices=LANES,
         default="whole",
-        help="quick: native and reference, of other backends the numbers, one dtype, nothing compiled; whole: everything",
+        help="quick: native and reference, of others the numbers, one dtype, nothing that compiles; whole: everything, but what "
+        "is slow or compiles at the CPU's best instruction set only; full: at all of them",
+    )
+    parser.addoption(
+        "--matrix",
+        choices=("sample", "whole"),
+        default="sample",
+        help="cells of tests/models/test_matrix.py that are run",
     )
     parser.addoption("--device", choices=DEVICES, default="cpu", help="where the generic tests put their tensors")
 
@@ -44,6 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "backend(stem, name): needs this backend of this op; skipped with its reason otherwise"
     )
+    config.addinivalue_line("markers", "level(name): runs native kernels at an instruction set below the CPU's best")
     settings.load_profile("subquad")
     torch.set_num_threads(1)  # the problems are tiny; what threads change has a check of its own
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every worker starts as many processes again
@@ -52,28 +62,46 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--lane") == "quick":
+    device, lane = config.getoption("--device"), config.getoption("--lane")
+    _select(config, items, [_has_level(item, device, lane) for item in items])
+    if device == "cuda":  # a test that asks for no device puts its tensors on the CPU
+        _select(config, items, ["device" in getattr(item, "fixturenames", ()) for item in items])
+    if lane == "quick":
         first: dict[tuple[object, ...], torch.dtype] = {}  # of every test, in the order of collection
-        chosen = [_is_quick(item, first) for item in items]
-        config.hook.pytest_deselected(items=[item for item, quick in zip(items, chosen, strict=True) if not quick])
-        items[:] = [item for item, quick in zip(items, chosen, strict=True) if quick]
+        _select(config, items, [_is_quick(item, first) for item in items])
     # The longest first: at the end of a parallel run workers then wait for short ones.
     items.sort(key=lambda item: 0 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("heavy") else 2)
+
+
+def _select(config: pytest.Config, items: list[pytest.Item], chosen: list[bool]) -> None:
+    config.hook.pytest_deselected(items=[item for item, taken in zip(items, chosen, strict=True) if not taken])
+    items[:] = [item for item, taken in zip(items, chosen, strict=True) if taken]
+
+
+def _has_level(item: pytest.Item, device: str, lane: str) -> bool:
+    """Whether a test at an instruction set below the CPU's best is run: where it is cheap, or in the lane that has all."""
+    if not item.get_closest_marker("level"):
+        return True
+    costly = item.get_closest_marker("slow") or item.get_closest_marker("heavy")
+    return device == "cpu" and (lane == "full" or not costly)
 
 
 def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -> bool:
     """Whether the quick lane has this test: its markers and parameters say so, a new op's as those of any other."""
     if item.get_closest_marker("slow") or item.get_closest_marker("heavy"):
         return False
+    backends = QUICK_BACKENDS[item.config.getoption("--device")]
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     task = params.get("task")
     if isinstance(task, Task):
         leading, numbers = task.dtype is task.spec.dtypes[0], task.check.name in NUMBERS
-        if task.backend not in QUICK_BACKENDS:
+        if task.backend not in backends:
             return leading and numbers
-        return (leading or numbers) and not task.check.heavy
-    backends = {marker.args[1] for marker in item.iter_markers("backend")}
-    cheap = backends <= set(QUICK_BACKENDS) or item.get_closest_marker("quick") is not None
+        return not task.check.heavy and (numbers or (leading and not item.get_closest_marker("level")))
+    if item.get_closest_marker("level"):
+        return False
+    needed = {marker.args[1] for marker in item.iter_markers("backend")}
+    cheap = needed <= set(backends) or item.get_closest_marker("quick") is not None
     if "emulator" in getattr(item, "fixturenames", ()) or not cheap:
         return False
     dtype = next((p for p in params.values() if isinstance(p, torch.dtype)), None)
@@ -144,6 +172,14 @@ def emulator() -> ctypes.CDLL:
 def device(request: pytest.FixtureRequest) -> str:
     """Device under test."""
     return request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def _level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The instruction set of native kernels, and that no other ran."""
+    marker = request.node.get_closest_marker("level")
+    with at_level(marker.args[0] if marker else None):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,16 @@ std::atomic<int>& current() {
   return value;
 }
 
+std::atomic<int> noted{0};  // a bit per level
+
 }  // namespace
 
 Isa current_isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
+
+void note_isa(Isa level) {
+  const int bit = 1 << static_cast<int>(level);
+  if ((noted.load(std::memory_order_relaxed) & bit) == 0) noted.fetch_or(bit, std::memory_order_relaxed);
+}
 
 }  // namespace subquad::cpu
 
@@ -46,3 +53,6 @@ SQ_EXPORT int subquad_set_cpu_isa(const char* name) {
   }
   return 0;
 }
+
+/// The levels whose kernels were called since this was last asked, a bit each.
+SQ_EXPORT int subquad_cpu_isas_ran() { return subquad::cpu::noted.exchange(0, std::memory_order_relaxed); }

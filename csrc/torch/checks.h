@@ -20,11 +20,20 @@ namespace subquad {
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::initializer_list<int64_t>;
 
+/// Memory that was given up while the tensor lives on, as sharded parameters have it between their uses.
+inline void check_memory(const Tensor& t, const char* name) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STD_TORCH_CHECK(bytes > 0 || t.numel() == 0, name,
+                  ": expected a tensor with memory, got one whose storage was freed");
+}
+
 /// The tensor that the others of a call must fit, and its name.
 struct Anchor {
   const Tensor& tensor;
   const char* name;
 
+  Anchor(const Tensor& of, const char* called) : tensor(of), name(called) { check_memory(of, called); }
   ScalarType dtype() const { return tensor.scalar_type(); }
 };
 
@@ -61,18 +70,19 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType dtype) {
                   dtype_name(t.scalar_type()));
 }
 
-inline void check_device(const Tensor& t, const char* name, Anchor anchor) {
+inline void check_device(const Tensor& t, const char* name, const Anchor& anchor) {
+  check_memory(t, name);
   STD_TORCH_CHECK(t.device() == anchor.tensor.device(), name, ": expected the device of ", anchor.name,
                   ", got another");
 }
 
-inline void check_same_dtype(const Tensor& t, const char* name, Anchor anchor) {
+inline void check_same_dtype(const Tensor& t, const char* name, const Anchor& anchor) {
   STD_TORCH_CHECK(t.scalar_type() == anchor.dtype(), name, ": expected the dtype of ", anchor.name, ", ",
                   dtype_name(anchor.dtype()), ", got ", dtype_name(t.scalar_type()));
 }
 
 /// True for float32, false for the dtype of the anchor; anything else is refused.
-inline bool is_wide(const Tensor& t, const char* name, Anchor anchor) {
+inline bool is_wide(const Tensor& t, const char* name, const Anchor& anchor) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == anchor.dtype(), name,
                   ": expected float32 or the dtype of ", anchor.name, ", ", dtype_name(anchor.dtype()), ", got ",
                   dtype_name(t.scalar_type()));
@@ -80,7 +90,7 @@ inline bool is_wide(const Tensor& t, const char* name, Anchor anchor) {
 }
 
 /// The data of a contiguous tensor with this dtype and shape, on the anchor's device.
-inline const void* data_of(const Tensor& t, const char* name, Shape shape, ScalarType dtype, Anchor anchor) {
+inline const void* data_of(const Tensor& t, const char* name, Shape shape, ScalarType dtype, const Anchor& anchor) {
   check_device(t, name, anchor);
   check_dtype(t, name, dtype);
   check_shape(t, name, shape);
@@ -89,32 +99,33 @@ inline const void* data_of(const Tensor& t, const char* name, Shape shape, Scala
 }
 
 /// The same with the anchor's dtype.
-inline const void* data_of(const Tensor& t, const char* name, Shape shape, Anchor anchor) {
+inline const void* data_of(const Tensor& t, const char* name, Shape shape, const Anchor& anchor) {
   check_same_dtype(t, name, anchor);
   return data_of(t, name, shape, anchor.dtype(), anchor);
 }
 
 /// Null where the tensor is absent.
-inline const void* data_of(const OptionalTensor& t, const char* name, Shape shape, ScalarType dtype, Anchor anchor) {
+inline const void* data_of(const OptionalTensor& t, const char* name, Shape shape, ScalarType dtype,
+                           const Anchor& anchor) {
   return t.has_value() ? data_of(*t, name, shape, dtype, anchor) : nullptr;
 }
 
-inline const void* data_of(const OptionalTensor& t, const char* name, Shape shape, Anchor anchor) {
+inline const void* data_of(const OptionalTensor& t, const char* name, Shape shape, const Anchor& anchor) {
   return t.has_value() ? data_of(*t, name, shape, anchor) : nullptr;
 }
 
 template <class T>
-const float* floats_of(const T& t, const char* name, Shape shape, Anchor anchor) {
+const float* floats_of(const T& t, const char* name, Shape shape, const Anchor& anchor) {
   return static_cast<const float*>(data_of(t, name, shape, ScalarType::Float, anchor));
 }
 
 template <class T>
-const int32_t* int32_of(const T& t, const char* name, Shape shape, Anchor anchor) {
+const int32_t* int32_of(const T& t, const char* name, Shape shape, const Anchor& anchor) {
   return static_cast<const int32_t*>(data_of(t, name, shape, ScalarType::Int, anchor));
 }
 
 template <class T>
-const int64_t* int64_of(const T& t, const char* name, Shape shape, Anchor anchor) {
+const int64_t* int64_of(const T& t, const char* name, Shape shape, const Anchor& anchor) {
   return static_cast<const int64_t*>(data_of(t, name, shape, ScalarType::Long, anchor));
 }
 

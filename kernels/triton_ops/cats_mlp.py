@@ -34,6 +34,7 @@ import triton.language as tl
 from ._common.activations import activate, check_activation, is_active
 from ._common.aot import AotCase
 from ._common.checks import check_packed, check_threshold, require
+from ._common.device import register_limit
 from ._common.numerics import INTERPRET, cast, is_finite, split_bf16, widen_if_interpreted
 
 MAX_TOKENS = tl.constexpr(16)
@@ -226,10 +227,10 @@ def _cats_mlp_down_kernel(
     TOKENS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial[split, tokens, cols] = sum of h * w over the active neurons of [split * span, (split + 1) * span)."""
-    groups = tl.cdiv(n_tokens, TOKENS)
+    groups, tiles = tl.cdiv(n_tokens, TOKENS), tl.cdiv(hidden, COLS)
     group = _group(tl.program_id(0) % groups, n_tokens, TOKENS)
-    split = tl.program_id(1)
-    cols = tl.program_id(0) // groups * COLS + tl.arange(0, COLS)
+    split = tl.program_id(0) // groups // tiles
+    cols = tl.program_id(0) // groups % tiles * COLS + tl.arange(0, COLS)
     in_cols = cols < hidden
     begin = split * span
     stop = tl.minimum(begin + span, inner)
@@ -262,11 +263,12 @@ def _cats_mlp_down_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def _cats_mlp_reduce_kernel(partial_ptr, bias_ptr, y_ptr, hidden, splits, MAX_SPLITS: tl.constexpr, COLS: tl.constexpr):
     """y[token] = the partial sums in a fixed order, plus bias, rounded once."""
-    token = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    tiles = tl.cdiv(hidden, COLS)
+    token = (tl.program_id(0) // tiles).to(tl.int64)
+    cols = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
     split = tl.arange(0, MAX_SPLITS)
     in_cols = cols < hidden
-    ptrs = partial_ptr + (split * tl.num_programs(1) + token)[:, None] * hidden + cols[None, :]
+    ptrs = partial_ptr + (split * (tl.num_programs(0) // tiles) + token)[:, None] * hidden + cols[None, :]
     y = tl.sum(tl.load(ptrs, (split < splits)[:, None] & in_cols[None, :], other=0.0), axis=0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + cols, in_cols, other=0.0).to(tl.float32)
@@ -365,12 +367,12 @@ def cats_mlp_fwd(
     up = Matrix(w_up, w_up.stride(0), b_up)
     _cats_mlp_up_kernel[grid](x, up, act, bits, n, h, i, UNION=union_mask, **project, **options)
     down = Matrix(w_down, w_down.stride(1 if neuron_major else 0), None)
-    _cats_mlp_down_kernel[(groups * triton.cdiv(h, plan.cols), splits)](
+    _cats_mlp_down_kernel[(groups * triton.cdiv(h, plan.cols) * splits,)](
         act, down, bits, partials, n, h, i, span,
         UNION=union_mask, NEURON_MAJOR=neuron_major, **tile, COLS=plan.cols, BLOCK=plan.block_i,
-        num_stages=plan.down_stages[0 if neuron_major else 1], maxnreg=plan.down_registers, **options,
+        num_stages=plan.down_stages[0 if neuron_major else 1], **register_limit(plan.down_registers), **options,
     )  # fmt: skip
-    _cats_mlp_reduce_kernel[(triton.cdiv(h, plan.cols), n)](
+    _cats_mlp_reduce_kernel[(triton.cdiv(h, plan.cols) * n,)](
         partials, b_down, y, h, splits, MAX_SPLITS=plan.max_splits, COLS=plan.cols, num_warps=4, enable_fp_fusion=False
     )
     return y

@@ -19,6 +19,7 @@ from ._common.activations import activate
 from ._common.aot import AotCase
 from ._common.checks import check_packed, require
 from ._common.convolution import Conv, Packed, conv_of, convolve, place
+from ._common.device import tf32x3
 from ._common.features import (
     MAX_DIM,
     check_map,
@@ -72,7 +73,7 @@ def _project(
         z = _convolved(conv, b, tokens, live, head, k, TAPS, SILU)  # [rows, BK]
         w_mask = (k < conv.head_dim)[:, None] & (cols < y.f)[None, :]
         w = tl.load(w_ptr + k[:, None] * y.f + cols[None, :], w_mask, other=0.0)  # [BK, F]
-        acc = tl.dot(z, w.to(tl.float32), acc, input_precision="tf32x3")
+        acc = tl.dot(z, w.to(tl.float32), acc, input_precision=tf32x3())
     return acc
 
 
@@ -133,7 +134,7 @@ def _conv_feature_map_dw_kernel(
         projected = _project(conv, y, b, tokens, live, head, TAPS, SILU, D, F, BK)  # [BM, F]
         dy = gradient(projected, grad_ptr, row.to(tl.int64) * y.heads + head, live, y.f, y.eps, MAP, F)  # [BM, F]
         z = _convolved(conv, b, tokens, live, head, k, TAPS, SILU)  # [BM, BD]
-        acc = tl.dot(tl.trans(z), dy, acc, input_precision="tf32x3")
+        acc = tl.dot(tl.trans(z), dy, acc, input_precision=tf32x3())
     out = partial_ptr + ((part.to(tl.int64) * y.heads + head) * conv.head_dim + k)[:, None] * y.f + cols[None, :]
     tl.store(out, acc, (k < conv.head_dim)[:, None] & (cols < y.f)[None, :])
 

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ._common.aot import AotCase
 from ._common.checks import check_packed, check_rows, require
+from ._common.device import tf32x3
 from ._common.features import (
     MAX_DIM,
     check_map,
@@ -125,7 +126,7 @@ def _feature_map_dw_kernel(
         projected = _project(y, x_rows, head, live, D, F, BK)  # [BM, F]
         dy = gradient(projected, grad_ptr, row.to(tl.int64) * y.heads + head, live, y.f, y.eps, MAP, F)  # [BM, F]
         x = tl.load(x_rows[:, None] + k[None, :], live[:, None] & (k < y.d)[None, :], other=0.0).to(tl.float32)
-        acc = tl.dot(tl.trans(x), dy, acc, input_precision="tf32x3")
+        acc = tl.dot(tl.trans(x), dy, acc, input_precision=tf32x3())
     out = partial_ptr + ((part.to(tl.int64) * y.heads + head) * y.d + k)[:, None] * y.f + cols[None, :]
     tl.store(out, acc, (k < y.d)[:, None] & (cols < y.f)[None, :])
 

@@ -20,6 +20,7 @@ from .ops.feature_map import feature_map
 from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
 from .ops.lawcat_decode_step import lawcat_decode_step
+from .recipes.sink import sink_attention
 from .rope import RopeSpec
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ __all__ = [
     "gated_linear_attention_step",
     "interval_attention",
     "lawcat_decode_step",
+    "sink_attention",
     "sparsity_report",
     "track_sparsity",
     "trainable_parameters",

@@ -135,12 +135,15 @@ def _warn_once(message: str) -> None:
         warnings.warn(f"subquad: {message}", SubquadWarning, stacklevel=4)
 
 
-def resolve(stem: str, device: str, requested: str | None, few: bool = False) -> str:
+def resolve(stem: str, device: str, requested: str | None, few: bool = False, dtype: torch.dtype | None = None) -> str:
     """The backend to run `stem` on `device` with; see the module docstring for the order of precedence.
 
-    `few`: the call has no more tokens than the contract calls few, and needs no gradients.
+    `few`: the call has no more tokens than the contract calls few, and needs no gradients. `dtype` of the call: one that no
+    kernel takes leaves the reference to choose.
     """
     name = requested if requested is not None else (_override if _override is not None else _from_env)
+    if name is None and dtype is not None and dtype not in CONTRACTS[stem].dtypes:
+        return "reference"
     if torch.compiler.is_compiling():  # not through the caches: Dynamo would guard on what these very calls change
         return _choose(stem, device, few) if name is None else _require(stem, name, device)
     if name is None:

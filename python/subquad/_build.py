@@ -30,7 +30,8 @@ X86_LEVELS = {
     "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "v4_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"),
 }
-CUDA_ARCHES = {80: "80", 90: "90a", 100: "100"}
+CUDA_ARCHES = {80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 103: "103", 120: "120"}
+SHIPPED = (80, 90, 100)  # run on sm_86, sm_89 and sm_103 as they are; sm_120 gets the newest one's PTX
 # GCC 12 warns about the undefined values inside its own intrinsics headers (its bug 105593), hiding every other message.
 INTRINSICS_NOISE = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
@@ -132,8 +133,8 @@ def native_library(root: Path, torch: Path, cxx: str, sanitize: bool = False) ->
     return Library("_C", tuple(units), _link(cxx, torch, *extra), root)
 
 
-def cuda_library(root: Path, torch: Path, cxx: str, nvcc: str, arches: tuple[int, ...] = tuple(CUDA_ARCHES)) -> Library:
-    """`_C_cuda`: the CUDA kernels for every supported architecture, plus PTX of the newest."""
+def cuda_library(root: Path, torch: Path, cxx: str, nvcc: str, arches: tuple[int, ...] = SHIPPED) -> Library:
+    """`_C_cuda`: the CUDA kernels for these architectures, plus PTX of the newest."""
     gencode = []
     for arch in arches:
         name = CUDA_ARCHES[arch]

@@ -37,6 +37,17 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
+def memory(name: str, value: torch.Tensor) -> None:
+    """`value` still has its memory, which sharded parameters give up between their uses: PyTorch itself would read it.
+
+    Kernels check it themselves; this is for what is done to arguments before.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or value.is_meta:
+        return
+    if value.numel() and not value.untyped_storage().nbytes():
+        raise ValueError(f"{name}: expected a tensor with memory, got one whose storage was freed")
+
+
 def like(name: str, value: object, shape: tuple[int, ...] | None, of: torch.Tensor, of_name: str) -> None:
     """`value` is a tensor of this shape, if one is given, and of the dtype and device of `of`."""
     if not isinstance(value, torch.Tensor):
@@ -60,6 +71,7 @@ def threshold(value: float | torch.Tensor, channels: int, device: torch.device) 
         same_device("threshold", value, device)
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, channels)):
             raise ValueError(f"threshold: expected shape [], [1] or [{channels}], got {list(value.shape)}")
+        memory("threshold", value)
         if not torch.compiler.is_compiling() and (value.device.type == "cpu" or _DEBUG) and _has_nan(value):
             raise ValueError("threshold: expected numbers, got NaN")
         if value.requires_grad:
@@ -130,11 +142,18 @@ def same_device(name: str, value: torch.Tensor, device: torch.device, of: str = 
         raise ValueError(f"{name}: expected device {device} as {of} has, got {value.device}")
 
 
+def traced(value: torch.Tensor) -> bool:
+    """Whether `value` has no values to read: under torch.compile, export, a transform, capture, or on the meta device."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    if value.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return True
+    return value.device.type == "meta" or isinstance(value, torch._subclasses.FakeTensor)
+
+
 def readable(value: torch.Tensor) -> bool:
     """Whether reading values here costs no wait for a device and breaks no graph."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    fake = value.device.type == "meta" or isinstance(value, torch._subclasses.FakeTensor)
-    return not traced and not fake and (value.device.type == "cpu" or _DEBUG)
+    return not traced(value) and (value.device.type == "cpu" or _DEBUG)
 
 
 def no_gradient(name: str, value: torch.Tensor | None, hint: str = "") -> None:

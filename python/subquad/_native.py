@@ -26,7 +26,17 @@ def _library(name: str, sanitize: bool = False) -> _build.Library:
     nvcc = _build.find_nvcc(_env.cuda_home())
     if nvcc is None:
         raise _build.BuildError("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
-    return _build.cuda_library(root, torch_dir, cxx, nvcc)
+    return _build.cuda_library(root, torch_dir, cxx, nvcc, _cuda_arches())
+
+
+def _cuda_arches() -> tuple[int, ...]:
+    """Those of the cards here, or all where there is none, or one of a kind that only PTX serves."""
+    cards = {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(_cards()))}
+    return tuple(sorted(cards)) if cards and cards <= set(_build.CUDA_ARCHES) else tuple(_build.CUDA_ARCHES)
+
+
+def _cards() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _prebuilt(name: str) -> Path | None:
@@ -104,6 +114,13 @@ def cpu_isas() -> list[str]:
         return []
     function.restype = ctypes.c_char_p
     return function().decode().split(",")
+
+
+def cpu_isas_ran() -> set[str]:
+    """The instruction sets whose kernels were called since this was last asked."""
+    function = _symbol("subquad_cpu_isas_ran")
+    noted = 0 if function is None else function()
+    return {level for bit, level in enumerate(_build.X86_LEVELS) if noted >> bit & 1}
 
 
 def loaded() -> dict[str, Path]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _checks
+from ._derived import Derived
 
 
 def bounds(name: str, value: object, tokens: int | None = None) -> torch.Tensor:
@@ -84,16 +84,12 @@ class Packed:
     @classmethod
     def remembered(cls, cu_seqlens: torch.Tensor | Packed, x: torch.Tensor) -> Packed:
         """`of`, for the layers of a model, which are all given the same tensor: the first one's answer serves the others."""
-        if not isinstance(cu_seqlens, torch.Tensor) or torch.compiler.is_compiling() or cu_seqlens.is_inference():
-            return cls.of(cu_seqlens, x)
-        version, packed = _REMEMBERED.get(cu_seqlens, (None, None))
-        if packed is None or version != cu_seqlens._version or packed.tokens != x.shape[1]:
-            packed = cls.of(cu_seqlens, x)
-            _REMEMBERED[cu_seqlens] = (cu_seqlens._version, packed)
-        return cls.of(packed, x)
+        if isinstance(cu_seqlens, torch.Tensor):
+            return cls.of(_REMEMBERED.get(cu_seqlens, (x.shape[1],), lambda: cls.of(cu_seqlens, x)), x)
+        return cls.of(cu_seqlens, x)
 
     def __repr__(self) -> str:
         return f"Packed({self.sequences} sequences, {self.tokens} tokens)"
 
 
-_REMEMBERED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> (its version, Packed)
+_REMEMBERED = Derived()  # of bounds: their `Packed`

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .nn.lawcat import LawcatAttention, sliding_window, tokens_of
 
@@ -75,22 +77,21 @@ class AttentionTransfer:
 
     def __call__(self, layer: LawcatAttention, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """A layer's forward while the transfer is on: learn from the teacher, and return what it says."""
+        _check_ddp(self.layer_local)
         if kwargs.pop("past_key_values", None) is not None:
             raise ValueError("past_key_values: expected None during attention transfer; pass use_cache=False")
-        assert layer.original is not None
+        teacher = layer.to_attention()  # with the children that the student has by now, such as adapters
         heard: list[torch.Tensor] = []
         hook = layer.o_proj.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
         try:
             with torch.no_grad():
-                output = layer.original(hidden_states=hidden_states, **kwargs)
+                output = teacher(hidden_states=hidden_states, **kwargs)
         finally:
             hook.remove()
         true = heard[0]
         with torch.enable_grad():
             pred = layer.mix(hidden_states.detach(), **kwargs)
-            tokens = tokens_of(
-                kwargs.get("attention_mask"), pred.shape[0], pred.shape[1], sliding_window(layer.original)
-            )
+            tokens = tokens_of(kwargs.get("attention_mask"), pred.shape[0], pred.shape[1], sliding_window(teacher))
             loss = attention_transfer_loss([pred], [true], mse_factor=self.mse_factor, mask=tokens)
             if self.layer_local:
                 (loss / len(self.layers)).backward()
@@ -118,7 +119,9 @@ def attention_transfer(
         An `AttentionTransfer`: call `loss()` after each forward pass; `losses` has them by layer before that.
 
     Raises:
-        ValueError: a model without converted layers.
+        ValueError: a model without converted layers; or whose trainable parameters in them FSDP shards, which would lose their
+            gradients. In a forward pass under DDP: `layer_local`, whose gradients DDP would not average (`no_sync()` says that
+            they are averaged elsewhere), or `find_unused_parameters`, for the loss is no part of the model's output.
 
     Example:
         >>> with attention_transfer(model) as transfer:  # doctest: +SKIP
@@ -133,6 +136,7 @@ def attention_transfer(
     if not layers:
         raise ValueError('model: expected layers made by convert(model, attention="lawcat"), got none')
     transfer = AttentionTransfer(layers, mse_factor, layer_local)
+    _check_whole(model, layers)
     try:
         for layer in layers.values():
             layer._transfer = transfer
@@ -140,6 +144,45 @@ def attention_transfer(
     finally:
         for layer in layers.values():
             layer._transfer = None
+
+
+def _check_ddp(layer_local: bool) -> None:
+    """Inside a forward pass of DDP, which must see every backward that it is to average."""
+    ddp: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None or not ddp.require_backward_grad_sync or not torch.is_grad_enabled():
+        return
+    if layer_local:
+        raise ValueError("layer_local: expected False under DDP, which does not average these gradients, got True")
+    if ddp.find_unused_parameters:
+        raise ValueError(
+            "find_unused_parameters: expected False, for DDP looks for unused parameters in the model's output, of which the "
+            "loss is no part; wrap the model after trainable_parameters(model, stage=1)"
+        )
+
+
+def _check_whole(model: nn.Module, layers: dict[str, LawcatAttention]) -> None:
+    """FSDP reduces gradients, and keeps weights until then, only where the loss comes from its modules' outputs."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    sharded = False
+    for module in model.modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError("model: expected no FullyShardedDataParallel, got one; use fully_shard")
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # parameters that are whole for the moment show what they are
+            sharded = True
+    inside = [
+        f"{name}.{own}"
+        for name, layer in layers.items()
+        for own, parameter in layer.named_parameters()
+        if sharded and parameter.requires_grad and type(parameter).__name__ == "DTensor"
+    ]
+    if inside:
+        raise ValueError(
+            "model: expected the trainable parameters of converted layers outside FSDP (fully_shard(..., "
+            f"ignored_params=...)), got {len(inside)} inside, first {inside[0]!r}"
+        )
 
 
 def trainable_parameters(model: nn.Module, stage: int = 1) -> dict[str, nn.Parameter]:

@@ -338,9 +338,11 @@ def test_mask_does_not_outlive_its_forward(model: Model, ids: torch.Tensor) -> N
     assert calibrator.tokens == {NAMES[0]: 13, NAMES[1]: 10}
 
 
-def test_four_dimensional_mask_is_refused(model: Model, ids: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[B, S\]"):
-        run(model, ids, torch.ones(8, 1, 50, 50))
+def test_a_mask_that_tells_no_padding_is_refused(model: Model, ids: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="attention_mask: expected bool, or 0 and very negative numbers"):
+        run(model, ids, torch.ones(ids.shape[0], 1, ids.shape[1], ids.shape[1]))
+    with pytest.raises(ValueError, match=r"attention_mask: expected .* or \[B, T\]"):
+        run(model, ids, torch.ones(ids.shape[0], ids.shape[1], ids.shape[1]))
     with pytest.raises(ValueError, match="expected one value per token"):
         run(model, ids, options={"token_mask": torch.ones(8, 3)})
     assert hooks(model) == 0

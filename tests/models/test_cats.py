@@ -164,15 +164,15 @@ def test_layers(layers: list[int | str], names: list[str]) -> None:
 def test_config_object_carries_the_options() -> None:
     model = build()
     convert(
-        model, mlp=CatsConfig(threshold=0.5, inclusive=True, prefill="dense", down_layout="copy", max_sparse_tokens=4)
+        model, mlp=CatsConfig(threshold=0.5, inclusive=True, prefill="dense", down_layout="keep", max_sparse_tokens=4)
     )
     module = model.model.layers[2].mlp
     assert module.inclusive and module.threshold == 0.5 and module.prefill == "dense" and module.max_sparse_tokens == 4
-    assert module.down_proj.weight.is_contiguous() and module.down_proj_t is not None
+    assert module.down_proj.weight.is_contiguous()
 
 
-def wrap(model: nn.Module) -> None:
-    model.model.layers[2].mlp.up_proj = type("LoraLinear", (nn.Linear,), {})(32, 96, bias=False)
+def double(model: nn.Module) -> None:
+    model.model.layers[2].mlp.up_proj.double()
 
 
 def tensor_parallel(model: nn.Module) -> None:
@@ -183,10 +183,10 @@ def tensor_parallel(model: nn.Module) -> None:
     "damage, options, error, match",
     [
         (
-            wrap,
+            double,
             {"mlp": "cats"},
             ValueError,
-            "model.layers.2.mlp: mlp.up_proj: expected a plain torch.nn.Linear, got Lora",
+            "model.layers.2.mlp: mlp.up_proj.weight: expected float32, bfloat16 or float16, got torch.float64",
         ),
         (tensor_parallel, {"mlp": "cats"}, ValueError, "model.layers.0.mlp: mlp.config.pretraining_tp"),
         (None, {"mlp": "cats", "layers": [3]}, ValueError, "layers: expected numbers below 3 .* got 3"),

@@ -197,7 +197,7 @@ class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
         return self._line
 
 
-@pytest.mark.parametrize(("direction", "layout"), [("convert", "strided"), ("convert", "copy"), ("revert", "strided")])
+@pytest.mark.parametrize(("direction", "layout"), [("convert", "strided"), ("convert", "keep"), ("revert", "strided")])
 def test_an_interrupt_at_any_line_is_all_or_nothing(direction: str, layout: str) -> None:
     config = {"mlp": CatsConfig(down_layout=layout), "attention": LawcatConfig(gate="none")}
 
@@ -240,6 +240,27 @@ def test_rolling_back_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -
     assert after["modules"] == before["modules"]
     changed = {name for name, value in after["parameters"].items() if value != before["parameters"][name]}
     assert changed == {"layers.1.mlp.down_proj.weight"}
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_applying_thresholds_is_all_or_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers are converted, with thresholds of either shape; the third is dense."""
+    model = Model(3)
+    convert(model, mlp="cats", layers=[0, 1])
+    model.layers[0].mlp.set_threshold(0.25, target_sparsity=0.1, calibration_tokens=3)
+    model.layers[1].mlp.set_threshold(torch.rand(12))
+    with subquad.CatsCalibrator(model) as calibrator:
+        for layer in model.layers:
+            layer.mlp(torch.randn(20, 8))
+    before, buffers = snapshot(model), dict(model.named_buffers())
+    monkeypatch.setattr(
+        CATSMLP, "set_threshold", counted(CATSMLP.set_threshold, failing, KeyboardInterrupt, after=True)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        calibrator.apply(0.5)
+    assert snapshot(model) == before and all(value is buffers[name] for name, value in model.named_buffers())
+    monkeypatch.undo()
+    assert calibrator.apply(0.5) == [f"layers.{i}.mlp" for i in range(3)]
 
 
 # --- finding ----------------------------------------

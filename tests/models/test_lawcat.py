@@ -127,6 +127,33 @@ def test_heads_that_do_not_fill_the_hidden_size(family: str, options: dict[str, 
             torch.testing.assert_close(out.logits[:, 0], want[:, t], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("HunYuanDenseV1", "query_layernorm"),
+        ("BitNet", "attn_sub_norm"),
+        ("DiffLlama", "lambda_q1"),
+        ("Doge", "A"),
+        ("Apertus", None),
+        ("Olmo2", None),
+    ],
+)
+def test_parts_that_have_no_place(family: str, part: str | None) -> None:
+    """What else an attention layer computes with is not left out silently; norms of q and k are kept, of heads or of all."""
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    model = model_of(family)
+    if part is None:
+        convert(model, attention="lawcat", layers=[0])
+        want = model(ids()).logits
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_norm.weight[0] += 1
+        assert not torch.equal(model(ids()).logits, want)
+    else:
+        with pytest.raises(ValueError, match=rf"layers\.0\.self_attn: attention: expected none with {part}, which"):
+            convert(model, attention="lawcat")
+
+
 def test_counts_of_a_conversion() -> None:
     model = model_of()
     before = sum(p.numel() for p in model.parameters())

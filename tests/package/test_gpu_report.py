@@ -13,7 +13,8 @@ from rich.console import Console
 
 from subquad import _build, _native, gpu_report
 from subquad.gpu_report import cubin, cuda_side, triton_side
-from subquad.gpu_report.occupancy import occupancy
+from subquad.gpu_report.entry import Entry
+from subquad.gpu_report.occupancy import ARCHS, Arch, occupancy, parse_archs
 
 PLANTED = """
 import torch, triton
@@ -29,7 +30,7 @@ def _planted_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + lanes, sums)
 
 def planted(x, y):
-    _planted_kernel[(3,)](x, y, x.numel(), BLOCK=4096, num_warps=1, maxnreg={maxnreg}, enable_fp_fusion=False)
+    _planted_kernel[(3,)](x, y, x.numel(), BLOCK=4096, num_warps=1, {limit} enable_fp_fusion=False)
 
 def args():
     return torch.empty(1 << 20, device="meta"), torch.empty(4096, device="meta")
@@ -46,8 +47,8 @@ def output(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return io.StringIO()
 
 
-def _run(output: io.StringIO, *, family: str | None = None, json_path: Path | None = None) -> int:
-    return gpu_report.run(family, [90], json_path, Console(file=output, width=200))
+def _run(output: io.StringIO, *, family: str | None = None, json_path: Path | None = None, arch: Arch = 90) -> int:
+    return gpu_report.run(family, [arch], json_path, Console(file=output, width=200))
 
 
 @pytest.mark.heavy
@@ -60,7 +61,7 @@ def test_planted_triton_spill(
     maxnreg: int, allow: dict[str, str], code: int, output: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    (tmp_path / "planted.py").write_text(PLANTED.format(maxnreg=maxnreg, allow=allow))
+    (tmp_path / "planted.py").write_text(PLANTED.format(limit=f"maxnreg={maxnreg},", allow=allow))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     path = tmp_path / "report.json"
     assert _run(output, json_path=path) == code
@@ -77,9 +78,46 @@ def test_planted_triton_spill(
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("warps", [1, 8])
+def test_amd_is_compiled_without_rocm(
+    warps: int, output: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4096 sums and as many numbers on their way fit into the registers of eight warps, and not into those of one."""
+    pytest.importorskip("triton")
+    source = PLANTED.format(limit="", allow={}).replace("BLOCK=4096, num_warps=1", f"BLOCK=32768, num_warps={warps}")
+    (tmp_path / "planted.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    path = tmp_path / "report.json"
+    assert _run(output, json_path=path, arch="gfx942") == 0  # spills there are listed, not refused
+    (entry,) = json.loads(path.read_text())["entries"]
+    assert (entry["arch"], entry["threads"], entry["spills"]) == ("gfx942", 64 * warps, warps == 1)
+    assert entry["code"]["widest_load"] == 128 and 128 <= entry["code"]["registers"] <= 512
+
+
+@pytest.mark.parametrize(("arch", "most"), [(80, 163), (86, 99), (90, 227), (120, 99), ("gfx942", 64), ("gfx950", 160)])
+def test_more_shared_memory_than_a_block_can_have(arch: Arch, most: int) -> None:
+    code = cubin.Code("k", 32, 0, 0, 0, 0, 0, 128, {}, 128, 0, 0)
+    there, over = (
+        Entry("triton", "op", "k", ["case"], arch, 128, [1], shared, occupancy(arch, 128, 32, shared), code, None)
+        for shared in (most * 1024, most * 1024 + 1)
+    )
+    assert not there.failed and there.occupancy
+    assert over.failed and not over.occupancy
+    output = io.StringIO()
+    gpu_report.show([there, over], Console(file=output, width=200))
+    assert f"needs {most * 1024 + 1} bytes of shared memory" in output.getvalue()
+    assert "0 spill without a declared reason, 1 need too much shared memory" in output.getvalue()
+
+
+def test_architectures_of_a_list() -> None:
+    assert parse_archs("120,80,gfx950,80") == [80, 120, "gfx950"]
+    assert parse_archs(",".join(map(str, ARCHS))) == list(ARCHS)
+
+
+@pytest.mark.heavy
 def test_case_that_does_not_compile(output: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    source = PLANTED.format(maxnreg=255, allow={}).replace("tl.zeros([BLOCK]", "tl.zeros([BLOCK + 1]")
+    source = PLANTED.format(limit="", allow={}).replace("tl.zeros([BLOCK]", "tl.zeros([BLOCK + 1]")
     (tmp_path / "planted.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     assert _run(output) == 2
@@ -144,7 +182,7 @@ def test_with_nothing_to_compile(output: io.StringIO, monkeypatch: pytest.Monkey
 
 def test_cuda_architectures_that_the_extension_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_build, "find_nvcc", lambda home=None: "nvcc")
-    assert "only" in str(cuda_side.unavailable([86, 120]))
+    assert "only" in str(cuda_side.unavailable(["gfx942"]))
     assert cuda_side.unavailable([86, 90]) is None
 
 
@@ -174,9 +212,12 @@ def test_unknown_architecture(arch: str, capsys: pytest.CaptureFixture[str]) -> 
         (90, 128, 32, 100 * 1024, 8 / 64),  # two blocks by shared memory
         (80, 128, 32, 100 * 1024, 4 / 64),
         (86, 256, 32, 0, 1.0),  # 48 warps
+        (120, 128, 32, 99 * 1024 + 1, 0.0),
+        ("gfx942", 256, 128, 0, 0.5),  # four waves of 512 registers on each of four units
+        ("gfx942", 256, 64, 40 * 1024, 0.125),
     ],
 )
-def test_occupancy(arch: int, threads: int, registers: int, shared: int, expected: float) -> None:
+def test_occupancy(arch: Arch, threads: int, registers: int, shared: int, expected: float) -> None:
     assert occupancy(arch, threads, registers, shared) == pytest.approx(expected)
 
 

@@ -139,7 +139,7 @@ SPEC = OpSpec(
     grad_args=("x", "w"),
     rows=("x",),
     properties=(Property("linear", _linear),),
-    missing={"check:switching": "the toy is not in the backend table"},
+    missing={"check:switching": "the toy is not in the backend table", "check:levels": "the toy is Python"},
 )
 RIGHT = [task for task in tasks(SPEC, ("native", "reference")) if not task.check.slow and not task.missing]
 
@@ -200,10 +200,10 @@ def test_autocast_declaration_is_checked() -> None:
 def test_every_check_has_a_planted_fault() -> None:
     marks = test_planted_fault_is_found.pytestmark  # type: ignore[attr-defined]
     planted = {getattr(values, "values", values)[1] for values in marks[0].args[1]} | {"autocast"}
-    # switching needs the backend table (test_backends.py), schedules the emulator (tests/emulator/test_simt.py), and laws of
-    # state a toy that has one (test_state_laws.py)
+    # switching needs the backend table (test_backends.py), levels native kernels (test_levels.py), schedules the emulator
+    # (tests/emulator/test_simt.py), and laws of state a toy that has one (test_state_laws.py)
     laws = {name for name, check in CHECKS.items() if not check.applies(SPEC)}
-    assert set(CHECKS) - planted - laws == {"switching", "schedules", "compile_inductor"}
+    assert set(CHECKS) - planted - laws == {"switching", "levels", "schedules", "compile_inductor"}
 
 
 def test_run_all_reports_instead_of_raising(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from subquad import reference
 from subquad.contract import HANDLES
 from subquad.ops._autograd import once_differentiable
 from subquad.reference.cats_activation import ACTIVATIONS, activate
+from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, threshold_in_gap
 
-from .cats_mlp import channel_thresholds
+from .cats_mlp import THRESHOLDS, channel_thresholds, settled
 
 
 def oracle(z: torch.Tensor, *, threshold: float | torch.Tensor, **options: Any) -> torch.Tensor:
@@ -36,13 +37,23 @@ def draw(
     if gated:
         args["u"] = sampler.normal(*shape)
     sample = Sample(name, args, options, len(shape) == 2, options.get("grad") != "ste")
+    return with_threshold(sample, sampler, threshold)
+
+
+def with_threshold(sample: Sample, sampler: Sampler, threshold: str | float) -> Sample:
+    """The call with a threshold of this kind: a number as it is, else one that no score comes near."""
     if not isinstance(threshold, str):
         return sample.with_options(threshold=threshold)
-    scores = activate(sample["z"].double(), options.get("activation", "silu")).abs()
+    z = sample["z"]
+    scores = activate(z.double(), sample.kwargs.get("activation", "silu")).abs()
     if threshold == "channel":
-        return sample.replace(threshold=channel_thresholds(scores.reshape(-1, shape[-1]), sampler))
+        return sample.replace(threshold=channel_thresholds(scores.reshape(-1, z.shape[-1]), sampler))
     t = threshold_in_gap(scores, 0.5)
-    return sample.with_options(threshold=t) if threshold == "scalar" else sample.replace(threshold=torch.full((1,), t))
+    return (
+        sample.with_options(threshold=t)
+        if threshold == "scalar"
+        else sample.replace(threshold=scores.new_full((1,), t).float())
+    )
 
 
 def samples(sampler: Sampler, gated: bool = False) -> Iterator[Sample]:
@@ -63,6 +74,20 @@ def samples(sampler: Sampler, gated: bool = False) -> Iterator[Sample]:
     if not gated and sampler.tokens is None:
         yield new("3d", 2, 3, width, threshold="channel")
         yield new("1d", width)
+
+
+def random(c: Choices, gated: bool = False) -> Sample:
+    """Any shape, activation, threshold, tie rule and gradient rule."""
+    shape = c.extent("rows", 0, 40), c.extent("width", 1, 520)
+    lead = c.pick("lead", ((), (2,), (1, 3))) if not gated else ()
+    options = {
+        "activation": c.pick("activation", ACTIVATIONS),
+        "inclusive": c.flag("inclusive"),
+        "grad": c.pick("grad", ("masked", "ste")),
+    }
+    sample = c.vary(draw(c.sampler, "random", *lead, *shape, threshold=-1.0, gated=gated, **options), layouts=not gated)
+    kind = c.pick("threshold", THRESHOLDS)
+    return settled(sample, functools.partial(with_threshold, sampler=c.sampler, threshold=kind))
 
 
 def _peer(sample: Sample) -> Callable[[], torch.Tensor]:
@@ -102,6 +127,7 @@ ACTIVATION = OpSpec(
     fn=subquad.cats_activation,
     reference=oracle,
     samples=samples,
+    random=random,
     grad_args=("z",),
     rows=("z",),
     bench=_bench_cases(""),
@@ -155,6 +181,7 @@ GLU = OpSpec(
     fn=cats_glu,
     reference=lambda z, u, threshold, **options: cats_glu(z, u, threshold, **options, backend="reference"),
     samples=functools.partial(samples, gated=True),
+    random=functools.partial(random, gated=True),
     grad_args=("z", "u"),
     rows=("z", "u"),
     bench=_bench_cases("glu-"),
@@ -165,7 +192,17 @@ GLU = OpSpec(
     missing={
         "nn": ACTIVATION.missing["nn"],
         **{
-            f"check:{name}": _RAW for name in ("dtypes", "layouts", "gradient_layouts", "vmap", "autocast", "switching")
+            f"check:{name}": _RAW
+            for name in (
+                "dtypes",
+                "layouts",
+                "gradient_layouts",
+                "vmap",
+                "autocast",
+                "switching",
+                "tangents",
+                "float64",
+            )
         },
     },
 )

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import subquad
 from subquad import reference
 from subquad.ops.cats_mlp import MAX_SPARSE_TOKENS
-from subquad.reference.cats_activation import activate
+from subquad.reference.cats_activation import ACTIVATIONS, activate
+from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, threshold_in_gap
 
 WEIGHTS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
@@ -51,7 +52,7 @@ def channel_thresholds(scores: torch.Tensor, sampler: Sampler) -> torch.Tensor:
     ordered = scores.sort(0).values if tokens else scores.new_ones(1, neurons)
     edges = torch.cat([torch.zeros_like(ordered[:1]), ordered, ordered[-1:] + 1])
     rank = sampler.integers(0, edges.shape[0] - 1, 1, neurons).to(scores.device)
-    wide = edges.gather(0, rank + 1) - edges.gather(0, rank) > 1e-4
+    wide = edges.gather(0, rank + 1) - edges.gather(0, rank) > 1e-4 * ordered[-1:].clamp_min(1.0)
     rank = torch.where(wide, rank, edges.shape[0] - 2)
     t = ((edges.gather(0, rank) + edges.gather(0, rank + 1)) / 2).float().squeeze(0)
     t[0], t[-1] = -1.0, torch.inf
@@ -97,7 +98,52 @@ def with_threshold(sample: Sample, sampler: Sampler, threshold: str | float, fra
     if threshold == "channel":
         return sample.replace(threshold=channel_thresholds(scores, sampler))
     t = threshold_in_gap(scores, fraction)
-    return sample.with_options(threshold=t) if threshold == "scalar" else sample.replace(threshold=torch.full((1,), t))
+    return (
+        sample.with_options(threshold=t)
+        if threshold == "scalar"
+        else sample.replace(threshold=scores.new_full((1,), t).float())
+    )
+
+
+def settled(sample: Sample, with_threshold: Callable[[Sample], Sample]) -> Sample:
+    """The call with its threshold, or, where no number is far from all scores, with everything active."""
+    sample = dataclasses.replace(sample, kwargs={n: v for n, v in sample.kwargs.items() if n != "threshold"})
+    try:
+        return with_threshold(sample)
+    except ValueError:
+        return sample.with_options(threshold=-1.0)
+
+
+TOKENS: tuple[int | tuple[int, ...], ...] = (1, 0, 2, 3, 5, 8, 15, 16, 17, 18, 33, (2, 3), (1, 0))
+THRESHOLDS: tuple[str | float, ...] = ("scalar", "tensor", "channel", -1.0, math.inf)
+
+
+def random(c: Choices) -> Sample:
+    """Any number of tokens, sizes, activation, mask, threshold; few tokens and many."""
+    limit: int | None = c.pick("max_sparse_tokens", (None, None, 0, 4))
+    tokens: int | tuple[int, ...] = c.pick("tokens", TOKENS)
+    sample = draw(
+        c.sampler,
+        "random",
+        tokens,
+        c.extent("hidden", 1, 300),
+        c.extent("neurons", 1, 300),
+        threshold=-1.0,
+        bias=c.flag("bias"),
+        row_major=c.flag("row_major"),
+        activation=c.pick("activation", ACTIVATIONS),
+        inclusive=c.flag("inclusive"),
+        mask_mode=c.pick("mask_mode", ("token", "union")),
+        prefill=c.pick("prefill", ("masked", "dense")),
+        grad=c.pick("grad", ("masked", "ste")),
+        **({} if limit is None else {"max_sparse_tokens": limit}),
+    )
+    sample = c.vary(sample)
+    if sample["x"].shape[:-1].numel() > (MAX_SPARSE_TOKENS if limit is None else limit):
+        c.finite.add("w_down")  # dense products read all of it
+    kind: str | float = c.pick("threshold", THRESHOLDS)
+    fraction = c.pick("sparsity", (0.6, 0.0, 0.3, 0.95))
+    return settled(sample, functools.partial(with_threshold, sampler=c.sampler, threshold=kind, fraction=fraction))
 
 
 def samples(sampler: Sampler) -> Iterator[Sample]:
@@ -207,10 +253,12 @@ SPEC = OpSpec(
     fn=subquad.cats_mlp,
     reference=oracle,
     samples=samples,
+    random=random,
     grad_args=("x", *WEIGHTS),
     rows=("x",),
     refuses={"w_gate": ("transposed", "strided"), "w_up": ("transposed", "strided"), "w_down": ("strided",)},
     autocast="cast",
+    lesser_levels={"v4_bf16": "v4"},  # short sums of a prefill, whose rounding would show
     bench=tuple(_bench_cases()),
     bench_sample=bench_sample,
     flops=flops,

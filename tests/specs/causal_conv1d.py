@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import subquad
 from subquad import reference
+from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, Tolerance
 
 FLOATS = ("x", "weight", "bias", "initial_state", "residual")
@@ -110,6 +111,23 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
     yield draw(sampler, "taps-6-full", 1, length, 20, 6, activation="silu", **full)
 
 
+def random(c: Choices) -> Sample:
+    """Any lengths, widths, taps, groups, states, packed sequences."""
+    tokens, taps = c.extent("tokens", 0, 200), c.pick("taps", (4, 1, 2, 3, 5, 6, 7, 8))
+    groups, head = c.pick("groups", (1, 1, 2, 3)), c.pick("head_dim", (1, 4, 5, 8))
+    channels = groups * head * c.integer("heads", 1, 4) if groups > 1 else c.extent("channels", 1, 80)
+    cu = c.bounds("cu_seqlens", tokens)
+    options: dict[str, Any] = {"output_final_state": True} if c.flag("final") else {}
+    if c.flag("silu"):
+        options["activation"] = "silu"
+    return c.vary(
+        draw(
+            c.sampler, "random", 1 if cu else c.integer("batch", 0, 3), tokens, channels, taps, groups=groups, head_dim=head,
+            bias=c.flag("bias"), state=c.flag("state"), residual=c.flag("residual"), cu_seqlens=cu, **options,
+        )
+    )  # fmt: skip
+
+
 def _sizes() -> list[tuple[str, dict[str, Any], bool]]:
     model = {"batch": 1, "tokens": 4096, "channels": 2048, "taps": 4}
     return [
@@ -167,6 +185,7 @@ CONV = OpSpec(
     fn=_public,
     reference=oracle,
     samples=samples,
+    random=random,
     grad_args=FLOATS,
     rows=("x",),
     tol=_TOL,
@@ -274,6 +293,21 @@ def update_samples(sampler: Sampler) -> Iterator[Sample]:
         yield draw_update(sampler, f"taps-{taps}", 2, 2, 13, taps, bias=True)
 
 
+def random_update(c: Choices) -> Sample:
+    """Any number of tokens, lengths of the state, rings, pools, groups."""
+    taps = c.pick("taps", (4, 1, 2, 3, 5, 6, 7, 8))
+    groups, head = c.pick("groups", (1, 1, 2, 3)), c.pick("head_dim", (1, 4, 5, 8))
+    channels = groups * head * c.integer("heads", 1, 4) if groups > 1 else c.extent("channels", 1, 140)
+    batch = c.integer("batch", 0, 5)
+    return c.vary(
+        draw_update(
+            c.sampler, "random", batch, c.pick("tokens", (None, None, 1, 0, 2, 3, 5, 9)), channels, taps, groups=groups,
+            head_dim=head, length=taps - 1 + c.pick("longer", (0, 0, 1, 2, 5)), bias=c.flag("bias"), ring=c.flag("ring"),
+            residual=c.flag("residual"), pool=c.places("pool", batch), activation=c.pick("activation", (None, "silu")),
+        )
+    )  # fmt: skip
+
+
 def _update_bench(case: BenchCase, device: str) -> Sample:
     p = case.params
     return draw_update(Sampler(p["dtype"], device), case.id, p["batch"], None, p["channels"], activation="silu")
@@ -299,6 +333,7 @@ UPDATE = OpSpec(
     fn=subquad.causal_conv1d_update,
     reference=update_oracle,
     samples=update_samples,
+    random=random_update,
     grad_args=("x", "conv_state", "weight", "bias", "residual"),
     rows=("x", "conv_state"),
     tol=_TOL,

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 import subquad
 from subquad import reference
+from subquad.reference.feature_map import KINDS
+from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, Tolerance
 
 FLOATS = ("x", "conv_weight", "fm_weight", "conv_bias", "initial_state")
@@ -107,6 +109,24 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         yield draw(sampler, "widest", 1, 34, 1, 256, 256)
 
 
+def random(c: Choices) -> Sample:
+    """Any lengths, widths, taps, shared heads and maps, states, packed sequences, kind."""
+    tokens, taps = c.extent("tokens", 0, 70), c.pick("taps", (4, 1, 2, 3, 5, 6, 7, 8))
+    groups, sharing = c.pick("groups", (1, 1, 2, 3)), c.pick("sharing", (1, 1, 2))
+    kind = c.pick("kind", KINDS)
+    cu = c.bounds("cu_seqlens", tokens)
+    options: dict[str, Any] = {"output_final_state": True} if c.flag("final") else {}
+    if c.flag("silu"):
+        options["activation"] = "silu"
+    return c.vary(
+        draw(
+            c.sampler, "random", 1 if cu else c.integer("batch", 0, 2), tokens, groups * sharing * c.integer("heads", 1, 2),
+            c.extent("d", 1, 256), c.extent("f", 1, 256), taps, groups=groups, sharing=sharing, bias=c.flag("bias"),
+            state=c.flag("state"), cu_seqlens=cu, kind=kind, fullspace=not (c.flag("half") and kind != "hedgehog2"), **options,
+        )
+    )  # fmt: skip
+
+
 # --- benchmarks ----------------------------------------
 
 
@@ -188,6 +208,7 @@ SPEC = OpSpec(
     fn=_public,
     reference=oracle,
     samples=samples,
+    random=random,
     grad_args=FLOATS,
     rows=("x",),
     tol=Tolerance(

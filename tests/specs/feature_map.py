@@ -10,6 +10,7 @@ import torch
 import subquad
 from subquad import reference
 from subquad.reference.feature_map import KINDS
+from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, Tolerance
 
 oracle = reference.feature_map.feature_map
@@ -55,6 +56,25 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
     if not small:
         yield draw(sampler, "widest", 1, 34, 1, 256, 256)
         yield draw(sampler, "chunks", 1, 300, 1, 8, 8)
+
+
+def random(c: Choices) -> Sample:
+    """Any shape, weight, kind, halves, eps."""
+    kind = c.pick("kind", KINDS)
+    shape = (c.integer("batch", 0, 3), c.extent("time", 0, 70), c.integer("heads", 1, 3), c.extent("d", 1, 256))
+    width = c.extent("f", 1, 256) if not c.flag("no_weight") else None
+    half = c.flag("half") and kind != "hedgehog2"
+    sample = draw(c.sampler, "random", *shape, width, kind=kind, fullspace=not half)
+    sample = c.vary(sample)
+    eps = c.pick("eps", (1e-12, 0.0, 0.05))
+    return sample.with_options(eps=eps if _clear(sample, eps) else 0.0)
+
+
+def _clear(sample: Sample, eps: float) -> bool:
+    """Whether no entry is so near to eps that one dtype clamps it and another does not: its gradient would differ."""
+    wide = sample.to(torch.float64, [n for n, x in sample.args.items() if x is not None])
+    y = oracle(**wide.args, **{**sample.kwargs, "eps": 0.0})  # type: ignore[arg-type]
+    return not eps or bool(((y - eps).abs() > 1e-4 * eps).all())
 
 
 # --- benchmarks ----------------------------------------
@@ -111,6 +131,7 @@ SPEC = OpSpec(
     fn=subquad.feature_map,
     reference=oracle,
     samples=samples,
+    random=random,
     grad_args=("x", "weight"),
     rows=("x",),
     tol=Tolerance(

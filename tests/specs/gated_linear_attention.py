@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import subquad
 from subquad import reference
 from subquad.testing.case import Case
+from subquad.testing.choices import Choices
 from subquad.testing.compare import assert_close
 from subquad.testing.spec import BenchCase, OpSpec, Property, Sample, Sampler, Tolerance
 
@@ -68,13 +69,16 @@ def step_oracle(
     g: torch.Tensor | None,
     state: torch.Tensor,
     z: torch.Tensor | None = None,
-    **options: Any,
+    *,
+    state_indices: torch.Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-10,
 ) -> tuple[torch.Tensor, ...]:
     """The definition for one token."""
-    token: list[Any] = [None if x is None else x.unsqueeze(1) for x in (q, k, v, g)]
-    inputs: dict[str, Any] = dict(zip(("q", "k", "v", "g"), token, strict=True), s0=state, z0=z)
-    o, *states = oracle(**inputs, normalize=z is not None, **options)
-    return (o.squeeze(1), *states)
+    factor = q.shape[2] ** -0.5 if scale is None else scale
+    return reference.gated_linear_attention.gated_linear_attention_step(
+        q, k, v, g, state, z, state_indices, factor, eps
+    )
 
 
 def draw_step(sampler: Sampler, name: str, *shape: Any, **options: Any) -> Sample:
@@ -165,6 +169,66 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
     yield new("one-channel", 40, (3, 3, 1, 3), 1, 1, batch=1)
     yield new("wide", 35, (1, 1, 1, 1), 256, 160, batch=1, normalize=True)
     yield new("one-token", 1, (8, 2, 2, 2), 60, 100, state=True, normalize=True)
+
+
+def random(c: Choices) -> Sample:
+    """Any lengths, shared heads, gates from none to such as forget everything, states, packed sequences."""
+    tokens = c.extent("tokens", 0, 70)
+    heads, gate, dk, dv = _random_heads(c, 66)
+    cuts = c.bounds("cu_seqlens", tokens)
+    bounds = None if cuts is None else tuple(cuts)
+    options: dict[str, Any] = {}
+    if c.flag("scaled"):
+        options["scale"] = 0.3
+    sample = draw(
+        c.sampler, "random", tokens, heads, dk, dv, gate=gate, mean=c.pick("mean", MEANS), batch=c.integer("batch", 0, 2),
+        bounds=bounds, state=c.flag("state"), normalize=c.flag("normalize"), final=not c.flag("no_final"), **options,
+    )  # fmt: skip
+    return c.vary(_random_gate(c, sample))
+
+
+def random_step(c: Choices) -> Sample:
+    """Any number of rows, shared heads, gates, states in a pool."""
+    heads, gate, dk, dv = _random_heads(c, 256)
+    batch = c.integer("batch", 0, 5)
+    sample = draw_step(
+        c.sampler, "random", heads, dk, dv, gate=gate, mean=c.pick("mean", MEANS), batch=batch,
+        normalize=c.flag("normalize"),
+    )  # fmt: skip
+    places = c.places("state_indices", batch)
+    if places is not None:
+        for name in STATES:
+            if sample.args[name] is not None:
+                shape = (max(places) + 3, *sample[name].shape[1:])
+                pool = torch.randn(shape, generator=torch.Generator().manual_seed(batch)).abs().to(c.device)
+                sample = sample.replace(**{name: pool})
+        sample = sample.with_options(state_indices=torch.tensor(places, device=c.device, dtype=c.pick("index", INDEX)))
+    return c.vary(_random_gate(c, sample))
+
+
+MEANS = (0.1, 0.0, 0.5, 5.0, 60.0)
+INDEX = (torch.int64, torch.int32)
+
+
+def _random_heads(c: Choices, widest: int) -> tuple[tuple[int, int, int, int], str, int, int]:
+    """(heads of q, k, v and g, kind of gate, width of keys, of values)."""
+    states = c.pick("states", (1, 2, 3, 4, 6))
+    gate = c.pick("gate", ("channel", "head", "none"))
+    k, v, g = states, c.divisor("value_heads", states), c.divisor("gate_heads", states)
+    if c.flag("shared_keys"):
+        k, v = c.divisor("key_heads", states), states
+    return (states * c.integer("group", 1, 4), k, v, g), gate, c.extent("dk", 1, widest), c.extent("dv", 1, widest)
+
+
+def _random_gate(c: Choices, sample: Sample) -> Sample:
+    """Now and then a gate of -inf, or gates in the dtype of q."""
+    g = sample.args.get("g")
+    if g is None or not g.numel():
+        return sample
+    if c.pick("forgets", (False, False, False, True)):
+        g = g.clone()
+        g.view(-1)[:: c.integer("forgets.every", 1, 9)] = -torch.inf
+    return sample.replace(g=g.to(c.dtype) if c.flag("narrow_gate") else g)
 
 
 def _constant_values(case: Case) -> None:
@@ -292,6 +356,8 @@ _TOLERANCE = Tolerance(
     grad={torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3},
     products={"triton": 6e-4},  # tf32
     factor=1.5,
+    narrow=True,
+    cancels={"g": ("q", "k")},  # it is the sum of q dq - k dk over later tokens
 )
 _MISSING = {
     "nn": "LawcatAttention holds the projections",
@@ -304,6 +370,7 @@ SPEC = OpSpec(
     fn=call,
     reference=oracle,
     samples=samples,
+    random=random,
     grad_args=INPUTS,
     rows=INPUTS,
     tol=_TOLERANCE,
@@ -322,6 +389,7 @@ STEP = OpSpec(
     fn=subquad.gated_linear_attention_step,
     reference=step_oracle,
     samples=step_samples,
+    random=random_step,
     grad_args=(*STEP_INPUTS, *STATES),
     rows=(*STEP_INPUTS, *STATES),
     inference=True,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import subquad
 from subquad import reference
+from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, Tolerance
 
 POOLS = ("conv_q", "conv_k", "state", "z")
@@ -112,6 +113,29 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         yield draw(sampler, "many-states", (12, 1, 6), 33, 40, 64, taps=3)
 
 
+def random(c: Choices) -> Sample:
+    """Any sharing of heads and maps, widths, taps, gates, biases, pools with rows that are skipped."""
+    states = c.pick("states", (1, 2, 3, 4, 6))
+    queries = states * c.integer("group", 1, 4)
+    options: dict[str, Any] = {"activation": "silu"} if c.flag("silu") else {}
+    if c.flag("clamped"):
+        options["clamp_min"] = -0.1
+    if c.flag("other_tau"):
+        options["tau"] = 4.0
+    batch = c.integer("batch", 0, 4)
+    sample = draw(
+        c.sampler, "random", (queries, c.divisor("key_heads", states), states), c.extent("d", 1, 256), c.extent("f", 1, 128),
+        c.extent("dv", 1, 256), taps=c.pick("taps", (4, 1, 2, 3, 5, 6, 7, 8)), gate=c.pick("gate", ("channel", "head", "none")),
+        gate_heads=c.divisor("gate_heads", states), maps=c.divisor("maps", queries),
+        key_maps=c.divisor("key_maps", states), bias=c.flag("bias"), normalize=not c.flag("sums"), batch=batch,
+        pool=c.places("pool", batch), **options,
+    )  # fmt: skip
+    u = sample.args["u"]
+    if u is not None and c.flag("narrow_gate"):
+        sample = sample.replace(u=u.to(c.dtype))
+    return c.vary(sample)
+
+
 # --- benchmarks ----------------------------------------
 
 
@@ -206,6 +230,7 @@ SPEC = OpSpec(
     fn=subquad.lawcat_decode_step,
     reference=oracle,
     samples=samples,
+    random=random,
     grad_args=FLOATS,
     rows=("q0", "k0", "v", "u", *POOLS),
     inference=True,

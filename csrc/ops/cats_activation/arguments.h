@@ -16,7 +16,7 @@ inline Activation activation_of(int64_t activation) {
 }
 
 /// Thresholds of one neuron each, or one for all: returns the distance between neighbours, 0 to repeat one value.
-inline int64_t threshold_stride(const Tensor& threshold, int64_t neurons, Anchor anchor) {
+inline int64_t threshold_stride(const Tensor& threshold, int64_t neurons, const Anchor& anchor) {
   check_device(threshold, "threshold", anchor);
   check_dtype(threshold, "threshold", ScalarType::Float);
   check_dims(threshold, "threshold", 1);

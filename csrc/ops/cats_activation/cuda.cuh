@@ -21,19 +21,22 @@ constexpr unsigned kActivationBlockRows = 4;
 template <class Z, class U>
 constexpr int kActivationChunk = std::min(kVecElems<Z>, kVecElems<U>);
 
-/// Calls fn(offset, count, t) for each chunk of the thread, t holding the thresholds of its columns.
+/// Blocks side by side.
+SQ_HD int64_t activation_columns(const CatsActivationParams& p, int chunk) {
+  return ceil_div(p.cols, kActivationBlockCols * chunk);
+}
+
+/// Calls fn(offset, count, t) for the chunk of the thread, t holding the thresholds of its columns.
 template <int K, class Fn>
-__device__ __forceinline__ void for_each_chunk(const CatsActivationParams& p, Fn&& fn) {
-  const int64_t col = (static_cast<int64_t>(blockIdx.x) * kActivationBlockCols + threadIdx.x) * K;
-  const int64_t count = p.cols - col;
-  if (count <= 0) return;
+__device__ __forceinline__ void with_chunk(const CatsActivationParams& p, Fn&& fn) {
+  const unsigned columns = static_cast<unsigned>(activation_columns(p, K));
+  const int64_t col = (int64_t{blockIdx.x % columns} * kActivationBlockCols + threadIdx.x) * K, count = p.cols - col;
+  const int64_t row = int64_t{blockIdx.x / columns} * kActivationBlockRows + threadIdx.y;
+  if (count <= 0 || row >= p.rows) return;
   float t[K];
   SQ_UNROLL
   for (int j = 0; j < K; ++j) t[j] = j < count ? sq::load_nc(p.threshold + (col + j) * p.threshold_stride) : 0.0f;
-  const int64_t step = static_cast<int64_t>(gridDim.y) * kActivationBlockRows;
-  for (int64_t row = static_cast<int64_t>(blockIdx.y) * kActivationBlockRows + threadIdx.y; row < p.rows; row += step) {
-    fn(row * p.cols + col, count, t);
-  }
+  fn(row * p.cols + col, count, t);
 }
 
 template <bool kAligned, int K, class T>
@@ -45,7 +48,7 @@ template <class Z, class U, bool kGated, bool kAligned>
 __global__ void __launch_bounds__(kActivationBlockCols* kActivationBlockRows)
     cats_activation_fwd_kernel(CatsActivationParams p) {
   constexpr int K = kActivationChunk<Z, U>;
-  for_each_chunk<K>(p, [&](int64_t offset, int64_t count, const float (&t)[K]) {
+  with_chunk<K>(p, [&](int64_t offset, int64_t count, const float (&t)[K]) {
     float z[K], u[K], out[K];
     read_chunk<kAligned, K, Z>(p.z, offset, count, z);
     if constexpr (kGated) read_chunk<kAligned, K, U>(p.u, offset, count, u);
@@ -63,7 +66,7 @@ template <class Z, class U, bool kGated, bool kAligned>
 __global__ void __launch_bounds__(kActivationBlockCols* kActivationBlockRows)
     cats_activation_bwd_kernel(CatsActivationParams p) {
   constexpr int K = kActivationChunk<Z, U>;
-  for_each_chunk<K>(p, [&](int64_t offset, int64_t count, const float (&t)[K]) {
+  with_chunk<K>(p, [&](int64_t offset, int64_t count, const float (&t)[K]) {
     float z[K], u[K], grad[K], du[K];
     read_chunk<kAligned, K, Z>(p.z, offset, count, z);
     read_chunk<kAligned, K, U>(p.grad, offset, count, grad);
@@ -93,10 +96,8 @@ void cats_activation(CatsActivationPass pass, const CatsActivationParams& p, sq:
                              static_cast<const void*>(p.du)}) {
     aligned = aligned && is_aligned16(tensor);
   }
-  constexpr int64_t kMaxGridY = 65535;
   const dim3 block(kActivationBlockCols, kActivationBlockRows);
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.cols, kActivationBlockCols * K)),
-                  static_cast<unsigned>(std::min(ceil_div(p.rows, kActivationBlockRows), kMaxGridY)));
+  const int64_t grid = activation_columns(p, K) * ceil_div(p.rows, kActivationBlockRows);
   const auto launch = [&](auto flag) {
     if (pass == CatsActivationPass::kForward) {
       SQ_LAUNCH((cats_activation_fwd_kernel<Z, U, kGated, flag>), grid, block, 0, stream, p);

@@ -8,7 +8,7 @@
 namespace subquad {
 
 /// A weight that neurons, or their channels, are read from in rows.
-inline const void* weight_of(const Tensor& weight, const char* name, Shape shape, Anchor anchor) {
+inline const void* weight_of(const Tensor& weight, const char* name, Shape shape, const Anchor& anchor) {
   check_device(weight, name, anchor);
   check_same_dtype(weight, name, anchor);
   check_shape(weight, name, shape);

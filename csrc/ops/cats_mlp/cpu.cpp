@@ -72,11 +72,9 @@ void run_dense(const CatsMlpParams& p, const CatsMlpKernels& kernels, const Tens
 constexpr int64_t kLongSum = 64;
 
 CatsMlpKernels kernels_for(const CatsMlpParams& p, DType dtype) {
-#if defined(__x86_64__)
-  const bool dense = p.tokens > kCatsMaxTokens;
-  if (current_isa() == Isa::kV4Bf16 && dense && p.intermediate < kLongSum) return v4::cats_mlp_kernels(dtype);
-#endif
-  return SQ_DISPATCH_ISA(cats_mlp_kernels, dtype);
+  const bool rounds = p.tokens > kCatsMaxTokens && p.intermediate < kLongSum;
+  const Isa level = rounds && current_isa() == Isa::kV4Bf16 ? Isa::kV4 : current_isa();
+  return SQ_DISPATCH_ISA_AT(level, cats_mlp_kernels, dtype);
 }
 
 struct Cpu {

@@ -185,12 +185,13 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
   SQ_SHARED(float, sums, kSums);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile;
+  const unsigned tiles = static_cast<unsigned>(ceil_div(p.hidden, kTile)), split = blockIdx.x / tiles;
+  const int64_t tile = int64_t{blockIdx.x % tiles} * kTile;
   const int64_t column = tile + lane * K;
   const T* w_down = static_cast<const T*>(p.w_down) + column;
 
-  const int64_t piece = ceil_div(p.intermediate, static_cast<int64_t>(gridDim.y) * kCatsWarps);
-  const int64_t begin = (static_cast<int64_t>(blockIdx.y) * kCatsWarps + warp) * piece;
+  const int64_t piece = ceil_div(p.intermediate, int64_t{gridDim.x / tiles} * kCatsWarps);
+  const int64_t begin = (int64_t{split} * kCatsWarps + warp) * piece;
   const int64_t end = min(p.intermediate, begin + piece);
 
   float acc[NB][K];
@@ -245,7 +246,7 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
       float total = 0.0f;
       SQ_UNROLL
       for (int v = 0; v < kCatsWarps; ++v) total += sums[v * kTile + threadIdx.x];
-      sq::store(ws.partial + (blockIdx.y * p.tokens + n) * p.hidden + c, total);
+      sq::store(ws.partial + (split * p.tokens + n) * p.hidden + c, total);
     }
     __syncthreads();
   }
@@ -347,8 +348,7 @@ void launch(const CatsMlpParams& p, const CatsMlpWorkspace& ws, sq::stream_t str
   with_flag(x_aligned && rows_aligned<T>(p.w_up, p.ld_up, p.hidden),
             [&](auto aligned) { SQ_LAUNCH((cats_up_kernel<T, NB, aligned>), blocks, kCatsThreads, 0, stream, p, ws); });
   if (p.neuron_major) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.hidden, kCatsColumns<T, NB> * kWarp)),
-                    static_cast<unsigned>(cats_down_splits(p.hidden, p.intermediate)));
+    const int64_t grid = ceil_div(p.hidden, kCatsColumns<T, NB> * kWarp) * cats_down_splits(p.hidden, p.intermediate);
     with_flag(rows_aligned<T>(p.w_down, p.ld_down, p.hidden), [&](auto aligned) {
       SQ_LAUNCH((cats_down_kernel<T, NB, aligned>), grid, kCatsThreads, 0, stream, p, ws);
     });

@@ -155,38 +155,50 @@ __device__ __forceinline__ float conv_at(const float (&window)[kTaps][K], int j,
   return value;
 }
 
+/// What a block works on: a block of tokens, kWarp * K channels from `channel` on, a batch row.
+struct ConvPlace {
+  int64_t b, channel, block;
+};
+
+inline int64_t conv_grid(const ConvParams& p, int64_t channels, int per_thread) {
+  return p.blocks() * ceil_div(channels, kWarp * per_thread) * p.batch;
+}
+
+__device__ __forceinline__ ConvPlace conv_place(const ConvParams& p, int64_t channels, int per_thread) {
+  const unsigned blocks = static_cast<unsigned>(ceil_div(p.time, kConvBlock)), rest = blockIdx.x / blocks;
+  const unsigned columns = static_cast<unsigned>(ceil_div(channels, kWarp * per_thread));
+  return {rest / columns, int64_t{rest % columns} * kWarp * per_thread, blockIdx.x % blocks};
+}
+
 template <class T, int K, int kTaps>
 __global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_fwd_kernel(ConvParams params) {
   const ConvParams p = conv_params<kTaps>(params);
-  const int64_t c = (static_cast<int64_t>(blockIdx.y) * kWarp + threadIdx.x) * K;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kConvBlock + threadIdx.y * kConvRows;
+  const ConvPlace at = conv_place(p, p.channels, K);
+  const int64_t b = at.b, c = at.channel + threadIdx.x * K, first = at.block * kConvBlock + threadIdx.y * kConvRows;
   if (c >= p.channels || first >= p.time) return;
   const int64_t stop = p.time - first < kConvRows ? p.time : first + kConvRows, input = conv_input(p, c);
   float w[kTaps][K], bias[K];
   conv_weights<T>(p, c, w, bias);
-  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z) {
-    float window[kTaps][K];
-    ConvSpan s = conv_span(p, b, first);
-    for (int64_t t = first; t < stop; ++t) {
-      if (t == s.end) s = conv_span(p, b, t);
-      if (t == first || t == s.start) conv_window<T>(p, b, s, t, input, window);
-      conv_load<K>(conv_x<T>(p, b, t, input), window[0]);
-      float z[K];
-      conv_sum(w, window, bias, conv_exist(p, s, t), z);
-      if (p.silu) {
-        SQ_UNROLL
-        for (int k = 0; k < K; ++k) z[k] = activate<Activation::kSilu>(z[k]);
-      }
-      if (p.residual != nullptr) {
-        float residual[K];
-        conv_load<K>(static_cast<const T*>(p.residual) + b * p.residual_stride_b + t * p.residual_stride_t + c,
-                     residual);
-        SQ_UNROLL
-        for (int k = 0; k < K; ++k) z[k] += residual[k];
-      }
-      store_chunk<true>(static_cast<T*>(p.y) + (b * p.time + t) * p.channels + c, K, z);
-      conv_shift(window);
+  float window[kTaps][K];
+  ConvSpan s = conv_span(p, b, first);
+  for (int64_t t = first; t < stop; ++t) {
+    if (t == s.end) s = conv_span(p, b, t);
+    if (t == first || t == s.start) conv_window<T>(p, b, s, t, input, window);
+    conv_load<K>(conv_x<T>(p, b, t, input), window[0]);
+    float z[K];
+    conv_sum(w, window, bias, conv_exist(p, s, t), z);
+    if (p.silu) {
+      SQ_UNROLL
+      for (int k = 0; k < K; ++k) z[k] = activate<Activation::kSilu>(z[k]);
     }
+    if (p.residual != nullptr) {
+      float residual[K];
+      conv_load<K>(static_cast<const T*>(p.residual) + b * p.residual_stride_b + t * p.residual_stride_t + c, residual);
+      SQ_UNROLL
+      for (int k = 0; k < K; ++k) z[k] += residual[k];
+    }
+    store_chunk<true>(static_cast<T*>(p.y) + (b * p.time + t) * p.channels + c, K, z);
+    conv_shift(window);
   }
 }
 
@@ -197,103 +209,101 @@ __global__ void __launch_bounds__(kWarp* kConvWarps, 1) causal_conv1d_bwd_kernel
   const ConvParams p = conv_params<kTaps>(params);
   SQ_SHARED(float, warps, kConvWarps*(kTaps + 1) * kWarp * K);
   SQ_DYNAMIC_SHARED(float, sums);
-  const int64_t ci = (static_cast<int64_t>(blockIdx.y) * kWarp + threadIdx.x) * K;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kConvBlock + threadIdx.y * kConvRows;
+  const ConvPlace at = conv_place(p, p.inputs, K);
+  const int64_t b = at.b, ci = at.channel + threadIdx.x * K, first = at.block * kConvBlock + threadIdx.y * kConvRows;
   const bool inside = ci < p.inputs;
   const int64_t stop = !inside || first >= p.time ? first : p.time - first < kConvRows ? p.time : first + kConvRows;
-  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z) {
-    for (int64_t g = 0; g < p.groups; ++g) {
-      const int64_t c = inside ? conv_output(p, ci, g) : 0;
-      float dw[kTaps + 1][K] = {};
-      if (first < stop) {
-        float w[kTaps][K], bias[K], window[kTaps][K], slope[kTaps][K] = {};
-        conv_weights<T>(p, c, w, bias);
-        ConvSpan s = conv_span(p, b, first), finished = s;
-        // Step t makes the slope of row t, and from it and those before, dx of row t - (taps - 1).
-        for (int64_t t = first; t < stop + p.taps - 1; ++t) {
-          float dz[K] = {};
-          if (t < p.time) {
-            if (t == s.end) s = conv_span(p, b, t);
-            if (t == first || t == s.start) conv_window<T>(p, b, s, t, ci, window);
-            conv_load<K>(conv_x<T>(p, b, t, ci), window[0]);
-            conv_load<K>(static_cast<const G*>(p.grad_y) + (b * p.time + t) * p.channels + c, dz);
-            const int exist = conv_exist(p, s, t);
-            if (p.silu) {
-              float z[K];
-              conv_sum(w, window, bias, exist, z);
-              SQ_UNROLL
-              for (int k = 0; k < K; ++k) dz[k] *= activate_grad<Activation::kSilu>(z[k]);
-            }
-            if (t < stop) {
-              SQ_UNROLL
-              for (int k = 0; k < K; ++k) dw[kTaps][k] += dz[k];
-              SQ_UNROLL
-              for (int j = 0; j < kTaps; ++j) {
-                if (j < exist) {
-                  SQ_UNROLL
-                  for (int k = 0; k < K; ++k) dw[j][k] = fmaf(dz[k], window[j][k], dw[j][k]);
-                }
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t c = inside ? conv_output(p, ci, g) : 0;
+    float dw[kTaps + 1][K] = {};
+    if (first < stop) {
+      float w[kTaps][K], bias[K], window[kTaps][K], slope[kTaps][K] = {};
+      conv_weights<T>(p, c, w, bias);
+      ConvSpan s = conv_span(p, b, first), finished = s;
+      // Step t makes the slope of row t, and from it and those before, dx of row t - (taps - 1).
+      for (int64_t t = first; t < stop + p.taps - 1; ++t) {
+        float dz[K] = {};
+        if (t < p.time) {
+          if (t == s.end) s = conv_span(p, b, t);
+          if (t == first || t == s.start) conv_window<T>(p, b, s, t, ci, window);
+          conv_load<K>(conv_x<T>(p, b, t, ci), window[0]);
+          conv_load<K>(static_cast<const G*>(p.grad_y) + (b * p.time + t) * p.channels + c, dz);
+          const int exist = conv_exist(p, s, t);
+          if (p.silu) {
+            float z[K];
+            conv_sum(w, window, bias, exist, z);
+            SQ_UNROLL
+            for (int k = 0; k < K; ++k) dz[k] *= activate_grad<Activation::kSilu>(z[k]);
+          }
+          if (t < stop) {
+            SQ_UNROLL
+            for (int k = 0; k < K; ++k) dw[kTaps][k] += dz[k];
+            SQ_UNROLL
+            for (int j = 0; j < kTaps; ++j) {
+              if (j < exist) {
+                SQ_UNROLL
+                for (int k = 0; k < K; ++k) dw[j][k] = fmaf(dz[k], window[j][k], dw[j][k]);
               }
             }
-            conv_shift(window);
           }
-          conv_shift(slope);
-          SQ_UNROLL
-          for (int k = 0; k < K; ++k) slope[0][k] = dz[k];
-          const int64_t u = t - (p.taps - 1);
-          if (u < first) continue;
-          if (u == finished.end) finished = conv_span(p, b, u);
-          float* sum = sums + (((u - first) + threadIdx.y * kConvRows) * kWarp + threadIdx.x) * K;
-          float dx[K];
-          SQ_UNROLL
-          for (int k = 0; k < K; ++k) dx[k] = g == 0 ? 0.0f : sum[k];
-          SQ_UNROLL
-          for (int j = 0; j < kTaps; ++j) {  // row u + j, whose slope came taps - 1 - j steps ago
-            if (j < p.taps && u + j < finished.end) {
-              SQ_UNROLL
-              for (int k = 0; k < K; ++k) dx[k] = fmaf(w[j][k], conv_at(slope, p.taps - 1 - j, k), dx[k]);
-            }
-          }
-          if (g < p.groups - 1) {
-            SQ_UNROLL
-            for (int k = 0; k < K; ++k) sum[k] = dx[k];
-            continue;
-          }
-          const int64_t column = u - (finished.end - (p.taps - 1));
-          if (p.grad_final != nullptr && column >= 0) {
-            SQ_UNROLL
-            for (int k = 0; k < K; ++k) {
-              const int64_t offset = (finished.n * p.inputs + ci + k) * (p.taps - 1) + column;
-              dx[k] += sq::to_float(sq::load_nc(static_cast<const T*>(p.grad_final) + offset));
-            }
-          }
-          store_chunk<true>(static_cast<T*>(p.dx) + (b * p.time + u) * p.inputs + ci, K, dx);
+          conv_shift(window);
         }
-      }
-      SQ_UNROLL
-      for (int j = 0; j <= kTaps; ++j) {
+        conv_shift(slope);
         SQ_UNROLL
-        for (int k = 0; k < K; ++k) {
-          warps[((threadIdx.y * (kTaps + 1) + j) * kWarp + threadIdx.x) * K + k] = dw[j][k];
+        for (int k = 0; k < K; ++k) slope[0][k] = dz[k];
+        const int64_t u = t - (p.taps - 1);
+        if (u < first) continue;
+        if (u == finished.end) finished = conv_span(p, b, u);
+        float* sum = sums + (((u - first) + threadIdx.y * kConvRows) * kWarp + threadIdx.x) * K;
+        float dx[K];
+        SQ_UNROLL
+        for (int k = 0; k < K; ++k) dx[k] = g == 0 ? 0.0f : sum[k];
+        SQ_UNROLL
+        for (int j = 0; j < kTaps; ++j) {  // row u + j, whose slope came taps - 1 - j steps ago
+          if (j < p.taps && u + j < finished.end) {
+            SQ_UNROLL
+            for (int k = 0; k < K; ++k) dx[k] = fmaf(w[j][k], conv_at(slope, p.taps - 1 - j, k), dx[k]);
+          }
         }
-      }
-      __syncthreads();
-      if (threadIdx.y == 0 && inside) {
-        float* partial = p.partial + (b * gridDim.x + blockIdx.x) * (p.taps + 1) * p.channels + c;
-        for (int j = 0; j <= kTaps; ++j) {
-          if (j >= p.taps && j < kTaps) continue;
-          const int64_t row = j == kTaps ? p.taps : p.taps - 1 - j;
+        if (g < p.groups - 1) {
+          SQ_UNROLL
+          for (int k = 0; k < K; ++k) sum[k] = dx[k];
+          continue;
+        }
+        const int64_t column = u - (finished.end - (p.taps - 1));
+        if (p.grad_final != nullptr && column >= 0) {
           SQ_UNROLL
           for (int k = 0; k < K; ++k) {
-            float sum = 0.0f;
-            SQ_UNROLL
-            for (int y = 0; y < kConvWarps; ++y) sum += warps[((y * (kTaps + 1) + j) * kWarp + threadIdx.x) * K + k];
-            sq::store(partial + row * p.channels + k, sum);
+            const int64_t offset = (finished.n * p.inputs + ci + k) * (p.taps - 1) + column;
+            dx[k] += sq::to_float(sq::load_nc(static_cast<const T*>(p.grad_final) + offset));
           }
         }
+        store_chunk<true>(static_cast<T*>(p.dx) + (b * p.time + u) * p.inputs + ci, K, dx);
       }
-      __syncthreads();
     }
+    SQ_UNROLL
+    for (int j = 0; j <= kTaps; ++j) {
+      SQ_UNROLL
+      for (int k = 0; k < K; ++k) {
+        warps[((threadIdx.y * (kTaps + 1) + j) * kWarp + threadIdx.x) * K + k] = dw[j][k];
+      }
+    }
+    __syncthreads();
+    if (threadIdx.y == 0 && inside) {
+      float* partial = p.partial + (b * ceil_div(p.time, kConvBlock) + at.block) * (p.taps + 1) * p.channels + c;
+      for (int j = 0; j <= kTaps; ++j) {
+        if (j >= p.taps && j < kTaps) continue;
+        const int64_t row = j == kTaps ? p.taps : p.taps - 1 - j;
+        SQ_UNROLL
+        for (int k = 0; k < K; ++k) {
+          float sum = 0.0f;
+          SQ_UNROLL
+          for (int y = 0; y < kConvWarps; ++y) sum += warps[((y * (kTaps + 1) + j) * kWarp + threadIdx.x) * K + k];
+          sq::store(partial + row * p.channels + k, sum);
+        }
+      }
+    }
+    __syncthreads();
   }
 }
 
@@ -459,12 +469,6 @@ void with_taps(int taps, Fn&& fn) {
     default:
       return fn(std::integral_constant<int, kConvMaxTaps>{});
   }
-}
-
-inline dim3 conv_grid(const ConvParams& p, int64_t channels, int per_thread) {
-  constexpr int64_t kMaxGridZ = 65535;
-  return dim3(static_cast<unsigned>(p.blocks()), static_cast<unsigned>(ceil_div(channels, kWarp * per_thread)),
-              static_cast<unsigned>(std::min(p.batch, kMaxGridZ)));
 }
 
 template <class T>

@@ -31,6 +31,7 @@ inline void set_map_rows(FeatureMapParams& p, int64_t batch, int64_t time) {
 
 inline FeatureMapParams feature_map_arguments(const Tensor& x, const OptionalTensor& weight, int64_t kind,
                                               bool fullspace, double eps) {
+  const Anchor like_x{x, "x"};
   check_dims(x, "x", 4);
   FeatureMapParams p{};
   set_map_rows(p, x.size(0), x.size(1));
@@ -45,7 +46,7 @@ inline FeatureMapParams feature_map_arguments(const Tensor& x, const OptionalTen
     p.f = weight->size(2);
     STD_TORCH_CHECK(p.f >= 1 && p.f <= kFeatureMaxDim, "weight: expected a feature dimension in 1..", kFeatureMaxDim,
                     ", got ", p.f);
-    p.weight = data_of(*weight, "weight", {p.heads, p.d, p.f}, {x, "x"});
+    p.weight = data_of(*weight, "weight", {p.heads, p.d, p.f}, like_x);
   }
   set_map_kind(p, kind, fullspace, eps);
   p.x = x.const_data_ptr();

@@ -11,7 +11,7 @@
 namespace subquad {
 
 /// A tensor [B, T, H, D], or [B, T, H] with a width of 0, that fits q.
-inline GlaTensor rows_of(const Tensor& x, const char* name, int64_t width, Anchor like_q) {
+inline GlaTensor rows_of(const Tensor& x, const char* name, int64_t width, const Anchor& like_q) {
   const Tensor& q = like_q.tensor;
   check_device(x, name, like_q);
   check_dims(x, name, width > 0 ? 4 : 3);
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_attentio
 }
 
 /// q, k, v or g of one token.
-inline const void* token_of(const Tensor& x, const char* name, int64_t dims, Anchor like_q) {
+inline const void* token_of(const Tensor& x, const char* name, int64_t dims, const Anchor& like_q) {
   check_dims(x, name, dims);
   check_contiguous(x, name);
   check_device(x, name, like_q);

@@ -11,7 +11,7 @@
 
 namespace subquad {
 
-inline void check_head_rows(const Tensor& t, const char* name, int64_t dims, Anchor like_q) {
+inline void check_head_rows(const Tensor& t, const char* name, int64_t dims, const Anchor& like_q) {
   check_dims(t, name, dims);
   check_device(t, name, like_q);
   check_same_dtype(t, name, like_q);
@@ -23,7 +23,7 @@ inline void check_head_rows(const Tensor& t, const char* name, int64_t dims, Anc
 
 /// Strides of batch and heads of a contiguous [B|1, H|1, ...] tensor, 0 where broadcast.
 inline std::pair<int64_t, int64_t> broadcast_strides(const Tensor& t, const char* name, int64_t dims, ScalarType dtype,
-                                                     Anchor like_q) {
+                                                     const Anchor& like_q) {
   check_dims(t, name, dims);
   check_contiguous(t, name);
   check_device(t, name, like_q);
@@ -101,26 +101,28 @@ inline IntervalAttentionParams interval_arguments(const Tensor& q, const Tensor&
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> interval_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const OptionalTensor& starts, const OptionalTensor& ends,
-                                                  const OptionalTensor& key_start, const OptionalTensor& key_stop,
-                                                  int64_t sink_tokens, int64_t window, bool causal,
-                                                  const OptionalTensor& key_bias, const OptionalTensor& sink_logits,
-                                                  double scale, [[maybe_unused]] std::vector<Tensor> plan) {
+std::tuple<Tensor, Tensor, Tensor> interval_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                          const OptionalTensor& starts, const OptionalTensor& ends,
+                                                          const OptionalTensor& key_start,
+                                                          const OptionalTensor& key_stop, int64_t sink_tokens,
+                                                          int64_t window, bool causal, const OptionalTensor& key_bias,
+                                                          const OptionalTensor& sink_logits, double scale,
+                                                          [[maybe_unused]] std::vector<Tensor> plan) {
   IntervalAttentionParams p = interval_arguments(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window,
                                                  causal, key_bias, sink_logits, scale);
   const DType dtype = dtype_of(q, "q");
   const Tensor out = empty_on(q, {p.batch, p.mask.tq, p.heads, p.dv}, q.scalar_type());
   const Tensor lse = empty_on(q, {p.batch, p.mask.tq, p.heads}, ScalarType::Float);
+  const Tensor stats = empty_on(q, {p.batch, p.mask.tq, p.heads, 2}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
-  p.lse = floats_in(lse);
-  Device::forward(p, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, out, lse);
-  return {out, lse};
+  p.lse = floats_in(lse), p.stats = floats_in(stats);
+  Device::forward(p, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, out, lse, stats);
+  return {out, lse, stats};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
-    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& lse, const Tensor& q,
+    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& stats, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptionalTensor& starts, const OptionalTensor& ends,
     const OptionalTensor& key_start, const OptionalTensor& key_stop, int64_t sink_tokens, int64_t window, bool causal,
     const OptionalTensor& key_bias, const OptionalTensor& sink_logits, double scale,
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
   const DType dtype = dtype_of(q, "q");
   const int64_t tq = p.mask.tq, tk = p.mask.tk;
   p.out = const_cast<void*>(data_of(out, "out", {p.batch, tq, p.heads, p.dv}, like_q));
-  p.lse = const_cast<float*>(floats_of(lse, "lse", {p.batch, tq, p.heads}, like_q));
+  p.stats = const_cast<float*>(floats_of(stats, "stats", {p.batch, tq, p.heads, 2}, like_q));
   IntervalAttentionGrads grads{};
   grads.grad_out = data_of(grad_out, "grad_out", {p.batch, tq, p.heads, p.dv}, like_q);
   grads.grad_lse = floats_of(grad_lse, "grad_lse", {p.batch, tq, p.heads}, like_q);
@@ -143,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
   grads.dq = dq.mutable_data_ptr(), grads.dk = dk.mutable_data_ptr(), grads.dv = dv.mutable_data_ptr();
   grads.delta = floats_in(delta);
   if (key_bias.has_value()) grads.dkey_bias = floats_in(dkey_bias);
-  Device::backward(p, grads, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, out, lse,
+  Device::backward(p, grads, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, out, stats,
                    grad_out, grad_lse, dq, dk, dv, dkey_bias, delta);
   return {dq, dk, dv, dkey_bias, delta};
 }

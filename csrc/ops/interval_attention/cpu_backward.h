@@ -8,12 +8,13 @@
 
 namespace subquad::cpu::SUBQUAD_ISA::interval {
 
-/// x = scaled scores, d = gradients of the weights, over columns [begin, end): x becomes the weights 2^(x - lse2), d
-/// the gradients of the scores.
-inline void score_gradients(float* x, float* d, int64_t begin, int64_t end, float lse2, float delta) {
-  const Vec one = vec_set(1.0f), minus_lse = vec_set(-lse2), minus_delta = vec_set(-delta);
+/// x = scaled scores, d = gradients of the weights, over columns [begin, end): x becomes the weights
+/// e^(x - top) 2^-log2_sum, d the gradients of the scores.
+inline void score_gradients(float* x, float* d, int64_t begin, int64_t end, float top, float log2_sum, float delta) {
+  const Vec log2e = vec_set(kLog2e), minus_top = vec_set(-top), minus_sum = vec_set(-log2_sum);
+  const Vec minus_delta = vec_set(-delta);
   for (int64_t j = begin; j < end; j += kLanes) {
-    const Vec weight = vec_exp2(vec_fma(vec_load(x + j), one, minus_lse));
+    const Vec weight = vec_exp2(vec_fma(vec_add(vec_load(x + j), minus_top), log2e, minus_sum));
     vec_store(x + j, weight);
     vec_store(d + j, vec_mul(weight, vec_add(vec_load(d + j), minus_delta)));
   }
@@ -45,7 +46,8 @@ class BackwardRange {
         scores_(arena.take<float>(kRows * kKeys)),
         scores_right_(Words::kDepth == 1 ? scores_ : arena.take<float>(kRows / 2 * kKeys)),
         dq_(arena.take<float>(kRows * q_cols_)),
-        lse2_(arena.take<float>(kRows)),
+        top_(arena.take<float>(kRows)),
+        log2_sum_(arena.take<float>(kRows)),
         delta_(arena.take<float>(kRows)),
         dk_(arena.take<float>(range_keys * q_cols_)),
         dv_(arena.take<float>(range_keys * v_cols_)),
@@ -90,10 +92,12 @@ class BackwardRange {
     pack_right(grad_, kRows, v_cols_, grad_right_);
     for (int64_t row = 0; row < kRows; ++row) {
       const bool live = row < rows.count;
-      const float lse = live ? p_.lse[flat(rows, row)] : -__builtin_inff();
-      lse2_[row] = lse == -__builtin_inff() ? __builtin_inff() : lse * kLog2e;
+      const float* stats = p_.stats + (live ? 2 * flat(rows, row) : 0);
+      top_[row] = live ? stats[0] : 0.0f;
+      log2_sum_[row] = live ? stats[1] * kLog2e : __builtin_inff();
       delta_[row] = live ? grads_.delta[flat(rows, row)] : 0.0f;
-      finite &= is_finite_bits(delta_[row]) && (lse == -__builtin_inff() || is_finite_bits(lse));
+      const bool empty = log2_sum_[row] == __builtin_inff();
+      finite &= is_finite_bits(delta_[row]) && is_finite_bits(top_[row]) && (empty || is_finite_bits(log2_sum_[row]));
     }
     for (int64_t slot = 0; slot < p_.slots; ++slot) {
       const VisibleKeys seen(p_.mask, rows, p_.slots > 1 ? slot : -1, intervals_, marks_);
@@ -158,10 +162,10 @@ class BackwardRange {
       zero_words(x + end, kKeys - end), zero_words(d + end, kKeys - end);
       if (!any) continue;
       const float* bias = bias_row(p_, *rows_, i, key);
-      scale_scores(x, begin, end, p_.scale * kLog2e, bias, live);
+      scale_scores(x, begin, end, p_.scale, bias, live);
       if (biased && bias != nullptr) hide_biased(bias, begin, smaller(end, live), x);
       if (!hull.full || end > live) seen.fill_hidden(i, key, begin, end, -__builtin_inff(), x);
-      score_gradients(x, d, begin, end, lse2_[i], delta_[i]);
+      score_gradients(x, d, begin, end, top_[i], log2_sum_[i], delta_[i]);
       if (grads_.dkey_bias != nullptr && i < rows_->count) {
         float* dbias = grads_.dkey_bias + (rows_->b * p_.heads + rows_->head(i)) * p_.mask.tk + key;
         for (int64_t j = hull.begin; j < hull.end; ++j) dbias[j] += d[j];
@@ -223,7 +227,7 @@ class BackwardRange {
       for (int64_t c = 0; c < p_.d; ++c) score += to_float(q[c]) * to_float(k[c]);
       for (int64_t c = 0; c < p_.dv; ++c) d += to_float(grad[c]) * to_float(v[c]);
       score = score * p_.scale + (bias == nullptr ? 0.0f : bias[j]);
-      const float weight = exp2f(score * kLog2e - lse2_[row]);
+      const float weight = exp2f((score - top_[row]) * kLog2e - log2_sum_[row]);
       d = weight * (d - delta_[row]);
       float *dk = dk_ + (key - first_ + j) * q_cols_, *dv = dv_ + (key - first_ + j) * v_cols_;
       for (int64_t c = 0; c < p_.dv; ++c) dv[c] += weight * to_float(grad[c]);
@@ -265,18 +269,19 @@ class BackwardRange {
   float* dq_part_ = nullptr;
   bool add_ = false;
   const int64_t q_words_, v_words_, q_cols_, v_cols_;
-  float *const q_, *const q_right_,
-                       *const grad_,
-                           *const grad_right_,
-                               *const k_, *const k_right_,
-                                              *const kt_, *const v_, *const vt_, *const weights_,
-                                                                                     *const scores_,
-                                                                                         *const scores_right_,
-                                                                                             *const dq_,
-                                                                                                 *const lse2_,
-                                                                                                     *const delta_,
-                                                                                                         *const dk_,
-                                                                                                             *const dv_;
+  float *const q_,
+      *const q_right_,
+          *const grad_,
+              *const grad_right_,
+                  *const k_, *const k_right_,
+                                 *const kt_, *const v_, *const vt_, *const weights_,
+                                                                        *const scores_,
+                                                                            *const scores_right_,
+                                                                                *const dq_, *const top_,
+                                                                                                *const log2_sum_,
+                                                                                                    *const delta_,
+                                                                                                        *const dk_,
+                                                                                                            *const dv_;
   Hull* const hulls_;
   Interval* const intervals_;
   int32_t* const marks_;

@@ -51,18 +51,22 @@ inline bool masks_by_bias(const IntervalAttentionParams& p, const RowTile& rows,
   return found;
 }
 
-/// x = scale * x + bias in units of log2, over columns [begin, end), multiples of kLanes; `live` keys have a bias.
-inline void scale_scores(float* x, int64_t begin, int64_t end, float scale2, const float* bias, int64_t live) {
-  const Vec factor = vec_set(scale2);
+/// x = scale * x + bias over columns [begin, end), multiples of kLanes; `live` keys have a bias. Returns the largest;
+/// NaN is passed over. Not yet in units of log2: the largest floats, which masks and sinks may hold, would overflow.
+inline float scale_scores(float* x, int64_t begin, int64_t end, float scale, const float* bias, int64_t live) {
+  const Vec factor = vec_set(scale);
+  Vec top = vec_set(-__builtin_inff());
   for (int64_t j = begin; j < end; j += kLanes) {
     Vec s = vec_mul(vec_load(x + j), factor);
     if (bias != nullptr) {
       float b[kLanes] = {};
       std::memcpy(b, bias + j, static_cast<size_t>(smaller(kLanes, larger(0, live - j))) * sizeof(float));
-      s = vec_fma(vec_load(b), vec_set(kLog2e), s);
+      s = vec_add(s, vec_load(b));
     }
+    top = vec_max(s, top);
     vec_store(x + j, s);
   }
+  return vec_max_all(top);
 }
 
 /// x = -inf where the bias is -inf, whatever the product was: over columns [begin, end).
@@ -108,13 +112,13 @@ inline float largest(const float* x, int64_t begin, int64_t end) {
   return vec_max_all(top);
 }
 
-/// x = 2^(x - top) as left-operand words in place, over columns [begin, end). Returns the sum.
+/// x = e^(x - top) as left-operand words in place, over columns [begin, end). Returns the sum.
 template <class Words>
 inline float exponentials(float* x, int64_t begin, int64_t end, float top) {
-  const Vec minus = vec_set(-top), one = vec_set(1.0f);
+  const Vec minus = vec_set(-top), log2e = vec_set(kLog2e);
   Vec sum = vec_zero();
   for (int64_t j = begin; j < end; j += kLanes) {
-    const Vec e = vec_exp2(vec_fma(vec_load(x + j), one, minus));
+    const Vec e = vec_exp2(vec_mul(vec_add(vec_load(x + j), minus), log2e));
     sum = vec_add(sum, e);
     Words::store(reinterpret_cast<typename Words::Element*>(x) + j, e);
   }
@@ -153,7 +157,7 @@ class ForwardTile {
     rows_ = &rows;
     for (int64_t row = 0; row < rows.padded(); ++row) {
       const bool sink = p_.sink_logits != nullptr && row < rows.count;
-      top_[row] = sink ? p_.sink_logits[rows.head(row)] * kLog2e : -__builtin_inff();
+      top_[row] = sink ? p_.sink_logits[rows.head(row)] : -__builtin_inff();
       sum_[row] = top_[row] == -__builtin_inff() ? 0.0f : 1.0f + (top_[row] - top_[row]);  // NaN beside infinity
     }
     zero_words(out_, rows.padded() * out_cols_);
@@ -212,8 +216,7 @@ class ForwardTile {
     for (int64_t row = 0; row < rows_->count; ++row) {
       float *x = scores_ + row * kKeys, *out = out_ + row * out_cols_;
       dot_rows(q_ + row * q_words_, keys + begin * key_stride, key_stride, smaller(end, live) - begin, p_.d, x + begin);
-      finish_scores(seen, hull, row, key, live, biased, begin, end, x);
-      soften(row, x, begin, end);
+      soften(row, x, begin, end, finish_scores(seen, hull, row, key, live, biased, begin, end, x));
       if (hull.full && !biased) {
         add_weighted_rows(x, values, value_stride, live, p_.dv, out);
         continue;
@@ -226,13 +229,15 @@ class ForwardTile {
     }
   }
 
-  /// Products become scores: scaled, biased, -inf where hidden.
-  void finish_scores(const VisibleKeys& seen, const Hull& hull, int64_t row, int64_t key, int64_t live, bool biased,
-                     int64_t begin, int64_t end, float* x) const {
+  /// Products become scores: scaled, biased, -inf where hidden. Returns the largest.
+  float finish_scores(const VisibleKeys& seen, const Hull& hull, int64_t row, int64_t key, int64_t live, bool biased,
+                      int64_t begin, int64_t end, float* x) const {
     const float* bias = bias_row(p_, *rows_, row, key);
-    scale_scores(x, begin, end, p_.scale * kLog2e, bias, live);
-    if (biased && bias != nullptr) hide_biased(bias, begin, smaller(end, live), x);
-    if (!hull.full || end > live) seen.fill_hidden(row, key, begin, end, -__builtin_inff(), x);
+    const float found = scale_scores(x, begin, end, p_.scale, bias, live);
+    const bool some_biased = biased && bias != nullptr, some_hidden = !hull.full || end > live;
+    if (some_biased) hide_biased(bias, begin, smaller(end, live), x);
+    if (some_hidden) seen.fill_hidden(row, key, begin, end, -__builtin_inff(), x);
+    return some_biased || some_hidden ? largest(x, begin, end) : found;
   }
 
   /// Groups [g, stop) of one hull. `biased`: some bias is -inf; `direct`: hidden values may be multiplied by their
@@ -247,8 +252,7 @@ class ForwardTile {
                    {scores + begin, kKeys}, false);
     for (int64_t i = 0; i < rows; ++i) {
       float* x = scores + i * kKeys;
-      finish_scores(seen, hull, row + i, key, live, biased, begin, end, x);
-      soften(row + i, x, begin, end);
+      soften(row + i, x, begin, end, finish_scores(seen, hull, row + i, key, live, biased, begin, end, x));
     }
     if (direct) {
       const int64_t from = hull.begin / Words::kDepth, depth = ceil_div(hull.end, Words::kDepth) - from;
@@ -262,14 +266,14 @@ class ForwardTile {
   /// Words of the summed dimension that are not padding.
   int64_t q_words() const { return ceil_div(p_.d, Words::kDepth); }
 
-  /// The scores x of a row become weights; what was summed before is scaled to the new maximum.
-  void soften(int64_t row, float* x, int64_t begin, int64_t end) {
-    const float found = largest(x, begin, end);
+  /// The scores x of a row, the largest of them `found`, become weights; what was summed before is scaled to the new
+  /// maximum.
+  void soften(int64_t row, float* x, int64_t begin, int64_t end, float found) {
     const float top = found > top_[row] ? found : top_[row];
     const float shift = top == -__builtin_inff() ? 0.0f : top;
     if (top != top_[row]) {
       float factor[kLanes];
-      vec_store(factor, vec_exp2(vec_set(top_[row] - shift)));
+      vec_store(factor, vec_exp2(vec_set((top_[row] - shift) * kLog2e)));
       sum_[row] *= factor[0];
       float* out = out_ + row * out_cols_;
       for (int64_t c = 0; c < out_cols_; c += kLanes)
@@ -301,7 +305,10 @@ class ForwardTile {
       T* out = static_cast<T*>(p_.out) + at * p_.dv;
       const float* sums = out_ + row * out_cols_;
       for (int64_t c = 0; c < p_.dv; ++c) out[c] = from_float<T>(sums[c] / total);
-      p_.lse[at] = empty ? -__builtin_inff() : (top_[row] == -__builtin_inff() ? 0.0f : top_[row]) * kLn2 + logf(total);
+      const float top = top_[row] == -__builtin_inff() ? 0.0f : top_[row], log_sum = logf(total);
+      p_.lse[at] = empty ? -__builtin_inff() : top + log_sum;
+      p_.stats[2 * at] = top;
+      p_.stats[2 * at + 1] = empty ? __builtin_inff() : log_sum;
     }
   }
 

@@ -171,7 +171,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
             if (p.key_bias != nullptr) {
               score += sq::load_nc(p.key_bias + rows.b * p.bias_stride_b + rows.head(lane) * p.bias_stride_h + key);
             }
-            score *= kLog2e;
           }
         }
         if (lane < kAttentionRows) weights[lane * kAttentionKeys + j] = mine ? score : -INFINITY;
@@ -188,7 +187,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
           largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, offset));
         }
         const float new_top = fmaxf(top[i], largest), shift = new_top == -INFINITY ? 0.0f : new_top;
-        const float weight = exp2f(score - shift), factor = exp2f(top[i] - shift);
+        const float weight = exp2f((score - shift) * kLog2e), factor = exp2f((top[i] - shift) * kLog2e);
         const unsigned bits = __ballot_sync(kFullWarp, !(score == -INFINITY));
         sum[i] = fmaf(sum[i], factor, warp_sum(weight));
         top[i] = new_top;
@@ -251,25 +250,29 @@ __global__ void __launch_bounds__(kAttentionThreads)
                                     int64_t splits) {
   const int64_t row = blockIdx.x, width = p.dv + 2;
   const float* parts = scratch + row * splits * width;
-  const float sink = p.sink_logits == nullptr ? -INFINITY : sq::load_nc(p.sink_logits + row % p.heads) * kLog2e;
+  const float sink = p.sink_logits == nullptr ? -INFINITY : sq::load_nc(p.sink_logits + row % p.heads);
   float top = sink;
   for (int64_t s = 0; s < splits; ++s) top = fmaxf(top, sq::load_nc(parts + s * width + p.dv));
   const float shift = top == -INFINITY ? 0.0f : top;
-  float total = sink == -INFINITY ? 0.0f : exp2f(sink - shift);
+  float total = sink == -INFINITY ? 0.0f : exp2f((sink - shift) * kLog2e);
   for (int64_t s = 0; s < splits; ++s) {
     const float* part = parts + s * width + p.dv;
-    total = fmaf(sq::load_nc(part + 1), exp2f(sq::load_nc(part) - shift), total);
+    total = fmaf(sq::load_nc(part + 1), exp2f((sq::load_nc(part) - shift) * kLog2e), total);
   }
   const bool empty = total == 0.0f;
   for (int64_t c = threadIdx.x; c < p.dv; c += kAttentionThreads) {
     float sum = 0.0f;
     for (int64_t s = 0; s < splits; ++s) {
       const float* part = parts + s * width;
-      sum = fmaf(sq::load_nc(part + c), exp2f(sq::load_nc(part + p.dv) - shift), sum);
+      sum = fmaf(sq::load_nc(part + c), exp2f((sq::load_nc(part + p.dv) - shift) * kLog2e), sum);
     }
     sq::store(static_cast<T*>(p.out) + row * p.dv + c, sq::from_float<T>(empty ? 0.0f : sum / total));
   }
-  if (threadIdx.x == 0) sq::store(p.lse + row, empty ? -INFINITY : (shift + log2f(total)) * kLn2);
+  if (threadIdx.x != 0) return;
+  const float log_sum = logf(total);
+  sq::store(p.lse + row, empty ? -INFINITY : shift + log_sum);
+  sq::store(p.stats + 2 * row, shift);
+  sq::store(p.stats + 2 * row + 1, empty ? INFINITY : log_sum);
 }
 
 inline bool attention_keys_aligned(const IntervalAttentionParams& p, int64_t chunk) {

@@ -35,6 +35,8 @@ struct IntervalAttentionParams {
   const float* sink_logits;  // [Hq] or null
   void* out;                 // [B, Tq, Hq, Dv], contiguous
   float* lse;                // [B, Tq, Hq], contiguous
+  float* stats;              // [B, Tq, Hq, 2], contiguous: the largest score of a row, the sink logit among them, and
+                             // log of the sum of exp(score - largest); lse is their sum. 0, inf where nothing is seen
   int64_t batch, heads, kv_heads, slots, d, dv;
   int64_t q_stride_b, q_stride_t, q_stride_h, q_stride_s;
   int64_t k_stride_b, k_stride_t, k_stride_h;

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .device import tf32x3
 from .numerics import cast
 
 MAX_DIM = 256
@@ -152,7 +153,7 @@ def store_dx(dy, w_ptr, out_ptr, at, live, d, f, D: tl.constexpr, F: tl.constexp
     for start in range(0, D, BK):
         k = start + tl.arange(0, BK)
         w = tl.load(w_ptr + k[:, None] * f + cols[None, :], (k < d)[:, None] & (cols < f)[None, :], other=0.0)
-        part = tl.dot(dy, tl.trans(w.to(tl.float32)), input_precision="tf32x3")  # [rows, BK]
+        part = tl.dot(dy, tl.trans(w.to(tl.float32)), input_precision=tf32x3())  # [rows, BK]
         out = out_ptr + at[:, None] * d + k[None, :]
         tl.store(out, cast(part, out_ptr.dtype.element_ty), live[:, None] & (k < d)[None, :])
 

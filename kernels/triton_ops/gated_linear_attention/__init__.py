@@ -18,7 +18,7 @@ import torch
 import triton
 
 from .._common.aot import AotCase
-from .._common.numerics import INTERPRET
+from .._common.device import generation, precision
 from .arguments import Flags, Heads, RowGrads, Sequences, States, Walked
 from .backward import chunk_bwd_den_kernel, chunk_bwd_dqkv_kernel, chunk_bwd_state_kernel, sum_shared_kernel
 from .forward import chunk_fwd_out_kernel, chunk_fwd_state_kernel, recurrent_step_kernel
@@ -34,8 +34,7 @@ def _tiles(dtype: torch.dtype) -> tuple[int, int]:
     """
     if dtype is torch.float32:
         return 32, 32
-    generation = 9 if INTERPRET.value else int(triton.runtime.driver.active.get_current_target().arch) // 10
-    return 64 if generation in (9, 10) else 32, 64
+    return 64 if generation() in (9, 10) else 32, 64
 
 
 class _Plan:
@@ -58,7 +57,7 @@ class _Plan:
             G_SHARE=self.states // max(gates, 1),
             GATE=0 if g is None else g.dim() - 2,
             NORMALIZE=normalize,
-            PRECISION=_PRECISIONS[q.dtype],
+            PRECISION=precision(_PRECISIONS[q.dtype]),
         )
         self.options = {"FLAGS": self.flags, "C": chunk, "BK": block_k, "BV": block_v, "num_warps": 8, "num_stages": 1}
         self.q, self.k, self.v = (Heads(x, x.stride(0), x.stride(1), x.stride(2), 1) for x in (q, k, v))
@@ -89,16 +88,16 @@ class _Plan:
         )
 
     def walk(self, kernel: Any, *args: Any, **numbers: float) -> None:
-        """A launch over blocks of value columns, states of sequences, and blocks of key channels."""
+        """A launch over blocks of value columns, states of sequences, and blocks of key channels, see `place_of_walk`."""
         if self.sequences:
-            kernel[(self.blocks_v, self.sequences * self.states, self.blocks_k)](
+            kernel[(self.blocks_v * self.sequences * self.states * self.blocks_k,)](
                 *args, self.tokens, self.chunks, self.slots, self.states, self.dk, self.dv, **numbers, **self.options
             )
 
-    def by_chunk(self, kernel: Any, grid: tuple[int, ...], *args: Any, **numbers: float) -> None:
-        """A launch over chunks and more."""
+    def by_chunk(self, kernel: Any, programs: int, *args: Any, **numbers: float) -> None:
+        """A launch of so many programs for every chunk, see `place_of_chunk`."""
         if self.slots:
-            kernel[(self.slots, *grid)](
+            kernel[(self.slots * programs,)](
                 self.q, self.k, self.v, self.g, self.packed, *args, self.sequences, self.chunks, self.tokens, self.states,
                 self.dk, self.dv, **numbers, **self.options,
             )  # fmt: skip
@@ -134,8 +133,7 @@ def gated_linear_attention_fwd(
     den = torch.empty((plan.batch if normalize else 0, plan.tokens, plan.heads), **plan.wide)
     final = plan.empty_states(plan.sequences)
     walked = plan.walk_forwards(final)
-    grid = (plan.heads, plan.blocks_v)
-    plan.by_chunk(chunk_fwd_out_kernel, grid, walked, o, den, scale=scale, eps=eps)
+    plan.by_chunk(chunk_fwd_out_kernel, plan.heads * plan.blocks_v, walked, o, den, scale=scale, eps=eps)
     return o, den, *final
 
 
@@ -149,7 +147,7 @@ def gated_linear_attention_bwd(
     walked = plan.walk_forwards()
     u = torch.empty(q.shape, **plan.wide)
     grads = RowGrads(grad_o, den, torch.empty_like(den))
-    plan.by_chunk(chunk_bwd_den_kernel, (plan.heads,), walked, grads, u, **numbers)
+    plan.by_chunk(chunk_bwd_den_kernel, plan.heads, walked, grads, u, **numbers)
     dstates = plan.empty_states(plan.slots)
     dinitial = States(*(None if x is None else torch.empty(x.shape, **plan.wide) for x in plan.initial))
     plan.walk(
@@ -169,8 +167,8 @@ def gated_linear_attention_bwd(
         width = plan.dk if g.dim() == 4 else plan.narrow_k
         parts *= 1 if g.dim() == 4 else plan.narrow_k
         dg = of_states(g, parts, width)
-    grid = (plan.states, plan.narrow_k + plan.blocks_v)
-    plan.by_chunk(chunk_bwd_dqkv_kernel, grid, walked, grads, u, dstates, dq, dk, dv, dg, **numbers)
+    programs = plan.states * (plan.narrow_k + plan.blocks_v)
+    plan.by_chunk(chunk_bwd_dqkv_kernel, programs, walked, grads, u, dstates, dq, dk, dv, dg, **numbers)
     dk, dv = _sum_of_shared(dk, plan.flags.K_SHARE, q.dtype), _sum_of_shared(dv, plan.flags.V_SHARE, q.dtype)
     if g is not None:
         dg = _sum_of_shared(dg if g.dim() == 4 else dg.flatten(2), parts, g.dtype)

@@ -97,6 +97,24 @@ class Flags(NamedTuple):
     PRECISION: str
 
 
+# Launches have one axis, for the others end at 65,535.
+
+
+@triton.jit
+def place_of_walk(dk, dv, BK: tl.constexpr, BV: tl.constexpr):
+    """First value column, number of the state among those of all sequences, and first key channel of a program."""
+    columns, states = tl.cdiv(dv, BV), tl.num_programs(0) // tl.cdiv(dv, BV) // tl.cdiv(dk, BK)
+    rest = tl.program_id(0) // columns
+    return tl.program_id(0) % columns * BV, rest % states, rest // states * BK
+
+
+@triton.jit
+def place_of_chunk(sequences, count, chunks, tokens, C: tl.constexpr):
+    """Number of the chunk, and of the program among those of the chunk; `count` sequences, packed or of `chunks` each."""
+    slots = count * chunks if sequences.cu_seqlens is None else tokens // C + count
+    return (tl.program_id(0) % slots).to(tl.int64), tl.program_id(0) // slots
+
+
 @triton.jit
 def rows_of_head(x, b, h, width):
     """Head h of batch row b."""

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .._common.numerics import cast
-from .arguments import Chunk, Rows, Shape, rows_of_head, rows_of_query
+from .arguments import Chunk, Rows, Shape, place_of_chunk, place_of_walk, rows_of_head, rows_of_query
 from .chunk import (
     MAX_ABS_SUM,
     abs_sum,
@@ -33,7 +33,7 @@ def chunk_bwd_den_kernel(
     FLAGS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """u = S dO of every token, and the gradients of the denominators, of one chunk and query head."""
-    number, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    number, head = place_of_chunk(sequences, sequence_count, chunks, tokens, C)
     s = head // FLAGS.GROUP
     shape = Shape(tokens, states, dk, dv, scale, eps)
     batch, t, end = chunk_bounds(number, sequences, sequence_count, chunks, tokens, C)
@@ -98,14 +98,14 @@ def chunk_bwd_state_kernel(
 
     `final` are the gradients of the final state; `chunks` and `count` as in `chunk_fwd_state_kernel`.
     """
-    n, s = tl.program_id(1) // states, tl.program_id(1) % states
+    column, own, channel = place_of_walk(dk, dv, BK, BV)
+    n, s = own // states, own % states
     shape = Shape(tokens, states, dk, dv, scale, eps)
     batch, start, end = sequence_bounds(n, sequences, tokens)
     base = n.to(tl.int64) * chunks if sequences.cu_seqlens is None else tl.load(sequences.first_chunk + n)
-    column, channel = tl.program_id(0) * BV, tl.program_id(2) * BK
     chan = channel + tl.arange(0, BK)
     of_z = (chan < dk) & (chan * 0 + column == 0)  # what the first block of columns writes of dz
-    own = tl.program_id(1).to(tl.int64)
+    own = own.to(tl.int64)
     tile, inside = state_tile(own, shape, channel, column, BK, BV)
     dstate = tl.load(final.s + tile, inside, other=0.0)  # [BK, BV]
     dz = load_z(final.z, own, shape, channel, FLAGS.NORMALIZE, BK)  # [BK]
@@ -168,7 +168,8 @@ def chunk_bwd_dqkv_kernel(
     FLAGS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk and state head: dq, dk and dg of a block of key channels, or dv of a block of value columns."""
-    number, s, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    number, program = place_of_chunk(sequences, sequence_count, chunks, tokens, C)
+    s, block = program % states, program // states
     shape = Shape(tokens, states, dk, dv, scale, eps)
     batch, t, end = chunk_bounds(number, sequences, sequence_count, chunks, tokens, C)
     if t < end:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .._common.linear import token_tile
 from .._common.numerics import cast
-from .arguments import Chunk, Shape, rows_of_head
+from .arguments import Chunk, Shape, place_of_chunk, place_of_walk, rows_of_head
 from .chunk import (
     MAX_ABS_SUM,
     abs_sum,
@@ -33,14 +33,14 @@ def chunk_fwd_state_kernel(
 
     `chunks` is of one sequence, where all are equally long; `count` of all together.
     """
-    n, s = tl.program_id(1) // states, tl.program_id(1) % states
+    column, own, channel = place_of_walk(dk, dv, BK, BV)
+    n, s = own // states, own % states
     shape = Shape(tokens, states, dk, dv, 1.0, 0.0)
     batch, start, end = sequence_bounds(n, sequences, tokens)
     base = n.to(tl.int64) * chunks if sequences.cu_seqlens is None else tl.load(sequences.first_chunk + n)
-    column, channel = tl.program_id(0) * BV, tl.program_id(2) * BK
     chan = channel + tl.arange(0, BK)
     of_z = (chan < dk) & (chan * 0 + column == 0)  # what the first block of columns writes of z
-    own = tl.program_id(1).to(tl.int64)
+    own = own.to(tl.int64)
     tile, inside = state_tile(own, shape, channel, column, BK, BV)
     state = tl.zeros([BK, BV], tl.float32)
     if initial.s is not None:
@@ -99,13 +99,15 @@ def chunk_fwd_out_kernel(
     FLAGS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Results of one chunk and query head, a block of columns."""
-    number, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    number, program = place_of_chunk(sequences, sequence_count, chunks, tokens, C)
+    heads = states * FLAGS.GROUP
+    head = program % heads
     s = head // FLAGS.GROUP
     shape = Shape(tokens, states, dk, dv, scale, eps)
     batch, t, end = chunk_bounds(number, sequences, sequence_count, chunks, tokens, C)
     if t < end:
         chunk = Chunk(number, batch, t, end, s)
-        column = tl.program_id(2) * BV
+        column = program // heads * BV
         cols, order = column + tl.arange(0, BV), tl.arange(0, C)
         rows = t + order
         live = rows < end

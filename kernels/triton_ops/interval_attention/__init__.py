@@ -15,12 +15,11 @@ import torch
 import triton
 
 from .._common.aot import AotCase
+from .._common.device import precision
 from .arguments import Flags, Heads, Mask, Plan, RowResults
 from .backward import interval_attention_dkdv_kernel, interval_attention_dq_kernel
 from .forward import interval_attention_fwd_kernel
 from .tiles import PLAN_K, PLAN_Q, launch_options
-
-MAX_GRID = 65535  # programs in the second and third dimension
 
 
 class _Call(NamedTuple):
@@ -54,10 +53,8 @@ def _call(
     scale: float,
     plan: list[torch.Tensor],
 ) -> _Call:
-    batch, tq, heads, slots, d = q.shape
+    _, tq, heads, slots, d = q.shape
     tk, kv_heads, dv = k.shape[1], k.shape[2], v.shape[3]
-    if batch > MAX_GRID:
-        raise ValueError(f"q: expected a batch of at most {MAX_GRID}, as a grid has, got {batch}")
     intervals, strides, key_strides, bias_strides = 1, (0, 0), (0, 0), (0, 0)
     if starts is not None:
         if len(plan) != 4:
@@ -86,7 +83,7 @@ def _call(
         INTERVALS=intervals,
         SLOTS=slots,
         GROUP=heads // kv_heads,
-        PRECISION="tf32x3" if q.dtype is torch.float32 else "tf32",
+        PRECISION=precision("tf32x3" if q.dtype is torch.float32 else "tf32"),
     )
     sizes = {"tq": tq, "tk": tk, "sink_tokens": sink_tokens, "window": window, "heads": heads, "scale": scale}
     blocks = {"BD": max(16, triton.next_power_of_2(d)), "BDV": max(16, triton.next_power_of_2(dv))}
@@ -109,8 +106,8 @@ def interval_attention_fwd(
     sink_logits: torch.Tensor | None,
     scale: float,
     plan: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of softmax attention over the intervals.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, lse, stats) of softmax attention over the intervals.
 
     Args:
         q: `[B, Tq, Hq, R, D]`, R = 1 or the number of intervals; k `[B, Tk, Hkv, D]`; v `[B, Tk, Hkv, Dv]`; last dimension
@@ -121,28 +118,29 @@ def interval_attention_fwd(
         plan: of the mask, where `starts` is given; per interval when R > 1.
 
     Returns:
-        out `[B, Tq, Hq, Dv]` like q, lse fp32 `[B, Tq, Hq]`, contiguous.
+        out `[B, Tq, Hq, Dv]` like q, lse fp32 `[B, Tq, Hq]`, stats fp32 `[B, Tq, Hq, 2]` (see `RowResults`), contiguous.
 
     Raises:
-        ValueError: a mask without its plan, slots that do not fit it, or a batch of more than 65535.
+        ValueError: a mask without its plan, or slots that do not fit it.
     """
     batch, tq, heads = q.shape[:3]
     c = _call(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, scale, plan)
     out = q.new_empty((batch, tq, heads, v.shape[3]))
     lse = q.new_empty((batch, tq, heads), dtype=torch.float32)
+    stats = lse.new_empty((batch, tq, heads, 2))
     options = launch_options(c.width, q.dtype is torch.float32, "fwd")
     if lse.numel():
-        interval_attention_fwd_kernel[(triton.cdiv(tq, options["BM"]), heads, batch)](
-            *c.tensors, c.by_rows, sink_logits, RowResults(out, lse), **c.sizes, **c.constants, **options
+        interval_attention_fwd_kernel[(triton.cdiv(tq, options["BM"]) * heads * batch,)](
+            *c.tensors, c.by_rows, sink_logits, RowResults(out, lse, stats), **c.sizes, **c.constants, **options
         )
-    return out, lse
+    return out, lse, stats
 
 
 def interval_attention_bwd(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    stats: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -172,18 +170,18 @@ def interval_attention_bwd(
     tk, kv_heads = k.shape[1:3]
     c = _call(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, scale, plan)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dkey_bias = lse.new_empty((0,) if key_bias is None else (batch, heads, tk))
-    delta = torch.empty_like(lse)
-    if lse.numel():
+    dkey_bias = grad_lse.new_empty((0,) if key_bias is None else (batch, heads, tk))
+    delta = torch.empty_like(grad_lse)
+    if delta.numel():
         options = launch_options(c.width, q.dtype is torch.float32, "dq")
-        interval_attention_dq_kernel[(triton.cdiv(tq, options["BM"]), heads, batch)](
-            *c.tensors, c.by_rows, RowResults(out, lse), RowResults(grad_out, grad_lse), dq, delta,
+        interval_attention_dq_kernel[(triton.cdiv(tq, options["BM"]) * heads * batch,)](
+            *c.tensors, c.by_rows, RowResults(out, None, stats), RowResults(grad_out, grad_lse, None), dq, delta,
             **c.sizes, **c.constants, **options,
         )  # fmt: skip
     if batch * tk * kv_heads:
         options = launch_options(c.width, q.dtype is torch.float32, "dkdv")
-        interval_attention_dkdv_kernel[(triton.cdiv(tk, options["BN"]), kv_heads, batch)](
-            *c.tensors, c.by_keys, grad_out, lse, delta, dk, dv, dkey_bias, **c.sizes, **c.constants, **options
+        interval_attention_dkdv_kernel[(triton.cdiv(tk, options["BN"]) * kv_heads * batch,)](
+            *c.tensors, c.by_keys, grad_out, stats, delta, dk, dv, dkey_bias, **c.sizes, **c.constants, **options
         )
     return dq, dk, dv, dkey_bias, delta
 
@@ -206,8 +204,8 @@ def _aot_args(dtype: torch.dtype, d: int, kind: str, backward: bool = False) -> 
     call = (q, k, v, *mask, None, None, 0.125, plan)
     if not backward:
         return call
-    out, lse = empty(1, t, heads, d), empty(1, t, heads, dtype=torch.float32)
-    return (out, lse, out, lse, *call)
+    out, wide = empty(1, t, heads, d), partial(empty, 1, t, heads, dtype=torch.float32)
+    return (out, wide(), out, wide(2), *call)
 
 
 _SPILL = (

@@ -78,10 +78,13 @@ class Plan(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """What the forward gives, or its gradient: out [B, Tq, H, Dv] and lse [B, Tq, H], contiguous."""
+    """What the forward gives, or its gradient: out [B, Tq, H, Dv], lse [B, Tq, H] and, for the backward, stats
+    [B, Tq, H, 2]: the largest score of a row, the sink logit among them, and log of the sum of exp(score - largest), or 0 and
+    inf. Contiguous; None where a kernel does not touch it."""
 
     out: Any
     lse: Any
+    stats: Any
 
 
 class Flags(NamedTuple):
@@ -94,6 +97,13 @@ class Flags(NamedTuple):
     SLOTS: int  # queries per row, one for each interval, or 1
     GROUP: int  # query heads per key head
     PRECISION: str
+
+
+@triton.jit
+def place_of_program(tiles, heads, SIZE: tl.constexpr):
+    """Batch row, head and first row or key of a program; one axis, for the others end at 65,535."""
+    number = tl.program_id(0)
+    return (number // tiles // heads).to(tl.int64), number // tiles % heads, number % tiles * SIZE
 
 
 @triton.jit

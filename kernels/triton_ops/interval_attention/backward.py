@@ -8,25 +8,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._common.numerics import LOG2E, cast
-from .arguments import HeadMask, Rows, offsets_of_head, rows_of_head, rows_of_slot
-from .pairs import add_nonfinite, dot, finite_part, load_bias, load_lse2, load_rows, visible
+from .._common.numerics import cast
+from .arguments import HeadMask, Rows, offsets_of_head, place_of_program, rows_of_head, rows_of_slot
+from .pairs import add_nonfinite, dot, finite_part, load_bias, load_rows, load_stats, visible, weights
 from .tiles import find_tiles, start_of_tile
 
 
 @triton.jit
 def _dq_tile(
-    dq, nonfinite, q, grad, lse2, delta, k, v, mask, rows, start, slot, scale2,
+    dq, nonfinite, q, grad, top, log2_sum, delta, k, v, mask, rows, start, slot, scale,
     MASKED: tl.constexpr, FLAGS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, BN)
     b_k = load_rows(k, start, BN, BD)  # [BN, BD]
     b_v = load_rows(v, start, BN, BDV)  # [BN, BDV]
     bias = load_bias(mask, cols)  # [BN]
-    scores = dot(q, tl.trans(b_k), FLAGS) * scale2  # [BM, BN]
+    scores = dot(q, tl.trans(b_k), FLAGS) * scale  # [BM, BN]
     if mask.tensors.key_bias is not None:
         scores += bias[None, :]
-    p = tl.exp2(scores - lse2[:, None])  # [BM, BN]
+    p = weights(scores, top[:, None], log2_sum[:, None])  # [BM, BN]
     ds = p * (dot(grad, tl.trans(b_v), FLAGS) - delta[:, None])  # [BM, BN]
     if MASKED:
         ds = tl.where(visible(rows, cols, bias, mask, slot, False, FLAGS), ds, 0.0)
@@ -39,14 +39,11 @@ def interval_attention_dq_kernel(
     q, k, v, mask, plan, results, grads, dq_ptr, delta_ptr, tq, tk, sink_tokens, window, heads, scale,
     FLAGS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1)
-    first = tl.program_id(0) * BM
+    b, h, first = place_of_program(tl.cdiv(tq, BM), heads, BM)
     rows = first + tl.arange(0, BM)
     k_rows = rows_of_head(k, b, h // FLAGS.GROUP, tk)
     v_rows = rows_of_head(v, b, h // FLAGS.GROUP, tk)
     seen = HeadMask(mask, offsets_of_head(mask, b, h, tq, FLAGS.INTERVALS), tq, tk, sink_tokens, window)
-    scale2 = scale * LOG2E
     live = rows < tq
     row = (b * tq + rows) * heads + h
     values = tl.arange(0, BDV)
@@ -56,7 +53,7 @@ def interval_attention_dq_kernel(
     out = tl.load(results.out + at, inside, other=0.0)  # [BM, BDV]
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1) - tl.load(grads.lse + row, live, other=0.0)  # [BM]
     tl.store(delta_ptr + row, delta, live)
-    lse2 = load_lse2(results.lse, row, live)  # [BM]
+    top, log2_sum = load_stats(results.stats, row, live)  # [BM]
     for slot in range(FLAGS.SLOTS):
         nonfinite = 0
         b_q = load_rows(rows_of_slot(q, b, h, slot, tq), first, BM, BD)  # [BM, BD]
@@ -66,13 +63,13 @@ def interval_attention_dq_kernel(
         for n in range(tiles.masked):
             start = start_of_tile(n, tiles, plan, True, BN)
             dq, nonfinite = _dq_tile(
-                dq, nonfinite, b_q, grad, lse2, delta, k_rows, v_rows, seen, rows, start, slot, scale2,
+                dq, nonfinite, b_q, grad, top, log2_sum, delta, k_rows, v_rows, seen, rows, start, slot, scale,
                 True, FLAGS, BN, BD, BDV,
             )  # fmt: skip
         for n in range(tiles.masked, tiles.count):
             start = start_of_tile(n, tiles, plan, True, BN)
             dq, nonfinite = _dq_tile(
-                dq, nonfinite, b_q, grad, lse2, delta, k_rows, v_rows, seen, rows, start, slot, scale2,
+                dq, nonfinite, b_q, grad, top, log2_sum, delta, k_rows, v_rows, seen, rows, start, slot, scale,
                 FLAGS.PER_KEY, FLAGS, BN, BD, BDV,
             )  # fmt: skip
         if nonfinite > 0:
@@ -89,7 +86,7 @@ def interval_attention_dq_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, dbias, nonfinite, k, v, bias, q, grad, lse_ptr, delta_ptr, heads, mask, cols, start, slot, scale2,
+    dk, dv, dbias, nonfinite, k, v, bias, q, grad, stats_ptr, delta_ptr, heads, mask, cols, start, slot, scale,
     MASKED: tl.constexpr, FLAGS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Keys down and rows across: scores are [BN, BM]."""
@@ -98,14 +95,14 @@ def _dkdv_tile(
     b_grad = load_rows(grad, start, BM, BDV)  # [BM, BDV]
     live = rows < mask.tq
     at = rows.to(tl.int64) * heads
-    lse2 = load_lse2(lse_ptr, at, live)  # [BM]
+    top, log2_sum = load_stats(stats_ptr, at, live)  # [BM]
     delta = tl.load(delta_ptr + at, live, other=0.0)  # [BM]
     if MASKED:
         keep = visible(rows, cols, bias, mask, slot, True, FLAGS)  # [BN, BM]
-    scores = dot(k, tl.trans(b_q), FLAGS) * scale2  # [BN, BM]
+    scores = dot(k, tl.trans(b_q), FLAGS) * scale  # [BN, BM]
     if mask.tensors.key_bias is not None:
         scores += bias[:, None]
-    p = tl.exp2(scores - lse2[None, :])  # [BN, BM]
+    p = weights(scores, top[None, :], log2_sum[None, :])  # [BN, BM]
     ds = p * (dot(v, tl.trans(b_grad), FLAGS) - delta[None, :])  # [BN, BM]
     if MASKED:
         p = tl.where(keep, p, 0.0)
@@ -121,15 +118,12 @@ def _dkdv_tile(
 
 @triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window"])
 def interval_attention_dkdv_kernel(
-    q, k, v, mask, plan, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr, tq, tk, sink_tokens, window, heads, scale,
+    q, k, v, mask, plan, grad_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr, tq, tk, sink_tokens, window, heads, scale,
     FLAGS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // FLAGS.GROUP
-    b = tl.program_id(2).to(tl.int64)
-    kv_head = tl.program_id(1)
-    first = tl.program_id(0) * BN
+    b, kv_head, first = place_of_program(tl.cdiv(tk, BN), kv_heads, BN)
     cols = first + tl.arange(0, BN)
-    scale2 = scale * LOG2E
     b_k = load_rows(rows_of_head(k, b, kv_head, tk), first, BN, BD)  # [BN, BD]
     b_v = load_rows(rows_of_head(v, b, kv_head, tk), first, BN, BDV)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
@@ -149,14 +143,14 @@ def interval_attention_dkdv_kernel(
             for n in range(tiles.masked):
                 start = start_of_tile(n, tiles, plan, False, BM)
                 dk, dv, dbias, nonfinite = _dkdv_tile(
-                    dk, dv, dbias, nonfinite, b_k, b_v, bias, q_rows, grad_rows, lse_ptr + at, delta_ptr + at, heads, seen,
-                    cols, start, slot, scale2, True, FLAGS, BM, BD, BDV,
+                    dk, dv, dbias, nonfinite, b_k, b_v, bias, q_rows, grad_rows, stats_ptr + 2 * at, delta_ptr + at, heads, seen,
+                    cols, start, slot, scale, True, FLAGS, BM, BD, BDV,
                 )  # fmt: skip
             for n in range(tiles.masked, tiles.count):
                 start = start_of_tile(n, tiles, plan, False, BM)
                 dk, dv, dbias, nonfinite = _dkdv_tile(
-                    dk, dv, dbias, nonfinite, b_k, b_v, bias, q_rows, grad_rows, lse_ptr + at, delta_ptr + at, heads, seen,
-                    cols, start, slot, scale2, FLAGS.PER_KEY, FLAGS, BM, BD, BDV,
+                    dk, dv, dbias, nonfinite, b_k, b_v, bias, q_rows, grad_rows, stats_ptr + 2 * at, delta_ptr + at, heads, seen,
+                    cols, start, slot, scale, FLAGS.PER_KEY, FLAGS, BM, BD, BDV,
                 )  # fmt: skip
             if nonfinite > 0:
                 for n in range(tiles.count if FLAGS.PER_KEY else tiles.masked):

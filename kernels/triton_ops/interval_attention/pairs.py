@@ -29,18 +29,24 @@ def load_rows(x, first, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def load_bias(mask, cols):
-    """Biases of keys [cols] in units of log2; 0 without."""
+    """Biases of keys [cols]; 0 without."""
     if mask.tensors.key_bias is not None:
-        return tl.load(mask.tensors.key_bias + mask.offsets.bias + cols, cols < mask.tk, other=0.0) * LOG2E
+        return tl.load(mask.tensors.key_bias + mask.offsets.bias + cols, cols < mask.tk, other=0.0)
     else:
         return tl.zeros([cols.shape[0]], tl.float32)
 
 
 @triton.jit
-def load_lse2(lse_ptr, at, live):
-    """lse in units of log2; +inf, which makes every weight 0, for rows that see nothing or do not exist."""
-    lse = tl.load(lse_ptr + at, live, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+def load_stats(stats_ptr, at, live):
+    """The largest score of every row, and log2 of its sum: +inf, which makes every weight 0, for rows that do not exist."""
+    top = tl.load(stats_ptr + 2 * at, live, other=0.0)
+    return top, tl.load(stats_ptr + 2 * at + 1, live, other=float("inf")) * LOG2E
+
+
+@triton.jit
+def weights(scores, top, log2_sum):
+    """softmax of scores. Units of log2 begin behind the difference: the largest floats, which masks hold, would overflow."""
+    return tl.exp2((scores - top) * LOG2E - log2_sum)
 
 
 @triton.jit

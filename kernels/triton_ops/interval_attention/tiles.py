@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .._common.device import generation, shared_memory
 from .._common.numerics import INTERPRET
 
 PLAN_Q, PLAN_K = tl.constexpr(128), tl.constexpr(64)  # as in `IntervalMask.plan`
@@ -153,12 +154,37 @@ TILES: dict[str, dict[int | str, tuple[tuple[int, ...], ...]]] = {
 }
 
 
+def _room(kernel: str, rows: int, keys: int, stages: int) -> float:
+    """Rows of tensors in shared memory at most, with tiles of this size, as `subquad gpu-report` shows."""
+    if kernel == "fwd":
+        return rows + 2 * stages * keys
+    return 2 * (rows + keys) if kernel == "dq" else 8 * (rows + keys) / 3
+
+
+def _fitting(tiles: tuple[int, ...], kernel: str, row_bytes: int) -> tuple[int, ...]:
+    """The tiles, or smaller ones where a block of this device has too little shared memory.
+
+    AMD keeps operands in registers and needs a fraction of the room.
+    """
+    rows, keys, warps, stages, *rest = tiles
+    limit = shared_memory() - 1024  # besides the tiles: sums across warps, barriers
+    while _room(kernel, rows, keys, stages) * row_bytes > limit and max(rows, keys) > 16:
+        if stages > 1:
+            stages = 1
+        elif rows >= keys:
+            rows //= 2
+        else:
+            keys //= 2
+    return rows, keys, warps, stages, *rest
+
+
 def launch_options(width: int, wide_floats: bool, kernel: str) -> dict[str, int]:
     """Tile sizes, warps, stages and registers for the larger head dimension `width`."""
     if INTERPRET.value:
         tiles: tuple[int, ...] = (64, 32, 4, 1)
     else:
-        generation = int(triton.runtime.driver.active.get_current_target().arch) // 10
-        small, large, fp32 = TILES[kernel].get(generation, TILES[kernel]["any"])
+        small, large, fp32 = TILES[kernel].get(generation(), TILES[kernel]["any"])
         tiles = fp32 if wide_floats else small if width <= 64 else large
+        if generation():
+            tiles = _fitting(tiles, kernel, width * (4 if wide_floats else 2))
     return dict(zip(("BM", "BN", "num_warps", "num_stages", "maxnreg"), tiles, strict=False))

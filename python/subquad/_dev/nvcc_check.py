@@ -1,6 +1,6 @@
 """`python -m subquad._dev.nvcc_check`: compile and link the CUDA kernels without a GPU, and load the result.
 
-Every supported architecture is compiled with nvcc against whatever torch is installed, a CPU build included; ptxas
+Every architecture that the extension ships is compiled with nvcc against whatever torch is installed, a CPU build included; ptxas
 reports registers and spills, and a spill without a declared reason is a failure. The library is then loaded and must
 have registered a kernel for every op that CUDA C++ has. Without nvcc nothing is checked, and one line says so.
 """
@@ -88,7 +88,7 @@ def summary(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
 def main() -> int:
     """Compile, link, load; 0 when everything held."""
     parser = argparse.ArgumentParser(prog="python -m subquad._dev.nvcc_check", description=_DESCRIPTION)
-    parser.add_argument("--arch", default=",".join(map(str, _build.CUDA_ARCHES)), help="comma-separated, such as 80,90")
+    parser.add_argument("--arch", default=",".join(map(str, _build.SHIPPED)), help="comma-separated, such as 80,90")
     args = parser.parse_args()
     nvcc = _build.find_nvcc(_env.cuda_home())
     if nvcc is None:

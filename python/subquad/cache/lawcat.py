@@ -26,10 +26,11 @@ class LawcatState(TensorState):
         conv_v: such values, where they are convolved.
         s, z: states of `gated_linear_attention`, [N, HS, K, V] and [N, HS, K] float32.
         window_k, window_v: last window_size - 1 rotated keys and values [N, w-1, HKV, d] of the hybrid.
-        window_visible: bool [N, w-1], False where there is none.
+        window_visible: bool [N, w-1], False where there is none yet.
         late_k, late_v, late_g: features, values and gates of the last window_size tokens, which a linear branch that does not
             cover the window has not seen yet.
-        seen: tokens that went by, padding included.
+        seen: tokens that went by, padding included: an int, or where a cache is preallocated an int64 tensor, which compiled code
+            advances in one graph.
         depth: tokens to keep for a rollback, m.
         base: the tensors above as they were `kept` tokens ago; None while nothing is kept.
         rows: by name, what came since [N, kept, ...]: the rows that enter a tensor above, and k, v, g of the sums.
@@ -47,7 +48,7 @@ class LawcatState(TensorState):
     late_k: torch.Tensor | None = None
     late_v: torch.Tensor | None = None
     late_g: torch.Tensor | None = None
-    seen: int = 0
+    seen: int | torch.Tensor = 0
     depth: int = 0
     base: dict[str, torch.Tensor] | None = None
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -72,12 +73,23 @@ class LawcatState(TensorState):
 
     def current(self) -> dict[str, torch.Tensor]:
         """The state itself, by name, without what is kept for a rollback."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: value for name, value in values if isinstance(value, torch.Tensor)}
+        values = ((name, getattr(self, name)) for name in _TENSORS)
+        return {name: value for name, value in values if value is not None}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         kept = {"base": self.base or {}, "rows": self.rows}
         return self.current() | {f"{part}.{name}": x for part, named in kept.items() for name, x in named.items()}
+
+    def suit(self, dtype: torch.dtype) -> None:
+        """Be of the dtype and the mode of a call, which another one before it may not have had: autocast, inference mode."""
+        normal = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
+        for name, value in self.current().items():
+            if name.startswith("conv") and value.dtype is not dtype:
+                setattr(self, name, value.to(dtype))
+            elif (
+                normal and value.is_inference()
+            ):  # such a tensor can neither be written to nor saved for a backward pass
+                setattr(self, name, value.clone())
 
     def put(self, name: str, value: torch.Tensor) -> None:
         part, _, inner = name.rpartition(".")
@@ -99,7 +111,7 @@ class LawcatState(TensorState):
             return
         for name in _TENSORS:
             setattr(self, name, None)
-        self.seen = 0
+        self.seen = torch.zeros_like(self.seen) if isinstance(self.seen, torch.Tensor) else 0
 
     # --- taking tokens back ----------------------------------------
 
@@ -122,7 +134,7 @@ class LawcatState(TensorState):
             for one, other in ((self.rows, rows), (rows, self.rows)):
                 if "real" in one and "real" not in other:
                     other["real"] = torch.ones_like(other["conv_q"][..., 0], dtype=torch.bool)
-            self.rows = {name: torch.cat([x, rows[name]], 1) for name, x in self.rows.items()}
+            self.rows = {name: _joined(x, rows[name], 1) for name, x in self.rows.items()}
         if self.kept > 2 * self.depth:
             extra = self.kept - self.depth
             self.base, self.rows = self._after(extra), {name: x[:, extra:].clone() for name, x in self.rows.items()}
@@ -138,7 +150,7 @@ class LawcatState(TensorState):
             setattr(self, name, past.get(name))
         self.rows = {name: x[:, :left].clone() for name, x in self.rows.items()} if left else {}
         self.base = self.base if left else None
-        self.seen -= tokens
+        self.seen = self.seen - tokens
 
     def _after(self, count: int) -> dict[str, torch.Tensor]:
         """The state `count` tokens after `base`."""
@@ -148,6 +160,8 @@ class LawcatState(TensorState):
         found = {n: self._tail(n, x, count) for n, x in self.current().items() if n not in ("s", "z")}
         k, v, g = (None if n not in self.rows else self.rows[n][:, :count] for n in ("k", "v", "g"))
         assert k is not None and v is not None and self.s is not None
+        wide = torch.promote_types(k.dtype, v.dtype)
+        k, v = k.to(wide), v.to(wide)
         sums: Any = self.base.get("s") if self.z is None else (self.base.get("s"), self.base.get("z"))
         _, final = gated_linear_attention(
             k[:, :, :1].expand(-1, -1, self.s.shape[1], -1), k, v, g, normalize=self.z is not None,
@@ -159,22 +173,28 @@ class LawcatState(TensorState):
     def _tail(self, name: str, now: torch.Tensor, count: int) -> torch.Tensor:
         """The last rows of a stream, as many as the tensor has, `count` tokens after `base`."""
         assert self.base is not None
-        rows, past = self.rows[name][:, :count], self.base.get(name)
-        if name.startswith("window"):  # grows until it is full
-            stream = rows if past is None else torch.cat([past, rows], 1)
-            return stream[:, max(stream.shape[1] - now.shape[1], 0) :].clone()
-        if name.startswith("late"):
-            stream = torch.cat([torch.zeros_like(now) if past is None else past, rows], 1)
-            return stream[:, stream.shape[1] - now.shape[1] :].clone()
-        size = now.shape[2]
-        stream = torch.cat([torch.zeros_like(now) if past is None else past, rows.mT], 2)
+        along = 2 if name.startswith("conv") else 1
+        size, past = now.shape[along], self.base.get(name)
+        if name == "window_visible":
+            rows = now.new_ones(now.shape[0], count)
+        else:
+            rows = self.rows[name][:, :count]
+            rows = (rows.mT if along == 2 else rows).to(now.dtype)
+        stream = torch.cat([torch.zeros_like(now) if past is None else past.to(now.dtype), rows], along)
         real = self.rows.get("real")
         if real is None:
-            return stream[:, :, stream.shape[2] - size :].clone()
-        # Padding inside a sequence is not there for a convolution: real rows go last, in their order.
+            return stream.narrow(along, count, size).clone()
+        # Padding inside a sequence is not there: real rows go last, in their order.
         order = F.pad(real[:, :count], (size, 0), value=True).to(torch.uint8).argsort(stable=True, dim=1)
         order = order[:, order.shape[1] - size :]
-        return stream.gather(2, order[:, None].expand(-1, stream.shape[1], -1))
+        order = order[:, None] if along == 2 else order.view(*order.shape, *(1,) * (stream.dim() - 2))
+        return stream.take_along_dim(order, along)
+
+
+def _joined(x: torch.Tensor, y: torch.Tensor, along: int) -> torch.Tensor:
+    """Both, in a dtype that holds both: autocast lets `cat` refuse bfloat16 beside float16."""
+    wide = torch.promote_types(x.dtype, y.dtype)
+    return torch.cat([x.to(wide), y.to(wide)], along)
 
 
 _TENSORS = tuple(f.name for f in fields(LawcatState) if f.name not in ("seen", "depth", "base", "rows", "backend"))

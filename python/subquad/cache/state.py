@@ -124,7 +124,7 @@ class TensorState:
         fresh = type(self)()
         for name, value in state.items():
             if name in self.counters:
-                setattr(fresh, name, value)
+                setattr(fresh, name, value.clone() if isinstance(value, torch.Tensor) else value)
             else:
                 fresh.put(name, value.clone())
         vars(self).update(vars(fresh))

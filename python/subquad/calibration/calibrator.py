@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .._backends import SubquadWarning
-from ..convert import CatsConfig, convert_mlps, find_mlps, match_layer
+from ..convert import CatsConfig, convert_mlps, find_mlps, match_layer, restore
 from ..nn._gated import gated_activation
+from ..nn._tokens import padding_of
 from ..nn.cats_mlp import CATSMLP
 from ..reference.cats_activation import activate
 from .sketch import SLOTS, MagnitudeSketch
@@ -30,9 +30,9 @@ class CatsCalibrator:
 
     Inside the `with` block every forward of the model is observed and computed densely, also where the model is
     converted already; leaving it, by an exception or not, removes all hooks and restores what was switched off. Memory:
-    58 KB per layer. Tokens whose `attention_mask` (a `[B, S]` argument of the model's forward) is 0 do not count; with
-    a cache, its last columns belong to the tokens of the call. Positions are counted along that mask, or without one
-    taken from `position_ids`.
+    58 KB per layer. Padding does not count, in whatever form the model is told of it: an `attention_mask` [B, S], one in four
+    dimensions, one by kind of layer, with any cache. Positions are counted along a mask [B, S], or otherwise taken from
+    `position_ids`.
 
     Args:
         model: a model with gated MLPs, converted to CATS or not.
@@ -105,18 +105,11 @@ class CatsCalibrator:
 
     def _observe(self, stack: ExitStack, name: str, mlp: nn.Module) -> None:
         if isinstance(mlp, CATSMLP):
-            cats = mlp
-
-            def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                w_gate, _, b_gate, _ = cats.projections()
-                with torch.no_grad():
-                    self._count(name, F.linear(args[0], w_gate, b_gate), cats.activation)
-
-            stack.callback(cats.register_forward_pre_hook(before).remove)
-            stack.callback(setattr, cats, "enabled", cats.enabled)
-            cats.enabled = False
-            return
-        activation = gated_activation(mlp)
+            stack.callback(setattr, mlp, "enabled", mlp.enabled)
+            mlp.enabled = False
+            activation = mlp.activation
+        else:
+            activation = gated_activation(mlp)
         fused = isinstance(getattr(mlp, "gate_up_proj", None), nn.Module)
 
         def after(module: nn.Module, args: Any, z: torch.Tensor) -> None:
@@ -143,22 +136,31 @@ class CatsCalibrator:
         self.sketches[name].update(activate(rows.float(), activation))
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        attention_mask = _argument(module, args, kwargs, "attention_mask")
-        position_ids = _argument(module, args, kwargs, "position_ids")
-        tokens = _argument(module, args, kwargs, "input_ids")
-        tokens = _argument(module, args, kwargs, "inputs_embeds") if tokens is None else tokens
+        mask, position_ids, tokens, embeds, cache, old = (
+            _argument(module, args, kwargs, name)
+            for name in ("attention_mask", "position_ids", "input_ids", "inputs_embeds", "cache", "past_key_values")
+        )
+        tokens = embeds if tokens is None else tokens
         custom = self.token_mask(args, kwargs) if callable(self.token_mask) else self.token_mask
+        known = isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2 and tokens is not None
         selected: torch.Tensor | None = None
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(
-                    f"attention_mask: expected shape [B, S] to find padding, got {list(attention_mask.shape)}; leave "
-                    "it out and pass token_mask to the calibrator"
+        if mask is not None and tokens is None:
+            selected = self._by_position(mask != 0)
+        elif mask is not None:
+            shape = tokens.shape[:2]
+            cache = old if cache is None else cache
+            seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
+            real = padding_of(mask, *shape, seen)
+            real = torch.ones(shape, dtype=torch.bool, device=tokens.device) if real is None else real
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # it tells the positions, too
+                end = mask.shape[1] if seen is None else min(int(seen) + shape[1], mask.shape[1])
+                selected = self._by_position(mask[:, :end] != 0)[:, end - shape[1] :]
+            else:
+                place = (
+                    position_ids.expand(shape) if known else real.long().cumsum(-1) - 1 + (0 if seen is None else seen)
                 )
-            selected = self._by_position(attention_mask != 0)
-            if tokens is not None:
-                selected = selected[:, selected.shape[1] - tokens.shape[1] :]
-        elif position_ids is not None and position_ids.dim() == 2 and tokens is not None:
+                selected = self._by_position(real, place)
+        elif known:
             # A mask without padding may be dropped by the caller; a cached call is then known by its positions.
             position_ids = position_ids.expand(tokens.shape[:2])
             selected = self._by_position(torch.ones_like(position_ids, dtype=torch.bool), position_ids)
@@ -250,13 +252,16 @@ class CatsCalibrator:
         gone = [name for name in thresholds if name not in present]
         if gone:
             raise ValueError(f"model: expected a gated MLP at {gone[0]!r}, which was there at calibration")
-        if any(not isinstance(present[name], CATSMLP) for name in thresholds):
-            convert_mlps(self.model, config, thresholds)
-            present = find_mlps(self.model)
-        for name, threshold in thresholds.items():
-            module = present[name]
-            assert isinstance(module, CATSMLP)
-            module.set_threshold(threshold, target_sparsity=shares[name], calibration_tokens=self.tokens[name])
+        with ExitStack() as undo:
+            if any(not isinstance(present[name], CATSMLP) for name in thresholds):
+                undo.callback(restore, self.model, "mlp", layers=convert_mlps(self.model, config, thresholds))
+                present = find_mlps(self.model)
+            for name, threshold in thresholds.items():
+                module = present[name]
+                assert isinstance(module, CATSMLP)
+                undo.callback(_put_back, module, module.threshold, module.threshold.clone(), module.cats_meta.clone())
+                module.set_threshold(threshold, target_sparsity=shares[name], calibration_tokens=self.tokens[name])
+            undo.pop_all()
         return list(thresholds)
 
     # --- keeping -----------------------------------------------------------------------------------------------------
@@ -324,14 +329,19 @@ class CatsCalibrator:
             raise ValueError(f"layers: expected the same names and sizes on both sides; first difference: {odd}")
 
 
-def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> torch.Tensor | None:
-    """A tensor argument of the module's forward, whether it was passed by position or by name."""
+def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """An argument of the module's forward, whether it was passed by position or by name; None where it was not."""
     value = kwargs.get(name)
     if value is None and args:
         names = list(inspect.signature(module.forward).parameters)
         if name in names and names.index(name) < len(args):
             value = args[names.index(name)]
-    return value if isinstance(value, torch.Tensor) else None
+    return value
+
+
+def _put_back(module: CATSMLP, threshold: torch.Tensor, values: torch.Tensor, meta: torch.Tensor) -> None:
+    module.threshold = threshold.copy_(values)
+    module.cats_meta.copy_(meta)
 
 
 def _neurons(mlp: nn.Module) -> int:

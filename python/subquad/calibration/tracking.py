@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..nn.cats_mlp import CATSMLP
@@ -31,8 +30,8 @@ class LayerSparsity:
         dead: neurons that no token woke.
         bytes_ratio: weight bytes read over those of the dense MLP, mean over calls: (1 + 2 union) / 3 for a sparse
             call, 1 for a dense one.
-        calls, dense_calls: calls seen, and how many of them took the dense path: too many tokens, gradients, or
-            disabled.
+        calls, dense_calls: calls seen, and how many of them took the dense path: too many tokens, gradients,
+            projections that must be called, or disabled.
     """
 
     name: str
@@ -72,11 +71,10 @@ class _Layer:
             return
         limit = MAX_SPARSE_TOKENS if mlp.max_sparse_tokens is None else mlp.max_sparse_tokens
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in mlp.parameters()))
-        dense_call = tokens > limit or not mlp.enabled or wants_grad
+        dense_call = tokens > limit or not mlp.enabled or wants_grad or not mlp.reads(x)
         with torch.no_grad():
             if mlp.enabled and not (tokens > limit and mlp.prefill == "dense"):
-                w_gate, _, b_gate, _ = mlp.projections()
-                s = activate(F.linear(x, w_gate, b_gate).float(), mlp.activation)
+                s = activate(mlp.gate(x).float(), mlp.activation)
                 mask = active_mask(s, mlp.threshold, mlp.inclusive)
             else:
                 mask = torch.ones(tokens, mlp.intermediate_size, dtype=torch.bool, device=x.device)

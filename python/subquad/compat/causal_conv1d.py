@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..ops.causal_conv1d import causal_conv1d
-from ..ops.causal_conv1d import causal_conv1d_update as _update
+from ._mixed import convolve, update
 
 
 def causal_conv1d_fn(
@@ -22,8 +21,9 @@ def causal_conv1d_fn(
 
     Args:
         x: [B, D, T]; fastest when it is a transposed [B, T, D].
-        weight: [D, W], W up to 8.
-        bias: [D].
+        weight: [D, W], W up to 8, of any float dtype: float32 beside a narrower x is not rounded. All is computed in the widest
+            dtype then, and copied to it; gradients have each argument's own.
+        bias: [D], likewise.
         seq_idx: integers [B, T]: taps do not reach across a change of the number, and a negative number gives 0. Excludes the
             states, and waits for the device.
         initial_states: [B, D, W-1].
@@ -51,11 +51,11 @@ def causal_conv1d_fn(
         if seq_idx.shape != rows.shape[:2]:
             raise ValueError(f"seq_idx: expected shape {list(rows.shape[:2])}, got {list(seq_idx.shape)}")
         packed = rows.reshape(1, -1, x.shape[1])
-        y, _ = causal_conv1d(packed, weight, bias, activation=activation, cu_seqlens=_bounds(seq_idx))
+        y, _ = convolve(packed, weight, bias, activation=activation, cu_seqlens=_bounds(seq_idx))
         y = y.view(rows.shape)
         y = torch.where((seq_idx < 0)[..., None], torch.zeros_like(y), y)
         return y.transpose(1, 2)
-    y, final = causal_conv1d(
+    y, final = convolve(
         rows,
         weight,
         bias,
@@ -94,7 +94,7 @@ def causal_conv1d_update(
     Args:
         x: [B, D] or [B, D, T].
         conv_state: [P, D, L], L >= W-1.
-        weight, bias: [D, W], [D].
+        weight, bias: [D, W], [D], of any float dtype. Where it is not x's, all states are copied there and back at every call.
         activation: None, "silu" or "swish".
         cache_seqlens: int32 [B]: conv_state is a ring.
         conv_state_indices: int32 [B]: the state of each row; -1 skips one.
@@ -107,7 +107,7 @@ def causal_conv1d_update(
     """
     by_time = isinstance(x, torch.Tensor) and x.dim() == 3
     with torch.no_grad():
-        y = _update(
+        y = update(
             x.transpose(1, 2) if by_time else x,
             conv_state,
             weight,

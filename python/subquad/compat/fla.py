@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..ops import causal_conv1d as _conv
 from ..ops.gated_linear_attention import State, gated_linear_attention
+from ._mixed import convolve, update
 
 Result = tuple[torch.Tensor, Any]
 
@@ -213,13 +213,14 @@ def _attend(
     eps: float,
     reverse: bool = False,
 ) -> Result:
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     if isinstance(state, torch.Tensor):
-        state = (state.mT if state_v_first else state).float()
+        state = (state.mT if state_v_first else state).to(wide)
     elif state is not None:
         s, z = state
-        state = (s.mT if state_v_first else s).float(), z.float()
+        state = (s.mT if state_v_first else s).to(wide), z.to(wide)
     if g is not None and g.dtype is not q.dtype:
-        g = g.float()
+        g = g.to(wide)
     if reverse:  # of all packed sequences at once, which puts them in the opposite order too
         q, k, v, g = (None if x is None else x.flip(1) for x in (q, k, v, g))  # type: ignore[assignment]
         if cu_seqlens is not None:
@@ -256,12 +257,13 @@ def causal_conv1d(
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
 ) -> Result:
-    """The short convolution, see `subquad.causal_conv1d`; `backend` is taken and changes nothing.
+    """The short convolution, see `subquad.causal_conv1d`; `backend` is taken and changes nothing. Dtypes may differ: nothing is
+    rounded but y, to x's.
 
     Returns:
         (y, final state [N, D, W] or None). As in FLA nobody reads the first of its columns; here it is 0.
     """
-    y, final = _conv.causal_conv1d(
+    y, final = convolve(
         x, weight, bias, initial_state=initial_state, output_final_state=output_final_state, activation=activation,
         residual=residual, cu_seqlens=cu_seqlens,
     )  # fmt: skip
@@ -286,7 +288,7 @@ def causal_conv1d_update(
     rows = x.reshape(-1, x.shape[-1])
     more = None if residual is None else residual.reshape(-1, residual.shape[-1])
     with torch.no_grad():
-        y = _conv.causal_conv1d_update(rows, cache, weight, bias, residual=more, activation=activation)
+        y = update(rows, cache, weight, bias, residual=more, activation=activation)
     return y.view(x.shape), cache
 
 

@@ -44,14 +44,22 @@ def families() -> tuple[str, ...]:
 
 
 def _triton_impl(name: str) -> Callable[..., Any]:
-    """The launcher of the same name, imported at its first call: importing subquad must not import triton."""
+    """The launcher of the same name, imported at its first call: importing subquad must not import triton.
+
+    Triton launches on the current device: here that of the first argument.
+    """
     launcher: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
         nonlocal launcher
         if launcher is None:
             launcher = getattr(import_module(f"subquad.kernels.{STEM_OF[name]}"), name)
-        return launcher(*args)
+        for i, x in enumerate(args):
+            if isinstance(x, torch.Tensor) and x.numel() and not x.untyped_storage().nbytes():
+                argument = HANDLES["triton"][name]._schema.arguments[i].name
+                raise ValueError(f"{argument}: expected a tensor with memory, got one whose storage was freed")
+        with torch.cuda.device_of(args[0]):
+            return launcher(*args)
 
     return call
 

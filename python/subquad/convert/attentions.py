@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from operator import methodcaller
 from typing import Any
 
@@ -29,6 +30,10 @@ def _lawcat(attention: nn.Module, **options: Any) -> LawcatAttention:
     return LawcatAttention.from_attention(attention, **options)
 
 
+def _options(attention: LawcatAttention) -> dict[str, Any]:
+    return asdict(attention.config) | {"keep": attention.keep}
+
+
 LAWCAT = register(
     Replacement(
         kind=ATTENTION,
@@ -39,6 +44,7 @@ LAWCAT = register(
         make=_lawcat,
         restore=methodcaller("to_attention"),
         new_parameters=methodcaller("new_parameters"),
+        options=_options,
     )
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from operator import methodcaller
 from typing import Any
 
@@ -25,6 +26,11 @@ def _cats(mlp: nn.Module, **options: Any) -> CATSMLP:
     return CATSMLP.from_llama_mlp(mlp, lay_out=False, **options)
 
 
+def _options(mlp: CATSMLP) -> dict[str, Any]:
+    """The threshold is in the state dict."""
+    return {field.name: getattr(mlp, field.name) for field in fields(CatsConfig) if field.name != "threshold"}
+
+
 CATS = register(
     Replacement(
         kind=MLP,
@@ -36,6 +42,7 @@ CATS = register(
         restore=methodcaller("to_dense"),
         settle=methodcaller("lay_out"),
         unsettle=methodcaller("restore_layout"),
+        options=_options,
     )
 )
 

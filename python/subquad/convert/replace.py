@@ -10,12 +10,19 @@ from typing import Any
 
 from torch import nn
 
+from ..nn._children import check_whole
+from .record import record
+
 
 def _nothing(module: Any) -> None:
     pass
 
 
 def _no_parameters(module: Any) -> dict[str, nn.Parameter]:
+    return {}
+
+
+def _no_options(module: Any) -> dict[str, Any]:
     return {}
 
 
@@ -50,6 +57,7 @@ class Replacement:
         settle: changes what a new module shares with its original, such as the layout of a weight.
         unsettle: undoes that, also when it was interrupted.
         new_parameters: those that the model had not, by name.
+        options: of a new module as it is now, for another config: what JSON can say.
     """
 
     kind: Kind
@@ -62,6 +70,7 @@ class Replacement:
     settle: Callable[[Any], None] = _nothing
     unsettle: Callable[[Any], None] = _nothing
     new_parameters: Callable[[Any], dict[str, nn.Parameter]] = _no_parameters
+    options: Callable[[Any], dict[str, Any]] = _no_options
 
 
 _REGISTRY: dict[tuple[str, str], Replacement] = {}
@@ -199,6 +208,7 @@ def replace(
             undo.callback(by.unsettle, module)
             by.settle(module)
         _put(model, undo, exchanges)
+        record(model, _converted(model), undo)
         undo.pop_all()
     return report
 
@@ -215,6 +225,7 @@ def _made(model: nn.Module, by: Replacement, config: Any, layers: list[int | str
             raise ValueError(f"model: it is itself one of the layers ({by.kind.name}); use {by.constructor}")
         if id(old) not in made:
             try:
+                check_whole(old)
                 made[id(old)] = by.make(old, **options)
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
@@ -236,6 +247,22 @@ def _report(exchanges: Sequence[_Exchange]) -> ConversionReport:
     shared = {id(p): p.numel() for e in exchanges for p in e.new.parameters() if id(p) not in new}
     report.new_parameters, report.shared_parameters = sum(new.values()), sum(shared.values())
     return report
+
+
+def _converted(model: nn.Module) -> list[dict[str, Any]]:
+    """Every converted layer of a model, for its record: layers with the same options together."""
+    groups: list[dict[str, Any]] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        by = next((r for r in _REGISTRY.values() if isinstance(module, r.layer)), None)
+        if by is None:
+            continue
+        group: dict[str, Any] = {"kind": by.kind.name, "name": by.name, "options": by.options(module)}
+        known = next((other for other in groups if group.items() <= other.items()), None)
+        if known is None:
+            known = group | {"layers": []}
+            groups.append(known)
+        known["layers"].append(name)
+    return groups
 
 
 def restore(model: nn.Module, *kinds: str, layers: Iterable[int | str] | None = None) -> list[str]:
@@ -271,6 +298,7 @@ def restore(model: nn.Module, *kinds: str, layers: Iterable[int | str] | None = 
                 undo.callback(by.settle, module)
                 originals[id(module)] = by.restore(module)
         _put(model, undo, [_Exchange(name, m, originals[id(m)], by) for name, (m, by) in converted.items()])
+        record(model, _converted(model), undo)
         undo.pop_all()
     return list(converted)
 

@@ -2,7 +2,7 @@
 
 For each Triton case (the `AOT` lists beside the kernels) and each CUDA source, per architecture: registers, spills,
 shared memory, theoretical occupancy, matrix instructions and the widest load. A spill that no declared reason explains
-fails the report.
+fails the report, and so does a kernel that needs more shared memory than a block of the architecture can have.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import cubin, cuda_side, triton_side
+from . import amdgcn, cubin, cuda_side, triton_side
 from .entry import Entry
-from .occupancy import ARCHS, occupancy
+from .occupancy import ARCHS, Arch, occupancy, parse_archs
 from .table import WIDTH, show
 
 SCHEMA = 1
-DEFAULT_ARCHS = (80, 90, 100)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("family", nargs="?", metavar="FAMILY", help="only ops whose name begins so, such as cats")
-    default = ",".join(map(str, DEFAULT_ARCHS))
-    parser.add_argument("--arch", default=default, help=f"compute capabilities, comma-separated (default: {default})")
+    every = ",".join(map(str, ARCHS))
+    parser.add_argument("--arch", default=every, help=f"architectures, comma-separated (default: all, {every})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
 
 
@@ -45,26 +44,25 @@ def run_from_args(args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console.width = WIDTH
     try:
-        archs = [int(arch) for arch in args.arch.split(",")]
-    except ValueError:
-        archs = []
-    if not archs or not set(archs) <= set(ARCHS):
-        console.print(f"subquad gpu-report: --arch: expected a list out of {sorted(ARCHS)}, got {args.arch!r}")
+        archs = parse_archs(args.arch)
+    except ValueError as error:
+        console.print(f"subquad gpu-report: --arch: {error}")
         return 2
-    return run(args.family, sorted(set(archs)), args.json, console)
+    return run(args.family, archs, args.json, console)
 
 
-def run(family: str | None, archs: list[int], json_path: Path | None, console: Console) -> int:
+def run(family: str | None, archs: list[Arch], json_path: Path | None, console: Console) -> int:
     """Compile, print the table and write the JSON.
 
     Args:
         family: prefix of op names, or None for all.
-        archs: compute capabilities, keys of `occupancy.ARCHS`.
+        archs: keys of `occupancy.ARCHS`.
         json_path: where to write every entry, or None.
         console: where to print.
 
     Returns:
-        0; 1 when a kernel spills without a declared reason; 2 when nothing could be compiled, or something did not compile.
+        0; 1 when a kernel would not launch, or spills without a declared reason; 2 when nothing could be compiled, or
+        something did not compile.
     """
     names = triton_side.modules(family)
     if not names:
@@ -102,7 +100,7 @@ def _progress(console: Console, label: str) -> Iterator[Callable[[int], None]]:
         yield update
 
 
-def triton_entries(names: list[str], archs: list[int], console: Console) -> list[Entry]:
+def triton_entries(names: list[str], archs: list[Arch], console: Console) -> list[Entry]:
     """Entries of the `AOT` cases of these modules; none, and a line that says so, where Triton is not installed.
 
     Raises:
@@ -116,7 +114,7 @@ def triton_entries(names: list[str], archs: list[int], console: Console) -> list
     with tempfile.TemporaryDirectory() as folder:
         with _progress(console, "Triton: compiling cases") as update:
             kernels = triton_side.compile_all(names, archs, Path(folder), update)
-        for kernel, (code,) in zip(kernels, _read([k.cubin for k in kernels], "Triton", console), strict=True):
+        for kernel, (code,) in zip(kernels, _read([k.code for k in kernels], "Triton", console), strict=True):
             entries.append(
                 Entry(
                     backend="triton",
@@ -135,7 +133,7 @@ def triton_entries(names: list[str], archs: list[int], console: Console) -> list
     return entries
 
 
-def _cuda_entries(family: str | None, archs: list[int], console: Console) -> list[Entry]:
+def _cuda_entries(family: str | None, archs: list[Arch], console: Console) -> list[Entry]:
     reason = cuda_side.unavailable(archs)
     if reason is not None:
         console.print(f"CUDA sources left out: {reason}")
@@ -176,11 +174,11 @@ def _cuda_entries(family: str | None, archs: list[int], console: Console) -> lis
 
 
 def _read(paths: list[Path], label: str, console: Console) -> list[list[cubin.Code]]:
-    """`cubin.read` of every path, in parallel: disassembly is what takes the time."""
+    """What is in every path, in parallel: disassembly is what takes the time."""
     with _progress(console, f"{label}: reading machine code") as update, ThreadPoolExecutor(os.cpu_count()) as pool:
         update(-len(paths))
         results = []
-        for result in pool.map(cubin.read, paths):
+        for result in pool.map(lambda path: (amdgcn if path.suffix == ".amdgcn" else cubin).read(path), paths):
             results.append(result)
             update(1)
     return results

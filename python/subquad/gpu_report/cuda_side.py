@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import _build, _env, _native
 from ..contract import in_family
+from .occupancy import Arch
 
 _ALLOW = re.compile(r"//\s*allow-spill\((\w+)\):\s*(\S.*)")
 
@@ -20,7 +21,7 @@ class CudaError(RuntimeError):
     """nvcc refused a source; the message carries its own."""
 
 
-def unavailable(archs: list[int]) -> str | None:
+def unavailable(archs: Sequence[Arch]) -> str | None:
     """Why the CUDA sources cannot be compiled here for any of these architectures, or None."""
     if _build.find_nvcc(_env.cuda_home()) is None:
         return "nvcc was not found (install the CUDA toolkit or set CUDA_HOME)"
@@ -45,12 +46,12 @@ def plan(nvcc: str, archs: tuple[int, ...]) -> tuple[_build.Library, Path]:
     return library, _build.cached_path(library, _build.private_folder(_env.read().cache_dir))
 
 
-def compile_all(family: str | None, archs: list[int], progress: Callable[[int], None]) -> dict[str, Path]:
+def compile_all(family: str | None, archs: Sequence[Arch], progress: Callable[[int], None]) -> dict[str, Path]:
     """Objects by op stem, each with the cubins of the requested architectures. Kept in the per-user cache.
 
     Args:
         family: a prefix of op stems, or None for all.
-        archs: compute capabilities; those that the extension does not support are ignored.
+        archs: architectures; those that are not NVIDIA's are ignored.
         progress: called with the number of sources first (negated), then with 1 for every compiled one.
 
     Raises:
@@ -58,7 +59,7 @@ def compile_all(family: str | None, archs: list[int], progress: Callable[[int], 
     """
     nvcc = _build.find_nvcc(_env.cuda_home())
     assert nvcc is not None, "ask unavailable() first"
-    known = tuple(arch for arch in archs if arch in _build.CUDA_ARCHES)
+    known = tuple(arch for arch in archs if isinstance(arch, int) and arch in _build.CUDA_ARCHES)
     library, extension = plan(nvcc, known)
     units = [unit for unit in library.units if in_family(unit.source.parent.name, family)]
     progress(-len(units))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .cubin import Code
+from .occupancy import ARCHS, Arch
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Entry:
     stem: str
     kernel: str
     cases: list[str]
-    arch: int
+    arch: Arch
     threads: int | None
     grid: list[int] | None
     shared: int
@@ -27,6 +28,11 @@ class Entry:
     allow_spill: str | None
 
     @property
+    def oversized(self) -> bool:
+        """Needs more shared memory than a block there can have: it would not launch."""
+        return self.shared > ARCHS[self.arch].block_shared
+
+    @property
     def failed(self) -> bool:
-        """Spills, and nobody said why."""
-        return self.code.spills and not self.allow_spill
+        """Would not launch, or spills and nobody said why. Spills on AMD, whose tiles nobody has chosen, are only listed."""
+        return self.oversized or (self.code.spills and not self.allow_spill and isinstance(self.arch, int))

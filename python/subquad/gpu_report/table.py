@@ -1,4 +1,5 @@
-"""The table of `subquad gpu-report`: a row per Triton case and per CUDA template, values per architecture in a cell.
+"""The table of `subquad gpu-report`: a row per Triton case and per CUDA template, values per architecture in a cell, or their
+range where there are more than three.
 
 The instances of a CUDA template share a row that gives the range of each value; the JSON has them one by one.
 """
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from . import cubin
 from .entry import Entry
+from .occupancy import ARCHS, label
 
 WIDTH = 160  # where the output is no terminal
 
@@ -67,11 +69,11 @@ _COLUMNS: dict[str, Callable[[list[Entry]], str]] = {
 
 def show(entries: list[Entry], console: Console) -> None:
     """Print the table, the declared reasons and the verdict."""
-    archs = sorted({entry.arch for entry in entries})
+    archs = [arch for arch in ARCHS if any(entry.arch == arch for entry in entries)]
     rows: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
         rows[(entry.backend, entry.stem, _template(entry), *entry.cases)].append(entry)
-    table = Table(title="GPU kernels, " + " / ".join(f"sm_{arch}" for arch in archs), title_justify="left")
+    table = Table(title="GPU kernels, " + " / ".join(map(label, archs)), title_justify="left")
     table.add_column("kernel", no_wrap=True)
     table.add_column("launches", overflow="fold")
     for name in _COLUMNS:
@@ -84,6 +86,8 @@ def show(entries: list[Entry], console: Console) -> None:
         by_arch = [[entry for entry in row if entry.arch == arch] for arch in archs]
         by_arch = [group for group in by_arch if group]
         launches = ", ".join(key[3:]) or f"CUDA C++, {len(by_arch[0])} instances"
+        if len(by_arch) > 3:
+            by_arch = [row]
         cells = [[value(group) for group in by_arch] for value in _COLUMNS.values()]
         texts = [cell[0] if len(set(cell)) == 1 else " / ".join(cell) for cell in cells]
         table.add_row(key[2], launches, *texts, style="red" if any(entry.failed for entry in row) else None)
@@ -93,8 +97,15 @@ def show(entries: list[Entry], console: Console) -> None:
     failed = [entry for entry in entries if entry.failed]
     for entry in failed:
         where = f"{entry.kernel} ({', '.join(entry.cases)})" if entry.cases else entry.kernel
-        console.print(f"{where} spills on sm_{entry.arch}: {_spills([entry])}", markup=False, style="red")
+        fault = f"spills on {label(entry.arch)}: {_spills([entry])}"
+        if entry.oversized:
+            fault = (
+                f"needs {entry.shared} bytes of shared memory, {label(entry.arch)} has {ARCHS[entry.arch].block_shared}"
+            )
+        console.print(f"{where} {fault}", markup=False, style="red")
+    spills = sum(not entry.oversized for entry in failed)
     console.print(
-        f"{len(entries)} compiled kernels, {len(failed)} spill without a declared reason. Loads are in bits per thread;"
+        f"{len(entries)} compiled kernels, {spills} spill without a declared reason, {len(failed) - spills} need too much"
+        " shared memory. Loads are in bits per thread;"
         " occupancy is theoretical (registers, block size, shared memory; of CUDA C++ the static part)."
     )

@@ -1,8 +1,8 @@
 """Child process of the report: python -m subquad.gpu_report.triton_child FOLDER ARCH,ARCH MODULE...
 
 Runs the launchers of the `AOT` cases with Triton's driver replaced, so that a launch compiles for the wanted
-architecture and nothing runs. Writes cubins into FOLDER and one JSON object per line to the standard output: first
-{"total": cases}, then {"done": name} for every case, and at the end {"kernels": [...]}.
+architecture and nothing runs. Writes cubins, or AMD's assembly, into FOLDER and one JSON object per line to the
+standard output: first {"total": cases}, then {"done": name} for every case, and at the end {"kernels": [...]}.
 """
 
 from __future__ import annotations
@@ -15,21 +15,30 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .occupancy import ARCHS, Arch, parse_archs
+
 
 class _NoGpu:
     """The part of a Triton driver that compilation needs. Kernels are cached per device, so device = target."""
 
-    arch = 0
+    arch: Arch = 0
+
+    @property
+    def utils(self) -> _NoGpu:
+        return self
+
+    def get_device_properties(self, device: Arch) -> dict[str, int]:
+        return {"max_shared_mem": ARCHS[device].block_shared}
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("hip" if isinstance(self.arch, str) else "cuda", self.arch, ARCHS[self.arch].lanes)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> Arch:
         return self.arch
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: Arch) -> int:
         return 0
 
 
@@ -55,7 +64,7 @@ def _recorded(launches: list[tuple[str, tuple[int, ...], Any]]) -> Iterator[_NoG
         JITFunction.run = run
 
 
-def compile_cases(folder: Path, archs: list[int], names: list[str], say: Callable[[dict[str, Any]], None]) -> None:
+def compile_cases(folder: Path, archs: list[Arch], names: list[str], say: Callable[[dict[str, Any]], None]) -> None:
     """Compile the `AOT` cases of the named modules; see the module docstring for what is said."""
     cases = [(name.rsplit(".", 1)[-1], case) for name in names for case in import_module(name).AOT]
     say({"total": len(cases) * len(archs)})
@@ -73,18 +82,19 @@ def compile_cases(folder: Path, archs: list[int], names: list[str], say: Callabl
                         known["cases"].append(case.name)
                         known["allow_spill"] = known["allow_spill"] or case.allow_spill.get(name)
                         continue
-                    cubin = f"{len(entries)}.cubin"
-                    (folder / cubin).write_bytes(kernel.asm["cubin"])
+                    amd = isinstance(target.arch, str)
+                    code = f"{len(entries)}.{'amdgcn' if amd else 'cubin'}"
+                    (folder / code).write_bytes(kernel.asm["amdgcn"].encode() if amd else kernel.asm["cubin"])
                     entries[id(kernel)] = {
                         "stem": stem,
                         "kernel": name,
                         "cases": [case.name],
                         "arch": target.arch,
-                        "threads": kernel.metadata.num_warps * 32,
+                        "threads": kernel.metadata.num_warps * ARCHS[target.arch].lanes,
                         "grid": list(grid),
                         "shared": kernel.metadata.shared,
                         "stages": kernel.metadata.num_stages,
-                        "cubin": cubin,
+                        "code": code,
                         "allow_spill": case.allow_spill.get(name),
                     }
                 say({"done": case.name})
@@ -94,7 +104,7 @@ def compile_cases(folder: Path, archs: list[int], names: list[str], say: Callabl
 if __name__ == "__main__":
     compile_cases(
         Path(sys.argv[1]),
-        [int(arch) for arch in sys.argv[2].split(",")],
+        parse_archs(sys.argv[2]),
         sys.argv[3:],
         lambda message: print(json.dumps(message), flush=True),
     )

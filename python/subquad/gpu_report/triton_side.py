@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .. import _env
 from ..contract import in_family
+from .occupancy import Arch
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Compiled:
     stem: str
     kernel: str
     cases: list[str]
-    arch: int
+    arch: Arch
     threads: int
     grid: list[int]
     shared: int
     stages: int
-    cubin: Path
+    code: Path
     allow_spill: str | None
 
 
@@ -53,13 +54,13 @@ def modules(family: str | None) -> list[str]:
     return [f"subquad.kernels.{stem}" for stem in sorted(stems) if in_family(stem, family)]
 
 
-def compile_all(names: list[str], archs: list[int], folder: Path, progress: Callable[[int], None]) -> list[Compiled]:
+def compile_all(names: list[str], archs: list[Arch], folder: Path, progress: Callable[[int], None]) -> list[Compiled]:
     """Compile the `AOT` cases of these modules in a child process.
 
     Args:
         names: importable module names.
-        archs: compute capabilities, such as [80, 90].
-        folder: where cubins are written.
+        archs: compute capabilities, such as [80, "gfx942"].
+        folder: where cubins, or assembly, are written.
         progress: called with the number of cases first (negated), then with 1 for every finished case.
 
     Raises:
@@ -78,7 +79,7 @@ def compile_all(names: list[str], archs: list[int], folder: Path, progress: Call
             elif "done" in message:
                 progress(1)
             else:
-                kernels = [Compiled(**{**entry, "cubin": folder / entry["cubin"]}) for entry in message["kernels"]]
+                kernels = [Compiled(**{**entry, "code": folder / entry["code"]}) for entry in message["kernels"]]
         if child.wait() != 0:
             errors.seek(0)
             raise TritonError(f"compiling the Triton kernels failed:\n{errors.read()[-4000:]}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .. import _checks
+
 Intervals = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -14,6 +16,8 @@ def canonical(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> Intervals:
     """The same sets inside [0, tk): sorted, disjoint, not touching; empty slots are (tk, tk) and come last."""
     starts, ends = starts.clamp(0, tk), ends.clamp(0, tk)
     empty = starts >= ends
+    if starts.shape[-1] == 1:
+        return torch.where(empty, tk, starts).int(), torch.where(empty, tk, ends).int()
     starts, order = torch.where(empty, tk, starts).sort(dim=-1, stable=True)
     ends = torch.where(empty, tk, ends).gather(-1, order)
     reach = ends.cummax(-1).values
@@ -27,8 +31,10 @@ def canonical(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> Intervals:
 
 
 def trimmed(intervals: Intervals, tk: int) -> Intervals:
-    """Without the last slots that are empty in every row; at least one slot stays."""
+    """Without the last slots that are empty in every row; at least one slot stays. All stay where values cannot be read."""
     starts, ends = intervals
+    if starts.shape[-1] == 1 or _checks.traced(starts):
+        return starts.contiguous(), ends.contiguous()
     used = (starts < ends).flatten(0, -2).any(0)
     count = max(1, int(used.sum()))
     return starts[..., :count].contiguous(), ends[..., :count].contiguous()
@@ -62,20 +68,22 @@ def complement(a: Intervals, tk: int) -> Intervals:
 
 
 def from_dense(dense: torch.Tensor) -> Intervals:
-    """The runs of True in every row of a bool tensor [..., tk]."""
+    """The runs of True in every row of a bool tensor [..., tk]; as many slots as could be needed where values cannot be read."""
     tk = dense.shape[-1]
     padded = torch.nn.functional.pad(dense, (1, 1))
     rises = padded[..., 1:-1] & ~padded[..., :-2]
     falls = padded[..., 1:-1] & ~padded[..., 2:]
-    count = int(rises.sum(-1).max()) if rises.numel() else 0
+    count = tk // 2 + 1  # more than these cannot be; as many as are, where that can be read
+    if not _checks.traced(dense):
+        count = max(1, int(rises.sum(-1).max()) if rises.numel() else 0)
+    place = torch.arange(tk, dtype=torch.int32, device=dense.device).expand_as(dense)
     starts, ends = (
-        torch.full((*dense.shape[:-1], max(1, count)), tk, dtype=torch.int32, device=dense.device) for _ in "se"
+        torch.full((*dense.shape[:-1], count + 1), tk, dtype=torch.int32, device=dense.device).scatter(
+            -1, torch.where(edges, edges.cumsum(-1) - 1, count), place + offset
+        )[..., :count]
+        for edges, offset in ((rises, 0), (falls, 1))
     )
-    for edges, offset, out in ((rises, 0, starts), (falls, 1, ends)):
-        where = edges.nonzero(as_tuple=True)
-        slot = (edges.cumsum(-1) - 1)[where]
-        out[(*where[:-1], slot)] = (where[-1] + offset).int()
-    return starts, ends
+    return starts.contiguous(), ends.contiguous()
 
 
 def contains(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> torch.Tensor:

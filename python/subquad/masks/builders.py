@@ -41,15 +41,17 @@ def prefix_lm(prefix: int | torch.Tensor, tq: int, tk: int) -> Intervals:
     return stack((0, torch.maximum(i + 1, prefix.long()[:, None, None])))
 
 
-def packed(cu_q: torch.Tensor, cu_k: torch.Tensor, causal: bool, sink_tokens: int, window: int) -> Intervals:
+def packed(
+    cu_q: torch.Tensor, cu_k: torch.Tensor, tq: int, causal: bool, sink_tokens: int = 0, window: int = -1
+) -> Intervals:
     cu_q, cu_k = cu_q.long(), cu_k.long()
     lengths = cu_q.diff()
-    document = torch.repeat_interleave(torch.arange(lengths.numel(), device=cu_q.device), lengths)
+    row = torch.arange(tq, device=cu_q.device)
+    document = (torch.searchsorted(cu_q, row, right=True) - 1).clamp(0, max(0, lengths.shape[0] - 1))
     low, high = cu_k[:-1][document], cu_k[1:][document]
     if not causal:
         return stack((low, high))
-    row = torch.arange(document.numel(), device=cu_q.device) - cu_q[:-1][document]
-    stop = low + row + 1 + (high - low) - lengths[document]
+    stop = low + (row - cu_q[:-1][document]) + 1 + (high - low) - lengths[document]
     if window < 0:
         return stack((low, stop))
     sinks = torch.minimum(low + sink_tokens, stop)

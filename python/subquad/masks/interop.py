@@ -18,7 +18,7 @@ _COLUMNS = 256  # keys whose columns are looked at together
 def mask_mod(
     starts: torch.Tensor, ends: torch.Tensor, key_start: torch.Tensor | None, key_stop: torch.Tensor | None
 ) -> Callable[..., torch.Tensor]:
-    """FlexAttention's predicate (b, h, q, kv) -> bool."""
+    """FlexAttention's predicate (b, h, q, kv) -> bool, of the tensors as they are now."""
     slots = [(_column(starts[..., r]), _column(ends[..., r])) for r in range(starts.shape[3])]
     alive = None if key_start is None or key_stop is None else (_column(key_start), _column(key_stop))
 
@@ -37,9 +37,9 @@ def _column(table: torch.Tensor) -> Callable[..., torch.Tensor]:
     """table[b, h, i] of a tensor [B|1, H|1, n]. Indexed by tensors alone: torch.compile does not trace numbers among them."""
     per_batch, per_head = table.shape[0] > 1, table.shape[1] > 1
     if per_batch and per_head:
-        whole = table.contiguous()
+        whole = table.clone().contiguous()
         return lambda b, h, i: whole[b, h, i]
-    rows = table[:, 0].contiguous() if per_batch else table[0].contiguous()
+    rows = (table[:, 0] if per_batch else table[0]).clone().contiguous()
     if per_batch:
         return lambda b, h, i: rows[b, i]
     if per_head:

@@ -9,10 +9,11 @@ import torch
 
 from .. import _checks, _env
 from .._packing import bounds
-from . import algebra, builders, checks, interop
+from . import algebra, builders, checks, interop, key_lifetimes
 from .algebra import Intervals
 from .builders import Span
-from .plan import tile_plan
+from .key_lifetimes import Lifetime
+from .plan import Plans
 
 _DEBUG = _env.read().debug
 _ANY = "tq, tk: expected sizes, for the mask has none of its own"
@@ -23,6 +24,10 @@ class IntervalMask:
 
     Everything in it is O(Tq m); no [Tq, Tk] tensor exists unless `to_dense` is asked for one. A mask may be used for any
     number of calls, layers and batches; what kernels need of it is computed once and kept.
+
+    The tensors that a mask is made from are copied: what happens to them later does not reach it. Its own (`starts`, `ends`,
+    `key_start`, `key_stop`, `shift`) may be written to between calls, and every backend follows; masks made from a mask by
+    `with_key_lifetime`, or by `to` on the same device, share them.
 
     The plain masks (`causal`, `full`, `sliding`, `sink`) are three numbers and no tensors. Without sizes of their own they take
     those of each call. Query row t stands at the absolute position t + Tk - Tq: the last query sees up to the last key.
@@ -70,29 +75,23 @@ class IntervalMask:
                 )
         if starts.device.type == "cpu" or _DEBUG:
             checks.sorted_intervals(starts, ends, tk)
-        self._set(starts, ends, tk, key_start, key_stop, shift)
+        self._set(starts.clone(), ends.clone(), tk, None if shift is None else shift.clone())
+        if key_start is not None and key_stop is not None:
+            self.key_start, self.key_stop = key_start.clone().contiguous(), key_stop.clone().contiguous()
 
-    def _set(
-        self,
-        starts: torch.Tensor,
-        ends: torch.Tensor,
-        tk: int,
-        key_start: torch.Tensor | None = None,
-        key_stop: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-    ) -> None:
+    def _set(self, starts: torch.Tensor, ends: torch.Tensor, tk: int, shift: torch.Tensor | None = None) -> None:
         if shift is not None:
             lead = torch.broadcast_shapes(starts.shape[:2], shift.shape[:2])
             starts, ends, shift = (x.expand(*lead, *x.shape[2:]).contiguous() for x in (starts, ends, shift))
-        self.starts: torch.Tensor | None = starts.contiguous()
-        self.ends: torch.Tensor | None = ends.contiguous()
-        self.key_start = None if key_start is None else key_start.contiguous()
-        self.key_stop = None if key_stop is None else key_stop.contiguous()
+        self.starts: torch.Tensor | None = _counted(starts)
+        self.ends: torch.Tensor | None = _counted(ends)
+        self.key_start: torch.Tensor | None = None
+        self.key_stop: torch.Tensor | None = None
         self.shift = shift
         self.tq: int | None = starts.shape[2]
         self.tk: int | None = tk
         self.plain_causal, self.sink_tokens, self.window = False, 0, -1
-        self._plans: dict[bool, list[torch.Tensor]] = {}
+        self._plans = Plans()
 
     @classmethod
     def _plain(cls, causal: bool, sink_tokens: int, window: int, tq: int | None, tk: int | None) -> IntervalMask:
@@ -103,20 +102,20 @@ class IntervalMask:
         mask.starts = mask.ends = mask.key_start = mask.key_stop = mask.shift = None
         mask.tq, mask.tk = tq, tq if tk is None else tk
         mask.plain_causal, mask.sink_tokens, mask.window = causal, sink_tokens, window
-        mask._plans = {}
+        mask._plans = Plans()
         return mask
 
     @classmethod
-    def _of(cls, intervals: Intervals, tk: int, **more: torch.Tensor | None) -> IntervalMask:
+    def _of(cls, intervals: Intervals, tk: int) -> IntervalMask:
         """From intervals [..., Tq, k] in any order."""
         starts, ends = algebra.trimmed(algebra.canonical(*intervals, tk), tk)
-        return cls._raw(starts, ends, tk, **more)
+        return cls._raw(starts, ends, tk)
 
     @classmethod
-    def _raw(cls, starts: torch.Tensor, ends: torch.Tensor, tk: int, **more: torch.Tensor | None) -> IntervalMask:
+    def _raw(cls, starts: torch.Tensor, ends: torch.Tensor, tk: int, shift: torch.Tensor | None = None) -> IntervalMask:
         mask = cls.__new__(cls)
         wide = [x.reshape(*(1,) * (4 - x.dim()), *x.shape) for x in (starts, ends)]
-        mask._set(wide[0], wide[1], tk, **more)
+        mask._set(wide[0], wide[1], tk, shift)
         return mask
 
     # --- the plain masks ----------------------------------------
@@ -187,7 +186,8 @@ class IntervalMask:
         bounds("cu_seqlens_k", cu_k)
         if cu_k.shape != cu_seqlens.shape:
             raise ValueError(f"cu_seqlens_k: expected shape {list(cu_seqlens.shape)}, got {list(cu_k.shape)}")
-        return cls._of(builders.packed(cu_seqlens, cu_k, causal, sink_tokens, window), int(cu_k[-1]))
+        intervals = builders.packed(cu_seqlens, cu_k, int(cu_seqlens[-1]), causal, sink_tokens, window)
+        return cls._of(intervals, int(cu_k[-1]))
 
     @classmethod
     def mma(cls, tq: int, images: Sequence[Span], questions: Sequence[Span]) -> IntervalMask:
@@ -375,7 +375,7 @@ class IntervalMask:
         if (a.tq, tk) != (b.tq, other_tk):
             raise ValueError(f"other: expected a mask of {a.tq} x {tk}, got {b.tq} x {other_tk}")
         pair = (other_starts.to(starts.device), other_ends.to(starts.device))
-        return self._of(operation((starts, ends), pair, tk), tk, **_joined_lifetimes(a, b))
+        return self._of(operation((starts, ends), pair, tk), tk)._living(key_lifetimes.joined(a._lifetime, b._lifetime))
 
     def permute(self, query: torch.Tensor | None = None, key: torch.Tensor | None = None) -> IntervalMask:
         """The mask of permuted sequences: new row t is old row query[t], new key j old key key[j].
@@ -400,22 +400,40 @@ class IntervalMask:
         return self._raw(torch.cat([p[0] for p in padded], 2), torch.cat([p[1] for p in padded], 2), tk)
 
     def with_keys(self, visible: torch.Tensor) -> IntervalMask:
-        """The mask without the keys that are False in `visible`, a bool tensor [B, Tk]: padding, for example."""
-        starts, ends, tk = self._intervals("mask", lifetimes=True)
+        """The mask without the keys that are False in `visible`, a bool tensor [B, Tk]: padding, for example.
+
+        By intervals; where values cannot be read, under torch.compile for example, by lifetimes of the keys.
+        """
         _checks.booleans("visible", visible)
-        if visible.dim() != 2 or visible.shape[1] != tk:
-            raise ValueError(f"visible: expected shape [B, {tk}], got {list(visible.shape)}")
+        if visible.dim() != 2 or visible.shape[1] != self.tk:
+            raise ValueError(f"visible: expected shape [B, {self.tk}], got {list(visible.shape)}")
+        if _checks.traced(visible):
+            return self.with_live_keys(visible)
+        starts, ends, tk = self._intervals("mask", lifetimes=True)
         keys = algebra.from_dense(visible[:, None, None])
         intervals = algebra.intersection((starts.to(visible.device), ends.to(visible.device)), keys, tk)
-        return self._of(intervals, tk, key_start=self.key_start, key_stop=self.key_stop)
+        return self._of(intervals, tk)._living(self._lifetime)
+
+    def with_live_keys(self, visible: torch.Tensor) -> IntervalMask:
+        """`with_keys` by lifetimes of the keys alone: nothing is read from the device, and no interval is cut."""
+        if self.tq is None:
+            raise ValueError(_ANY)
+        return self._living(key_lifetimes.joined(self._lifetime, key_lifetimes.of_keys(visible, self.tq)))
 
     def with_key_lifetime(self, key_start: torch.Tensor, key_stop: torch.Tensor) -> IntervalMask:
         """The same mask where row t sees key j only if key_start[j] <= t < key_stop[j]; int32 [B|1, H|1, Tk]."""
         if self.tk is None:
             raise ValueError(_ANY)
         checks.lifetime(key_start, key_stop, self.tk)
+        return self._living((key_start.clone(), key_stop.clone()))
+
+    @property
+    def _lifetime(self) -> Lifetime:
+        return key_lifetimes.of(self.key_start, self.key_stop)
+
+    def _living(self, lifetime: Lifetime) -> IntervalMask:
         mask = self._copy()
-        mask.key_start, mask.key_stop = key_start.contiguous(), key_stop.contiguous()
+        mask.key_start, mask.key_stop = (None, None) if lifetime is None else (x.contiguous() for x in lifetime)
         return mask
 
     def with_shift(self, shift: torch.Tensor) -> IntervalMask:
@@ -452,18 +470,13 @@ class IntervalMask:
         return (self.starts, self.ends, self.key_start, self.key_stop, self.sink_tokens, self.window, self.plain_causal)
 
     def plan(self, per_slot: bool = False) -> list[torch.Tensor]:
-        """Which tiles the kernels visit; see `tile_plan`. Computed once. `per_slot`: for each interval alone [.., m, ..]."""
-        starts, ends = self.starts, self.ends
-        if starts is None or ends is None or self.tk is None:
+        """Which tiles the kernels visit; see `tile_plan`. `per_slot`: for each interval alone [.., m, ..].
+
+        Computed once, and again when `starts` or `ends` have been written to or exchanged.
+        """
+        if self.starts is None or self.ends is None or self.tk is None:
             raise ValueError("mask: expected one of intervals, got a plain one, which needs no plan")
-        plan = self._plans.get(per_slot)
-        if plan is None:
-            if per_slot:
-                starts, ends = (x.transpose(-1, -2).unsqueeze(-1) for x in (starts, ends))
-            plan = tile_plan(starts, ends, self.tk)
-            if not torch.compiler.is_compiling():
-                self._plans[per_slot] = plan
-        return plan
+        return self._plans.get(self.starts, self.ends, self.tk, per_slot)
 
     def materialize(
         self, tq: int | None = None, tk: int | None = None, device: torch.device | str | None = None
@@ -477,7 +490,7 @@ class IntervalMask:
             intervals = builders.sink(bound.tq, bound.tk, self.sink_tokens, self.window)
         else:
             intervals = builders.stack((torch.zeros(bound.tq, dtype=torch.int64), bound.tk))
-        mask = self._of(intervals, bound.tk, key_start=self.key_start, key_stop=self.key_stop)
+        mask = self._of(intervals, bound.tk)._living(self._lifetime)
         return mask if device is None else mask.to(device)
 
     def to(self, device: torch.device | str) -> IntervalMask:
@@ -485,13 +498,13 @@ class IntervalMask:
         mask = self._copy()
         for name in ("starts", "ends", "key_start", "key_stop", "shift"):
             tensor = getattr(self, name)
-            setattr(mask, name, None if tensor is None else tensor.to(device))
+            setattr(mask, name, None if tensor is None else _counted(tensor.to(device)))
         return mask
 
     def _copy(self) -> IntervalMask:
         mask = IntervalMask.__new__(IntervalMask)
         mask.__dict__.update(self.__dict__)
-        mask._plans = {}
+        mask._plans = Plans()
         return mask
 
     def _intervals(
@@ -523,10 +536,7 @@ class IntervalMask:
         mask = self.materialize(tq, tk)
         assert mask.starts is not None and mask.ends is not None and mask.tk is not None
         dense = algebra.contains(mask.starts, mask.ends, mask.tk)
-        if mask.key_start is not None and mask.key_stop is not None:
-            t = torch.arange(dense.shape[2], device=dense.device)[:, None]
-            dense = dense & (t >= mask.key_start[:, :, None]) & (t < mask.key_stop[:, :, None])
-        return dense
+        return dense & key_lifetimes.alive(mask._lifetime, torch.arange(dense.shape[2], device=dense.device))
 
     def is_causal(self) -> bool:
         """Whether no row sees a key behind its own position, whatever the key lifetimes."""
@@ -550,16 +560,7 @@ class IntervalMask:
             raise ValueError(f"mask: expected one of self attention, as many rows as keys, got {self.tq} and {tk}")
         if not 0 <= lo <= hi <= tk:
             raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= {tk}, got {lo} and {hi}")
-        if self.key_start is not None and self.key_stop is not None:
-            for first, last in ((t, min(hi, t + 256)) for t in range(lo, hi, 256)):  # no [Tq, Tk] tensor
-                t = torch.arange(first, last, device=starts.device)[:, None]
-                seen = algebra.contains(starts[:, :, first:last], ends[:, :, first:last], tk)
-                seen = seen & (t >= self.key_start[:, :, None]) & (t < self.key_stop[:, :, None])
-                if bool(seen[..., :lo].any() or seen[..., hi:].any()):
-                    return False
-            return True
-        rows, stops = starts[:, :, lo:hi], ends[:, :, lo:hi]
-        return bool(((rows >= stops) | ((rows >= lo) & (stops <= hi))).all())
+        return key_lifetimes.closed(starts, ends, self._lifetime, tk, lo, hi)
 
     def to_mask_mod(self) -> Callable[..., torch.Tensor]:
         """The mask as `mask_mod(b, h, q, kv)` of FlexAttention. Needs sizes."""
@@ -589,12 +590,9 @@ class IntervalMask:
         return f"IntervalMask({', '.join([text, *more])})"
 
 
-def _joined_lifetimes(a: IntervalMask, b: IntervalMask) -> dict[str, torch.Tensor | None]:
-    if a.key_start is None or a.key_stop is None:
-        return {"key_start": b.key_start, "key_stop": b.key_stop}
-    if b.key_start is None or b.key_stop is None:
-        return {"key_start": a.key_start, "key_stop": a.key_stop}
-    return {
-        "key_start": torch.maximum(a.key_start, b.key_start),
-        "key_stop": torch.minimum(a.key_stop, b.key_stop),
-    }
+def _counted(x: torch.Tensor) -> torch.Tensor:
+    """`x`, contiguous, with a version counter, by which `plan` sees that it was written to: inference tensors have none."""
+    if torch.compiler.is_compiling() or not x.is_inference():
+        return x.contiguous()
+    with torch.inference_mode(False):
+        return x.clone(memory_format=torch.contiguous_format)

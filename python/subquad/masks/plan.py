@@ -4,7 +4,33 @@ from __future__ import annotations
 
 import torch
 
+from .. import _checks
+
 PLAN_Q, PLAN_K = 128, 64  # rows and keys of a tile
+
+
+class Plans:
+    """The tile plans of one mask, kept until its tensors are written to or exchanged."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bool, tuple[torch.Tensor, torch.Tensor, tuple[int, int], list[torch.Tensor]]] = {}
+
+    def get(self, starts: torch.Tensor, ends: torch.Tensor, tk: int, per_slot: bool) -> list[torch.Tensor]:
+        """`tile_plan` of these intervals, or of each interval alone."""
+        if _checks.traced(starts) or starts.is_inference() or ends.is_inference():
+            return _made(starts, ends, tk, per_slot)
+        versions = (starts._version, ends._version)
+        kept = self._kept.get(per_slot)
+        if kept is None or kept[0] is not starts or kept[1] is not ends or kept[2] != versions:
+            kept = (starts, ends, versions, _made(starts, ends, tk, per_slot))
+            self._kept[per_slot] = kept
+        return kept[3]
+
+
+def _made(starts: torch.Tensor, ends: torch.Tensor, tk: int, per_slot: bool) -> list[torch.Tensor]:
+    if per_slot:
+        starts, ends = (x.transpose(-1, -2).unsqueeze(-1) for x in (starts, ends))
+    return tile_plan(starts, ends, tk)
 
 
 def tile_plan(starts: torch.Tensor, ends: torch.Tensor, tk: int) -> list[torch.Tensor]:

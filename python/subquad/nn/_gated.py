@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..reference.cats_activation import ACTIVATIONS, activate
+from ._children import features, placement, plain
 
 SPLIT = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("gate_up_proj", "down_proj")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are read
 
 # Class names rather than classes, so that transformers need not be installed.
 _MODULES = {
@@ -64,7 +67,7 @@ def activation_name(act: object) -> str:
 class GatedParts:
     """The pieces of a gated MLP: projections by attribute name, and the activation code."""
 
-    projections: dict[str, nn.Linear]
+    projections: dict[str, nn.Module]
     activation: str
 
 
@@ -86,16 +89,14 @@ def gated_parts(mlp: nn.Module) -> GatedParts:
     """Take a gated MLP apart, without changing it.
 
     Raises:
-        ValueError: if a projection is missing, wrapped, quantised or offloaded, shapes disagree, the activation is
-            unknown, `pretraining_tp` exceeds 1, or the module does not compute down(act(gate(x)) * up(x)).
+        ValueError: if a projection is missing or no linear map, shapes disagree, the activation is unknown,
+            `pretraining_tp` exceeds 1, or the module does not compute down(act(gate(x)) * up(x)).
     """
     kind = type(mlp).__name__
     if not looks_gated(mlp):
         raise ValueError(f"mlp: expected a module with {', '.join(SPLIT)} (or {', '.join(FUSED)}), got {kind}")
     names = FUSED if isinstance(getattr(mlp, "gate_up_proj", None), nn.Module) else SPLIT
     parts = GatedParts({name: getattr(mlp, name) for name in names}, gated_activation(mlp))
-    for name, linear in parts.projections.items():
-        _check_linear(f"mlp.{name}", linear)
     slices = getattr(getattr(mlp, "config", None), "pretraining_tp", None) or 1
     if slices > 1:
         raise ValueError(f"mlp.config.pretraining_tp: expected 1, got {slices}")
@@ -104,55 +105,63 @@ def gated_parts(mlp: nn.Module) -> GatedParts:
     return parts
 
 
-def _check_linear(name: str, linear: object) -> None:
-    if type(linear) is not nn.Linear:
-        raise ValueError(
-            f"{name}: expected a plain torch.nn.Linear, got {type(linear).__name__}; merge adapters (LoRA) and "
-            "dequantise before converting"
-        )
-    weight = linear.weight
-    if type(weight.data) is not torch.Tensor or weight.dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}.weight: expected a plain float32, bfloat16 or float16 tensor, got {type(weight.data).__name__} of "
-            f"{weight.dtype}"
-        )
-    if getattr(getattr(linear, "_hf_hook", None), "offload", False):
-        raise ValueError(f"{name}: its weight is offloaded by accelerate; load the model without offloading")
-
-
-def _check_shapes(projections: dict[str, nn.Linear]) -> None:
-    down = projections["down_proj"].weight
-    hidden, intermediate = down.shape
-    rows = 2 * intermediate if "gate_up_proj" in projections else intermediate
-    for name, linear in projections.items():
-        if name != "down_proj" and tuple(linear.weight.shape) != (rows, hidden):
+def _check_shapes(projections: dict[str, nn.Module]) -> None:
+    """Sizes of all projections, and dtypes and devices of those whose weights can be read."""
+    sizes = {name: features(child) for name, child in projections.items()}
+    for name, size in sizes.items():
+        if size is None:
+            kind = type(projections[name]).__name__
+            raise ValueError(f"mlp.{name}: expected a linear map with in_features and out_features, got {kind}")
+    intermediate, hidden = sizes["down_proj"]  # type: ignore[misc]
+    for name, size in sizes.items():
+        rows = 2 * intermediate if name == "gate_up_proj" else intermediate
+        if name != "down_proj" and size != (hidden, rows):
             raise ValueError(
-                f"mlp.{name}.weight: expected shape {(rows, hidden)} to fit down_proj {tuple(down.shape)}, got "
-                f"{tuple(linear.weight.shape)}"
+                f"mlp.{name}.weight: expected shape {(rows, hidden)} to fit down_proj {(hidden, intermediate)}, got "
+                f"{size[::-1]}"  # type: ignore[index]
             )
-        if linear.weight.dtype != down.dtype or linear.weight.device != down.device:
+    read = {name: child.weight for name, child in projections.items() if plain(child, nn.Linear)}
+    for name, weight in read.items():
+        if weight.dtype not in _DTYPES:
+            raise ValueError(f"mlp.{name}.weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+        last, like = next(reversed(read.items()))
+        if weight.dtype != like.dtype or weight.device != like.device:
             raise ValueError(
-                f"mlp.{name}.weight: expected {down.dtype} on {down.device} like down_proj, got {linear.weight.dtype} "
-                f"on {linear.weight.device}"
+                f"mlp.{name}.weight: expected {like.dtype} on {like.device} like {last}, got {weight.dtype} on "
+                f"{weight.device}"
             )
 
 
 @torch.no_grad()
 def _check_formula(mlp: nn.Module, parts: GatedParts) -> None:
     """Compare with the module on one token: scale factors, inner norms or clipping would be lost silently."""
-    down = parts.projections["down_proj"]
-    weight = down.weight
-    if weight.is_meta:
+    down: Any = parts.projections["down_proj"]
+    device, dtype = placement(down)
+    if device.type == "meta":
         return
-    x = torch.arange(1, weight.shape[0] + 1, device=weight.device).float().cos().to(weight.dtype)[None, None]
-    if "gate_up_proj" in parts.projections:
-        z, u = parts.projections["gate_up_proj"](x).chunk(2, dim=-1)
-    else:
-        z, u = parts.projections["gate_proj"](x), parts.projections["up_proj"](x)
-    expected, got = down(activate(z, parts.activation) * u).double(), mlp.forward(x).double()
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 3e-2
+    x = torch.arange(1, down.out_features + 1, device=device).float().cos().to(dtype)[None, None]
+    with _without_dropout(mlp):
+        if "gate_up_proj" in parts.projections:
+            z, u = parts.projections["gate_up_proj"](x).chunk(2, dim=-1)
+        else:
+            z, u = parts.projections["gate_proj"](x), parts.projections["up_proj"](x)
+        expected, got = down(activate(z, parts.activation) * u).double(), mlp.forward(x).double()
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
     if got.shape != expected.shape or (got - expected).norm() > tolerance * expected.norm():
         raise ValueError(
             f"mlp: {type(mlp).__name__} does not compute down(act(gate(x)) * up(x)) with act = {parts.activation}; a "
             "CATS version would change its results"
         )
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """Of adapters, in training. Flags alone: `eval()` may do more."""
+    active = [part for part in module.modules() if part.training and isinstance(part, nn.modules.dropout._DropoutNd)]
+    try:
+        for part in active:
+            part.training = False
+        yield
+    finally:
+        for part in active:
+            part.training = True

@@ -28,6 +28,7 @@ def step(
     if tokens is not None:
         rows = torch.where(tokens[:, 0], torch.arange(x.shape[0], device=x.device), -1).int()
     q0, k0, v = (part[:, 0] for part in layer._heads(x, positions))
+    state.suit(q0.dtype)
     v = v if layer.conv_v is None else _convolved(layer, layer.conv_v, state.conv_v, v[:, None], rows)[:, 0]
     mixed = _fused if layer._fuses() else _composed
     return mixed(layer, x, q0, k0, v, state, rows).flatten(1)[:, None]

@@ -1,12 +1,44 @@
-"""What a linear attention layer reads off a model's masks and positions."""
+"""Which tokens of a call are real and which sequences they form, read off whatever a model is told about them.
+
+The one place that knows the forms: masks in two dimensions, in four, of this package, by kind of layer, or absent; bounds of
+packed sequences and positions that start again; caches that grow, that are preallocated, that slide.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from .._packing import Packed
 from ..masks import IntervalMask
 from ..masks.model_mask import ModelMask
+
+_HIDDEN = -1e3  # the largest number of an additive mask that hides a key: the exponential of a score with it is 0
+# What says where packed sequences begin: the package's own name and that of transformers' collators for flash attention.
+BOUNDS = ("cu_seqlens", "cu_seq_lens_q")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a call [B, T].
+
+    Attributes:
+        real: bool [B, T], False at padding; None: all are.
+        begins: bool [B, T], True at real tokens that see nothing before them: packed sequences begin there. None: nowhere.
+        packed: the bounds themselves, where B = 1 and all that is known is these.
+    """
+
+    real: torch.Tensor | None = None
+    begins: torch.Tensor | None = None
+    packed: Packed | None = None
+
+    def __getitem__(self, columns: slice) -> Tokens:
+        real, begins = (None if x is None else x[:, columns] for x in (self.real, self.begins))
+        return Tokens(real, begins)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -25,53 +57,228 @@ def sliding_window(attention: nn.Module) -> int | None:
 
 
 def tokens_of(
-    mask: torch.Tensor | IntervalMask | None,
+    mask: Any, batch: int, length: int, window: int | None = None, seen: int | torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """`Tokens.real` of `read`."""
+    return read(mask, batch, length, window, seen).real
+
+
+def padding_of(mask: Any, batch: int, length: int, seen: int | torch.Tensor | None = None) -> torch.Tensor | None:
+    """`Tokens.real` of any attention, causal or not: a token is real where it sees itself."""
+    mask = _of_one_kind(mask)
+    if isinstance(mask, IntervalMask) and not (isinstance(mask, ModelMask) and mask.padded_causal):
+        mask = mask.to_dense(*(() if mask.tq is not None else (length, length)))
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return read(mask, batch, length, None, seen).real
+    _check_pairs(mask, batch, length)
+    columns = _columns(seen, length, mask.shape[3], mask.device)
+    return _visible(mask)[:, 0, :, columns].diagonal(0, 1, 2).expand(batch, -1)
+
+
+def read(
+    mask: Any,
     batch: int,
     length: int,
     window: int | None = None,
-    seen: int | None = None,
-) -> torch.Tensor | None:
-    """Which of the current `length` positions are tokens, bool [B, T], from any mask that a causal model is given.
+    seen: int | torch.Tensor | None = None,
+    **told: Any,
+) -> Tokens:
+    """The tokens of the current `length` positions, from any mask that a causal model is given.
 
     Args:
         mask: see `LawcatAttention.forward`.
         batch, length: B and T.
         window: of the sliding window that the mask may have, since linear attention does not need it.
-        seen: positions before these. A preallocated cache has columns for later ones, a sliding one lacks those of the first.
+        seen: positions before these; None without a cache. A preallocated cache has columns for later ones, a sliding one lacks
+            those of the first.
+        told: what else a model tells its layers, of which `BOUNDS`, `seq_idx` and `position_ids` are read. As in transformers,
+            positions that do not go on begin a sequence where there is neither a mask nor a cache; otherwise those that start
+            from 0 do, where there is no padding.
 
     Raises:
-        ValueError: a mask of another shape, or that is not causal with padding.
+        TypeError: something that is no mask.
+        ValueError: a mask of another shape, or that is not causal with padding or packed sequences.
     """
-    if mask is None:
-        return None
+    mask = _of_one_kind(mask)
     if isinstance(mask, IntervalMask):
-        if not isinstance(mask, ModelMask) or not mask.padded_causal:
-            raise ValueError("attention_mask: expected a causal mask of the model, got another IntervalMask")
-        padding = mask.padding
-        if padding is None:
-            return None
-        first = mask.first_row
-        if isinstance(first, torch.Tensor):  # compiled code may not ask for its value
-            columns = torch.arange(length, device=padding.device) + first.to(padding.device)
-            return padding.index_select(1, columns).expand(batch, -1)
-        assert first is not None
-        return padding[:, first : first + length].expand(batch, -1)
-    if mask.dim() == 2:
-        if mask.shape[0] != batch or mask.shape[1] < length:
-            raise ValueError(f"attention_mask: expected shape [{batch}, >= {length}], got {list(mask.shape)}")
-        past = mask.shape[1] - length if seen is None else min(seen, mask.shape[1] - length)
-        return mask[:, past : past + length].bool()
-    if mask.dim() != 4 or mask.shape[2] != length or mask.shape[3] < length:
-        raise ValueError(f"attention_mask: expected [B, 1, {length}, >= {length}] or [B, T], got {list(mask.shape)}")
-    visible = mask if mask.dtype is torch.bool else mask == 0
-    past = mask.shape[3] - length if seen is None else min(seen, mask.shape[3] - length)
-    visible = visible[..., past : past + length]
-    tokens = visible[:, 0].diagonal(0, 1, 2)
-    if not torch.compiler.is_compiling():
-        row, column = (torch.arange(length, device=mask.device) for _ in range(2))
-        causal = column <= row[:, None]
+        tokens = _of_intervals(mask, batch, length, window, seen)
+    elif mask is None:
+        tokens = Tokens()
+    elif not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attention_mask: expected a tensor or a mask of the model, got {type(mask).__name__}")
+    elif mask.dim() == 2:
+        tokens = Tokens(_of_columns(mask, batch, length, seen))
+    else:
+        tokens = _of_pairs(mask, batch, length, window, seen)
+    return _with_bounds(tokens, batch, length, seen, told, masked=mask is not None)
+
+
+def _of_one_kind(mask: Any) -> Any:
+    """One of the masks that a model has by kind of layer: all show the same tokens, the widest most of them."""
+    if not isinstance(mask, Mapping):
+        return mask
+    kinds = [mask[kind] for kind in ("full_attention", *mask) if mask.get(kind) is not None]
+    return kinds[0] if kinds else None
+
+
+def _columns(seen: int | torch.Tensor | None, length: int, width: int, device: torch.device) -> slice | torch.Tensor:
+    """Which of a mask's columns are those of the current positions: after what was seen, or the last ones."""
+    if isinstance(seen, torch.Tensor):
+        return torch.arange(length, device=device) + seen.to(device).clamp_max(width - length)
+    past = width - length if seen is None else min(seen, width - length)
+    return slice(past, past + length)
+
+
+def _of_columns(mask: torch.Tensor, batch: int, length: int, seen: int | torch.Tensor | None) -> torch.Tensor:
+    if mask.shape[0] != batch or mask.shape[1] < length:
+        raise ValueError(f"attention_mask: expected shape [{batch}, >= {length}], got {list(mask.shape)}")
+    if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
+        raise ValueError("attention_mask: expected 0 or 1 in two dimensions, got negative numbers")
+    return mask[:, _columns(seen, length, mask.shape[1], mask.device)].bool()
+
+
+def _of_intervals(
+    mask: IntervalMask, batch: int, length: int, window: int | None, seen: int | torch.Tensor | None
+) -> Tokens:
+    if not isinstance(mask, ModelMask):
+        raise ValueError("attention_mask: expected a causal mask of the model, got another IntervalMask")
+    if not mask.padded_causal:
+        return _of_pairs(mask.to_dense(), batch, length, window, seen)
+    padding, ids = mask.padding, getattr(mask, "sequence_ids", None)
+    first = 0 if mask.first_row is None else mask.first_row
+    real, ids = (
+        None if x is None else x[:, _columns(first, length, x.shape[1], x.device)].expand(batch, -1)
+        for x in (padding, ids)
+    )
+    if ids is None or length == 1 or (torch.compiler.is_compiling() and seen is not None):  # those come without a cache
+        return Tokens(real)
+    return Tokens(real, _apart(ids, real))
+
+
+def _of_pairs(
+    mask: torch.Tensor, batch: int, length: int, window: int | None, seen: int | torch.Tensor | None
+) -> Tokens:
+    """From which position sees which, in four dimensions. A row that is padding may see anything."""
+    _check_pairs(mask, batch, length)
+    visible = _visible(mask)
+    compiling = torch.compiler.is_compiling()
+    if isinstance(seen, torch.Tensor) and length > 1 and not compiling:
+        seen = int(seen)
+    columns = _columns(seen, length, mask.shape[3], mask.device)
+    before = None
+    if isinstance(columns, slice) and columns.start and window is None and not compiling:
+        before = visible[:, 0, :, : columns.start].any(-1)  # whether a row sees something of the past
+    visible = visible[..., columns]
+    real = visible[:, 0].diagonal(0, 1, 2)
+    if length == 1 or (compiling and seen is not None):  # nothing to compare; packed rows come without a cache
+        return Tokens(real.expand(batch, -1))
+    place, previous = torch.arange(length, device=mask.device), _before(real)
+    sees = visible[:, 0].gather(2, previous.clamp_min(0)[..., None])[..., 0]
+    begins = real & (previous >= 0) & ~sees
+    if window is not None:
+        begins = begins & (place - previous < window)
+    if before is not None and seen:
+        begins = begins | (real & (previous < 0) & ~before)
+    if not compiling:
+        sequence = begins.cumsum(1)
+        want = (place <= place[:, None]) & real[:, None] & (sequence[:, :, None] == sequence[:, None])
         if window is not None:
-            causal = causal & (column > row[:, None] - window)
-        if not bool((visible == (causal & tokens[:, None, None])).all()):
-            raise ValueError("attention_mask: expected a causal mask with padding, got another pattern")
-    return tokens.expand(batch, -1)
+            want = want & (place > place[:, None] - window)
+        if not bool(((visible == want[:, None]) | ~real[:, None, :, None]).all()):
+            raise ValueError(
+                "attention_mask: expected a causal mask with padding or packed sequences, got another pattern"
+            )
+    return Tokens(real.expand(batch, -1), begins.expand(batch, -1))
+
+
+def _check_pairs(mask: torch.Tensor, batch: int, length: int) -> None:
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[2] != length or mask.shape[3] < length:
+        raise ValueError(f"attention_mask: expected [B, 1, {length}, >= {length}] or [B, T], got {list(mask.shape)}")
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype is torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise ValueError(f"attention_mask: expected bool or float in four dimensions, got {mask.dtype}")
+    visible = mask == 0
+    if not torch.compiler.is_compiling() and not bool((visible | (mask < _HIDDEN)).all()):
+        raise ValueError("attention_mask: expected bool, or 0 and very negative numbers, got other biases")
+    return visible
+
+
+# --- packed sequences ----------------------------------------
+
+
+def _with_bounds(
+    tokens: Tokens, batch: int, length: int, seen: int | torch.Tensor | None, told: dict[str, Any], masked: bool
+) -> Tokens:
+    """What bounds and positions add to what the mask says."""
+    real, begins = tokens.real, tokens.begins
+    name = next((name for name in BOUNDS if told.get(name) is not None), None)
+    ids: torch.Tensor | None = None
+    if name is not None:
+        packed = _bounds(name, told, batch, length)
+        if seen is not None and not torch.compiler.is_compiling() and int(seen):
+            raise ValueError(f"{name}: expected None once the cache has seen tokens, here {int(seen)}")
+        if real is None and begins is None:
+            return Tokens(packed=packed)
+        ids = packed.sequence[None]
+    elif told.get("seq_idx") is not None:
+        ids = told["seq_idx"]
+        if ids.shape != (batch, length):
+            raise ValueError(f"seq_idx: expected shape [{batch}, {length}], got {list(ids.shape)}")
+    elif not masked or not torch.compiler.is_compiling():
+        ids = _restarts(told.get("position_ids"), real, length, anywhere=not masked and seen is None)
+    if ids is not None:
+        apart = _apart(ids, real)
+        begins = apart if begins is None else begins | apart
+    if begins is not None and torch.compiler.is_compiling():
+        if seen is not None:
+            raise ValueError(f"{name or 'seq_idx'}: expected None with a cache and a mask where a graph is compiled")
+    elif begins is not None and not bool(begins.any()):
+        begins = None
+    return Tokens(real, None if begins is None else begins.expand(batch, -1))
+
+
+def _bounds(name: str, told: dict[str, Any], batch: int, length: int) -> Packed:
+    cu = told[name]
+    if batch != 1:
+        raise ValueError(f"{name}: expected None with a batch of {batch}, for sequences are packed into a batch of 1")
+    x = (cu.int64 if isinstance(cu, Packed) else cu).new_empty(0).expand(batch, length, 0)  # type: ignore[union-attr]
+    try:
+        packed = Packed.remembered(cu, x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("cu_seqlens", name)) from None
+    other = told.get("cu_seq_lens_k") if name == "cu_seq_lens_q" else None
+    if other is None or other is cu or torch.compiler.is_compiling():
+        return packed
+    if other.shape != cu.shape or not bool((other == cu).all()):
+        raise ValueError("cu_seq_lens_k: expected the bounds of cu_seq_lens_q, got others")
+    return packed
+
+
+def _restarts(positions: Any, real: torch.Tensor | None, length: int, anywhere: bool) -> torch.Tensor | None:
+    """The sequence of every token, by positions that do not go on: anywhere, or from 0 where there is no padding."""
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or positions.shape[1] != length or length == 1:
+        return None
+    restart = positions.diff(dim=1) != 1
+    if not anywhere:
+        if torch.compiler.is_compiling() or (real is not None and not bool(real.all())):
+            return None
+        restart = restart & (positions[:, 1:] == 0)
+    return nn.functional.pad(restart, (1, 0)).cumsum(1)
+
+
+def _apart(ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Real tokens of another sequence than the real token before them, bool [B, T]."""
+    if real is None:
+        return nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
+    previous, ids = _before(real), ids.expand(real.shape)
+    return real & (previous >= 0) & (ids.gather(1, previous.clamp_min(0)) != ids)
+
+
+def _before(real: torch.Tensor) -> torch.Tensor:
+    """The position of the real token before each one, int64 [B, T]; -1 where there is none."""
+    place = torch.arange(real.shape[1], device=real.device)
+    return nn.functional.pad(torch.where(real, place, -1).cummax(1).values[:, :-1], (1, 0), value=-1)

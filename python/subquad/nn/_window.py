@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from .._packing import Packed
 from ..ops.gated_linear_attention import gated_linear_attention
+from ._sequences import Sequences, Streams
 from ._tokens import rotate
 
 if TYPE_CHECKING:
@@ -16,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def window_terms(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, visible: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    visible: torch.Tensor | None = None,
+    sequence: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""sum_i e_ti v_i and sum_i e_ti with e_ti = exp(l_ti - max_i l_ti), l = d^-1/2 q k^T, over the last `window` keys.
 
@@ -29,6 +36,7 @@ def window_terms(
         v: values [B, P + T, HKV, V].
         window: keys that a query sees, its own included.
         visible: bool [B, P + T], False for keys that nobody sees; None: all exist.
+        sequence: int [B, T], of which sequence a row is, which then sees no other (P is 0); None: there is one.
 
     Returns:
         (numerators [B, T, HQ, V], denominators [B, T, HQ, 1]), float32.
@@ -49,10 +57,15 @@ def window_terms(
     near = (column > row) & (column <= row + window)
     if visible is None:
         visible = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
-    exists = F.pad(visible, (max(lead, 0), fill))[:, max(-lead, 0) :].unfold(
-        1, 2 * window, window
-    )  # [B, blocks, 2 window]
-    seen = near & exists[:, :, None]
+
+    def blocks_of(x: torch.Tensor, value: int = 0) -> torch.Tensor:
+        """[B, P + T] as the keys' [B, blocks, 2 window]."""
+        return F.pad(x, (max(lead, 0), fill), value=value)[:, max(-lead, 0) :].unfold(1, 2 * window, window)
+
+    seen = near & blocks_of(visible)[:, :, None]
+    if sequence is not None:
+        own = F.pad(sequence, (0, fill), value=-1).reshape(-1, blocks, window)
+        seen = seen & (own[..., None] == blocks_of(sequence, -1)[:, :, None])
     seen = seen[:, :, None, None]
     logits = torch.where(seen, logits, -torch.inf)
     peak = logits.amax(-1, keepdim=True)
@@ -69,7 +82,12 @@ Late = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def delayed(
-    k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, window: int, late: Late | None
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    window: int,
+    late: Late | None,
+    packed: Packed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Late]:
     r"""Keys and values that enter the state `window` tokens late, decayed by the gates they passed meanwhile.
 
@@ -80,26 +98,25 @@ def delayed(
         g: gates [B, T, HG, K] or [B, T, HG], where HG divides HK; or None.
         window: tokens of delay.
         late: the last `window` of k, v and g before these; None at the beginning of the sequences.
+        packed: the bounds of sequences, where B = 1.
 
     Returns:
         (k, v of the delayed tokens, `late` for the next call).
     """
     t = k.shape[1]
-
-    def with_past(x: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
-        before = x.new_zeros(x.shape[0], window, *x.shape[2:]) if past is None else past
-        return torch.cat([before, x], 1)
-
-    past = (None, None, None) if late is None else late
-    keys, values = with_past(k, past[0]), with_past(v, past[1])
-    gates = None if g is None else with_past(g, past[2])
-    entering = keys[:, :t]
+    streams = Streams(window, t, packed)
+    keys, values, gates = (
+        None if x is None else streams.join(x, past)
+        for x, past in zip((k, v, g), (None, None, None) if late is None else late, strict=True)
+    )
+    assert keys is not None and values is not None
+    entering = streams.delayed(keys)
     if gates is not None and t:
         passed = gates[:, 1:].unfold(1, window, 1).sum(-1)  # of the tokens after the entering one, to the current one
-        passed = passed.repeat_interleave(k.shape[2] // passed.shape[2], 2).exp()
+        passed = streams.delayed(passed).repeat_interleave(k.shape[2] // passed.shape[2], 2).exp()
         entering = entering * (passed if passed.dim() == 4 else passed[..., None])
-    rest = keys[:, t:], values[:, t:], None if gates is None else gates[:, t:]
-    return entering, values[:, :t], rest
+    rest = streams.tail(keys), streams.tail(values), None if gates is None else streams.tail(gates)
+    return entering, streams.delayed(values), rest
 
 
 def hybrid(
@@ -111,46 +128,61 @@ def hybrid(
     v: torch.Tensor,
     g: torch.Tensor | None,
     positions: tuple[torch.Tensor, torch.Tensor],
-    tokens: torch.Tensor | None,
     state: LawcatState | None,
+    sequences: Sequences | None,
     entering: dict[str, torch.Tensor] | None,
 ) -> torch.Tensor:
     """Window and linear attention over one denominator; a column of ones in v gives the linear one's."""
     if layer.rope == "none":
         q0, k0 = rotate(q0, *positions), rotate(k0, *positions)
-    visible = torch.ones(k0.shape[:2], dtype=torch.bool, device=k0.device) if tokens is None else tokens
-    keys, values = k0, v
     if entering is not None:
-        entering |= {"window_k": k0, "window_v": v, "window_visible": visible.expand(k0.shape[:2])}
-    if state is not None:
-        if state.window_k is not None:
-            assert state.window_v is not None and state.window_visible is not None
-            keys, values = torch.cat([state.window_k, k0], 1), torch.cat([state.window_v, v], 1)
-            visible = torch.cat([state.window_visible, visible], 1)
-        last = max(keys.shape[1] - (layer.window_size - 1), 0)
-        window = (x[:, last:].clone() for x in (keys, values, visible))  # a view would keep the whole prompt
-        state.window_k, state.window_v, state.window_visible = window
-    near, near_sum = window_terms(q0, keys, values, layer.window_size, visible)
+        entering |= {"window_k": k0, "window_v": v}
+    near, near_sum = _near(layer, q0, k0, v, state, None if sequences is None else sequences.packed)
     initial = None if state is None else state.s
     k, v = k.float(), F.pad(v.float(), (0, 1), value=1.0)
     if not layer.linear_covers_window:
         if entering is not None:
             entering |= {"late_k": k, "late_v": v} | ({} if g is None else {"late_g": g})
-        k, v, late = delayed(k, v, g, layer.window_size, None if state is None else state.late)
+        late = None if state is None else state.late
+        k, v, rest = delayed(k, v, g, layer.window_size, late, None if sequences is None else sequences.sums)
         if state is not None:
-            state.late_k, state.late_v, state.late_g = (None if x is None else x.clone() for x in late)
+            state.late_k, state.late_v, state.late_g = rest
     if entering is not None:
         entering |= {"k": k, "v": v} | ({} if g is None else {"g": g})
     wide, final = gated_linear_attention(
         q.float(), k, v, g, initial_state=initial, output_final_state=state is not None,
-        scale=layer.linear_scale, backend=layer.backend,
+        cu_seqlens=None if sequences is None else sequences.sums, scale=layer.linear_scale, backend=layer.backend,
     )  # fmt: skip
     if state is not None:
         assert isinstance(final, torch.Tensor)
         state.s = final
     assert layer.window_factor is not None
     factor = layer.window_factor.float().sigmoid()[:, None]
-    rest = 1 - factor if layer.affine_window else 1.0
+    rest_of = 1 - factor if layer.affine_window else 1.0
     far, far_sum = wide[..., :-1], wide[..., -1:]
-    y = (factor * near + rest * far) / (factor * near_sum + rest * far_sum + layer.eps)
-    return y.to(values.dtype).flatten(2)
+    y = (factor * near + rest_of * far) / (factor * near_sum + rest_of * far_sum + layer.eps)
+    return y.to(k0.dtype).flatten(2)
+
+
+def _near(
+    layer: LawcatAttention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: LawcatState | None,
+    packed: Packed | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The window's terms. The state keeps window_size - 1 rows of each sequence, invisible where it has none yet."""
+    visible = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+    if state is None:
+        sequence = None if packed is None else packed.sequence[None]
+        return window_terms(q, k, v, layer.window_size, visible, sequence)
+    streams = Streams(layer.window_size - 1, k.shape[1], packed)
+    keys, values, visible = (
+        streams.join(x, past) for x, past in ((k, state.window_k), (v, state.window_v), (visible, state.window_visible))
+    )
+    state.window_k, state.window_v, state.window_visible = (streams.tail(x) for x in (keys, values, visible))
+    if packed is None:
+        return window_terms(q, keys, values, layer.window_size, visible)
+    terms = window_terms(streams.join(q, None), keys, values, layer.window_size, visible, streams.sequences())
+    return streams.tokens(terms[0]), streams.tokens(terms[1])

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from .. import _checks
-from .._backends import BACKENDS
+from .._backends import BACKENDS, _warn_once
 from ..ops.cats_activation import GRADS
 from ..ops.cats_mlp import MASK_MODES, MAX_SPARSE_TOKENS, PREFILLS, cats_mlp
-from ..reference.cats_activation import activate
-from ._children import set_mode
+from ..reference._common import upcast
+from ..reference.cats_activation import activate, active_mask, cats_glu
+from ._children import placement, plain, set_mode
 from ._gated import activation_name, gated_parts
 from ._options import CatsConfig
 
-DOWN_LAYOUTS = ("auto", "strided", "copy", "keep")
+DOWN_LAYOUTS = ("auto", "strided", "keep")
 DENSE = -1.0  # a threshold below every magnitude
 _META_VERSION = 1
 _STATE = ("threshold", "cats_meta")
@@ -27,7 +28,7 @@ _STATE = ("threshold", "cats_meta")
 class GatedMLP(nn.Module):
     """The dense block that `CATSMLP` replaces: down(act(gate(x)) * up(x)), x `[..., H]`."""
 
-    def __init__(self, gate_proj: nn.Linear, up_proj: nn.Linear, down_proj: nn.Linear, activation: str) -> None:
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.act_fn = activation
@@ -43,8 +44,10 @@ class CATSMLP(nn.Module):
     `gate_up_proj` whose first half is the gate). Two buffers come on top, both fp32 whatever `.half()` does to the
     rest: `threshold` (`[]` or `[I]`; -1, the initial value, means dense) and `cats_meta` `[4]`: format version, target
     sparsity (-1 when set by hand), calibration tokens, inclusive. A dense checkpoint loads strictly and leaves both as
-    they are; `dense_state_dict` writes one. Hooks on the projections do not run: their weights are read, not their
-    `forward`.
+    they are; `dense_state_dict` writes one.
+
+    The projections are seen as they are at every call. Plain Linears are read. If one is anything else (an adapter, quantised,
+    offloaded, with a hook), all are called: the same function, with every gradient, but nothing is skipped.
 
     Args:
         hidden_size: H.
@@ -61,10 +64,8 @@ class CATSMLP(nn.Module):
         backend: as in `cats_mlp`.
         down_layout: where the neuron-major down projection that the sparse kernels want comes from. "strided"
             re-strides the storage of `down_proj.weight` in place: same Parameter, same shape `[H, I]`, strides (1, H),
-            no extra memory. "copy" leaves the weight alone and holds a transposed copy (a third more MLP memory),
-            renewed when the weight's address or version counter changes; edits through `.data` need `refresh()`. "keep"
-            leaves the weight as it is, which is slow unless it is neuron-major already. "auto" is "strided". State
-            dicts are contiguous in any case.
+            no extra memory. "keep" leaves the weight as it is, for what wants contiguous parameters such as FSDP; one that is
+            not neuron-major makes sparse calls slower. "auto" is "strided". State dicts are contiguous in any case.
         device, dtype: of the projections.
 
     Attributes:
@@ -77,12 +78,11 @@ class CATSMLP(nn.Module):
 
     threshold: torch.Tensor
     cats_meta: torch.Tensor
-    down_proj_t: torch.Tensor | None
     original: nn.Module | None
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    gate_up_proj: nn.Linear
-    down_proj: nn.Linear
+    gate_proj: Any  # Linears, or what somebody has put in their place
+    up_proj: Any
+    gate_up_proj: Any
+    down_proj: Any
 
     def __init__(
         self,
@@ -121,8 +121,8 @@ class CATSMLP(nn.Module):
             options: the keyword arguments of the class from `threshold` to `down_layout`.
 
         Raises:
-            ValueError: if the module cannot be represented (wrapped or quantised projections, unknown activation,
-                `pretraining_tp` above 1, a different formula), or an option has no such value. `mlp` is then unchanged.
+            ValueError: if the module cannot be represented (unknown activation, `pretraining_tp` above 1, a different
+                formula), or an option has no such value. `mlp` is then unchanged.
             TypeError: for an unknown option.
         """
         parts = gated_parts(mlp)
@@ -156,16 +156,14 @@ class CATSMLP(nn.Module):
         self.activation, self.backend, self.max_sparse_tokens = activation, config.backend, limit
         self.mask_mode, self.prefill, self.grad = config.mask_mode, config.prefill, config.grad
         self.down_layout = config.down_layout
-        self.hidden_size, self.intermediate_size = self.down_proj.weight.shape
+        self.hidden_size, self.intermediate_size = self.down_proj.out_features, self.down_proj.in_features
         self.enabled = True
         self._fused = "gate_up_proj" in self._modules
         self._layout: tuple[torch.Size, tuple[int, ...]] | None = None  # shape and strides before `lay_out`
-        self._copied_from: tuple[int, int] | None = None
-        device = self.down_proj.weight.device
+        device, _ = placement(self.down_proj)
         self.register_buffer("threshold", torch.full((), DENSE, device=device, dtype=torch.float32))
         meta = torch.tensor([_META_VERSION, -1.0, 0.0, float(config.inclusive)], dtype=torch.float32)
         self.register_buffer("cats_meta", meta.to(device))
-        self.register_buffer("down_proj_t", None, persistent=False)
         self._inclusive = config.inclusive
         if config.threshold is not None:
             self.set_threshold(config.threshold)
@@ -215,30 +213,20 @@ class CATSMLP(nn.Module):
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def projections(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """(w_gate `[I, H]`, w_up `[I, H]`, b_gate, b_up); views of the fused weight where there is one."""
-        if not self._fused:
-            gate, up = self.gate_proj, self.up_proj
-            return gate.weight, up.weight, gate.bias, up.bias
-        fused = self.gate_up_proj
-        w_gate, w_up = fused.weight.chunk(2)
-        b_gate, b_up = (None, None) if fused.bias is None else fused.bias.chunk(2)
-        return w_gate, w_up, b_gate, b_up
-
     def lay_out(self) -> None:
         """Bring the down projection into its layout; needed only after replacing `down_proj.weight` by hand."""
+        if self.down_layout == "keep" or not plain(self.down_proj, nn.Linear):
+            return
         weight = self.down_proj.weight
-        if self.down_layout in ("auto", "strided") and not weight.t().is_contiguous():
+        if not weight.t().is_contiguous():
             self._layout = weight.shape, weight.stride()  # first, so that an interrupted change can be undone
             weight.data = weight.data.t().contiguous().t()
-        elif self.down_layout == "copy":
-            self.refresh()
 
     def set_down_layout(self, down_layout: str) -> None:
         """Change the layout strategy.
 
         Raises:
-            ValueError: if it is none of "auto", "strided", "copy" and "keep".
+            ValueError: if it is none of "auto", "strided" and "keep".
         """
         _checks.choice("down_layout", down_layout, DOWN_LAYOUTS)
         self.restore_layout()
@@ -246,47 +234,46 @@ class CATSMLP(nn.Module):
         self.lay_out()
 
     def restore_layout(self) -> None:
-        """Undo the re-striding of `down_proj.weight`, and let the copy go."""
-        if self._layout is not None:
-            weight = self.down_proj.weight
-            weight.data = _with_layout(weight.data, *self._layout)
-            self._layout = None
-        self.down_proj_t, self._copied_from = None, None
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Renew the transposed copy of `down_layout="copy"`, in place where possible."""
-        source = self.down_proj.weight.detach().t()
-        held = self.down_proj_t
-        if held is not None and (held.shape, held.dtype, held.device) == (source.shape, source.dtype, source.device):
-            held.copy_(source)
-        else:
-            self.down_proj_t = source.clone(memory_format=torch.contiguous_format)
-        self._copied_from = _identity(self.down_proj.weight)
-
-    def _down_weight(self) -> torch.Tensor:
-        weight = self.down_proj.weight
-        if self.down_layout != "copy" or (weight.requires_grad and torch.is_grad_enabled()):
-            return weight
-        if not torch.compiler.is_compiling() and self._copied_from != _identity(weight):
-            self.refresh()
-        assert self.down_proj_t is not None
-        return self.down_proj_t.t()
+        """Undo the re-striding of `down_proj.weight`, also where an adapter has come around it."""
+        if self._layout is None:
+            return
+        shape, strides = self._layout
+        down = self.down_proj
+        inside = (p for p in down.parameters() if p.shape == shape and p.t().is_contiguous())
+        weight = down.weight if plain(down, nn.Linear) else next(inside, None)
+        if weight is not None:
+            weight.data = _with_layout(weight.data, shape, strides)
+        self._layout = None
 
     # --- module ------------------------------------------------------------------------------------------------------
 
+    def reads(self, x: torch.Tensor) -> bool:
+        """Whether the weights of the projections say what calls of them on x would compute."""
+        return all(plain(child, nn.Linear) and child.weight.device == x.device for child in self._modules.values())
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """z `[..., I]` of x `[..., H]`: what goes into the activation."""
+        z: torch.Tensor = self.gate_up_proj(x).chunk(2, dim=-1)[0] if self._fused else self.gate_proj(x)
+        return z
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `[..., H]` of x `[..., H]`, in x's dtype."""
-        w_gate, w_up, b_gate, b_up = self.projections()
+        if not self.reads(x):
+            return self._called(x)
+        gate = self.gate_up_proj if self._fused else self.gate_proj
+        up, down = (gate if self._fused else self.up_proj), self.down_proj
+        weights, biases = (gate.weight, up.weight), (gate.bias, up.bias)
+        if self._fused:
+            weights = gate.weight.chunk(2)
+            biases = (None, None) if gate.bias is None else gate.bias.chunk(2)
         return cats_mlp(
             x,
-            w_gate,
-            w_up,
-            self._down_weight(),
+            *weights,
+            down.weight,
             self.threshold if self.enabled else DENSE,
-            b_gate=b_gate,
-            b_up=b_up,
-            b_down=self.down_proj.bias,
+            b_gate=biases[0],
+            b_up=biases[1],
+            b_down=down.bias,
             activation=self.activation,
             inclusive=self._inclusive,
             mask_mode=self.mask_mode,
@@ -295,6 +282,26 @@ class CATSMLP(nn.Module):
             grad=self.grad,
             backend=self.backend,
         )
+
+    def _called(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` by calls of the projections."""
+        z, u = self.gate_up_proj(x).chunk(2, dim=-1) if self._fused else (self.gate_proj(x), self.up_proj(x))
+        limit = MAX_SPARSE_TOKENS if self.max_sparse_tokens is None else self.max_sparse_tokens
+        few = z.numel() <= limit * z.shape[-1]
+        dense = not self.enabled or (self.prefill == "dense" and not few)
+        threshold = torch.full_like(self.threshold, DENSE) if dense else self.threshold
+        mask = active_mask(activate(upcast(z.detach()), self.activation), threshold, self._inclusive)
+        if self.mask_mode == "union":
+            mask = mask.reshape(-1, mask.shape[-1]).any(0).expand_as(mask)
+        h = cats_glu(z, u, threshold, activation=self.activation, inclusive=self._inclusive, grad=self.grad, mask=mask)
+        if few and not dense and not h.requires_grad and not torch.compiler.is_compiling():
+            odd = next((c for c in self.named_children() if not plain(c[1], nn.Linear)), ("down_proj", self.down_proj))
+            _warn_once(
+                f"CATSMLP: {odd[0]} ({type(odd[1]).__name__}) is no plain Linear, or has a hook; the projections must be called, "
+                "so nothing is skipped"
+            )
+        y: torch.Tensor = self.down_proj(h)
+        return y
 
     def to_dense(self) -> nn.Module:
         """The dense module this one was made from (or a `GatedMLP`), sharing the weights, in their original layout."""
@@ -383,11 +390,6 @@ def _with_layout(data: torch.Tensor, shape: torch.Size, strides: tuple[int, ...]
     if data.stride() == strides:
         return data
     return torch.empty_strided(shape, strides, dtype=data.dtype, device=data.device).copy_(data)
-
-
-def _identity(weight: torch.Tensor) -> tuple[int, int]:
-    """Changes when the weight is replaced or written in place; inference tensors carry no version counter."""
-    return (0 if weight.is_meta else weight.data_ptr()), (0 if weight.is_inference() else weight._version)
 
 
 def _contiguous_down(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import _checks
+from .._backends import BACKENDS
 from ..ops.feature_map import feature_map
 from ..reference.feature_map import KINDS
 
@@ -27,6 +28,7 @@ class LearnedFeatureMap(nn.Module):
         eps: least value of a feature.
         init: "eye" starts with y = the first f elements of x (with `skip_connection`, a layer of zeros does that);
             "kaiming" is uniform within sqrt(3 / d).
+        backend: of the operator.
         device, dtype: of the layer.
 
     Attributes:
@@ -50,6 +52,7 @@ class LearnedFeatureMap(nn.Module):
         skip_connection: bool = False,
         eps: float = 1e-12,
         init: str = "eye",
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,13 +66,15 @@ class LearnedFeatureMap(nn.Module):
         _checks.choice("init", init, INITS)
         _checks.flag("fullspace", fullspace)
         _checks.flag("skip_connection", skip_connection)
+        if backend is not None:
+            _checks.choice("backend", backend, BACKENDS)
         if kind == "hedgehog2" and not fullspace:
             raise ValueError("fullspace: expected True with kind 'hedgehog2', got False")
         if skip_connection and feature_dim != head_dim:
             raise ValueError(f"feature_dim: expected {head_dim} as head_dim with skip_connection, got {feature_dim}")
         self.num_heads, self.head_dim, self.feature_dim = num_heads, head_dim, feature_dim
         self.kind, self.fullspace, self.skip_connection = kind, fullspace, skip_connection
-        self.eps, self.init = eps, init
+        self.eps, self.init, self.backend = eps, init, backend
         self.out_dim = 2 * feature_dim if fullspace else feature_dim
         self.layer = nn.Parameter(torch.empty((num_heads, head_dim, feature_dim), device=device, dtype=dtype))
         self.reset_parameters()
@@ -91,7 +96,7 @@ class LearnedFeatureMap(nn.Module):
         if self.skip_connection:
             eye = torch.eye(self.head_dim, device=weight.device)
             weight = (weight + eye).to(weight.dtype)
-        return feature_map(x, weight, kind=self.kind, fullspace=self.fullspace, eps=self.eps)
+        return feature_map(x, weight, kind=self.kind, fullspace=self.fullspace, eps=self.eps, backend=self.backend)
 
     def extra_repr(self) -> str:
         text = f"{self.num_heads}, {self.head_dim}, {self.feature_dim}, kind={self.kind!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,14 +13,18 @@ from torch import nn
 from .. import _checks
 from .._packing import Packed
 from ..cache.lawcat import LawcatState, state_of
+from ..cache.state import adapter_for
 from ..masks import IntervalMask
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
 from ..ops.lawcat_decode_step import MAX_DIM
-from ._children import plain, set_mode
+from ._children import placement, plain, set_mode
 from ._lawcat_steps import step
 from ._options import LawcatConfig
-from ._tokens import rotate, sliding_window, tokens_of
+from ._sequences import Sequences
+from ._tied import tie, tied_again
+from ._tokens import Tokens, read, rotate, sliding_window
+from ._tokens import tokens_of as tokens_of
 from ._window import hybrid
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
@@ -116,6 +121,7 @@ class LawcatAttention(nn.Module):
     Attributes:
         q_proj, k_proj, v_proj, o_proj: as in transformers' attention.
         original: the attention that `from_attention` was given, or None; not a submodule.
+        config: the options it was made with.
         keep: as the option; it may be set at any time.
 
     Raises:
@@ -154,7 +160,7 @@ class LawcatAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        config = LawcatConfig(**options)
+        self.config = config = LawcatConfig(**options)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
         head_dim = hidden_size // max(num_heads, 1) if head_dim is None else head_dim
@@ -202,10 +208,10 @@ class LawcatAttention(nn.Module):
         )
         self.conv_v = ShortConvolution(kv_heads * width, config.conv_size, **conv) if config.conv_on_v else None
         if config.share_qk_conv:
-            self.conv_k.weight, self.conv_k.bias = self.conv_q.weight, self.conv_q.bias
+            tie(self, "conv_k", "conv_q")
         # Tied maps of different head counts are one map per key head, which its group of queries shares.
         maps = (key_heads, 0) if config.tie_qk_feature_map else (heads, key_heads)
-        phi: dict[str, Any] = {"init": config.feature_init} | options
+        phi: dict[str, Any] = {"init": config.feature_init, "backend": config.backend} | options
         self.feature_map = LearnedFeatureMap(maps[0], width, self.feature_dim, **phi)
         self.feature_map_k = LearnedFeatureMap(maps[1], width, self.feature_dim, **phi) if maps[1] else None
         gates = {"vector": kv_heads * self.feature_map.out_dim, "scalar": kv_heads, "none": 0}[config.gate]
@@ -230,7 +236,7 @@ class LawcatAttention(nn.Module):
             options: arguments of the constructor.
 
         Raises:
-            ValueError: an attention of another form, or with dropout or sinks.
+            ValueError: an attention of another form, or with dropout, sinks or parts that linear attention has no place for.
         """
         parts = {name: getattr(attention, name, None) for name in PROJECTIONS}
         width = getattr(attention, "head_dim", None)
@@ -245,12 +251,17 @@ class LawcatAttention(nn.Module):
             value = getattr(attention, name, None)
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
                 raise ValueError(f"attention: expected none with {name}, which linear attention has not")
+        others = [name for name in _computing(attention) if name not in PROJECTIONS + NORMS]
+        if others:
+            raise ValueError(f"attention: expected none with {others[0]}, which would be left out")
         parts |= {name: norm for name in NORMS if (norm := getattr(attention, name, None)) is not None}
-        weight = q.weight  # type: ignore[union-attr]
-        defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": weight.device, "dtype": weight.dtype}
+        device, dtype = placement(q)  # type: ignore[arg-type]
+        defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": device, "dtype": dtype}
         heads, kv_heads = sizes[0] // width, sizes[1] // width
         layer = cls(q.in_features, heads, kv_heads, head_dim=width, parts=parts, **(defaults | options))  # type: ignore
         layer._remember(attention)
+        with suppress(ImportError):
+            adapter_for(attention)  # imports what its library's caches need: compiled code cannot
         set_mode(layer, attention.training, besides=attention)
         return layer
 
@@ -267,6 +278,11 @@ class LawcatAttention(nn.Module):
                 setattr(self.original, name, getattr(self, name))
         set_mode(self.original, self.training, besides=self)
         return self.original
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LawcatAttention:
+        with tied_again(self):
+            super()._apply(fn, recurse)
+        return self
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """What LAWCAT adds to the projections, by name: convolutions, feature maps, gate, window factor."""
@@ -289,20 +305,24 @@ class LawcatAttention(nn.Module):
             hidden_states: [B, T, hidden_size].
             position_embeddings: (cos, sin) [B|1, T, d], for `rope` and the window.
             attention_mask: None; 0 or 1 [B, >= T], of which the last T count, or those after what a cache has seen; or a
-                causal mask with padding in four dimensions, bool or additive, or transformers' with
-                attn_implementation="subquad". Padding changes nothing, wherever it is.
-            past_key_values: a `LawcatCache`, or a cache of transformers; it is advanced.
-            cu_seqlens: [N + 1], bounds of sequences packed into B = 1.
+                causal mask with padding or packed sequences in four dimensions, bool or additive, or transformers' with
+                attn_implementation="subquad"; or a mapping of such masks by kind of layer. Padding changes nothing, wherever
+                it is.
+            past_key_values: a `LawcatCache`, or a cache of transformers; it is advanced. Of packed sequences the last goes on.
+            cu_seqlens: [N + 1], bounds of sequences packed into B = 1, before the cache has seen tokens.
             cache: another name of `past_key_values`, which transformers uses from 5.24 on.
-            kwargs: what else the model passes; `output_attentions` is refused.
+            kwargs: what else the model passes. Bounds named `cu_seq_lens_q`, `seq_idx` [B, T], and `position_ids` that start
+                again tell packed sequences apart too; `output_attentions` is refused.
 
         Returns:
             (output [B, T, hidden_size], None). Rows of padding are o_proj of 0.
 
         Raises:
-            ValueError: a mask that is not causal with padding; options that this attention does not have.
+            TypeError: a mask that is none.
+            ValueError: a mask that is not causal with padding or packed sequences; options that this attention does not have.
         """
         past_key_values = cache if past_key_values is None else past_key_values
+        kwargs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         if self._transfer is not None:
             return self._transfer(
                 self,
@@ -312,7 +332,7 @@ class LawcatAttention(nn.Module):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        mixed = self.mix(hidden_states, position_embeddings, attention_mask, past_key_values, cu_seqlens, **kwargs)
+        mixed = self.mix(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         return self.o_proj(mixed), None
 
     def mix(
@@ -329,21 +349,20 @@ class LawcatAttention(nn.Module):
             raise ValueError("output_attentions: linear attention has no matrix of weights; expected False, got True")
         if position_embeddings is None and (self.window_size or self.rope != "none"):
             raise ValueError("position_embeddings: expected (cos, sin), for rope or a window, got None")
-        if cu_seqlens is not None and (self.window_size or attention_mask is not None or past_key_values is not None):
-            raise ValueError("cu_seqlens: expected None with a window, a mask or a cache")
         b, t, _ = hidden_states.shape
-        packed = None if cu_seqlens is None else Packed.remembered(cu_seqlens, hidden_states)
         window = None if self.original is None else sliding_window(self.original)
         state = state_of(past_key_values, self.layer_idx, self.keep)
-        tokens = tokens_of(attention_mask, b, t, window, None if state is None else state.seen)
-        mixed = self._advance(hidden_states, position_embeddings, tokens, state, packed)
+        seen = None if state is None else state.seen
+        tokens = read(attention_mask, b, t, window, seen, **kwargs, cu_seqlens=cu_seqlens)
+        mixed = self._advance(hidden_states, position_embeddings, tokens, state)
         if state is not None:
-            state.seen += t
+            seen = state.seen  # not in place: whoever was told it goes on to hold the old number
+            state.seen = (seen.to(hidden_states.device) if isinstance(seen, torch.Tensor) else seen) + t
         if self.output_gate is None or self.output_norm is None:
             return mixed
+        if tokens.real is not None:
+            hidden_states = torch.where(tokens.real[..., None], hidden_states, 0)
         gate = F.silu(self.output_gate(hidden_states))
-        if tokens is not None:
-            gate = torch.where(tokens[..., None], gate, 0)
         normed: torch.Tensor = self.output_norm(mixed.unflatten(-1, (-1, self.head_dim)))
         return normed.flatten(-2) * gate
 
@@ -351,34 +370,36 @@ class LawcatAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
+        tokens: Tokens,
         state: LawcatState | None,
-        cu_seqlens: Packed | None,
     ) -> torch.Tensor:
         """`_mixed`; where the state keeps tokens for a rollback, those alone are recorded, and what comes before them is not."""
         early = 0 if state is None else x.shape[1] - state.depth
-        if state is None or not state.depth:
-            return self._mixed(x, positions, tokens, state, cu_seqlens)
+        apart = tokens.packed is not None or tokens.begins is not None
+        if state is None or not state.depth or apart:
+            if state is not None and apart:
+                state.keep(state.depth)  # a sum cannot be computed again over the beginning of a sequence
+            return self._mixed(x, positions, tokens, state)
         if early <= 0:
             return self._recorded(x, positions, tokens, state)
         state.keep(state.depth)
         parts = []
         for mix, columns in ((self._mixed, slice(early)), (self._recorded, slice(early, None))):
             pair = None if positions is None else (positions[0][:, columns], positions[1][:, columns])
-            parts.append(mix(x[:, columns], pair, None if tokens is None else tokens[:, columns], state))
+            parts.append(mix(x[:, columns], pair, tokens[columns], state))
         return torch.cat(parts, 1)
 
     def _recorded(
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
+        tokens: Tokens,
         state: LawcatState,
     ) -> torch.Tensor:
         """`_mixed`, whose tokens can be taken back."""
         before = state.current()
         entering: dict[str, torch.Tensor] = {}
-        mixed = self._mixed(x, positions, tokens, state, entering=entering)
+        mixed = self._mixed(x, positions, tokens, state, entering)
         state.record(before, entering, self.backend)
         return mixed
 
@@ -386,9 +407,8 @@ class LawcatAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
+        tokens: Tokens,
         state: LawcatState | None,
-        cu_seqlens: Packed | None = None,
         entering: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attention of the tokens there are, 0 at the others: one step in place, or sequences.
@@ -396,27 +416,24 @@ class LawcatAttention(nn.Module):
         `entering` is filled with the rows [B, T, ...] that enter the state, for `LawcatState.record`.
         """
         b, t, _ = x.shape
-        alone = t == 1 and entering is None and not self.window_size
+        alone = t == 1 and entering is None and not self.window_size and tokens.begins is None and tokens.packed is None
         if alone and state is not None and state.s is not None and self._steps(x):
-            return step(self, x, positions, tokens, state)
-        if tokens is None or self.window_size or torch.compiler.is_compiling():
-            return self._sequences(x, positions, tokens, state, cu_seqlens, entering)
+            return step(self, x, positions, tokens.real, state)
+        sequences = Sequences.of(tokens, b, t)
+        if sequences is None:
+            return self._sequences(x, positions, state, None, entering)
         # Without the padding: chunks then begin where they do in a sequence alone, and the operators give the same bits.
-        rows = tokens.flatten().nonzero()[:, 0]
-        if rows.shape[0] == b * t:
-            return self._sequences(x, positions, None, state, cu_seqlens, entering)
-        bounds = Packed(F.pad(tokens.sum(1).cumsum(0), (1, 0)), rows.shape[0])
         if positions is not None:
-            cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, rows] for p in positions)
+            cos, sin = (sequences.gather(p.expand(b, t, -1)) for p in positions)
             positions = (cos, sin)
-        mixed = self._sequences(x.flatten(0, 1)[None, rows], positions, None, state, bounds, entering)
-
-        def spread(y: torch.Tensor) -> torch.Tensor:
-            return y.new_zeros(b * t, *y.shape[2:]).index_copy(0, rows, y[0]).unflatten(0, (b, t))
-
+        inner = sequences.enter(state)
+        mixed = self._sequences(sequences.gather(x), positions, inner, sequences, entering)
+        sequences.leave(inner, state)
         if entering is not None:
-            entering.update({name: spread(y) for name, y in entering.items()}, real=tokens)
-        return spread(mixed)
+            entering.update({name: sequences.spread(y) for name, y in entering.items()})
+            if tokens.real is not None:
+                entering["real"] = tokens.real
+        return sequences.spread(mixed)
 
     def _steps(self, x: torch.Tensor) -> bool:
         """Whether states may be changed in place: no gradient can flow, and the convolutions are those of this package."""
@@ -430,8 +447,7 @@ class LawcatAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, T, HQ, d] and k [B, T, HKV, d] of the linear branch, and v."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if self.rope == "linear" and positions is not None:
             q, k = rotate(q, *positions), rotate(k, *positions)
         return q, k, v
@@ -441,6 +457,8 @@ class LawcatAttention(nn.Module):
         if self.gate is None:
             return None
         g: torch.Tensor = self.gate.logits(x) if logits else self.gate(x)
+        if not logits and g.dtype in (torch.bfloat16, torch.float16):  # of a gate of another class
+            g = g.float()
         return g.unflatten(-1, (self.num_kv_heads, -1)) if self.gate_kind == "vector" else g
 
     def _features(
@@ -491,28 +509,26 @@ class LawcatAttention(nn.Module):
         self,
         x: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor] | None,
-        tokens: torch.Tensor | None,
         state: LawcatState | None,
-        cu_seqlens: Packed | None,
+        sequences: Sequences | None,
         entering: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
+        packed = None if sequences is None else sequences.packed
         q0, k0, v = self._heads(x, positions)
         g = self._gates(x)
-        if tokens is not None:
-            q0, k0, v = (torch.where(tokens[..., None, None], a, 0) for a in (q0, k0, v))
+        if state is not None:
+            state.suit(q0.dtype)
         if entering is not None:
             entering |= {"conv_q": q0.flatten(2), "conv_k": k0.flatten(2)}
             entering |= {} if self.conv_v is None else {"conv_v": v.flatten(2)}
-        q, k = self._features(q0, k0, state, cu_seqlens)
+        q, k = self._features(q0, k0, state, packed)
         if self.conv_v is not None:
-            v = self._convolve("conv_v", v, state, cu_seqlens)
-        if tokens is not None:
-            k, v = (torch.where(tokens[..., None, None], a, 0) for a in (k, v))
-            if g is not None:
-                g = torch.where(tokens.view(*tokens.shape, *(1,) * (g.dim() - 2)), g, 0)
+            v = self._convolve("conv_v", v, state, packed)
+        if sequences is not None and sequences.resets is not None:
+            g = sequences.forget(g)
         if self.window_size:
             assert positions is not None
-            return hybrid(self, q0, k0, q, k, v, g, positions, tokens, state, entering)
+            return hybrid(self, q0, k0, q, k, v, g, positions, state, sequences, entering)
         if entering is not None:
             entering |= {"k": k, "v": v} | ({} if g is None else {"g": g})
         started = state is not None and state.s is not None
@@ -521,7 +537,8 @@ class LawcatAttention(nn.Module):
             assert state is not None
             initial = (state.s, state.z) if self.normalize else state.s
         o, final = gated_linear_attention(
-            q, k, v, g, initial_state=initial, output_final_state=state is not None, cu_seqlens=cu_seqlens,
+            q, k, v, g, initial_state=initial, output_final_state=state is not None,
+            cu_seqlens=None if sequences is None else sequences.sums,
             normalize=self.normalize, eps=self.eps, backend=self.backend,
         )  # fmt: skip
         if state is not None:
@@ -546,6 +563,26 @@ class LawcatAttention(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
+
+
+def _computing(attention: nn.Module) -> list[str]:
+    """Names of its own parameters, and of children that have some or normalise: what its output depends on."""
+    own = [name for name, _ in attention.named_parameters(recurse=False)]
+    return own + [
+        name
+        for name, child in attention.named_children()
+        if next(child.parameters(), None) is not None or type(child).__name__.endswith("Norm")
+    ]
+
+
+def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, d] with every head normalised, or as in OLMo 2 all heads together: the width of the norm's weight tells."""
+    if norm is None:
+        return x
+    weight, width = getattr(norm, "weight", None), x.shape[-1]
+    together = isinstance(weight, torch.Tensor) and weight.shape[-1] != width
+    normed: torch.Tensor = norm(x.flatten(2)).unflatten(-1, (-1, width)) if together else norm(x)
+    return normed
 
 
 def _mapped(phi: nn.Module, x: torch.Tensor) -> torch.Tensor:

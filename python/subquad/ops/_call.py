@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _checks
 from .._backends import SubquadWarning, backward_backend, resolve
@@ -36,6 +37,9 @@ def autocast(*values: Any, to: Any = None) -> tuple[Any, ...]:
     if not isinstance(leader, torch.Tensor) or not autocasts(leader.device.type):
         return values
     dtype = torch.get_autocast_dtype(leader.device.type) if to is None else to.dtype
+    for i, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            _checks.memory(f"operand {i}", value)
     return tuple(v.to(dtype) if isinstance(v, torch.Tensor) and v.dtype in _CASTABLE else v for v in values)
 
 
@@ -58,14 +62,13 @@ def run(
         operator: its name, `<stem>_fwd`.
         backend: what the caller asked for.
         arguments: checked, in the order of the schema.
-        reference: takes the same arguments and gives the same results, in plain PyTorch. It also computes under `torch.func`
-            transforms, which the kernels do not know.
+        reference: takes the same arguments and gives the same results, in plain PyTorch. It also computes `by_definition`.
         tokens: how many tokens the call has, for the contract's `few`; None where that plays no part.
         backward_only: arguments that only the backward operator has.
         prepare: called with the backend's name and the arguments, some of which a backend may need filled in.
 
     Raises:
-        TypeError: float64 for a kernel.
+        TypeError: float64 for a kernel that was asked for.
         ValueError: a backend that cannot run.
     """
     spec, signature = OPERATORS[operator], SIGNATURES[operator]
@@ -74,9 +77,9 @@ def run(
     training = torch.is_grad_enabled() and any(
         arguments[i] is not None and arguments[i].requires_grad for i in signature.differentiable
     )
-    name = choose(STEM_OF[operator], device, backend, tokens, training)
+    name = choose(STEM_OF[operator], device, backend, tokens, training, first.dtype)
     with without_autocast(device):
-        if name == "reference" or torch._C._are_functorch_transforms_active():
+        if name == "reference" or by_definition(arguments):
             return _contiguous(reference(*arguments, *backward_only))
         _checks.not_double(signature.names[0], first, name)
         prepared = _laid_out(arguments, signature)
@@ -89,12 +92,29 @@ def run(
     return results
 
 
-def choose(stem: str, device: str, backend: str | None, tokens: int | None = None, training: bool = False) -> str:
+def choose(
+    stem: str,
+    device: str,
+    backend: str | None,
+    tokens: int | None = None,
+    training: bool = False,
+    dtype: torch.dtype | None = None,
+) -> str:
     """The backend of a call; see `_backends.resolve`."""
     few = False
     if device == "cuda" and tokens is not None and not training:
         few = bool(tokens <= CONTRACTS[stem].few)  # of a traced size: now, for good
-    return resolve(stem, device, backend, few)
+    return resolve(stem, device, backend, few, dtype)
+
+
+def by_definition(arguments: Sequence[Any]) -> bool:
+    """Whether PyTorch itself must see what is computed: under `torch.func` transforms, and with tangents of forward-mode
+    differentiation, which kernels do not know and would drop."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments)
 
 
 def call(operator: str, backend: str, *arguments: Any) -> Any:
@@ -112,13 +132,18 @@ def _laid_out(arguments: Sequence[Any], signature: Signature) -> list[Any]:
     """The arguments with the strides that the contract promises to kernels."""
     laid_out = list(arguments)
     for i in signature.contiguous:
-        if laid_out[i] is not None:
-            laid_out[i] = laid_out[i].contiguous()
+        if laid_out[i] is not None and not laid_out[i].is_contiguous():
+            laid_out[i] = _dense(signature.names[i], laid_out[i])
     for i in signature.strided:
         x = laid_out[i]
         if x is not None and x.stride(-1) != 1 and x.shape[-1] != 1:
-            laid_out[i] = x.contiguous()
+            laid_out[i] = _dense(signature.names[i], x)
     return laid_out
+
+
+def _dense(name: str, x: torch.Tensor) -> torch.Tensor:
+    _checks.memory(name, x)
+    return x.contiguous()
 
 
 # --- gradients ----------------------------------------
@@ -203,7 +228,7 @@ def step(
         hint: of the message for an argument that needs a gradient.
 
     Raises:
-        TypeError: float64 for a kernel.
+        TypeError: float64 for a kernel that was asked for.
         ValueError: an argument that needs a gradient, a state that shares memory, a backend that cannot run.
     """
     signature = SIGNATURES[operator]
@@ -212,9 +237,9 @@ def step(
             _checks.no_gradient(signature.names[i], arguments[i], hint)
     _checks.unshared(signature.names, arguments, signature.tensors, signature.written)
     device = arguments[0].device.type
-    name = choose(STEM_OF[operator], device, backend, tokens=1)
+    name = choose(STEM_OF[operator], device, backend, tokens=1, dtype=arguments[0].dtype)
     with torch.no_grad(), without_autocast(device):
-        if name == "reference":
+        if name == "reference" or by_definition(arguments):
             result, *after = reference(*arguments)
             for i, state in zip((i for i in signature.written if arguments[i] is not None), after, strict=True):
                 arguments[i].copy_(state)

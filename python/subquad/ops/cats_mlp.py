@@ -86,7 +86,7 @@ def cats_mlp(
         t = torch.full_like(t[:1], -1.0)
     device = x.device.type
     flat = x if x.dim() == 2 else x.reshape(tokens, x.shape[-1])
-    name = _call.choose("cats_mlp", device, backend)
+    name = _call.choose("cats_mlp", device, backend, dtype=x.dtype)
 
     def define(*_: object) -> torch.Tensor:
         return reference.cats_mlp(
@@ -98,9 +98,14 @@ def cats_mlp(
         return define().view(x.shape)
     most = most_tokens(name, device, union, limit)
     training = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *weights))
-    kernels = name != "reference" and not torch._C._are_functorch_transforms_active()
+    kernels = name != "reference" and not _call.by_definition((x, *weights))
     if kernels and (training or (most is not None and tokens > most)):
         _checks.not_double("x", x, name)
+        for tensor, called in zip(
+            (x, *weights), ("x", "w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down"), strict=True
+        ):
+            if tensor is not None:
+                _checks.memory(called, tensor)
         options = (
             activation,
             code,

@@ -73,7 +73,7 @@ def interval_attention(
             arguments[-1] = mask.plan(per_slot=queries.shape[3] > 1)
 
     arguments = (queries, k, v, *lowered, bias, sinks, scale, [])
-    out, lse = _call.run("interval_attention_fwd", backend, arguments, _define, tokens=q.shape[1], prepare=plan)
+    out, lse, *_ = _call.run("interval_attention_fwd", backend, arguments, _define, tokens=q.shape[1], prepare=plan)
     return (out, lse) if return_lse else out
 
 
@@ -84,12 +84,13 @@ def _define(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 @_call.gradient_hook("interval_attention_fwd")
 def _small_gradients(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Of the bias, which may have been broadcast, and of the sinks: delta, the sum of grad_out * out less grad_lse, suffices."""
-    bias, sinks, lse = given["key_bias"], given["sink_logits"], given["lse"]
+    bias, sinks = given["key_bias"], given["sink_logits"]
     grads = {"q": found["dq"], "k": found["dk"], "v": found["dv"]}
     if bias is not None:
         grads["key_bias"] = found["dkey_bias"].sum_to_size(bias.shape)
     if sinks is not None:
-        weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks - lse))
+        largest, log_sum = given["stats"].unbind(-1)
+        weight = torch.exp(sinks - largest - log_sum)
         grads["sink_logits"] = -(weight * found["delta"]).sum((0, 1))
     return grads
 
@@ -151,7 +152,13 @@ def _sink_logits(sinks: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | 
 def _wide(name: str, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     if x.device != q.device:
         raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
-    return x.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
+    _checks.memory(name, x)
+    if q.dtype is torch.float64:
+        return x.double()
+    if x.dtype is torch.float64:  # what is finite there is finite here
+        limit = torch.finfo(torch.float32).max
+        x = torch.where(x.isinf(), x, x.clamp(-limit, limit))
+    return x.float()
 
 
 def _lower(mask: IntervalMask, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
@@ -171,6 +178,7 @@ def _lower(mask: IntervalMask, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, .
 
 def _rotated(q: torch.Tensor, mask: IntervalMask, rope: RopeSpec | None) -> torch.Tensor:
     """q [B, Tq, Hq, R, D]: as it is with R = 1, or rotated for every interval."""
+    _checks.memory("q", q)
     if rope is None:
         if mask.shift is not None:
             raise ValueError("q_shift: expected a RopeSpec because mask.shift is given, got None")

@@ -54,7 +54,8 @@ def lawcat_decode_step(
         cq, ck: taps [HQ d, W] and [HS d, W], or [..., 1, W] as modules have them; W in 1..8.
         wphi: feature maps [HM, d, f], f in 1..128; HM divides HQ, and query head h takes map h * HM // HQ.
         conv_q, conv_k: pools of the last W-1 raw queries [P, HQ d, W-1] and keys [P, HKV d, W-1], in q0's dtype. Under autocast
-            the other arguments are converted to that dtype. All pools are contiguous, or they are copied at every step.
+            the other arguments are converted to that dtype, and 16-bit logits to that of `state`. All pools are contiguous, or
+            they are copied at every step.
         state: pool of states [P, HS, 2f, V], float32; P = B without `state_indices`.
         z: pool of key sums [P, HS, 2f], float32; given, the result is normalised.
         wphi_k: maps of the keys [HMK, d, f], HMK divides HS; None for those of the queries.
@@ -88,6 +89,8 @@ def lawcat_decode_step(
     q0, k0, v, cq, ck, wphi, wphi_k, cq_bias, ck_bias = _call.autocast(
         q0, k0, v, cq, ck, wphi, wphi_k, cq_bias, ck_bias, to=conv_q
     )
+    if isinstance(u, torch.Tensor) and u.dtype is not torch.float32:
+        (u,) = _call.autocast(u, to=state)  # float32 holds logits of any 16-bit type; those that are float32 stay so
     wphi_k = wphi if wphi_k is None else wphi_k
     cq, ck = (x[:, 0] if isinstance(x, torch.Tensor) and x.dim() == 3 and x.shape[1] == 1 else x for x in (cq, ck))
     indices = _check_shapes(

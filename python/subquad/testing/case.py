@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..contract import NAMESPACES
 from .compare import assert_close, assert_rounded, assert_three_way
+from .levels import levels
 from .spec import OpSpec, Sample, Sampler
 
 # Interpreters get small problems.
@@ -19,12 +20,13 @@ _SIZE = {"native": "full", "reference": "full", "triton": "small", "simt": "full
 
 @dataclass(frozen=True)
 class Case:
-    """See the module docstring."""
+    """See the module docstring. `level` is the instruction set of native kernels on a CPU, None for the one in use."""
 
     spec: OpSpec
     backend: str
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    level: str | None = None
 
     @property
     def namespace(self) -> str | None:
@@ -32,9 +34,11 @@ class Case:
         return NAMESPACES.get(self.backend)
 
     def samples(self, size: str | None = None, tokens: int | None = None, seed: int = 0) -> list[Sample]:
-        """The spec's calls, in the size that suits the backend unless told otherwise."""
+        """The spec's calls, in the size that suits backend and level unless told otherwise."""
         if size is None:
             size = _SIZE[self.backend] if self.device == "cpu" else "full"
+            if self.level is not None and self.level != levels()[-1]:
+                size = "small"
         return list(self.spec.samples(Sampler(self.dtype, self.device, size, tokens, seed)))
 
     def first(self, size: str | None = "small", tokens: int | None = None, seed: int = 0) -> Sample:

@@ -77,16 +77,21 @@ def assert_three_way(
 
 
 def assert_rounded(
-    actual: torch.Tensor, oracle: torch.Tensor, ulps: float = 1.0, slack: float = 1e-5, what: str = "result"
+    actual: torch.Tensor,
+    oracle: torch.Tensor,
+    ulps: float = 1.0,
+    slack: float = 1e-5,
+    what: str = "result",
+    floor: float = 0.0,
 ) -> None:
-    """Every finite element within `ulps` units in the last place, plus `slack` times the largest element."""
+    """Every finite element within `ulps` units in the last place, plus `slack` times the largest element, plus `floor`."""
     finite = torch.isfinite(oracle)
     if not bool(finite.any()):
         return
     info = torch.finfo(actual.dtype)
     wide, expected = actual.detach().double()[finite], oracle.detach().double()[finite]
     spacing = torch.ldexp(torch.full_like(expected, info.eps), torch.frexp(expected).exponent - 1)
-    allowed = ulps * spacing.clamp_min(info.smallest_normal * info.eps) + slack * expected.abs().max()
+    allowed = ulps * spacing.clamp_min(info.smallest_normal * info.eps) + slack * expected.abs().max() + floor
     excess = (wide - expected).abs() - allowed
     worst = int(excess.argmax())
     if excess[worst] > 0:

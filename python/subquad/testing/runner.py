@@ -12,6 +12,7 @@ import torch
 from .. import _backends
 from .case import Case
 from .checks import CHECKS, Check
+from .levels import at_level, levels
 from .spec import OpSpec
 
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -19,17 +20,19 @@ _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True)
 class Task:
-    """One check of one spec on one backend in one dtype."""
+    """One check of one spec on one backend in one dtype, and of native CPU kernels at one level (None: the one in use)."""
 
     spec: OpSpec
     check: Check
     backend: str
     dtype: torch.dtype
+    level: str | None = None
 
     @property
     def id(self) -> str:
+        level = f"-{self.level}" if self.level else ""
         dtype = f"-{_SHORT[self.dtype]}" if self.check.per_dtype else ""
-        return f"{self.spec.name}-{self.check.name}-{self.backend}{dtype}"
+        return f"{self.spec.name}-{self.check.name}-{self.backend}{level}{dtype}"
 
     @property
     def missing(self) -> str | None:
@@ -39,8 +42,10 @@ class Task:
         return next((self.spec.missing[name] for name in names if name in self.spec.missing), None)
 
     def run(self, device: str = "cpu") -> None:
-        """Raise what the check raises."""
-        self.check.run(Case(self.spec, self.backend, self.dtype, device))
+        """Raise what the check raises, or AssertionError when kernels of another level ran."""
+        level = self.level if device == "cpu" else None
+        with at_level(level, self.spec.lesser_levels.get(str(level))):
+            self.check.run(Case(self.spec, self.backend, self.dtype, device, level))
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,18 @@ class Outcome:
     detail: str = ""
 
 
-def tasks(spec: OpSpec, backends: Sequence[str] = _backends.BACKENDS) -> Iterator[Task]:
-    """Every generic check that applies and every property of the spec, for every backend and dtype it says something about."""
+def tasks(
+    spec: OpSpec, backends: Sequence[str] = _backends.BACKENDS, levels: Sequence[str | None] = (None,)
+) -> Iterator[Task]:
+    """Every generic check that applies and every property of the spec, for every backend and dtype it says something about,
+    on native at every one of the levels."""
     own = [Check(p.name, p.check, per_dtype=True) for p in spec.properties]
     for check in (*CHECKS.values(), *own):
         for backend in backends:
             if backend in check.backends and check.applies(spec):
-                for dtype in check.dtypes(backend, spec.dtypes):
-                    yield Task(spec, check, backend, dtype)
+                for level in levels if backend == "native" else (None,):
+                    for dtype in check.dtypes(backend, spec.dtypes):
+                        yield Task(spec, check, backend, dtype, level)
 
 
 def run_all(
@@ -101,27 +110,38 @@ def _run(task: Task, device: str) -> Outcome:
 def generic_tests(*specs: OpSpec) -> Any:
     """A decorator that makes `def test(task, device): task.run(device)` into all generic tests of the specs.
 
-    The `backend` marker lets a conftest skip, or insist on, backends that this machine lacks.
+    The marker `backend` lets a conftest skip, or insist on, backends that this machine lacks; `level` marks what runs native
+    kernels below the level in use.
     """
     import pytest
 
     params = []
     for spec in specs:
-        for task in tasks(spec):
-            marks = [pytest.mark.backend(spec.stem, task.backend)]
+        for task in tasks(spec, levels=levels() or (None,)):
+            marks = [pytest.mark.backend(spec.stem, task.backend), *_level_marks(task.level)]
             if task.missing:
                 marks.append(pytest.mark.skip(reason=task.missing))
-            if task.check.slow:
-                marks.append(pytest.mark.slow)
+            marks += [getattr(pytest.mark, kind) for kind in ("slow", "heavy") if getattr(task.check, kind)]
             params.append(pytest.param(task, id=task.id, marks=marks))
     return pytest.mark.parametrize("task", params)
 
 
 def backend_params(stem: str, *names: str) -> Any:
-    """A decorator that gives a test of `stem` one run per backend (all, or those named), as argument `backend`."""
+    """A decorator that gives a test of `stem` one run per backend (all, or those named), as argument `backend`.
+
+    On native it has one per level; that of the level in use is called "native" alone.
+    """
     import pytest
 
-    chosen = names or _backends.BACKENDS
-    return pytest.mark.parametrize(
-        "backend", [pytest.param(n, id=n, marks=pytest.mark.backend(stem, n)) for n in chosen]
-    )
+    params = []
+    for name in names or _backends.BACKENDS:
+        for level in (None, *levels()[:-1]) if name == "native" else (None,):
+            marks = [pytest.mark.backend(stem, name), *_level_marks(level)]
+            params.append(pytest.param(name, id=f"{name}-{level}" if level else name, marks=marks))
+    return pytest.mark.parametrize("backend", params)
+
+
+def _level_marks(level: str | None) -> list[Any]:
+    import pytest
+
+    return [pytest.mark.level(level)] if level in levels()[:-1] else []

@@ -11,6 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from .case import Case
+    from .choices import Choices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = ("small", "full", "large", "empty")
@@ -121,6 +122,11 @@ class Tolerance:
             operands of its products; the three-way rule does not hold for such calls, for the reference rounds none.
         factor, eps: three-way rule, err(kernel) <= factor * err(reference in the same dtype) + eps.
         ulps: units in the last place that one element may be off, besides `elementwise` times the largest element.
+        cancels: gradients that are made as sums of what cancels, with the tensors whose products with their own gradients are
+            these terms: the error is theirs, even where the sum is 0.
+        loss: of a call in float64, how large numbers are before their exponential is taken of a difference: so many units in the
+            last place of float32 the relative error may be.
+        narrow: whether 16-bit calls round intermediate results to 16 bits: what is left where they cancel is of that size.
     """
 
     forward: Mapping[torch.dtype, float] = field(
@@ -134,6 +140,9 @@ class Tolerance:
     eps: float = 1e-6
     ulps: float = 1.0
     elementwise: float = 1e-5
+    cancels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loss: Callable[[Sample], float] | None = None
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,8 @@ class OpSpec:
         fn: public function; takes the tensors of a sample by name, its options, and `backend=`.
         reference: same arguments without `backend`; differentiable, float64-capable, independent of kernels.
         samples: yields calls; the first one should be the most typical.
+        random: draws one random call for `subquad._dev.fuzz`: shapes and options from the `Choices`, tensors from its
+            sampler, and at the end `Choices.vary`.
         grad_args: tensors that are differentiable.
         rows: tensors whose first dimension counts tokens; they are batched, made dynamic, permuted and poisoned.
         tol: tolerances.
@@ -180,6 +191,7 @@ class OpSpec:
             with the parameter `backward` is timed with its gradients, an op that mutates on the same tensors from call to call.
         bench_oracle: takes the sample in float64 and a result; returns a part of the result and the oracle of that part.
             For cases too large for the whole reference.
+        lesser_levels: CPU level -> the one below it whose kernels some calls run instead.
         missing: what this op does not have, and why, by backend ("simt"), place ("nn"), check ("check:vmap") or check on one
             backend ("check:vmap:simt").
     """
@@ -191,6 +203,7 @@ class OpSpec:
     samples: Callable[[Sampler], Iterable[Sample]]
     grad_args: tuple[str, ...]
     rows: tuple[str, ...]
+    random: Callable[[Choices], Sample] | None = None
     tol: Tolerance = Tolerance()
     properties: tuple[Property, ...] = ()
     refuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -206,4 +219,5 @@ class OpSpec:
     bytes: Callable[[BenchCase], float] | None = None
     bench_oracle: Callable[[Sample, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     peers: Mapping[str, Callable[[Sample], Callable[[], Any] | None]] = field(default_factory=dict)
+    lesser_levels: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)

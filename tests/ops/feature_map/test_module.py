@@ -22,6 +22,18 @@ def test_is_the_function_with_its_layer(kind: str) -> None:
     assert [name for name, _ in module.named_parameters()] == ["layer"] and module.layer.shape == (3, 10, 6)
 
 
+def test_its_backend_is_the_one_asked_for() -> None:
+    """Of the layer's two ways from projections to features, the composed one too."""
+    x = torch.randn(1, 2, 3, 10).double()
+    assert LearnedFeatureMap(3, 10, 6, backend="reference", dtype=torch.float64)(x).dtype is torch.float64
+    with pytest.raises(TypeError, match=r"^x: backend 'native' expected"):
+        LearnedFeatureMap(3, 10, 6, backend="native", dtype=torch.float64)(x)
+    with pytest.raises(ValueError, match=r"^backend: expected one of"):
+        LearnedFeatureMap(3, 10, 6, backend="other")
+    layer = subquad.nn.LawcatAttention(16, 2, backend="reference")
+    assert layer.feature_map.backend == "reference"
+
+
 def test_half_space() -> None:
     module = LearnedFeatureMap(3, 10, 6, fullspace=False)
     assert module(torch.randn(1, 2, 3, 10)).shape[-1] == module.out_dim == 6

@@ -70,7 +70,7 @@ def problems(draw_: st.DrawFn, small: bool) -> Sample:
     bias = draw_(st.sampled_from((None, (tk,), (batch, tk), (1, heads, tk))))
     return draw(
         sampler, "random", mask, batch, tq, tk, heads, kv_heads, d, dv,
-        bias=bias, sinks=draw_(st.booleans()), return_lse=draw_(st.booleans()),
+        bias=bias, sinks=draw_(st.sampled_from((None, 0.0, 10.0))), return_lse=draw_(st.booleans()),
     )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from subquad import IntervalMask
+from subquad import IntervalMask, interval_attention
 from subquad.masks.plan import PLAN_K, PLAN_Q
+from subquad.testing import backend_params
 
 Predicate = Callable[[int, int], bool]
 
@@ -479,3 +480,59 @@ def test_plain_masks_take_the_sizes_of_the_call() -> None:
     assert "sink_tokens=2" in repr(mask) and "intervals" in repr(mask.materialize(4, 6))
     with pytest.raises(ValueError, match=r"^mask: expected 5 rows"):
         IntervalMask.causal(4, 6).lower(5, 6)
+
+
+# --- tensors that are written to ----------------------------------------
+
+
+def written_case() -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    starts = torch.zeros(1, 1, 200, 1, dtype=torch.int32)
+    return starts, torch.full_like(starts, 40), tuple(torch.randn(1, 200, 2, 16) for _ in range(3))
+
+
+@backend_params("interval_attention", "native", "triton", "reference")
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_follows_its_own_tensors_and_no_others(backend: str, inference: bool) -> None:
+    """What kernels keep of it, too: the tiles of keys that a tile of rows visits."""
+    starts, ends, (q, k, v) = written_case()
+    with torch.inference_mode(inference):
+        mask = IntervalMask(starts, ends, tk=200)
+        parts = IntervalMask.from_dense(torch.zeros(200, 200, dtype=torch.bool))
+
+        def seen(mask: IntervalMask, stop: int) -> bool:
+            out = interval_attention(q, k, v, mask, backend=backend)
+            expected = v[:, :stop].mean(1, keepdim=True).expand_as(v) if stop else torch.zeros_like(v)
+            uniform = interval_attention(torch.zeros_like(q), k, v, mask, backend=backend)
+            torch.testing.assert_close(uniform, expected, atol=1e-5, rtol=1e-4)
+            return bool(out.isfinite().all())
+
+        assert seen(mask, 40) and seen(parts, 0)
+        ends.fill_(190)
+        assert seen(mask, 40)  # made from them, once
+        mask.ends.fill_(190)
+        assert seen(mask, 190)
+        mask.ends[:] = 70
+        assert seen(mask, 70)
+        mask.ends = torch.full_like(mask.ends, 130)
+        assert seen(mask, 130)
+        parts.starts.fill_(0)
+        parts.ends.fill_(150)
+        assert seen(parts, 150)
+        alive = mask.with_key_lifetime(
+            torch.zeros(1, 1, 200, dtype=torch.int32), key_stop := torch.full((1, 1, 200), 200).int()
+        )
+        key_stop.zero_()
+        assert seen(alive, 130)
+        alive.key_stop[..., 60:] = 0
+        assert seen(alive, 60)
+
+
+def test_a_predicate_is_of_the_mask_as_it_was() -> None:
+    starts, ends, _ = written_case()
+    twice = IntervalMask.spans(starts.repeat(1, 1, 1, 2), ends.repeat(1, 1, 1, 2), 200)
+    for mask in (IntervalMask(starts, ends, tk=200), twice):
+        predicate = mask.to_mask_mod()
+        assert mask.ends is not None
+        mask.ends.fill_(190)
+        place = torch.tensor(100)
+        assert not predicate(torch.tensor(0), torch.tensor(0), place, place)

@@ -48,7 +48,7 @@ class Call:
         return torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32)
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = HANDLES["simt"]["interval_attention_fwd"](*self.tensors.values(), *self.mask.values(), [])
+        out, lse, _ = HANDLES["simt"]["interval_attention_fwd"](*self.tensors.values(), *self.mask.values(), [])
         return out, lse
 
     def want(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +96,7 @@ def test_head_dimensions(emulator: ctypes.CDLL, dtype: torch.dtype, d: int, dv: 
         {"window": 0, "sink_tokens": 3},
         {"window": 7},
         {"window": 9, "sink_tokens": 4},
-        {"window": 100, "sink_tokens": 60},
+        {"window": 45, "sink_tokens": 60},
     ],
 )
 def test_analytic_masks(emulator: ctypes.CDLL, tq: int, mask: dict[str, Any]) -> None:

@@ -103,29 +103,6 @@ def test_offsets_beyond_32_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(a, b)
 
 
-def test_grids_hold_a_large_batch_of_many_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second and third dimension of a grid hold 65535 programs; batch times heads may be more."""
-    from subquad.kernels import interval_attention as kernels
-
-    grids: list[tuple[int, ...]] = []
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return lambda *args, **kwargs: None
-
-    for name in ("fwd", "dq", "dkdv"):
-        monkeypatch.setattr(kernels, f"interval_attention_{name}_kernel", Recorder())
-    q = torch.empty((2**12, 130, 32, 1, 16), device="meta")
-    k, lse = torch.empty((2**12, 130, 32, 16), device="meta"), torch.empty((2**12, 130, 32), device="meta")
-    mask = (None, None, None, None, 0, -1, True, None, None, 0.25, [])
-    kernels.interval_attention_fwd(q, k, k, *mask)
-    kernels.interval_attention_bwd(k, lse, k, lse, q, k, k, *mask)
-    assert len(grids) == 3 and all(grid[1:] == (32, 2**12) for grid in grids)
-    with pytest.raises(ValueError, match=r"^q: expected a batch"):
-        kernels.interval_attention_fwd(q[:1].expand(2**16, -1, -1, -1, -1), k, k, *mask)
-
-
 @backend_params("interval_attention", "triton")
 def test_tiles_of_a_plan_have_one_size(backend: str) -> None:
     """Kernels may not import subquad: they repeat the sizes."""

@@ -10,6 +10,7 @@ from ...nn.cats_mlp import dense_state_dict
 from .attention import attention_forward, register
 from .convert import convert, revert
 from .masks import attention_mask
+from .saving import load_converted
 
 __all__ = [
     "CatsConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "attention_mask",
     "convert",
     "dense_state_dict",
+    "load_converted",
     "register",
     "revert",
 ]

@@ -9,7 +9,8 @@ from torch import nn
 
 from ...masks import IntervalMask
 from ...ops.interval_attention import interval_attention
-from . import masks
+from .given import mask_of
+from .masks import attention_mask as mask_function
 
 NAME = "subquad"  # the value of attn_implementation
 # Arguments that models give to their attention functions and that change the result: refused where they are given.
@@ -21,8 +22,9 @@ UNSUPPORTED = (
 def register() -> None:
     """Make `attn_implementation="subquad"` known to transformers: its models then run `subquad.interval_attention`.
 
-    Causal, sliding and padded attention, with or without a cache, need no [T, T] mask; other patterns (packed sequences, prefixes
-    of images, masks given in four dimensions) are exact too, through their dense mask. May be called any number of times.
+    Causal, sliding, chunked, padded and packed attention, and blocks of images, with or without a cache, compiled and exported,
+    need no [T, T] mask; masks given in four dimensions and predicates of a user's are exact too, through their dense mask.
+    May be called any number of times.
 
     Raises:
         ImportError: transformers is not installed, or older than 4.57.
@@ -37,7 +39,7 @@ def register() -> None:
     except ImportError as error:
         raise ImportError(f"subquad: attn_implementation={NAME!r} needs transformers >= 4.57: {error}") from error
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, masks.attention_mask)
+    AttentionMaskInterface.register(NAME, mask_function)
 
 
 def attention_forward(
@@ -58,20 +60,26 @@ def attention_forward(
     Args:
         module: the attention layer.
         query: [B, Hq, Tq, D]; key and value [B, Hkv, Tk, D], as many heads as the model has.
-        attention_mask: what `attention_mask` made, or a mask [B|1, H|1, Tq, Tk] that the user gave: bool, or float of 0 and very
-            negative numbers. None: causal where the layer is.
+        attention_mask: what `attention_mask` made, or a mask [B|1, Hq|1, Tq|1, >= Tk] that the user gave: bool, or float of 0 and
+            numbers below -1000. Such a mask says all: neither causality nor a window is added to it. None:
+            causal where the layer is, the last query at the last key.
         scaling: of the scores.
         dropout: 0, or the model is not training.
         is_causal: where there is no mask; None for `module.is_causal`.
-        sliding_window: keys up to the row's own that it sees.
+        sliding_window: keys up to the row's own that it sees, where there is no mask, or a causal one that transformers made
+            without a window.
         s_aux: [Hq] sink logits (gpt-oss), with gradients.
-        kwargs: what other models pass; those that would change the result are refused.
+        kwargs: what other models pass; those that would change the result are refused. Packed sequences of a batch of one stay
+            apart by `cu_seq_lens_q` and `cu_seq_lens_k` (int [N + 1], as flash attention takes them; the latter may be left out),
+            `cu_seqlens` (a tensor or a `subquad.Packed`) or `seq_idx` (int [B, T], the sequence of each token).
 
     Returns:
         (out [B, Tq, Hq, D], None).
 
     Raises:
-        ValueError: dropout in training, one of `UNSUPPORTED`, or a float mask with biases: what this attention does not have.
+        TypeError: a mask that is no tensor, such as a BlockMask, or of integers.
+        ValueError: dropout in training, one of `UNSUPPORTED`, a mask with biases, with a gradient or of another shape, bounds of
+            sequences that are none.
     """
     if dropout and module.training:
         raise ValueError(
@@ -80,19 +88,13 @@ def attention_forward(
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: attn_implementation={NAME!r} has no such thing; use 'eager' for this model")
-    tq, tk = query.shape[2], key.shape[2]
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        attention_mask = IntervalMask.causal(tq, tk) if causal else IntervalMask.full(tq, tk)
-    elif isinstance(attention_mask, torch.Tensor):
-        attention_mask = masks.from_tensor(attention_mask, tk)
-    if sliding_window is not None:
-        attention_mask = masks.windowed(attention_mask, sliding_window, tq, tk, query.device)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = mask_of(attention_mask, query, key, causal, sliding_window, kwargs)
     out = interval_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attention_mask,
+        mask,
         scale=scaling,
         sink_logits=s_aux,
     )

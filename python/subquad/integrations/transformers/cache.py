@@ -39,6 +39,8 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
         self.is_initialized = False
         self.device: Any = None
         self.columns = columns
+        if columns is not None:
+            state.seen = torch.zeros((), dtype=torch.int64)  # type: ignore[misc]
         if self.record_past:
             state.keep(self.depth)
 
@@ -51,7 +53,7 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
         return self.state
 
     def get_seq_length(self) -> Any:
-        return self.state.seen
+        return self.state.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns or self.state.seen + query_length, 0  # type: ignore[return-value]
@@ -155,12 +157,21 @@ def state_in(cache: Any, layer_idx: int, make: Callable[[], State], keep: int = 
         layers.append(StateLayer(make(), keep=keep) if replicate is None else replicate())
     layer = layers[layer_idx]
     if not isinstance(layer, StateLayer):
-        if getattr(layer, "is_initialized", False):
+        if _used(layer):
             raise ValueError(
                 f"past_key_values: expected an unused layer {layer_idx}, got one that holds keys and values"
             )
         layers[layer_idx] = layer = StateLayer(make(), layer, keep, _columns(layers))
     return layer.use()
+
+
+def _used(layer: Any) -> bool:
+    """Whether a layer holds keys. One that is initialised may hold none: preallocated ones are initialised early."""
+    if not getattr(layer, "is_initialized", False):
+        return False
+    if torch.compiler.is_compiling() and getattr(layer, "max_cache_len", None) is not None:
+        return False  # how many it holds is no number there
+    return bool(layer.get_seq_length() > 0)
 
 
 def _columns(layers: list[Any]) -> int | None:

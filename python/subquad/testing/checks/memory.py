@@ -17,6 +17,26 @@ from ..spec import Sample
 from .registry import KERNELS, check
 
 
+@check(KERNELS)
+def freed_storage(case: Case) -> None:
+    """A tensor whose memory was given up, as sharded parameters do between their uses, is refused by name, not read."""
+    sample = case.fullest()
+    for name, value in sample.args.items():
+        if value is None or not value.numel():
+            continue
+        freed = value.clone()
+        freed.untyped_storage().resize_(0)
+        for cast in (False, True):
+            try:
+                with torch.no_grad(), torch.autocast(case.device, torch.bfloat16, cast):
+                    case.spec.fn(**{**sample.args, name: freed}, **sample.kwargs, backend=case.backend)
+            except (ValueError, RuntimeError) as error:
+                message = str(error)
+            else:
+                raise AssertionError(f"{name} was read though its storage is freed")
+            assert "whose storage was freed" in message, f"{name}: {message}"
+
+
 @check()
 def layouts(case: Case) -> None:
     """Every layout of every argument gives the contiguous result, or is refused with a message as the spec declares.

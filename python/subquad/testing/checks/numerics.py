@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+from ... import _native
 from ..case import Case
 from ..compare import assert_close, assert_same_bits, assert_same_nonfinite
+from ..instruments import record_ops
+from ..levels import at_level
+from ..levels import levels as levels_under_test
 from ..spec import Sample
 from .registry import KERNELS, check
 
@@ -54,6 +59,44 @@ def gradcheck(case: Case) -> None:
                 return case.reference(sample, **dict(zip(names, tensors, strict=True)))
 
             assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True), sample.id
+
+
+@check(("reference",))
+def float64(case: Case) -> None:
+    """Without `backend=` the first that takes it runs, which is the reference; kernels asked for refuse it."""
+    sample = case.wide(case.fullest())
+    args = {n: x.double() if x is not None and n in case.spec.mutates else x for n, x in sample.args.items()}
+    for cast in (False, True):
+        with torch.autocast(case.device, torch.bfloat16, cast):
+            for a, b in zip(case.invoke(args, sample.kwargs), case.reference(sample.replace(**args)), strict=True):
+                assert_close(a, b, 1e-12, "float64")
+    try:
+        case.invoke(args, {**sample.kwargs, "backend": "native"})
+    except TypeError as error:
+        assert "float64" in str(error), str(error)
+    else:
+        raise AssertionError("a kernel took float64")
+
+
+@check()
+def tangents(case: Case) -> None:
+    """Forward-mode differentiation against the float64 reference's: of all arguments and of each alone, a state among them."""
+    sample = case.fullest()
+    names, generator = case.float_args(sample), torch.Generator().manual_seed(98)
+    direction = {n: torch.randn(sample[n].shape, generator=generator).to(sample[n].dtype) for n in names}
+    for chosen in (names, *((n,) for n in names)):
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = {n: forward_ad.make_dual(sample[n], direction[n]) for n in chosen}
+            wide = {n: forward_ad.make_dual(sample[n].double(), direction[n].double()) for n in chosen}
+            pairs = zip(case.call(sample, **duals), case.reference(case.wide(sample), **wide), strict=True)
+            for i, (actual, expected) in enumerate(pairs):
+                found, oracle = (forward_ad.unpack_dual(x).tangent for x in (actual, expected))
+                what = f"{sample.id}: tangent of output {i} along {', '.join(chosen)}"
+                if oracle is None:
+                    assert found is None or not found.count_nonzero(), what
+                    continue
+                assert found is not None, f"{what} was dropped"
+                assert_close(found, oracle, 1e-4, what)
 
 
 @check()
@@ -155,6 +198,29 @@ def nan(case: Case) -> None:
                 what = f"{value} in {name}: output {i}"
                 assert_same_nonfinite(actual, expected, what)
                 assert_close(actual, expected, case.limit(actual.dtype, case.spec.tol.forward), what)
+
+
+@check(("native",), per_dtype=True)
+def levels(case: Case) -> None:
+    """Every raw operator runs the kernels of the level that was asked for, and those agree with the weakest level's."""
+    if case.device != "cpu":
+        return
+    level, weakest = case.level or _native.cpu_isa(), levels_under_test()[0]
+    for sample in case.samples("small"):
+        with record_ops(case.backend) as calls:
+            case.call(sample)
+            case.gradients(sample)
+        for call in calls:
+            found = {}
+            for asked in (level, weakest):
+                with at_level(asked):
+                    found[asked] = call.repeat()
+                    ran = _native.cpu_isas_ran()
+                told = ran in ({asked}, {case.spec.lesser_levels.get(str(asked))})
+                assert told, f"{sample.id}: {call.name}: kernels of {ran or 'no level'} ran, expected {asked}"
+            table = case.spec.tol.grad if call.name.endswith("_bwd") else case.spec.tol.forward
+            for i, (a, b) in enumerate(zip(found[level], found[weakest], strict=True)):
+                assert_close(a, b, case.limit(a.dtype, table), f"{sample.id}: {call.name}: output {i} at {level}")
 
 
 @check()

@@ -12,8 +12,12 @@ _TESTS = (
 )
 _LAWCAT = Where("python/subquad/cache/lawcat.py", _TESTS, "", ())
 _STATE = Where("python/subquad/cache/state.py", _TESTS, "", ())
+_DERIVED = Where(
+    "python/subquad/_derived.py", ("tests/package/test_call_path.py", "tests/models/test_masks.py"), "", ()
+)
 
 FAULTS = (
+    Fault("cache-derived-written", "stale", _DERIVED, "state = (tensor._version, *key)", "state = (0, *key)"),
     Fault(
         "cache-select-in-place",
         "state",
@@ -38,7 +42,7 @@ FAULTS = (
         "for kind in type(cache).__mro__:",
         "for kind in type(cache).__mro__[:1]:",
     ),
-    Fault("cache-rollback-seen", "state", _LAWCAT, "self.seen -= tokens", "self.seen -= 0"),
+    Fault("cache-rollback-seen", "state", _LAWCAT, "self.seen = self.seen - tokens", "self.seen = self.seen - 0"),
     Fault(
         "cache-rollback-rows",
         "state",
@@ -65,16 +69,10 @@ FAULTS = (
         "cache-tail-window",
         "bounds",
         _LAWCAT,
-        "return stream[:, max(stream.shape[1] - now.shape[1], 0) :].clone()",
-        "return stream[:, max(stream.shape[1] - now.shape[1] - 1, 0) :].clone()",
+        "return stream.narrow(along, count, size).clone()",
+        "return stream.narrow(along, 0, size).clone()",
     ),
-    Fault(
-        "cache-tail-late",
-        "state",
-        _LAWCAT,
-        "return stream[:, stream.shape[1] - now.shape[1] :].clone()",
-        "return stream[:, : now.shape[1]].clone()",
-    ),
+    Fault("cache-tail-late", "state", _LAWCAT, "order = order[:, order.shape[1] - size :]", "order = order[:, :size]"),
     Fault(
         "cache-tail-padding",
         "mask",
@@ -96,8 +94,8 @@ FAULTS = (
         "cache-reset-seen",
         "state",
         _LAWCAT,
-        "            setattr(self, name, None)\n        self.seen = 0",
-        "            setattr(self, name, None)",
+        "self.seen = torch.zeros_like(self.seen) if isinstance(self.seen, torch.Tensor) else 0",
+        "pass",
     ),
     Fault(
         "cache-reorder",

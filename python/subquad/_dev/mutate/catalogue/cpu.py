@@ -115,8 +115,8 @@ FAULTS = (
         "cpu-isa-all-baseline",
         "dispatch",
         _ISA_DISPATCH,
-        "return ::subquad::cpu::v4_bf16::function(__VA_ARGS__);",
-        "return ::subquad::cpu::baseline::function(__VA_ARGS__);",
+        "return SQ_CALL_ISA(v4_bf16, function, __VA_ARGS__);",
+        "return SQ_CALL_ISA(baseline, function, __VA_ARGS__);",
     ),
     Fault(
         "cpu-items-skip-last",
@@ -472,8 +472,8 @@ FAULTS = (
         "cpu-attention-sink-head",
         "sink",
         _ATTENTION,
-        "p_.sink_logits[rows.head(row)] * kLog2e",
-        "p_.sink_logits[rows.kv_head] * kLog2e",
+        "sink ? p_.sink_logits[rows.head(row)] :",
+        "sink ? p_.sink_logits[rows.kv_head] :",
     ),
     Fault(
         "cpu-attention-sink-doubled",
@@ -504,7 +504,13 @@ FAULTS = (
         "return p.key_bias + rows.b * p.bias_stride_b + rows.head(row) * p.bias_stride_h + key;",
         "return p.key_bias + rows.b * p.bias_stride_b + rows.kv_head * p.bias_stride_h + key;",
     ),
-    Fault("cpu-attention-lse", "formula", _ATTENTION, "* kLn2 + logf(total);", "+ logf(total);"),
+    Fault(
+        "cpu-attention-lse",
+        "formula",
+        _ATTENTION,
+        "p_.lse[at] = empty ? -__builtin_inff() : top + log_sum;",
+        "p_.lse[at] = empty ? -__builtin_inff() : log_sum;",
+    ),
     Fault(
         "cpu-attention-window",
         "mask",

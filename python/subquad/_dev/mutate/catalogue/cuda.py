@@ -62,7 +62,13 @@ FAULTS = (
         "v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, 1));\n  return v;",
     ),
     # --- CATS
-    Fault("cuda-glu-rows", "bounds", _GLU, "row < p.rows; row += step) {", "row + 1 < p.rows; row += step) {"),
+    Fault(
+        "cuda-glu-rows",
+        "bounds",
+        _GLU,
+        "if (count <= 0 || row >= p.rows) return;",
+        "if (count <= 0 || row + 1 >= p.rows) return;",
+    ),
     Fault(
         "cuda-glu-threshold",
         "stride",
@@ -97,8 +103,8 @@ FAULTS = (
         "cuda-mlp-last-barrier",
         "barrier",
         _MLP,
-        "sq::store(ws.partial + (blockIdx.y * p.tokens + n) * p.hidden + c, total);\n    }\n    __syncthreads();",
-        "sq::store(ws.partial + (blockIdx.y * p.tokens + n) * p.hidden + c, total);\n    }",
+        "sq::store(ws.partial + (split * p.tokens + n) * p.hidden + c, total);\n    }\n    __syncthreads();",
+        "sq::store(ws.partial + (split * p.tokens + n) * p.hidden + c, total);\n    }",
     ),
     Fault(
         "cuda-mlp-piece",
@@ -178,22 +184,22 @@ FAULTS = (
         "cuda-conv-warps-barrier",
         "barrier",
         _CONV,
-        "dw[j][k];\n        }\n      }\n      __syncthreads();",
-        "dw[j][k];\n        }\n      }",
+        "dw[j][k];\n      }\n    }\n    __syncthreads();",
+        "dw[j][k];\n      }\n    }",
     ),
     Fault(
         "cuda-conv-warps-reused",
         "barrier",
         _CONV,
-        "sq::store(partial + row * p.channels + k, sum);\n          }\n        }\n      }\n      __syncthreads();",
-        "sq::store(partial + row * p.channels + k, sum);\n          }\n        }\n      }",
+        "sq::store(partial + row * p.channels + k, sum);\n        }\n      }\n    }\n    __syncthreads();",
+        "sq::store(partial + row * p.channels + k, sum);\n        }\n      }\n    }",
     ),
     Fault(
-        "cuda-conv-batch-loop",
-        "bounds",
+        "cuda-conv-place",
+        "stride",
         _CONV,
-        "constexpr int64_t kMaxGridZ = 65535;",
-        "constexpr int64_t kMaxGridZ = 655350;",
+        "return {rest / columns, int64_t{rest % columns}",
+        "return {rest % columns, int64_t{rest / columns}",
     ),
     Fault(
         "cuda-conv-groups-sum",
@@ -314,16 +320,16 @@ FAULTS = (
         "cuda-attention-sink-per-split",
         "sink",
         _ATTENTION,
-        "float total = sink == -INFINITY ? 0.0f : exp2f(sink - shift);",
-        "float total = sink == -INFINITY ? 0.0f : splits * exp2f(sink - shift);",
+        "float total = sink == -INFINITY ? 0.0f : exp2f((sink - shift) * kLog2e);",
+        "float total = sink == -INFINITY ? 0.0f : splits * exp2f((sink - shift) * kLog2e);",
     ),
     Fault("cuda-attention-sink-dropped", "sink", _ATTENTION, "float top = sink;\n", "float top = -INFINITY;\n"),
     Fault(
         "cuda-attention-sink-head",
         "sink",
         _ATTENTION,
-        "p.sink_logits + row % p.heads) * kLog2e;",
-        "p.sink_logits + row / p.mask.tq % p.heads) * kLog2e;",
+        "sq::load_nc(p.sink_logits + row % p.heads);",
+        "sq::load_nc(p.sink_logits + row / p.mask.tq % p.heads);",
     ),
     Fault(
         "cuda-attention-split-end",
@@ -377,7 +383,11 @@ FAULTS = (
         "|| t > sq::load_nc(mask.key_stop + at)) return false;",
     ),
     Fault(
-        "cuda-attention-lse", "formula", _ATTENTION, "(shift + log2f(total)) * kLn2);", "shift + log2f(total) * kLn2);"
+        "cuda-attention-lse",
+        "formula",
+        _ATTENTION,
+        "empty ? -INFINITY : shift + log_sum);",
+        "empty ? -INFINITY : log_sum);",
     ),
     # --- LAWCAT's step
     Fault(

@@ -10,8 +10,16 @@ def _of(file: str, *tests: str) -> Where:
 
 
 _ATTENTION = _of("integrations/transformers/attention.py", "tests/models/test_attention.py")
-_MASKS = _of("integrations/transformers/masks.py", "tests/models/test_attention.py", "tests/models/test_lawcat.py")
-_PREDICATES = _of("integrations/transformers/predicates.py", "tests/models/test_attention.py")
+_MASKS = _of(
+    "integrations/transformers/masks.py",
+    "tests/models/test_attention.py",
+    "tests/models/test_masks.py",
+    "tests/models/test_tokens.py",
+)
+_GIVEN = _of("integrations/transformers/given.py", "tests/models/test_attention.py", "tests/models/test_masks.py")
+_PREDICATES = _of(
+    "integrations/transformers/predicates.py", "tests/models/test_attention.py", "tests/models/test_masks.py"
+)
 _CACHE = _of(
     "integrations/transformers/cache.py",
     "tests/models/test_rollback.py",
@@ -26,17 +34,17 @@ FAULTS = (
     Fault("hf-scale-dropped", "formula", _ATTENTION, "scale=scaling,", "scale=None,"),
     Fault("hf-sinks-dropped", "sink", _ATTENTION, "sink_logits=s_aux,", "sink_logits=None,"),
     Fault(
-        "hf-not-causal",
+        "hf-made-window",
         "mask",
-        _ATTENTION,
-        "attention_mask = IntervalMask.causal(tq, tk) if causal else IntervalMask.full(tq, tk)",
-        "attention_mask = IntervalMask.causal(tq, tk)",
+        _GIVEN,
+        "padded_causal=causal, sliding_window=width, first_row=tk - tq,",
+        "padded_causal=causal, sliding_window=-1, first_row=tk - tq,",
     ),
     Fault(
         "hf-window-ignored",
         "mask",
-        _ATTENTION,
-        "attention_mask = masks.windowed(attention_mask, sliding_window, tq, tk, query.device)",
+        _GIVEN,
+        "mask = mask & plain(True, window, tq, tk, mask.first_row, query.device)",
         "pass",
     ),
     Fault(
@@ -58,40 +66,42 @@ FAULTS = (
         "hf-padding-short-mask",
         "guard",
         _MASKS,
-        "nn.functional.pad(attention_mask.bool(), (0, max(0, missing)))",
-        "nn.functional.pad(attention_mask.bool(), (0, max(0, missing)), value=True)",
+        "nn.functional.pad(mask.bool(), (0, missing)) if missing > 0",
+        "nn.functional.pad(mask.bool(), (0, missing), value=True) if missing > 0",
     ),
     Fault(
         "hf-static-window",
         "bounds",
         _MASKS,
-        "start = stop - width if width >= 0 else torch.zeros_like(stop)",
-        "start = stop - width - 1 if width >= 0 else torch.zeros_like(stop)",
+        "start, stop = (own + 1 - window if window >= 0 else torch.zeros_like(own)), own + 1",
+        "start, stop = (own - window if window >= 0 else torch.zeros_like(own)), own + 1",
     ),
     Fault(
         "hf-static-offset",
         "mask",
         _MASKS,
-        "stop = torch.arange(q_length, device=device) + (q_offset - kv_offset + 1)",
-        "stop = torch.arange(q_length, device=device) + (q_offset + 1)",
+        "    own = torch.arange(tq, device=device) + first_row\n",
+        "    own = torch.arange(tq, device=device) + tk - tq\n",
     ),
-    Fault("hf-first-row", "mask", _MASKS, "first_row=q_offset - kv_offset,", "first_row=0,"),
+    Fault("hf-first-row", "mask", _MASKS, "first_row = q_offset - kv_offset\n", "first_row = q_offset\n"),
     Fault(
-        "hf-additive-mask",
-        "mask",
-        _MASKS,
-        "hidden = mask <= torch.finfo(mask.dtype).min / 2",
-        "hidden = mask < torch.finfo(mask.dtype).min",
+        "hf-additive-mask", "mask", _GIVEN, "hidden = mask < _HIDDEN", "hidden = mask <= torch.finfo(mask.dtype).min"
     ),
-    Fault("hf-additive-bias", "guard", _MASKS, "if not bool(((mask == 0) | hidden).all()):", "if False:"),
+    Fault("hf-additive-bias", "guard", _GIVEN, "elif not bool(only):\n", "elif False:\n"),
     Fault(
         "hf-predicate-window",
         "mask",
         _PREDICATES,
-        'return (False, _closed_over(parts[0])["sliding_window"]) if sliding else None',
-        "return (False, -1) if sliding else None",
+        'return True, _closed_over(narrowed)["sliding_window"], False',
+        "return True, -1, False",
     ),
-    Fault("hf-predicate-unknown", "mask", _PREDICATES, "and len(parts) == 2\n", "and len(parts) >= 2\n"),
+    Fault(
+        "hf-predicate-unknown",
+        "mask",
+        _PREDICATES,
+        "return parts if len(parts) == 2 else None",
+        "return parts[:2] if len(parts) >= 2 else None",
+    ),
     Fault(
         "hf-cache-columns",
         "mask",
@@ -115,7 +125,7 @@ FAULTS = (
         "self.state.select(torch.arange(count).repeat_interleave(repeats))",
         "self.state.select(torch.arange(count).repeat(repeats))",
     ),
-    Fault("hf-cache-used-layer", "guard", _CACHE, 'if getattr(layer, "is_initialized", False):', "if False:"),
+    Fault("hf-cache-used-layer", "guard", _CACHE, "return bool(layer.get_seq_length() > 0)", "return False"),
     Fault("hf-cache-recording", "state", _CACHE, "self.state.keep(self.depth if first else 0)", "self.state.keep(0)"),
     Fault("hf-cache-reset", "state", _CACHE, "self.state.reset()\n", "pass\n"),
     Fault(

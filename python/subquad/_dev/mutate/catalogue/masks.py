@@ -16,6 +16,7 @@ _CHECKS = _of("checks.py")
 _INTEROP = _of("interop.py")
 _MASK = _of("interval_mask.py", "tests/models/test_attention.py")
 _PLAN = _of("plan.py", "tests/ops/interval_attention/test_interval_attention.py")
+_LIFETIMES = _of("key_lifetimes.py", "tests/models/test_masks.py")
 _MODEL = _of("model_mask.py", "tests/models/test_attention.py", "tests/models/test_lawcat.py")
 
 FAULTS = (
@@ -38,8 +39,8 @@ FAULTS = (
         "masks-dense-runs",
         "bounds",
         _ALGEBRA,
-        "((rises, 0, starts), (falls, 1, ends))",
-        "((rises, 0, starts), (falls, 0, ends))",
+        "for edges, offset in ((rises, 0), (falls, 1))",
+        "for edges, offset in ((rises, 0), (falls, 0))",
     ),
     Fault(
         "masks-trimmed",
@@ -66,8 +67,8 @@ FAULTS = (
         "masks-packed-queries",
         "mask",
         _BUILDERS,
-        "stop = low + row + 1 + (high - low) - lengths[document]",
-        "stop = low + row + 1",
+        "stop = low + (row - cu_q[:-1][document]) + 1 + (high - low) - lengths[document]",
+        "stop = low + (row - cu_q[:-1][document]) + 1",
     ),
     Fault(
         "masks-packed-sinks",
@@ -126,24 +127,24 @@ FAULTS = (
     Fault(
         "masks-plan-stale",
         "stale",
-        _MASK,
-        "mask.__dict__.update(self.__dict__)\n        mask._plans = {}",
-        "mask.__dict__.update(self.__dict__)",
+        _PLAN,
+        "if kept is None or kept[0] is not starts or kept[1] is not ends or kept[2] != versions:",
+        "if kept is None:",
     ),
-    Fault("masks-plan-slots", "stale", _MASK, "self._plans[per_slot] = plan", "self._plans[False] = plan"),
+    Fault("masks-plan-slots", "stale", _PLAN, "kept = self._kept.get(per_slot)", "kept = self._kept.get(False)"),
     Fault(
         "masks-and-lifetimes",
         "mask",
-        _MASK,
-        '"key_stop": torch.minimum(a.key_stop, b.key_stop),',
-        '"key_stop": torch.maximum(a.key_stop, b.key_stop),',
+        _LIFETIMES,
+        "return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])",
+        "return torch.maximum(a[0], b[0]), torch.maximum(a[1], b[1])",
     ),
     Fault(
-        "masks-with-keys-lifetime",
+        "masks-live-keys",
         "mask",
-        _MASK,
-        "return self._of(intervals, tk, key_start=self.key_start, key_stop=self.key_stop)",
-        "return self._of(intervals, tk)",
+        _LIFETIMES,
+        "stop = torch.where(visible, tq, 0).int()[:, None]",
+        "stop = torch.where(visible, tq - 1, 0).int()[:, None]",
     ),
     Fault(
         "masks-is-causal",
@@ -155,7 +156,7 @@ FAULTS = (
     Fault(
         "masks-is-closed",
         "mask",
-        _MASK,
+        _LIFETIMES,
         "return bool(((rows >= stops) | ((rows >= lo) & (stops <= hi))).all())",
         "return bool(((rows >= stops) | (stops <= hi)).all())",
     ),

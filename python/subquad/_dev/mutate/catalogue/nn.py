@@ -9,12 +9,23 @@ def _of(file: str, *tests: str) -> Where:
     return Where(f"python/subquad/{file}", tests, "", ())
 
 
-_LAWCAT_TESTS = ("tests/models/test_lawcat_module.py", "tests/models/test_lawcat.py", "tests/models/test_rollback.py")
+_LAWCAT_TESTS = (
+    "tests/models/test_tokens.py",
+    "tests/models/test_lawcat_module.py",
+    "tests/models/test_lawcat.py",
+    "tests/models/test_rollback.py",
+)
 _LAWCAT = _of("nn/lawcat.py", *_LAWCAT_TESTS)
 _STEPS = _of("nn/_lawcat_steps.py", *_LAWCAT_TESTS)
 _WINDOW = _of("nn/_window.py", *_LAWCAT_TESTS)
+_SEQUENCES = _of("nn/_sequences.py", *_LAWCAT_TESTS)
 _TOKENS = _of("nn/_tokens.py", *_LAWCAT_TESTS)
-_CATS = _of("nn/cats_mlp.py", "tests/ops/cats_mlp/test_module.py", "tests/models/test_cats.py")
+_CATS = _of(
+    "nn/cats_mlp.py",
+    "tests/ops/cats_mlp/test_module.py",
+    "tests/ops/cats_mlp/test_children.py",
+    "tests/models/test_cats.py",
+)
 _CONV = _of("nn/causal_conv1d.py", "tests/ops/causal_conv1d", "tests/models/test_lawcat_module.py")
 _MAP = _of("nn/feature_map.py", "tests/ops/feature_map/test_module.py", "tests/models/test_lawcat_module.py")
 _TRANSFER = _of("distillation.py", "tests/models/test_lawcat.py")
@@ -23,21 +34,21 @@ _SKETCH = _of("calibration/sketch.py", "tests/models/test_calibration.py")
 _CALIBRATOR = _of("calibration/calibrator.py", "tests/models/test_calibration.py")
 
 FAULTS = (
-    Fault("nn-lawcat-seen", "state", _LAWCAT, "state.seen += t", "state.seen += 1"),
     Fault(
-        "nn-lawcat-padding-gate",
+        "nn-lawcat-seen",
+        "state",
+        _LAWCAT,
+        "(seen.to(hidden_states.device) if isinstance(seen, torch.Tensor) else seen) + t",
+        "(seen.to(hidden_states.device) if isinstance(seen, torch.Tensor) else seen) + 1",
+    ),
+    Fault(
+        "nn-lawcat-padding-output-gate",
         "mask",
         _LAWCAT,
-        "g = torch.where(tokens.view(*tokens.shape, *(1,) * (g.dim() - 2)), g, 0)",
+        "hidden_states = torch.where(tokens.real[..., None], hidden_states, 0)",
         "pass",
     ),
-    Fault(
-        "nn-lawcat-padding-keys",
-        "mask",
-        _LAWCAT,
-        "k, v = (torch.where(tokens[..., None, None], a, 0) for a in (k, v))",
-        "v = torch.where(tokens[..., None, None], v, 0)",
-    ),
+    Fault("nn-lawcat-sequences-left", "mask", _LAWCAT, "sequences.leave(inner, state)", "pass"),
     Fault(
         "nn-lawcat-state-z",
         "state",
@@ -49,8 +60,8 @@ FAULTS = (
         "nn-lawcat-key-norm",
         "formula",
         _LAWCAT,
-        "k = k if self.k_norm is None else self.k_norm(k)",
-        "k = k if self.q_norm is None else self.q_norm(k)",
+        "q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)",
+        "q, k = _normed(self.q_norm, q), _normed(self.q_norm, k)",
     ),
     Fault(
         "nn-lawcat-rope-keys",
@@ -70,8 +81,8 @@ FAULTS = (
         "nn-lawcat-positions-packed",
         "stride",
         _LAWCAT,
-        "cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, rows] for p in positions)",
-        "cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, : rows.shape[0]] for p in positions)",
+        "cos, sin = (sequences.gather(p.expand(b, t, -1)) for p in positions)",
+        "cos, sin = (p.expand(b, t, -1).flatten(0, 1)[None, : sequences.packed.tokens] for p in positions)",
     ),
     Fault(
         "nn-lawcat-early-part",
@@ -121,15 +132,15 @@ FAULTS = (
         "nn-window-invisible",
         "mask",
         _WINDOW,
-        "seen = near & exists[:, :, None]",
-        "seen = near & (exists[:, :, None] | True)",
+        "seen = near & blocks_of(visible)[:, :, None]",
+        "seen = near & (blocks_of(visible)[:, :, None] | True)",
     ),
     Fault(
         "nn-window-view",
         "state",
         _WINDOW,
-        "last = max(keys.shape[1] - (layer.window_size - 1), 0)",
-        "last = max(keys.shape[1] - layer.window_size, 0)",
+        "streams = Streams(layer.window_size - 1, k.shape[1], packed)",
+        "streams = Streams(layer.window_size, k.shape[1], packed)",
     ),
     Fault(
         "nn-window-delayed-gate",
@@ -138,42 +149,62 @@ FAULTS = (
         "passed = gates[:, 1:].unfold(1, window, 1).sum(-1)",
         "passed = gates[:, :-1].unfold(1, window, 1).sum(-1)",
     ),
-    Fault("nn-window-factor", "formula", _WINDOW, "rest = 1 - factor if layer.affine_window else 1.0", "rest = 1.0"),
+    Fault(
+        "nn-window-factor", "formula", _WINDOW, "rest_of = 1 - factor if layer.affine_window else 1.0", "rest_of = 1.0"
+    ),
     Fault(
         "nn-tokens-preallocated",
         "mask",
         _TOKENS,
-        "past = mask.shape[1] - length if seen is None else min(seen, mask.shape[1] - length)",
-        "past = mask.shape[1] - length",
+        "past = width - length if seen is None else min(seen, width - length)",
+        "past = width - length",
     ),
     Fault(
-        "nn-tokens-first-row",
-        "mask",
-        _TOKENS,
-        "return padding[:, first : first + length].expand(batch, -1)",
-        "return padding[:, :length].expand(batch, -1)",
+        "nn-tokens-first-row", "mask", _TOKENS, "first = 0 if mask.first_row is None else mask.first_row", "first = 0"
     ),
     Fault(
         "nn-tokens-not-causal",
         "guard",
         _TOKENS,
-        "if not isinstance(mask, ModelMask) or not mask.padded_causal:",
-        "if not isinstance(mask, ModelMask):",
+        "    if not mask.padded_causal:\n        return _of_pairs(mask.to_dense(), batch, length, window, seen)\n",
+        "    pass\n",
     ),
     Fault("nn-rotate-sign", "formula", _TOKENS, "torch.cat([-b, a], -1) * sin", "torch.cat([b, a], -1) * sin"),
     Fault(
-        "nn-cats-copy-stale",
-        "stale",
-        _CATS,
-        "if not torch.compiler.is_compiling() and self._copied_from != _identity(weight):",
-        "if self._copied_from is None:",
+        "nn-sequences-go-on",
+        "state",
+        _SEQUENCES,
+        "source = source.index_copy(0, F.pad(last[:-1] + 1, (1, 0)), of_row)",
+        "source = source",
     ),
     Fault(
-        "nn-cats-copy-identity",
+        "nn-sequences-padding",
+        "nan",
+        _SEQUENCES,
+        "flat = torch.where(self._shown(flat), flat, 0)\n        return flat[None]",
+        "pass\n        return flat[None]",
+    ),
+    Fault("nn-sequences-forget", "mask", _SEQUENCES, "resets[..., None], -torch.inf, g)", "resets[..., None], 0.0, g)"),
+    Fault(
+        "nn-streams-tail",
+        "state",
+        _SEQUENCES,
+        "return stream[:, self.length :].clone()",
+        "return stream[:, : self.lead].clone()",
+    ),
+    Fault(
+        "nn-cats-adapter-layout",
         "stale",
         _CATS,
-        "return (0 if weight.is_meta else weight.data_ptr()), (0 if weight.is_inference() else weight._version)",
-        "return (0 if weight.is_meta else weight.data_ptr()), 0",
+        "weight = down.weight if plain(down, nn.Linear) else next(inside, None)",
+        "weight = down.weight if plain(down, nn.Linear) else None",
+    ),
+    Fault(
+        "nn-cats-reads-anything",
+        "stale",
+        _CATS,
+        "return all(plain(child, nn.Linear) and child.weight.device == x.device for child in self._modules.values())",
+        "return all(child.weight.device == x.device for child in self._modules.values())",
     ),
     Fault("nn-cats-enabled", "dispatch", _CATS, "self.threshold if self.enabled else DENSE", "self.threshold"),
     Fault("nn-cats-threshold-dtype", "rounding", _CATS, "setattr(self, name, old.to(device))", "pass"),
@@ -182,15 +213,15 @@ FAULTS = (
         "nn-cats-layout-undone",
         "state",
         _CATS,
-        "weight.data = _with_layout(weight.data, *self._layout)",
+        "weight.data = _with_layout(weight.data, shape, strides)",
         "weight.data = weight.data.contiguous()",
     ),
     Fault(
         "nn-cats-fused-halves",
         "stride",
         _CATS,
-        "w_gate, w_up = fused.weight.chunk(2)",
-        "w_up, w_gate = fused.weight.chunk(2)",
+        "weights = gate.weight.chunk(2)",
+        "weights = gate.weight.chunk(2)[::-1]",
     ),
     Fault("nn-cats-saved-layout", "guard", _CATS, "state_dict[key] = weight.contiguous()", "pass"),
     Fault(
@@ -248,8 +279,8 @@ FAULTS = (
         "nn-calibrator-padding",
         "mask",
         _CALIBRATOR,
-        "selected = self._by_position(attention_mask != 0)",
-        "selected = self._by_position(attention_mask >= 0)",
+        "selected = self._by_position(mask[:, :end] != 0)[:, end - shape[1] :]",
+        "selected = self._by_position(mask[:, :end] >= 0)[:, end - shape[1] :]",
     ),
     Fault(
         "nn-calibrator-limit",

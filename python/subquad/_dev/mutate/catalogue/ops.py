@@ -50,7 +50,11 @@ FAULTS = (
         "if x is not None and x.stride(-1) == 0:",
     ),
     Fault(
-        "ops-contiguous-copy", "stride", _CALL, "laid_out[i] = laid_out[i].contiguous()", "laid_out[i] = laid_out[i]"
+        "ops-contiguous-copy",
+        "stride",
+        _CALL,
+        "laid_out[i] = _dense(signature.names[i], laid_out[i])",
+        "laid_out[i] = laid_out[i]",
     ),
     Fault(
         "ops-few-in-training",
@@ -83,8 +87,8 @@ FAULTS = (
         "ops-functorch",
         "dispatch",
         _CALL,
-        'if name == "reference" or torch._C._are_functorch_transforms_active():',
-        'if name == "reference":',
+        "if torch._C._are_functorch_transforms_active():\n        return True",
+        "if torch._C._are_functorch_transforms_active():\n        return False",
     ),
     Fault(
         "ops-second-derivative",
@@ -173,8 +177,8 @@ FAULTS = (
         "ops-packed-remembered",
         "stale",
         _PACKING,
-        "if packed is None or version != cu_seqlens._version or packed.tokens != x.shape[1]:",
-        "if packed is None or packed.tokens != x.shape[1]:",
+        "_REMEMBERED.get(cu_seqlens, (x.shape[1],), lambda: cls.of(cu_seqlens, x)), x)",
+        "_REMEMBERED.get(cu_seqlens, (), lambda: cls.of(cu_seqlens, x)), x)",
     ),
     Fault(
         "ops-packed-alias",

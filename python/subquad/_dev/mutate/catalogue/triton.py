@@ -313,8 +313,8 @@ FAULTS = (
         "triton-attention-lse",
         "formula",
         _ATTENTION_FWD,
-        "(tl.where(empty, 0.0, row_max) + tl.log2(safe_sum)) * LN2",
-        "tl.where(empty, 0.0, row_max) + tl.log2(safe_sum) * LN2",
+        'tl.where(empty, float("-inf"), row_max + log_sum), rows < tq)',
+        'tl.where(empty, float("-inf"), log_sum), rows < tq)',
     ),
     Fault(
         "triton-attention-delta",
@@ -362,11 +362,7 @@ FAULTS = (
         "offsets = rows[:, None] * x.stride.to(tl.int32) + cols[None, :]",
     ),
     Fault(
-        "triton-attention-empty-rows",
-        "nan",
-        _PAIRS,
-        'return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)',
-        "return lse * LOG2E",
+        "triton-attention-empty-rows", "nan", _PAIRS, 'live, other=float("inf")) * LOG2E', "live, other=0.0) * LOG2E"
     ),
     Fault(
         "triton-tiles-window",

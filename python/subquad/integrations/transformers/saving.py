@@ -1,0 +1,105 @@
+"""`load_converted`: the way back from a directory that `save_pretrained` of a converted model has written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...convert import find, named, replace
+from ...convert.record import recorded, same_layer
+
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwargs: Any) -> Any:
+    """A converted model with all that it had when it was saved: layers, options, thresholds, trained parameters.
+
+    `save_pretrained` writes the new parameters beside the model's own, and into the config what `convert` has done.
+    `from_pretrained` alone gives the model without conversions: it reports the rest as unexpected.
+
+    Args:
+        path: a directory, or the name of a repository on the hub, with weights as safetensors.
+        model_class: a model class of transformers; None for the one that the config names.
+        kwargs: of its `from_pretrained`; `dtype` is "auto" unless given, and then holds for new parameters too.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: nothing was converted in this model; a new parameter is missing; or there are no safetensors.
+    """
+    import transformers
+
+    hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(
+            str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.py"], **hub
+        )
+    config = transformers.AutoConfig.from_pretrained(path)
+    groups = recorded(kwargs.get("config", config))
+    if model_class is None:
+        model_class = getattr(transformers, config.architectures[0])
+    as_saved = kwargs.setdefault("dtype", "auto") == "auto"
+    model = _without_conversions(model_class, groups, path, kwargs)
+    for group in groups:
+        by = named(group["kind"])[group["name"]]
+        there = find(model, by.kind)
+        layers = [same_layer(name, there) for name in group["layers"]]
+        replace(model, [(by, by.config(**group["options"]))], layers)
+        for name in layers:
+            _load(model.get_submodule(name), name, Path(path), as_saved)
+    return model
+
+
+def _without_conversions(model_class: Any, groups: list[dict[str, Any]], path: Any, kwargs: dict[str, Any]) -> Any:
+    """`from_pretrained`, which does not report what is loaded afterwards."""
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        return model_class.from_pretrained(path, **kwargs)
+    names = [name for group in groups for name in group["layers"]]
+    tails = [
+        found[0] if (found := re.search(r"[^.]+\.\d+\..*", name)) else name for name in names
+    ]  # without wrappers' names
+    later = [rf"(^|\.){re.escape(tail)}\." for tail in tails]
+    quiet: Any = type(model_class.__name__, (model_class,), {"_keys_to_ignore_on_load_unexpected": later})
+    model = quiet.from_pretrained(path, **kwargs)
+    model.__class__ = model_class
+    return model
+
+
+def _load(layer: Any, name: str, folder: Path, as_saved: bool) -> None:
+    """What the layer has and its original has not, in the dtype that it was saved in or in the layer's."""
+    from safetensors import safe_open
+
+    own = layer.state_dict()
+    new = [key for key in own if key not in layer.original.state_dict()]
+    files = _files(folder)
+    state = {}
+    for key in new:
+        prefixes = {full[: -len(key) - 1]: full for full in files if full.endswith(f".{key}")}
+        try:
+            full = prefixes[same_layer(name, prefixes)]
+        except ValueError:
+            raise ValueError(f"path: expected a parameter {f'{name}.{key}'!r} in {folder}, got none") from None
+        with safe_open(files[full], framework="pt") as file:
+            state[key] = file.get_tensor(full).to(own[key].device)
+    layer.load_state_dict(state, strict=False, assign=as_saved)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Which file has a tensor."""
+    from safetensors import safe_open
+
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        with safe_open(whole, framework="pt") as file:
+            return dict.fromkeys(file.keys(), whole)
+    if index.exists():
+        return {key: folder / file for key, file in json.loads(index.read_text())["weight_map"].items()}
+    raise ValueError(f"path: expected {whole.name} or {index.name} in {folder}, got neither")

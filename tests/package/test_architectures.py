@@ -1,0 +1,62 @@
+"""The widest Triton kernels on architectures with little shared memory, and on AMD: they fit, by smaller tiles if need be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from subquad.gpu_report import triton_entries
+from subquad.gpu_report.occupancy import ARCHS, Arch
+
+pytest.importorskip("triton")
+
+# What takes the most shared memory of all kernels, by `make gpu-report`, and the widest heads.
+WIDEST = """
+from functools import partial
+import torch
+from subquad.kernels import cats_mlp, interval_attention
+from subquad.kernels._common.aot import AotCase
+
+attention = partial(partial, interval_attention._aot_args)
+AOT = [
+    AotCase("bf16 D256", interval_attention.interval_attention_bwd, attention(torch.bfloat16, 256, "causal", True), SPILLS),
+    AotCase("fp32 D256", interval_attention.interval_attention_fwd, attention(torch.float32, 256, "causal"), SPILLS),
+    *(case for case in cats_mlp.AOT if case.name == "bf16 row-major"),
+]
+"""
+SPILLS = """
+kernels = ("interval_attention_fwd_kernel", "interval_attention_dq_kernel", "interval_attention_dkdv_kernel")
+SPILLS = dict.fromkeys(kernels, "heads of 256")
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("arch", [86, 120, "gfx942"])
+def test_widest_kernels_fit(arch: Arch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "widest.py").write_text(SPILLS + WIDEST)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    entries = triton_entries(["widest"], [arch], Console(quiet=True))
+    assert {entry.kernel for entry in entries} >= {"interval_attention_fwd_kernel", "interval_attention_dkdv_kernel"}
+    for entry in entries:
+        assert not entry.failed, (entry.kernel, entry.cases, entry.shared, entry.code)
+        assert entry.occupancy, (entry.kernel, entry.cases)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if isinstance(arch, int)])
+@pytest.mark.parametrize("wide_floats", [False, True], ids=["16-bit", "fp32"])
+def test_tiles_of_attention_fit_for_every_head(arch: Arch, wide_floats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from subquad.kernels.interval_attention import tiles
+
+    monkeypatch.setattr(tiles, "shared_memory", lambda: ARCHS[arch].block_shared)
+    for kernel, table in tiles.TILES.items():
+        for small, large, fp32 in table.values():
+            for width in (16, 32, 64, 128, 256):
+                chosen = fp32 if wide_floats else small if width <= 64 else large
+                row = width * (4 if wide_floats else 2)
+                rows, keys, _, stages, *_ = tiles._fitting(chosen, kernel, row)
+                assert tiles._room(kernel, rows, keys, stages) * row <= ARCHS[arch].block_shared, (kernel, width)
+                if ARCHS[arch].block_shared >= 160 * 1024:  # nothing is made smaller without need
+                    assert (rows, keys, stages) == (chosen[0], chosen[1], chosen[3]), (kernel, width)
+                assert all(n >= 16 and n & (n - 1) == 0 for n in (rows, keys))
