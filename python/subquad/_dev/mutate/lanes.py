@@ -70,39 +70,42 @@ class Server:
         return json.loads(line)
 
 
-def judge(fault: Fault, tree: Tree, server: Server, lanes: tuple[str, ...] = LANES, every: bool = False) -> Verdict:
-    """Plant it, build, run the quick lane, and what more the whole lane has if that noticed nothing.
+class Judge:
+    """Judges faults, one after the other, by tests that were seen to pass without one."""
 
-    Args:
-        lanes: which to run.
-        every: all tests of a lane, instead of those that the catalogue names: for what survived them.
-    """
-    if fault.matches(tree.root) != 1:
-        return Verdict("dead")
-    passed: list[str] = []
-    seen: dict[str, str] = {}
-    try:
-        with tree.planted(fault):
-            for lane in lanes:
-                where = fault.where
-                paths = ["tests"] if every else [*where.tests, *(["-k", where.select] if where.select else [])]
+    def __init__(self, tree: Tree, server: Server, lanes: tuple[str, ...] = LANES, every: bool = False) -> None:
+        """`every`: all tests of a lane, instead of those that the catalogue names: for what survived them."""
+        self.tree, self.server, self.lanes, self.every = tree, server, lanes, every
+        self.trusted: set[str] = set()  # tests that pass without a fault
+        self.broken: list[str] = []  # and those that do not: they are left out
+
+    def judge(self, fault: Fault) -> Verdict:
+        """Plant it, build, run the quick lane, and what more the whole lane has if that noticed nothing."""
+        if fault.matches(self.tree.root) != 1:
+            return Verdict("dead")
+        while True:
+            try:
+                verdict = self._planted(fault)
+            except BuildError as error:
+                raise SystemExit(f"{fault.name}: does not compile, which says nothing about tests:\n{error}") from error
+            test = verdict.whole.partition(": ")[2]
+            if "::" not in test or test in self.trusted:
+                return verdict
+            if self.server.run([test])["how"] == "survived":
+                self.trusted.add(test)
+                return verdict
+            self.broken.append(test)
+
+    def _planted(self, fault: Fault) -> Verdict:
+        where, gone, passed = fault.where, list(self.broken), 0
+        paths = ["tests"] if self.every else [*where.tests, *(["-k", where.select] if where.select else [])]
+        with self.tree.planted(fault):
+            for lane in self.lanes:
                 first = (*_LIKELY.get(fault.kind, ()), *where.first)
-                answer = server.run(["--lane", lane, *paths], passed, first)
-                passed += answer["passed"]
+                answer = self.server.run(["--lane", lane, *paths], gone, first)
+                gone += answer["passed"]
+                passed += len(answer["passed"])
                 if answer["how"] != "survived":
-                    seen[lane] = f"{answer['how']}: {answer['test']}"
-                    break
-    except BuildError as error:
-        raise SystemExit(f"{fault.name}: does not compile, which says nothing about tests:\n{error}") from error
-    return Verdict("judged", seen.get("quick", ""), seen.get("quick", seen.get("whole", "")), len(passed))
-
-
-def confirm(tests: list[str], server: Server) -> list[str]:
-    """Which of the tests that noticed faults fail without one, too."""
-    wrong: list[str] = []
-    while True:
-        left = [test for test in tests if test not in wrong]
-        answer = server.run(left) if left else {"how": "survived"}
-        if answer["how"] == "survived":
-            return wrong
-        wrong.append(answer["test"])
+                    seen = f"{answer['how']}: {answer['test']}"
+                    return Verdict("judged", seen if lane == "quick" else "", seen, passed)
+        return Verdict("judged", passed=passed)

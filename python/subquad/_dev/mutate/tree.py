@@ -42,10 +42,6 @@ class Tree:
             if not kept and path.relative_to(self.root).as_posix() not in wanted:
                 path.unlink()
 
-    def install(self, native: Path) -> None:
-        """A library of the same sources, for faults that need no build."""
-        shutil.copy2(native, self._installed(_BUILT["native"]))
-
     def build(self) -> None:
         """Both libraries without a fault, all instruction sets."""
         for name, output in _BUILT.items():
