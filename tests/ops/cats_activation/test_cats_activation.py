@@ -67,6 +67,13 @@ def test_ties(backend: str, activation: str) -> None:
     assert_same_bits(subquad.cats_activation(z, a.abs(), inclusive=True, **options), a)
 
 
+@backend_params("cats_activation", "native")
+def test_rows_beyond_a_work_item(backend: str) -> None:
+    z = torch.randn(300, 70)
+    found = subquad.cats_activation(z, 0.1, backend=backend)
+    torch.testing.assert_close(found, subquad.cats_activation(z, 0.1, backend="reference"))
+
+
 @pytest.mark.quick
 @backend_params("cats_activation")
 def test_results_are_rounded_to_the_nearest_even(backend: str) -> None:

@@ -162,3 +162,11 @@ def test_narrow_weights_are_widened_block_by_block(monkeypatch: pytest.MonkeyPat
     whole = _linear.linear_fp32(x, w, b)
     monkeypatch.setattr(_linear, "_BLOCK_ELEMENTS", 24)
     torch.testing.assert_close(_linear.linear_fp32(x, w, b), whole)
+
+
+@backend_params("cats_mlp", "native")
+def test_tokens_beyond_a_panel(backend: str) -> None:
+    """More than the dense path takes at once, the last panel too short to be one: it begins among the tokens of another."""
+    sample = draw(Sampler(), "panels", 515, 8, 70)
+    found, expected = Case(SPEC, backend).call(sample)[0], Case(SPEC, "reference").call(sample)[0]
+    torch.testing.assert_close(found, expected)

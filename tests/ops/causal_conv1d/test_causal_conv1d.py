@@ -90,6 +90,17 @@ def test_a_row_beyond_whole_tiles(backend: str) -> None:
         Task(spec, CHECKS[check], backend, torch.float32).run()
 
 
+@backend_params("causal_conv1d", "native")
+def test_a_step_of_more_channels_than_a_work_item(backend: str) -> None:
+    x, state, weight = torch.randn(2, 600), torch.randn(2, 600, 3), torch.randn(600, 4)
+    found, expected = (
+        (subquad.causal_conv1d_update(x, past, weight, backend=name), past)
+        for name, past in ((backend, state.clone()), ("reference", state.clone()))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @backend_params("causal_conv1d")
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 129])
 def test_pieces_make_the_whole(backend: str, tokens: int) -> None:
