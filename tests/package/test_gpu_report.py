@@ -82,7 +82,7 @@ def test_planted_triton_spill(
 def test_amd_is_compiled_without_rocm(
     warps: int, output: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4096 sums and as many numbers on their way fit into the registers of eight warps, and not into those of one."""
+    """32768 sums fit into the registers of eight warps, and not into those of one."""
     pytest.importorskip("triton")
     source = PLANTED.format(limit="", allow={}).replace("BLOCK=4096, num_warps=1", f"BLOCK=32768, num_warps={warps}")
     (tmp_path / "planted.py").write_text(source)
@@ -91,7 +91,7 @@ def test_amd_is_compiled_without_rocm(
     assert _run(output, json_path=path, arch="gfx942") == 0  # spills there are listed, not refused
     (entry,) = json.loads(path.read_text())["entries"]
     assert (entry["arch"], entry["threads"], entry["spills"]) == ("gfx942", 64 * warps, warps == 1)
-    assert entry["code"]["widest_load"] == 128 and 128 <= entry["code"]["registers"] <= 512
+    assert entry["code"]["widest_load"] == 128 and 64 <= entry["code"]["registers"] <= 512
 
 
 @pytest.mark.parametrize(("arch", "most"), [(80, 163), (86, 99), (90, 227), (120, 99), ("gfx942", 64), ("gfx950", 160)])

@@ -52,7 +52,7 @@ def channel_thresholds(scores: torch.Tensor, sampler: Sampler) -> torch.Tensor:
     ordered = scores.sort(0).values if tokens else scores.new_ones(1, neurons)
     edges = torch.cat([torch.zeros_like(ordered[:1]), ordered, ordered[-1:] + 1])
     rank = sampler.integers(0, edges.shape[0] - 1, 1, neurons).to(scores.device)
-    wide = edges.gather(0, rank + 1) - edges.gather(0, rank) > 1e-4 * ordered[-1:].clamp_min(1.0)
+    wide = edges.gather(0, rank + 1) - edges.gather(0, rank) > (1e-5 * ordered[-1:]).clamp_min(1e-4)
     rank = torch.where(wide, rank, edges.shape[0] - 2)
     t = ((edges.gather(0, rank) + edges.gather(0, rank + 1)) / 2).float().squeeze(0)
     t[0], t[-1] = -1.0, torch.inf

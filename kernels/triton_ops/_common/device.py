@@ -45,6 +45,9 @@ def precision(name: str) -> str:
     return _HIP_PRECISIONS.get(name, name)
 
 
+precision.__triton_builtin__ = True  # type: ignore[attr-defined]  # else constexpr functions may not call it
+
+
 @constexpr_function
 def tf32x3():
     """`precision("tf32x3")`, within kernels."""

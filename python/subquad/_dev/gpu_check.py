@@ -119,21 +119,24 @@ def run(step: Step, folder: Path) -> Outcome:
         except subprocess.TimeoutExpired:
             status = "timed out"
         finally:
+            seconds = time.monotonic() - start
             _end(process)
     tail = log.read_text(errors="replace")[-TAIL:]
-    return Outcome(step.name, step.command, status, time.monotonic() - start, tail)
+    return Outcome(step.name, step.command, status, seconds, tail)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its children, gently first."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(GRACE)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    """End the process and its children, gently first: a build then ends its compilers, which are groups of their own."""
+    end = time.monotonic() + GRACE
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < end:
+            process.poll()
+            os.killpg(process.pid, 0)  # raises when none is left
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def card(device: str) -> str:

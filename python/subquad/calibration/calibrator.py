@@ -150,7 +150,7 @@ class CatsCalibrator:
             shape = tokens.shape[:2]
             cache = old if cache is None else cache
             seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
-            real = padding_of(mask, *shape, seen)
+            real = padding_of(mask, shape[0], shape[1], seen)
             real = torch.ones(shape, dtype=torch.bool, device=tokens.device) if real is None else real
             if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # it tells the positions, too
                 end = mask.shape[1] if seen is None else min(int(seen) + shape[1], mask.shape[1])

@@ -52,6 +52,9 @@ class IntervalMask:
             under SUBQUAD_DEBUG=1, since that waits for the device).
     """
 
+    key_start: torch.Tensor | None
+    key_stop: torch.Tensor | None
+
     def __init__(
         self,
         starts: torch.Tensor,
@@ -85,8 +88,7 @@ class IntervalMask:
             starts, ends, shift = (x.expand(*lead, *x.shape[2:]).contiguous() for x in (starts, ends, shift))
         self.starts: torch.Tensor | None = _counted(starts)
         self.ends: torch.Tensor | None = _counted(ends)
-        self.key_start: torch.Tensor | None = None
-        self.key_stop: torch.Tensor | None = None
+        self.key_start = self.key_stop = None
         self.shift = shift
         self.tq: int | None = starts.shape[2]
         self.tk: int | None = tk

@@ -45,7 +45,7 @@ class Kind:
         names = (f"{self.family}{suffix}" for suffix in ("TextConfig", "Config"))
         make = next(found for name in names if (found := getattr(transformers, name, None)) is not None)
         config = make(**(SIZES | {"num_hidden_layers": len(self.windows)} | self.more))
-        config._attn_implementation = config._experts_implementation = "eager"
+        config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
         model = getattr(transformers, f"{self.family}ForCausalLM")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():

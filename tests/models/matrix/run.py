@@ -100,24 +100,36 @@ def align(model: Any, case: Case, thresholds: list[float]) -> None:
 
 def logits_of(model: Any, case: Case, batch: Batch) -> torch.Tensor:
     """Logits [2, 16, vocabulary] of the calls that the case's cache makes."""
-    call, found, past = model, [], None
-    if case.variant == "compiled":
-        torch._dynamo.reset()
-        # What is traced is what differs; what comes after it is left out where several graphs are made.
-        call = torch.compile(model, backend="aot_eager" if case.cache == "none" else "eager")
+    call, found, past, lengths = model, [], None, CALLS[case.cache]
+    graphs: list[Any] = []
+    if case.compiled:
+        call = _compiled(model, graphs, whole=case.cache == "none")
     options: dict[str, Any] = {"use_cache": False}
     if case.cache != "none":
         options = {"use_cache": True, cache_name(model): _cache(model, case.cache)}
     masked = case.padding != "none"
     positions = (batch.real.cumsum(1) - 1).clamp_min(0)
-    for tokens in batch.tokens.split(CALLS[case.cache], 1):
+    for tokens in batch.tokens.split(lengths, 1):
         first = 0 if past is None else past
         past = first + tokens.shape[1]
         more = (
             {"attention_mask": batch.real[:, :past].long(), "position_ids": positions[:, first:past]} if masked else {}
         )
         found.append(call(tokens, **options, **more).logits)
+    # One for each length; a second length makes one of any length, and a second step may.
+    assert len(graphs) <= len(set(lengths)) + (len(lengths) > 1), f"{len(graphs)} graphs"
     return torch.cat(found, 1)
+
+
+def _compiled(model: Any, graphs: list[Any], whole: bool) -> Any:
+    """The model in one graph, which joins `graphs`. Tracing is what differs; `whole` asks for gradients and aliases too."""
+    torch._dynamo.reset()
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs) if whole else graph.forward
+
+    return torch.compile(model, backend=backend, fullgraph=True)
 
 
 def _cache(model: Any, name: str) -> Any:
