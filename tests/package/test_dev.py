@@ -173,9 +173,8 @@ def test_everything_stays_in_the_denominator(tmp_path: Path) -> None:
     assert results.about(file) == {"date": "today"}
     lines = results.table({"ops": faults}, results.load(file)).splitlines()
     assert lines[2] == "| ops | 4 | 1 | 25% | 2 | 50% | 1 | 1 |" and lines[3].startswith("| **all** | 4 |")
-    assert [line.split(" | ")[0] for line in results.survivors({"ops": faults}, results.load(file)).splitlines()[2:]] == [
-        "| c", "| d",
-    ]  # fmt: skip
+    survivors = results.survivors({"ops": faults}, results.load(file)).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in survivors] == ["| c"]
 
 
 def test_a_lane_sees_the_fault_in_a_copy(tmp_path: Path) -> None:

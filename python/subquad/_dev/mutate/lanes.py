@@ -108,4 +108,4 @@ class Judge:
                 if answer["how"] != "survived":
                     seen = f"{answer['how']}: {answer['test']}"
                     return Verdict("judged", seen if lane == "quick" else "", seen, passed)
-        return Verdict("judged", passed=passed)
+        return Verdict("judged" if self.lanes == LANES else "quick only", passed=passed)

@@ -16,7 +16,8 @@ class Verdict:
     """Of one fault.
 
     Attributes:
-        state: "judged", "dead" (its pattern matches nothing) or "not run".
+        state: "judged", "quick only" (it survived the quick lane, and the whole one has not run), "dead" (its pattern matches
+            nothing) or "not run".
         quick, whole: how the lane noticed it, "failed: TEST", "crash: TEST" or "time-out: TEST"; "" where it did not.
         passed: tests that ran with the fault and passed.
     """
@@ -58,7 +59,7 @@ def table(catalogue: Mapping[str, tuple[Fault, ...]], verdicts: Mapping[str, Ver
     for area, faults in groups.items():
         given = [verdicts.get(fault.name, Verdict("not run")) for fault in faults]
         quick, whole = sum(v.quick != "" for v in given), sum(v.whole != "" for v in given)
-        dead, missing = sum(v.state == "dead" for v in given), sum(v.state == "not run" for v in given)
+        dead, missing = (sum(v.state in names for v in given) for names in (("dead",), ("not run", "quick only")))
         rate = [f"{n} | {n / max(1, len(faults)):.0%}" for n in (quick, whole)]
         rows.append(f"| {area} | {len(faults)} | {rate[0]} | {rate[1]} | {dead or ''} | {missing or ''} |")
     return "\n".join(rows)
@@ -69,7 +70,8 @@ def survivors(catalogue: Mapping[str, tuple[Fault, ...]], verdicts: Mapping[str,
     rows = ["| Fault | Change | Why it survives |", "|---|---|---|"]
     for faults in catalogue.values():
         for fault in faults:
-            if not verdicts.get(fault.name, Verdict("not run")).whole:
+            verdict = verdicts.get(fault.name, Verdict("not run"))
+            if verdict.state in ("judged", "dead") and not verdict.whole:
                 rows.append(
                     f"| {fault.name} | {_code(fault.old)} → {_code(fault.new)} | {fault.equivalent or 'open'} |"
                 )
