@@ -313,3 +313,12 @@ def test_steps_of_a_compiled_layer_share_graphs(name: str, keep: int) -> None:
         cache.rollback(2)
         found = layer.mix(x[:, 12:], (cos[:, 12:], sin[:, 12:]), mask, cache)
         torch.testing.assert_close(found, want[:, 12:], rtol=1e-5, atol=2e-6)
+
+
+def test_a_window_keeps_the_rows_that_the_next_token_sees() -> None:
+    """All but the token's own; not the prompt."""
+    layer = LawcatAttention(32, 4, window_size=5, layer_idx=0)
+    cache = LawcatCache()
+    angle = torch.rand(1, 9, 8)
+    layer(torch.randn(2, 9, 32), (angle.cos(), angle.sin()), past_key_values=cache)
+    assert cache.state(0).window_k.shape == (2, 4, 4, 8)  # type: ignore[union-attr]

@@ -11,8 +11,13 @@ def _of(file: str, *stems: str, first: tuple[str, ...] = ("forward", "gradients"
 
 _PORTABLE = _of("cuda/portable.cuh", "cats_activation", "feature_map")
 _CHUNK = _of("cuda/chunk.cuh", "cats_activation", "cats_mlp", "causal_conv1d")
+_WARP = _of("cuda/chunk.cuh", "feature_map", "cats_mlp", "lawcat_decode_step")
 _LAUNCH = Where(
-    "csrc/cuda/portable.cuh", ("tests/emulator", "tests/package/test_bindings.py"), "", ("launch", "extent"), "simt"
+    "csrc/cuda/portable.cuh",
+    ("tests/emulator", "tests/package/test_bindings.py", "tests/package/test_grids.py"),
+    "",
+    ("launch", "extent"),
+    "simt",
 )
 _GLU = _of("ops/cats_activation/cuda.cuh", "cats_activation")
 _MLP = _of("ops/cats_mlp/cuda.cuh", "cats_mlp")
@@ -50,14 +55,14 @@ FAULTS = (
     Fault(
         "cuda-warp-sum",
         "accumulator",
-        _CHUNK,
+        _WARP,
         "offset /= 2) v += __shfl_xor_sync(kFullWarp, v, offset);\n  return v;\n}\n\ninline",
         "offset /= 4) v += __shfl_xor_sync(kFullWarp, v, offset);\n  return v;\n}\n\ninline",
     ),
     Fault(
         "cuda-warp-max",
         "formula",
-        _CHUNK,
+        _WARP,
         "v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, offset));\n  return v;",
         "v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, 1));\n  return v;",
     ),

@@ -14,6 +14,8 @@ _LAWCAT_TESTS = (
     "tests/models/test_lawcat_module.py",
     "tests/models/test_lawcat.py",
     "tests/models/test_rollback.py",
+    "tests/models/test_caches.py",
+    "tests/models/test_compile.py",
 )
 _LAWCAT = _of("nn/lawcat.py", *_LAWCAT_TESTS)
 _STEPS = _of("nn/_lawcat_steps.py", *_LAWCAT_TESTS)
