@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from subquad import _backends
+from subquad import _backends, _checks
 from subquad.ops._autograd import once_differentiable
+from subquad.ops._call import by_definition
 from subquad.testing import OpSpec, Property, Sample, Sampler, Task, run_all
 from subquad.testing.case import Case
 from subquad.testing.checks import CHECKS
@@ -96,16 +98,23 @@ class _Twice(_Toy):
         return torch.ops.subquad.toy_scale_fwd(grad, w.detach()), (grad.float() * x.float()).sum(0).to(w.dtype)
 
 
-def toy(x: torch.Tensor, w: torch.Tensor, *, backend: str) -> torch.Tensor:
+def toy(x: torch.Tensor, w: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     for name, value in (("x", x), ("w", w)):
         if FAULT != "takes-anything" and (not isinstance(value, torch.Tensor) or not value.is_floating_point()):
             raise TypeError(f"{name}: expected a tensor")
         if FAULT != "takes-anything" and (value.dtype.itemsize == 1 or value.dtype is not x.dtype):
             raise TypeError(f"{name}: expected another dtype")
-    if FAULT != "vmap" and (backend == "reference" or torch._C._are_functorch_transforms_active()):
+        if FAULT != "reads-freed":
+            _checks.memory(name, value)
+    wide = x.dtype is torch.float64
+    if backend is None and wide and FAULT != "refuses-float64":
+        backend = "reference"
+    if FAULT == "drops-tangents":
+        x, w = (forward_ad.unpack_dual(value).primal for value in (x, w))
+    if FAULT != "vmap" and (backend == "reference" or by_definition((x, w))):
         return reference(x.contiguous(), w)
-    if x.dtype is torch.float64:
-        raise TypeError("x: expected a narrower dtype")
+    if wide:
+        raise TypeError("x: expected a narrower dtype, got float64")
     if FAULT == "looks-at-values" and bool((x > 100).any()):
         raise ValueError("x: too large")
     if FAULT == "counts-rows" and x.shape[0] in (3, 5):
@@ -161,6 +170,8 @@ def test_right_op_passes(task: Task) -> None:
         ("differentiates-twice", "double_backward"),
         ("crashes-on-empty", "empty"),
         ("takes-anything", "dtypes"),
+        ("refuses-float64", "float64"),
+        ("drops-tangents", "tangents"),
         ("drops-nan", "nan"),
         ("ignores-strides", "layouts"),
         ("gradient-ignores-strides", "gradient_layouts"),
@@ -200,10 +211,11 @@ def test_autocast_declaration_is_checked() -> None:
 def test_every_check_has_a_planted_fault() -> None:
     marks = test_planted_fault_is_found.pytestmark  # type: ignore[attr-defined]
     planted = {getattr(values, "values", values)[1] for values in marks[0].args[1]} | {"autocast"}
-    # switching needs the backend table (test_backends.py), levels native kernels (test_levels.py), schedules the emulator
-    # (tests/emulator/test_simt.py), and laws of state a toy that has one (test_state_laws.py)
+    # switching needs the backend table (test_backends.py), freed_storage a planted read of freed memory, levels native kernels
+    # (test_levels.py), schedules the emulator (tests/emulator/test_simt.py), and laws of state a toy that has one
+    # (test_state_laws.py)
     laws = {name for name, check in CHECKS.items() if not check.applies(SPEC)}
-    assert set(CHECKS) - planted - laws == {"switching", "levels", "schedules", "compile_inductor"}
+    assert set(CHECKS) - planted - laws == {"switching", "freed_storage", "levels", "schedules", "compile_inductor"}
 
 
 def test_run_all_reports_instead_of_raising(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,8 +200,9 @@ def replace(
         TypeError: an option of a wrong type.
     """
     wanted = None if layers is None else listed(layers)
-    exchanges = [e for replacement, config in conversions for e in _made(model, replacement, config, wanted)]
-    _check_apart([e.name for e in exchanges])
+    found = [(replacement, config, _found(model, replacement, wanted)) for replacement, config in conversions]
+    _check_apart([name for _, _, chosen in found for name in chosen])
+    exchanges = [e for replacement, config, chosen in found for e in _made(replacement, config, chosen)]
     report = _report(exchanges)
     with ExitStack() as undo:  # what undoes a step is there before the step is taken
         for module, by in {id(e.new): (e.new, e.by) for e in exchanges}.values():
@@ -213,16 +214,20 @@ def replace(
     return report
 
 
-def _made(model: nn.Module, by: Replacement, config: Any, layers: list[int | str] | None) -> list[_Exchange]:
+def _found(model: nn.Module, by: Replacement, layers: list[int | str] | None) -> dict[str, nn.Module]:
+    """The layers that are not converted yet."""
+    chosen = {n: old for n, old in find(model, by.kind, layers).items() if not _replacement_of(old, by.kind.name)}
+    if "" in chosen:
+        raise ValueError(f"model: it is itself one of the layers ({by.kind.name}); use {by.constructor}")
+    return chosen
+
+
+def _made(by: Replacement, config: Any, chosen: dict[str, nn.Module]) -> list[_Exchange]:
     """New modules, beside a model that has not changed."""
     options = {field.name: getattr(config, field.name) for field in fields(by.config)}
     made: dict[int, nn.Module] = {}
     exchanges = []
-    for name, old in find(model, by.kind, layers).items():
-        if _replacement_of(old, by.kind.name):
-            continue
-        if not name:
-            raise ValueError(f"model: it is itself one of the layers ({by.kind.name}); use {by.constructor}")
+    for name, old in chosen.items():
         if id(old) not in made:
             try:
                 check_whole(old)

@@ -184,7 +184,8 @@ def _of_pairs(
         want = (place <= place[:, None]) & real[:, None] & (sequence[:, :, None] == sequence[:, None])
         if window is not None:
             want = want & (place > place[:, None] - window)
-        if not bool(((visible == want[:, None]) | ~real[:, None, :, None]).all()):
+        lost = seen is None and not bool(real.any())  # tokens stand in other columns than the last
+        if lost or not bool(((visible == want[:, None]) | ~real[:, None, :, None]).all()):
             raise ValueError(
                 "attention_mask: expected a causal mask with padding or packed sequences, got another pattern"
             )
@@ -245,7 +246,8 @@ def _bounds(name: str, told: dict[str, Any], batch: int, length: int) -> Packed:
     cu = told[name]
     if batch != 1:
         raise ValueError(f"{name}: expected None with a batch of {batch}, for sequences are packed into a batch of 1")
-    x = (cu.int64 if isinstance(cu, Packed) else cu).new_empty(0).expand(batch, length, 0)  # type: ignore[union-attr]
+    device = cu.int64.device if isinstance(cu, Packed) else getattr(cu, "device", None)
+    x = torch.empty(batch, length, 0, device=device)
     try:
         packed = Packed.remembered(cu, x)
     except (TypeError, ValueError) as error:

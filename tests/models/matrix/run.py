@@ -100,7 +100,7 @@ def align(model: Any, case: Case, thresholds: list[float]) -> None:
 
 def logits_of(model: Any, case: Case, batch: Batch) -> torch.Tensor:
     """Logits [2, 16, vocabulary] of the calls that the case's cache makes."""
-    call, found, past, lengths = model, [], None, CALLS[case.cache]
+    call, found, past, lengths = model, [], 0, CALLS[case.cache]
     graphs: list[Any] = []
     if case.compiled:
         call = _compiled(model, graphs, whole=case.cache == "none")
@@ -110,12 +110,10 @@ def logits_of(model: Any, case: Case, batch: Batch) -> torch.Tensor:
     masked = case.padding != "none"
     positions = (batch.real.cumsum(1) - 1).clamp_min(0)
     for tokens in batch.tokens.split(lengths, 1):
-        first = 0 if past is None else past
-        past = first + tokens.shape[1]
-        more = (
-            {"attention_mask": batch.real[:, :past].long(), "position_ids": positions[:, first:past]} if masked else {}
-        )
-        found.append(call(tokens, **options, **more).logits)
+        first, past = past, past + tokens.shape[1]
+        if masked:
+            options |= {"attention_mask": batch.real[:, :past].long(), "position_ids": positions[:, first:past]}
+        found.append(call(tokens, **options).logits)
     # One for each length; a second length makes one of any length, and a second step may.
     assert len(graphs) <= len(set(lengths)) + (len(lengths) > 1), f"{len(graphs)} graphs"
     return torch.cat(found, 1)
