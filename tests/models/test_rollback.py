@@ -187,6 +187,8 @@ def test_rows_and_copies_of_what_is_kept() -> None:
     buffer.seek(0)
     loaded = LawcatCache(keep=KEEP)
     loaded.state(0).load_state_dict(cache.states[0].state_dict())
+    given = {value.data_ptr() for value in cache.states[0].state_dict().values() if isinstance(value, torch.Tensor)}
+    assert given and given.isdisjoint(value.data_ptr() for value in loaded.states[0].tensors().values())  # copies
     copies = (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), torch.load(buffer, weights_only=False), loaded)
     cache.rollback(5)
     for other in copies:
