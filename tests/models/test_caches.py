@@ -222,6 +222,18 @@ def test_tokens_are_taken_back_over_padding(kind: str) -> None:
         torch.testing.assert_close(found[real], want[:, 6:][real], rtol=1e-4, atol=1e-4, msg=conversion)
 
 
+def test_a_class_that_derives_from_a_cache_is_one() -> None:
+    class Own(transformers.DynamicCache):
+        pass
+
+    model = model_of("linear")
+    cache = Own(config=model.config)
+    want = model(ids(), use_cache=False).logits
+    model(ids()[:, :10], **{cache_name(model): cache})
+    found = model(ids()[:, 10:], **{cache_name(model): cache}).logits
+    torch.testing.assert_close(found, want[:, 10:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_preallocated_cache_counts_in_a_tensor() -> None:
     """As its softmax layers do, so that compiled code has one graph for all steps; copies and state dicts keep it."""
     model = model_of("linear")

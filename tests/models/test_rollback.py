@@ -195,7 +195,8 @@ def test_rows_and_copies_of_what_is_kept() -> None:
         other.rollback(5)
         assert_same(other, cache, exact=True)
     with pytest.raises(ValueError, match="state: expected names of a LawcatState, got 'ring_k'"):
-        loaded.states[0].load_state_dict({"ring_k": torch.zeros(1)})
+        loaded.states[0].load_state_dict({"seen": 99, "ring_k": torch.zeros(1)})
+    assert loaded.states[0].seen != 99
     rows = torch.tensor([2, 0])
     run(layer, x, cache, (4,))
     cache.reorder_cache(rows)
