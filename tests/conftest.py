@@ -18,7 +18,8 @@ from subquad.testing.levels import at_level
 DEVICES = ("cpu", "cuda")
 LANES = ("quick", "whole", "full")
 QUICK_BACKENDS = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
-# Checks that the quick lane runs in every dtype and at every instruction set: roundings show there alone.
+# Checks that the quick lane runs in every dtype and at every instruction set, for roundings show there alone, and on the other
+# backends in one dtype.
 NUMBERS = ("forward", "gradients", "levels")
 settings.register_profile(
     "subquad", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -36,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lane",
         choices=LANES,
         default="whole",
-        help="quick: native and reference, one dtype, nothing that compiles or starts a process; whole: everything, but what "
+        help="quick: native and reference, of others the numbers, one dtype, nothing that compiles; whole: everything, but what "
         "is slow or compiles at the CPU's best instruction set only; full: at all of them",
     )
     parser.addoption(
@@ -93,12 +94,15 @@ def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     task = params.get("task")
     if isinstance(task, Task):
-        typical = task.dtype is task.spec.dtypes[0] and not item.get_closest_marker("level")
-        return task.backend in backends and not task.check.heavy and (typical or task.check.name in NUMBERS)
+        leading, numbers = task.dtype is task.spec.dtypes[0], task.check.name in NUMBERS
+        if task.backend not in backends:
+            return leading and numbers
+        return not task.check.heavy and (numbers or (leading and not item.get_closest_marker("level")))
     if item.get_closest_marker("level"):
         return False
     needed = {marker.args[1] for marker in item.iter_markers("backend")}
-    if "emulator" in getattr(item, "fixturenames", ()) or not needed <= set(backends):
+    cheap = needed <= set(backends) or item.get_closest_marker("quick") is not None
+    if "emulator" in getattr(item, "fixturenames", ()) or not cheap:
         return False
     dtype = next((p for p in params.values() if isinstance(p, torch.dtype)), None)
     return dtype is None or first.setdefault((item.path, item.originalname), dtype) is dtype
@@ -139,9 +143,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     device = item.config.getoption("--device")
     required = item.config.getoption("--require-backends").split(",")
+    quick = item.config.getoption("--lane") == "quick"
     for marker in item.iter_markers("backend"):
         stem, name = marker.args
-        reason = unavailable(stem, name, device, build=True)
+        # The emulator takes a minute to compile: the quick lane has it where `subquad build simt` was called before.
+        reason = unavailable(stem, name, device, build=not (quick and name == "simt"))
         if reason is not None:
             if name in required and name not in CONTRACTS[stem].missing:
                 pytest.fail(f"backend {name} is required, but: {reason}", pytrace=False)

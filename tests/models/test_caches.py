@@ -237,6 +237,18 @@ def test_tokens_are_taken_back_over_padding(kind: str) -> None:
         torch.testing.assert_close(found[real], want[:, 6:][real], rtol=1e-4, atol=1e-4, msg=conversion)
 
 
+def test_a_class_that_derives_from_a_cache_is_one() -> None:
+    class Own(transformers.DynamicCache):
+        pass
+
+    model = model_of("linear")
+    cache = Own(config=model.config)
+    want = model(ids(), use_cache=False).logits
+    model(ids()[:, :10], **{cache_name(model): cache})
+    found = model(ids()[:, 10:], **{cache_name(model): cache}).logits
+    torch.testing.assert_close(found, want[:, 10:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_preallocated_cache_counts_in_a_tensor() -> None:
     """As its softmax layers do, so that compiled code has one graph for all steps; copies and state dicts keep it."""
     model = model_of("linear")
@@ -328,3 +340,12 @@ def test_steps_of_a_compiled_layer_share_graphs(name: str, keep: int) -> None:
         cache.rollback(2)
         found = layer.mix(x[:, 12:], (cos[:, 12:], sin[:, 12:]), mask, cache)
         torch.testing.assert_close(found, want[:, 12:], rtol=1e-5, atol=2e-6)
+
+
+def test_a_window_keeps_the_rows_that_the_next_token_sees() -> None:
+    """All but the token's own; not the prompt."""
+    layer = LawcatAttention(32, 4, window_size=5, layer_idx=0)
+    cache = LawcatCache()
+    angle = torch.rand(1, 9, 8)
+    layer(torch.randn(2, 9, 32), (angle.cos(), angle.sin()), past_key_values=cache)
+    assert cache.state(0).window_k.shape == (2, 4, 4, 8)  # type: ignore[union-attr]

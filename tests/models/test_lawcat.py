@@ -460,6 +460,19 @@ def test_padding_does_not_count(implementation: str) -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_transfer_loss_trains_its_own_layer_alone() -> None:
+    """Though every parameter asks for a gradient."""
+    model = stir_mapped(model_of()).requires_grad_()
+    with attention_transfer(model) as transfer:
+        model(ids(), use_cache=False)
+        own = dict(model.model.layers[1].self_attn.named_parameters())
+        others = {name: p for name, p in model.named_parameters() if not any(p is q for q in own.values())}
+        loss = list(transfer.losses.values())[1]
+    grads = torch.autograd.grad(loss, list(others.values()), retain_graph=True, allow_unused=True)
+    assert [name for name, grad in zip(others, grads, strict=True) if grad is not None] == []
+    assert torch.autograd.grad(loss, own["q_proj.weight"])[0].abs().max() > 0
+
+
 def test_transfer_learns() -> None:
     """A few steps of AdamW lower the loss of every layer by a third at least."""
     model = model_of()

@@ -187,13 +187,16 @@ def test_rows_and_copies_of_what_is_kept() -> None:
     buffer.seek(0)
     loaded = LawcatCache(keep=KEEP)
     loaded.state(0).load_state_dict(cache.states[0].state_dict())
+    given = {value.data_ptr() for value in cache.states[0].state_dict().values() if isinstance(value, torch.Tensor)}
+    assert given and given.isdisjoint(value.data_ptr() for value in loaded.states[0].tensors().values())  # copies
     copies = (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), torch.load(buffer, weights_only=False), loaded)
     cache.rollback(5)
     for other in copies:
         other.rollback(5)
         assert_same(other, cache, exact=True)
     with pytest.raises(ValueError, match="state: expected names of a LawcatState, got 'ring_k'"):
-        loaded.states[0].load_state_dict({"ring_k": torch.zeros(1)})
+        loaded.states[0].load_state_dict({"seen": 99, "ring_k": torch.zeros(1)})
+    assert loaded.states[0].seen != 99
     rows = torch.tensor([2, 0])
     run(layer, x, cache, (4,))
     cache.reorder_cache(rows)

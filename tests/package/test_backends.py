@@ -119,6 +119,17 @@ def test_automatic_choice_falls_back_with_one_warning(no_native: None) -> None:
     assert len(caught) == 1
 
 
+@backend_params("cats_activation", "native")
+def test_what_an_explicit_call_compiled_is_chosen_from_then_on(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = _native.load
+    monkeypatch.setattr(_native, "load", lambda name, build: load(name, build) if build else "not built yet")
+    with pytest.warns(subquad.SubquadWarning, match="not built yet"):
+        assert ran() == "reference"
+    assert ran(backend=backend) == backend
+    monkeypatch.setattr(_native, "load", load)
+    assert ran() == backend
+
+
 def test_explicit_choice_does_not_warn(no_native: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

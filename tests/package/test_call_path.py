@@ -13,7 +13,7 @@ import torch
 import subquad
 from subquad import _backends
 from subquad._checks import unshared
-from subquad.contract import CONTRACTS, OPERATORS
+from subquad.contract import CONTRACTS, HANDLES, OPERATORS
 from subquad.ops import _call
 from subquad.testing import assert_same_bits, backend_params
 
@@ -64,6 +64,15 @@ def test_autocast_casts_before_it_checks(backend: str) -> None:
     assert_same_bits(y, subquad.cats_mlp(x.bfloat16(), *w, down.bfloat16(), 0.1, backend=backend))
     with pytest.raises(TypeError, match=r"^w_gate: expected torch.float32 as x has"):
         subquad.cats_mlp(x, *w, down, 0.1, backend=backend)
+
+
+@backend_params("cats_mlp", "reference")
+def test_autocast_leaves_float64_alone(backend: str) -> None:
+    """As torch's own products do: an oracle does not lose its digits to a model's autocast."""
+    x, weights = torch.randn(3, 8).double(), [torch.randn(s).double() for s in ((16, 8), (16, 8), (8, 16))]
+    outside = subquad.cats_mlp(x, *weights, 0.1, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(subquad.cats_mlp(x, *weights, 0.1, backend=backend), outside)
 
 
 @backend_params("cats_mlp", "native")
@@ -536,3 +545,28 @@ def test_the_report_knows_both_rules(gpu: None, monkeypatch: pytest.MonkeyPatch)
     assert "up to 16 tokens: native > triton > reference; gradients of native: triton |" in rows["interval_attention"]
     assert "| step | step | step | step | step |" in rows["lawcat_decode_step"]
     assert "| fwd bwd step | fwd step | fwd bwd step | fwd step | fwd bwd step |" in rows["gated_linear_attention"]
+
+
+def amid_nan(*shape: int) -> torch.Tensor:
+    """Random numbers [1, T, ...] with a hundred rows of NaN before and behind them."""
+    memory = torch.full((1, shape[1] + 200, *shape[2:]), float("nan"))
+    return memory[:, 100:-100].copy_(torch.rand(shape))
+
+
+@pytest.mark.quick
+@backend_params("gated_linear_attention", "native", "triton", "simt")
+def test_bounds_that_reach_outside_are_clamped(backend: str) -> None:
+    """Operators do not trust what on a GPU nobody has read: they stay inside the tensors."""
+    good, bad = torch.tensor([0, 3, 6]), torch.tensor([-5, 3, 100])
+    q, k, v = (amid_nan(1, 6, 2, 8) for _ in range(3))
+    x, weight = amid_nan(1, 6, 4), torch.rand(4, 3)
+    places = {good: [0, 0, 0, 1, 1, 1], bad: [-1, 0, 0, 1, 1, 9]}
+    results = []
+    for bounds, sequence in places.items():
+        linear = HANDLES[backend]["gated_linear_attention_fwd"](q, k, v, None, None, None, bounds, 1.0, 1e-10, False)
+        packed = bounds.int(), torch.tensor(sequence, dtype=torch.int32)
+        conv = HANDLES[backend]["causal_conv1d_fwd"](x, weight, None, None, None, *packed, 1, 4, False, True)
+        results.append([linear[0], linear[2], *conv])
+    for expected, found in zip(*results, strict=True):
+        assert not expected.isnan().any()
+        assert_same_bits(found, expected)

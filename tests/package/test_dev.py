@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from subquad import _build
-from subquad._dev import fingerprint, nvcc_check, sanitize
+from subquad._dev import fingerprint, mutate, nvcc_check, sanitize
+from subquad._dev.mutate import results
+from subquad._dev.mutate.catalogue import CATALOGUE
+from subquad._dev.mutate.fault import Fault, Where, problems
 from subquad.contract import OPERATORS
 
 LOG = """[1/2] nvcc -c toy.cu -o toy.o
@@ -125,3 +128,64 @@ def test_fingerprint_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     file.write_text(file.read_text().replace('": "', '": "x', 1))
     assert fingerprint.main(["--compare", str(file), *options]) == 1
     assert "1 different" in capsys.readouterr().out
+
+
+# --- planted faults ----------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_planted_fault_has_its_place() -> None:
+    assert problems(CATALOGUE, ROOT) == []
+
+
+def test_the_catalogue_covers_every_area_and_kind() -> None:
+    faults = [fault for group in CATALOGUE.values() for fault in group]
+    assert set(CATALOGUE) == set(mutate.AREAS) and len(faults) >= 120
+    assert {fault.kind for fault in faults} == set(mutate.KINDS)
+
+
+def plant(root: Path, old: str, new: str, **changes: str) -> list[str]:
+    """What is wrong with a catalogue of one fault in a file of two lines."""
+    (root / "f.py").write_text("x = 1\ny = 1\n")
+    fault = Fault("f", changes.get("kind", "bounds"), Where("f.py", (changes.get("tests", "f.py"),)), old, new)
+    return problems({changes.get("area", "ops"): (fault,)}, root)
+
+
+def test_dead_and_ambiguous_patterns_are_named(tmp_path: Path) -> None:
+    assert plant(tmp_path, "x = 1", "x = 2") == []
+    assert "matches 0 places" in plant(tmp_path, "x = 3", "x = 2")[0]
+    assert "matches 2 places" in plant(tmp_path, "= 1", "= 2")[0]
+    assert "changes nothing" in plant(tmp_path, "x = 1", "x = 1")[0]
+    assert "unknown kind" in plant(tmp_path, "x = 1", "x = 2", kind="typo")[0]
+    assert "unknown area" in plant(tmp_path, "x = 1", "x = 2", area="gpu")[0]
+    assert "there is no tests" in plant(tmp_path, "x = 1", "x = 2", tests="tests")[0]
+
+
+def test_everything_stays_in_the_denominator(tmp_path: Path) -> None:
+    where = Where("f.py", ())
+    faults = tuple(Fault(name, "bounds", where, name, "") for name in ("a", "b", "c", "d"))
+    file = tmp_path / "results.json"
+    results.add(file, {"a": results.Verdict("judged", "failed: t", "failed: t", 1)}, {"date": "today"})
+    results.add(
+        file, {"b": results.Verdict("judged", "", "crash: t", 9), "c": results.Verdict("dead")}, {"date": "today"}
+    )
+    assert results.about(file) == {"date": "today"}
+    lines = results.table({"ops": faults}, results.load(file)).splitlines()
+    assert lines[2] == "| ops | 4 | 1 | 25% | 2 | 50% | 1 | 1 |" and lines[3].startswith("| **all** | 4 |")
+    survivors = results.survivors({"ops": faults}, results.load(file)).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in survivors] == ["| c"]
+
+
+def test_a_lane_sees_the_fault_in_a_copy(tmp_path: Path) -> None:
+    """Planting changes the copy alone, and what it was comes back."""
+    from subquad._dev.mutate.tree import Tree
+
+    tree = Tree(tmp_path, tmp_path / "cache", "baseline")
+    file = tree.root / "f.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("x = 1\n")
+    before = file.stat().st_mtime_ns
+    with tree.planted(Fault("f", "bounds", Where("f.py", ()), "1", "2")):
+        assert file.read_text() == "x = 2\n"
+    assert file.read_text() == "x = 1\n" and file.stat().st_mtime_ns == before

@@ -67,6 +67,40 @@ def test_ties(backend: str, activation: str) -> None:
     assert_same_bits(subquad.cats_activation(z, a.abs(), inclusive=True, **options), a)
 
 
+@backend_params("cats_activation", "native")
+def test_rows_beyond_a_work_item(backend: str) -> None:
+    z = torch.randn(300, 70)
+    found = subquad.cats_activation(z, 0.1, backend=backend)
+    torch.testing.assert_close(found, subquad.cats_activation(z, 0.1, backend="reference"))
+
+
+@pytest.mark.quick
+@backend_params("cats_activation")
+def test_results_are_rounded_to_the_nearest_even(backend: str) -> None:
+    """Products half way between two numbers of 16 bits, beyond the largest, and below the smallest normal one."""
+    cases = {
+        torch.bfloat16: [(1.5, 131 / 128, 196 / 128), (1.5, 129 / 128, 194 / 128)],
+        torch.float16: [
+            (1.5, 1027 / 1024, 1540 / 1024), (1.5, 1025 / 1024, 1538 / 1024), (1.5 * 2.0**-12, 2.0**-12, 2.0**-23),
+            (2.5 * 2.0**-12, 2.0**-12, 2.0**-23), (300.0, 300.0, float("inf")), (255.875, 256.0, 65504.0),
+        ],
+    }  # fmt: skip
+    for dtype, triples in cases.items():
+        z, u, expected = (torch.tensor(column * 9, dtype=dtype) for column in zip(*triples, strict=True))
+        h = GLU.fn(z[None], u[None], threshold=0.0, activation="relu", backend=backend)
+        assert_same_bits(h, expected[None])
+
+
+@pytest.mark.quick
+@backend_params("cats_activation")
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_nan_is_active(backend: str, inclusive: bool) -> None:
+    """No comparison with it is true: it must not pass for a small activation."""
+    z = torch.tensor([float("nan"), 0.1, 3.0])
+    a = subquad.cats_activation(z, 1.0, inclusive=inclusive, backend=backend)
+    assert a.isnan().tolist() == [True, False, False] and a[1] == 0 and a[2] > 1
+
+
 @backend_params("cats_activation")
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_dead_entries_are_positive_zero(backend: str, spec: OpSpec) -> None:

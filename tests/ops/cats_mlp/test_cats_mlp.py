@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from subquad import reference
+from subquad import cats_mlp, reference
+from subquad.ops import _linear
 from subquad.reference.cats_activation import ACTIVATIONS, activate
 from subquad.testing import Sample, Sampler, Task, assert_same_bits, backend_params, generic_tests, strategies
 from subquad.testing.case import Case
@@ -153,3 +154,31 @@ def test_union_covers_token_masks() -> None:
     tensors = {n: a for n, a in sample.args.items() if a is not None}
     expected = reference.cats_mlp.cats_mlp(**tensors, threshold=torch.zeros(1), mask=mask)
     assert_same_bits(SPEC.reference(**tensors, threshold=sample.kwargs["threshold"], mask_mode="union"), expected)
+
+
+def test_narrow_weights_are_widened_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of rows, the last one incomplete, in their order."""
+    x, w, b = (torch.randn(shape).bfloat16() for shape in ((3, 8), (10, 8), (10,)))
+    whole = _linear.linear_fp32(x, w, b)
+    monkeypatch.setattr(_linear, "_BLOCK_ELEMENTS", 24)
+    torch.testing.assert_close(_linear.linear_fp32(x, w, b), whole)
+
+
+@backend_params("cats_mlp", "native")
+def test_tokens_beyond_a_panel(backend: str) -> None:
+    """More than the dense path takes at once, the last panel too short to be one: it begins among the tokens of another."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        sample = draw(Sampler(dtype), "panels", 515, 8, 71)
+        found, expected = Case(SPEC, backend).call(sample)[0], Case(SPEC, "reference").call(sample)[0]
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@backend_params("cats_mlp", "native")
+def test_short_sums_are_not_rounded_on_the_way(backend: str) -> None:
+    """Two neurons that all but cancel: what is left has more digits than one of them in bfloat16."""
+    one = torch.ones(20, 1, dtype=torch.bfloat16)
+    gate, up, down = (
+        torch.tensor(x, dtype=torch.bfloat16) for x in ([[129 / 128], [1.0]], [[129 / 128], [130 / 128]], [[1.0, -1.0]])
+    )
+    y = cats_mlp(one, gate, up, down, -1.0, activation="relu", backend=backend)
+    assert_same_bits(y, torch.full_like(one, 2.0**-14))

@@ -186,3 +186,11 @@ def test_raw_activation_never_touches_foreign_memory(backend: str, op: str, args
     with pytest.raises((RuntimeError, ValueError, TypeError, AssertionError)) as caught:
         HANDLES[backend][op](*args)
     assert name in str(caught.value)
+
+
+@backend_params("cats_mlp", "native")
+def test_operator_refuses_a_union_beyond_a_panel(backend: str) -> None:
+    """What one token wakes all use, and panels are computed one after the other: the public function never asks for it."""
+    x, w, t = torch.randn(300, 8), torch.randn(20, 8), torch.zeros(1)
+    with pytest.raises(RuntimeError, match="union_mask: expected at most 256 rows of x, got 300"):
+        HANDLES[backend]["cats_mlp_fwd"](x, w, w, w.t(), t, None, None, None, 0, False, True)

@@ -114,6 +114,7 @@ def test_other_tokens_and_their_number_do_not_change_a_bit(dtype: torch.dtype) -
     assert torch.equal(poisoned[torch.arange(16) != 7], y[torch.arange(16) != 7])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -127,12 +128,14 @@ def test_other_tokens_and_their_number_do_not_change_a_bit(dtype: torch.dtype) -
         ("w_down", {3: lambda t: t.repeat(2, 2)[::2, ::2]}),
         ("threshold", {4: lambda t: t.repeat(2)}),
         ("threshold", {4: lambda t: t.double()}),
+        ("b_gate", {5: lambda t: t.repeat(2)[::2]}),
+        ("b_down", {7: lambda t: t[1:]}),
     ],
 )
 def test_launcher_refuses_what_would_leave_its_tensors(name: str, change: dict[int, Any]) -> None:
     x, gate, up, down = inputs(1, 6, 10, torch.float32)
-    tensors = [x, gate, up, down.T, torch.tensor([0.1])]
+    tensors = [x, gate, up, down.T, torch.tensor([0.1]), torch.ones(10), torch.ones(10), torch.ones(6)]
     for position, function in change.items():
         tensors[position] = function(tensors[position])
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        mlp(*tensors)
+        mlp(*tensors[:5], biases=tensors[5:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -15,6 +16,7 @@ import subquad
 from subquad import reference
 from subquad.testing import Sample, Sampler, Task, assert_same_bits, backend_params, generic_tests, strategies
 from subquad.testing.case import Case
+from subquad.testing.checks import CHECKS
 from subquad.testing.specs.causal_conv1d import CONV, SPECS, draw
 
 
@@ -63,6 +65,40 @@ def test_random_problems(backend: str) -> None:
             assert float((actual.double() - expected).abs().max() if expected.numel() else 0.0) <= atol * scale
 
     run()
+
+
+@pytest.mark.quick
+@backend_params("causal_conv1d")
+def test_a_row_beyond_whole_tiles(backend: str) -> None:
+    """Several tiles of rows and channels, the last of one row; a residual that is a part of something wider."""
+    sample = draw(
+        Sampler(),
+        "tiles",
+        1,
+        65,
+        70,
+        3,
+        bias=True,
+        state=True,
+        residual=True,
+        activation="silu",
+        output_final_state=True,
+    )
+    sample = sample.replace(residual=torch.cat([sample["residual"]] * 2, 2)[:, :, :70])
+    spec = dataclasses.replace(CONV, samples=lambda _: [sample])
+    for check in ("forward", "gradients"):
+        Task(spec, CHECKS[check], backend, torch.float32).run()
+
+
+@backend_params("causal_conv1d", "native")
+def test_a_step_of_more_channels_than_a_work_item(backend: str) -> None:
+    x, state, weight = torch.randn(2, 600), torch.randn(2, 600, 3), torch.randn(600, 4)
+    found, expected = (
+        (subquad.causal_conv1d_update(x, past, weight, backend=name), past)
+        for name, past in ((backend, state.clone()), ("reference", state.clone()))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @backend_params("causal_conv1d")

@@ -37,6 +37,15 @@ def test_generic(task: Task, device: str) -> None:
     task.run(device)
 
 
+@pytest.mark.quick
+@backend_params(STEM)
+def test_a_row_beyond_whole_tiles(backend: str) -> None:
+    sample = draw(Sampler(), "tiles", 1, 65, 1, 20, 12)
+    spec = dataclasses.replace(SPEC, samples=lambda _: [sample])
+    for check in ("forward", "gradients"):
+        Task(spec, CHECKS[check], backend, torch.float32).run()
+
+
 @st.composite
 def problems(draw_: st.DrawFn, widest: int) -> Sample:
     """Everything free: shape, dtype, weight, kind, halves, eps, layout of x."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from importlib import import_module
@@ -188,6 +189,44 @@ def test_scale_of_keys_does_not_matter_without_eps(backend: str, device: str) ->
     (one,) = SPECS[0].fn(**sample.args, **sample.kwargs, backend=backend)
     (two,) = SPECS[0].fn(**sample.replace(k=sample["k"] * 64).args, **sample.kwargs, backend=backend)
     assert_close(two.double(), one.double(), 1e-6)
+
+
+@pytest.mark.quick
+@backend_params("gated_linear_attention", *KERNELS)
+def test_eps_is_part_of_the_denominator(backend: str, device: str) -> None:
+    """One as large as the sums, in sequences and steps; and none at all, where a skipped row is 0 nevertheless."""
+    new = functools.partial(draw, Sampler(device=device), heads=(2, 1, 1, 1), dk=8, dv=6, normalize=True)
+    agree(new("eps", 19, batch=1, state=True, eps=2.0), backend)
+    sample = new("step", 1, batch=2, state=True, eps=2.0)
+    wide = {n: None if x is None else x.double() for n, x in sample.args.items()}
+    rows = [sample[n][:, 0] for n in ("q", "k", "v", "g")]
+    step = functools.partial(subquad.gated_linear_attention_step, *rows, backend=backend)
+    o = step(sample["s0"].clone(), z=sample["z0"].clone(), eps=2.0)
+    assert_close(o.double(), oracle(**wide, **sample.kwargs)[0][:, 0], 1e-5)
+    skip = torch.tensor([1, -1], device=device)
+    o = step(sample["s0"].clone(), z=sample["z0"].clone(), eps=0.0, state_indices=skip)
+    assert bool(o[0].any()) and not bool(o[1].any())
+
+
+@pytest.mark.quick
+@backend_params("gated_linear_attention", *KERNELS)
+def test_steep_gates_per_head(backend: str, device: str) -> None:
+    """Decays that no chunk can share, one of nothing among them, and more channels than a tile has."""
+    sample = draw(
+        Sampler(device=device),
+        "steep",
+        6,
+        (1, 1, 1, 1),
+        35,
+        6,
+        gate="head",
+        mean=12.0,
+        batch=1,
+        state=True,
+        normalize=True,
+    )
+    sample["g"][0, 4] = -torch.inf
+    agree(sample, backend)
 
 
 @backend_params("gated_linear_attention", *KERNELS)

@@ -405,6 +405,7 @@ WRONG: dict[str, tuple[str, type[Exception], dict[str, Any]]] = {
     "mask is a tensor": ("mask", TypeError, {"mask": torch.ones(4, 6)}),
     "mask of other sizes": ("mask", ValueError, {"mask": IntervalMask.causal(5, 6)}),
     "mask of another batch": ("mask", ValueError, {"mask": IntervalMask.from_dense(torch.ones(3, 1, 4, 6) > 0)}),
+    "mask of other heads": ("mask", ValueError, {"mask": IntervalMask.from_dense(torch.ones(1, 3, 4, 6) > 0)}),
     "infinite scale": ("scale", ValueError, {"scale": float("inf")}),
     "scale beyond float32": ("scale", ValueError, {"scale": 1e39}),
     "scale is nan": ("scale", ValueError, {"scale": float("nan")}),

@@ -46,10 +46,17 @@ CASES: dict[str, tuple[int, int, int, int, IntervalMask]] = {
 }
 
 
+QUICK = ("window wider than a tile", "sinks", "planned, whole tiles", "lifetimes")
+
+
 @backend_params("interval_attention", "triton")
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.float32) for name in CASES), ("causal", torch.bfloat16), ("planned, whole tiles", torch.bfloat16)],
+    [
+        *(pytest.param(n, torch.float32, marks=[pytest.mark.quick] * (n in QUICK), id=n) for n in CASES),
+        ("causal", torch.bfloat16),
+        ("planned, whole tiles", torch.bfloat16),
+    ],
 )
 def test_tiles(name: str, dtype: torch.dtype, backend: str) -> None:
     tq, tk, heads, kv_heads, mask = CASES[name]

@@ -1,0 +1,174 @@
+"""Faults of what meets transformers, and of the functions that have the names of other packages."""
+
+from __future__ import annotations
+
+from ..fault import Fault, Where
+
+
+def _of(file: str, *tests: str) -> Where:
+    return Where(f"python/subquad/{file}", tests, "", ())
+
+
+_ATTENTION = _of("integrations/transformers/attention.py", "tests/models/test_attention.py")
+_MASKS = _of(
+    "integrations/transformers/masks.py",
+    "tests/models/test_attention.py",
+    "tests/models/test_masks.py",
+    "tests/models/test_tokens.py",
+)
+_GIVEN = _of("integrations/transformers/given.py", "tests/models/test_attention.py", "tests/models/test_masks.py")
+_PREDICATES = _of(
+    "integrations/transformers/predicates.py", "tests/models/test_attention.py", "tests/models/test_masks.py"
+)
+_CACHE = _of(
+    "integrations/transformers/cache.py",
+    "tests/models/test_rollback.py",
+    "tests/models/test_lawcat.py",
+    "tests/package/test_state_laws.py",
+)
+_CONVERT = _of("integrations/transformers/convert.py", "tests/models/test_convert.py")
+_FLA = _of("compat/fla.py", "tests/package/test_compat_fla.py")
+_CONV = _of("compat/causal_conv1d.py", "tests/ops/causal_conv1d")
+
+FAULTS = (
+    Fault("hf-scale-dropped", "formula", _ATTENTION, "scale=scaling,", "scale=None,"),
+    Fault("hf-sinks-dropped", "sink", _ATTENTION, "sink_logits=s_aux,", "sink_logits=None,"),
+    Fault(
+        "hf-made-window",
+        "mask",
+        _GIVEN,
+        "padded_causal=causal, sliding_window=width, first_row=tk - tq,",
+        "padded_causal=causal, sliding_window=-1, first_row=tk - tq,",
+    ),
+    Fault(
+        "hf-window-ignored",
+        "mask",
+        _GIVEN,
+        "mask = mask & plain(True, window, tq, tk, mask.first_row, query.device)",
+        "pass",
+    ),
+    Fault(
+        "hf-dropout-silent",
+        "guard",
+        _ATTENTION,
+        "if dropout and module.training:",
+        "if dropout and not module.training:",
+    ),
+    Fault(
+        "hf-softcap-silent",
+        "guard",
+        _ATTENTION,
+        "if kwargs.get(name) is not None and kwargs[name] is not False:",
+        "if kwargs.get(name) is True:",
+    ),
+    Fault("hf-padding-columns", "bounds", _MASKS, "[:, kv_offset : kv_offset + kv_length]", "[:, :kv_length]"),
+    Fault(
+        "hf-padding-short-mask",
+        "guard",
+        _MASKS,
+        "nn.functional.pad(mask.bool(), (0, missing)) if missing > 0",
+        "nn.functional.pad(mask.bool(), (0, missing), value=True) if missing > 0",
+    ),
+    Fault(
+        "hf-static-window",
+        "bounds",
+        _MASKS,
+        "start, stop = (own + 1 - window if window >= 0 else torch.zeros_like(own)), own + 1",
+        "start, stop = (own - window if window >= 0 else torch.zeros_like(own)), own + 1",
+    ),
+    Fault(
+        "hf-static-offset",
+        "mask",
+        _MASKS,
+        "    own = torch.arange(tq, device=device) + first_row\n",
+        "    own = torch.arange(tq, device=device) + tk - tq\n",
+    ),
+    Fault("hf-first-row", "mask", _MASKS, "first_row = q_offset - kv_offset\n", "first_row = q_offset\n"),
+    Fault(
+        "hf-additive-mask", "mask", _GIVEN, "hidden = mask < _HIDDEN", "hidden = mask <= torch.finfo(mask.dtype).min"
+    ),
+    Fault("hf-additive-bias", "guard", _GIVEN, "elif not bool(only):\n", "elif False:\n"),
+    Fault(
+        "hf-predicate-window",
+        "mask",
+        _PREDICATES,
+        'return True, _closed_over(narrowed)["sliding_window"], False',
+        "return True, -1, False",
+    ),
+    Fault(
+        "hf-predicate-unknown",
+        "mask",
+        _PREDICATES,
+        "return parts if len(parts) == 2 else None",
+        "return parts[:2] if len(parts) >= 2 else None",
+    ),
+    Fault(
+        "hf-cache-columns",
+        "mask",
+        _CACHE,
+        "return self.columns or self.state.seen + query_length, 0",
+        "return self.state.seen + query_length, 0",
+    ),
+    Fault("hf-cache-crop", "bounds", _CACHE, "self.state.rollback(-int(tokens_to_remove))", "self.state.rollback(0)"),
+    Fault("hf-cache-crop-unchecked", "guard", _CACHE, "if tokens_to_remove > 0:", "if False:"),
+    Fault(
+        "hf-cache-beams",
+        "state",
+        _CACHE,
+        "def reorder_cache(self, beam_idx: torch.Tensor) -> None:\n        self.state.select(beam_idx)",
+        "def reorder_cache(self, beam_idx: torch.Tensor) -> None:\n        pass",
+    ),
+    Fault(
+        "hf-cache-repeat",
+        "stride",
+        _CACHE,
+        "self.state.select(torch.arange(count).repeat_interleave(repeats))",
+        "self.state.select(torch.arange(count).repeat(repeats))",
+    ),
+    Fault("hf-cache-used-layer", "guard", _CACHE, "return bool(layer.get_seq_length() > 0)", "return False"),
+    Fault("hf-cache-recording", "state", _CACHE, "self.state.keep(self.depth if first else 0)", "self.state.keep(0)"),
+    Fault("hf-cache-reset", "state", _CACHE, "self.state.reset()\n", "pass\n"),
+    Fault(
+        "hf-convert-options",
+        "guard",
+        _CONVERT,
+        "return known[value], config(**options)",
+        "return known[value], config()",
+    ),
+    Fault(
+        "fla-reverse-bounds",
+        "mask",
+        _FLA,
+        "cu_seqlens = q.shape[1] - cu_seqlens.flip(0)",
+        "cu_seqlens = cu_seqlens.flip(0)",
+    ),
+    Fault(
+        "fla-reverse-states",
+        "state",
+        _FLA,
+        "final = final if cu_seqlens is None else _in_opposite_order(final)",
+        "final = final",
+    ),
+    Fault(
+        "fla-state-layout",
+        "stride",
+        _FLA,
+        "return o, (s.mT.contiguous() if state_v_first else s, z.unsqueeze(1))",
+        "return o, (s, z.unsqueeze(1))",
+    ),
+    Fault(
+        "conv-package-bounds",
+        "bounds",
+        _CONV,
+        "begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]",
+        "begins[:, 1:] = seq_idx[:, 1:] > seq_idx[:, :-1]",
+    ),
+    Fault(
+        "conv-package-negative",
+        "mask",
+        _CONV,
+        "y = torch.where((seq_idx < 0)[..., None], torch.zeros_like(y), y)",
+        "pass",
+    ),
+    Fault("conv-package-states-out", "state", _CONV, "final = final_states_out.copy_(final)", "pass"),
+)
