@@ -65,6 +65,8 @@ def unavailable(stem: str, backend: str, device: str, build: bool = False) -> st
         return missing
     if backend == "reference":
         return None
+    if device not in DEVICES:
+        return f"there are kernels for {' and '.join(DEVICES)} only"
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is available"
     if backend == "native" and device == "cuda" and not any(op.cuda for op in CONTRACTS[stem].operators.values()):

@@ -72,7 +72,7 @@ def threshold(value: float | torch.Tensor, channels: int, device: torch.device) 
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, channels)):
             raise ValueError(f"threshold: expected shape [], [1] or [{channels}], got {list(value.shape)}")
         memory("threshold", value)
-        if not torch.compiler.is_compiling() and (value.device.type == "cpu" or _DEBUG) and _has_nan(value):
+        if readable(value) and _has_nan(value):
             raise ValueError("threshold: expected numbers, got NaN")
         if value.requires_grad:
             value = value.detach()
@@ -87,8 +87,6 @@ def threshold(value: float | torch.Tensor, channels: int, device: torch.device) 
 
 
 def _has_nan(value: torch.Tensor) -> bool:
-    if value.device.type == "meta" or torch._C._are_functorch_transforms_active():
-        return False
     return math.isnan(value.item()) if value.numel() == 1 else bool(torch.isnan(value).any())
 
 

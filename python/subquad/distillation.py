@@ -191,7 +191,7 @@ def trainable_parameters(model: nn.Module, stage: int = 1) -> dict[str, nn.Param
     Args:
         model: with converted layers.
         stage: 1 for what LAWCAT adds (convolutions, feature maps, gates), 2 for the projections too: of one with LoRA
-            (parameters named lora_...), as LAWCAT has it, the LoRA alone.
+            (parameters named lora_...), as LAWCAT has it, or with another adapter of peft, the adapter alone.
 
     Raises:
         ValueError: another stage, or a model without converted layers.
@@ -204,9 +204,8 @@ def trainable_parameters(model: nn.Module, stage: int = 1) -> dict[str, nn.Param
             chosen |= {id(p): f"{name}.{own}".lstrip(".") for own, p in module.new_parameters().items()}
             if stage == 2:
                 for own in _PROJECTIONS:
-                    parts = dict(getattr(module, own).named_parameters())
-                    lora = {part: p for part, p in parts.items() if "lora_" in part}
-                    chosen |= {id(p): f"{name}.{own}.{part}".lstrip(".") for part, p in (lora or parts).items()}
+                    parts = _adapters(dict(getattr(module, own).named_parameters()))
+                    chosen |= {id(p): f"{name}.{own}.{part}".lstrip(".") for part, p in parts.items()}
     if not chosen:
         raise ValueError('model: expected layers made by convert(model, attention="lawcat"), got none')
     found = {}
@@ -215,3 +214,10 @@ def trainable_parameters(model: nn.Module, stage: int = 1) -> dict[str, nn.Param
         if id(parameter) in chosen:
             found[chosen[id(parameter)]] = parameter
     return found
+
+
+def _adapters(parts: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters of a projection that adapters brought, by name; all of them where there is none."""
+    lora = {name: p for name, p in parts.items() if "lora_" in name}
+    beside = {name: p for name, p in parts.items() if not name.startswith(("base_layer.", "original_module."))}
+    return lora or beside or parts

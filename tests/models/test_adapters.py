@@ -183,6 +183,18 @@ def test_teacher_and_student_share_adapters(
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("config", ["lora", "ia3"])
+def test_the_second_stage_trains_adapters_alone(config: str, ids: torch.Tensor) -> None:
+    model = adapt(build(), ("q_proj", "o_proj"), config)
+    convert(model, attention="lawcat")
+    new, chosen = subquad.trainable_parameters(model, stage=1), subquad.trainable_parameters(model, stage=2)
+    of = {name: [n.rpartition(f"{name}.")[2] for n in chosen if f".{name}" in n] for name in ATTENTION}
+    assert all("lora_" in n or "ia3_" in n for n in (*of["q_proj"], *of["o_proj"])) and of["q_proj"] and of["o_proj"]
+    assert of["k_proj"] == of["v_proj"] == ["weight", "weight"] and set(new) < set(chosen)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert {id(p) for p in model.parameters() if p.grad is not None} == {id(p) for p in chosen.values()}
+
+
 def test_a_compiled_child_is_heard(ids: torch.Tensor) -> None:
     model, want = build(), build()(ids).logits
     convert(model, attention="lawcat")

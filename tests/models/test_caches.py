@@ -159,6 +159,21 @@ def test_a_preallocated_cache_of_one_sliding_layer(implementation: str, layers: 
     assert torch.equal(model.generate(ids(), cache_implementation="static", **options), want)
 
 
+@pytest.mark.parametrize("how", ["keep", "announced"])
+def test_a_preallocated_cache_that_keeps_tokens_and_no_mask(how: str) -> None:
+    """transformers leaves a step without a mask where the cache says that it is not compiled: softmax would see empty columns."""
+    model = model_of({"attention": LawcatConfig(keep=3 if how == "keep" else 0), "layers": [1]})
+    tokens, cache = ids(), cache_of("static", model)
+    with torch.no_grad():
+        want = model(tokens, use_cache=False).logits
+        parts = []
+        for part in tokens.split([5, 1, 6], 1):
+            if how == "announced":
+                cache.activate_past_recording()
+            parts.append(model(part, **{cache_name(model): cache}).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-4)
+
+
 def test_an_early_cache_that_was_used_is_refused() -> None:
     model = model_of("linear")
     softmax = transformers.LlamaForCausalLM(model.config).eval()

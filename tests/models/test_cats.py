@@ -171,8 +171,9 @@ def test_config_object_carries_the_options() -> None:
     assert module.down_proj.weight.is_contiguous()
 
 
-def double(model: nn.Module) -> None:
-    model.model.layers[2].mlp.up_proj.double()
+def complexify(model: nn.Module) -> None:
+    weight = model.model.layers[2].mlp.up_proj.weight
+    weight.data = weight.data.to(torch.complex64)
 
 
 def tensor_parallel(model: nn.Module) -> None:
@@ -183,10 +184,10 @@ def tensor_parallel(model: nn.Module) -> None:
     "damage, options, error, match",
     [
         (
-            double,
+            complexify,
             {"mlp": "cats"},
             ValueError,
-            "model.layers.2.mlp: mlp.up_proj.weight: expected float32, bfloat16 or float16, got torch.float64",
+            "model.layers.2.mlp: mlp.up_proj.weight: expected .* got torch.complex64",
         ),
         (tensor_parallel, {"mlp": "cats"}, ValueError, "model.layers.0.mlp: mlp.config.pretraining_tp"),
         (None, {"mlp": "cats", "layers": [3]}, ValueError, "layers: expected numbers below 3 .* got 3"),

@@ -25,7 +25,8 @@ def model_of(family: str = "Llama", implementation: str = "sdpa", **more: Any) -
     sizes |= {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256, "initializer_range": 0.3}
     if family == "Mistral":
         sizes["sliding_window"] = 6
-    config = getattr(transformers, f"{family}Config")(**(sizes | more))
+    names = f"{family}TextConfig", f"{family}Config"
+    config = next(getattr(transformers, name) for name in names if hasattr(transformers, name))(**(sizes | more))
     config._attn_implementation = implementation
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
@@ -152,6 +153,23 @@ def test_parts_that_have_no_place(family: str, part: str | None) -> None:
     else:
         with pytest.raises(ValueError, match=rf"layers\.0\.self_attn: attention: expected none with {part}, which"):
             convert(model, attention="lawcat")
+
+
+def test_chunks_are_refused() -> None:
+    """Linear attention would go on at their edges; layers of the same model that see everything are converted."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 61, "attention_chunk_size": 4, "no_rope_layers": [1, 0]}
+    config = transformers.Llama4TextConfig(**sizes, use_qk_norm=False, num_local_experts=1, moe_layers=[])
+    model = transformers.Llama4ForCausalLM(config)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn: attention: expected none in chunks.*chunk_size = 4"):
+        convert(model, attention="lawcat")
+    assert convert(model, attention="lawcat", layers=[1]) == ["model.layers.1.self_attn"]
 
 
 def test_counts_of_a_conversion() -> None:

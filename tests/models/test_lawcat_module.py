@@ -15,7 +15,6 @@ import subquad
 from subquad.nn import LawcatAttention, LawcatCache, LearnedFeatureMap, _lawcat_steps
 from subquad.nn._options import LawcatConfig
 from subquad.nn._window import window_terms
-from subquad.nn.lawcat import rotate
 from subquad.reference.feature_map import KINDS
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -64,15 +63,20 @@ def defined(layer: LawcatAttention, x: torch.Tensor) -> torch.Tensor:
     layer = layer.double()
     t, d = x.shape[1], layer.head_dim
     heads, kv = layer.num_heads, layer.num_kv_heads
-    cos, sin = (p.double() for p in positions(t))
+    cos, sin = (p.double()[:, :, None, : d // 2] for p in positions(t))
     q, k, v = (p(x.double()).unflatten(-1, (-1, d)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     if layer.q_norm is not None:
         q, k = (
             y * (y.square().mean(-1, True) + 1e-6).rsqrt() * n.weight for y, n in ((q, layer.q_norm), (k, layer.k_norm))
         )
-    rotated = rotate(q, cos, sin), rotate(k, cos, sin).repeat_interleave(heads // kv, 2)
+
+    def rotate(y: torch.Tensor) -> torch.Tensor:
+        a, b = y.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    rotated = rotate(q), rotate(k).repeat_interleave(heads // kv, 2)
     if layer.rope == "linear":
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q), rotate(k)
     if not layer.share_kv_features:
         k = k.repeat_interleave(heads // kv, 2)
 

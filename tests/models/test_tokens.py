@@ -462,3 +462,23 @@ def test_a_model_keeps_packed_rows_apart(implementation: str, layers: list[int] 
             found = model(ids, **told()["flash"]).logits  # with the cache that a model makes by itself
             torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(model(ids, **told()["positions"]).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [0, 6])
+@torch.no_grad()
+def test_a_sliding_layer_and_a_mask_without_the_window(cut: int) -> None:
+    """A user's causal mask in four dimensions is what linear attention does, whether or not the window is in it."""
+    model = model_of("Mistral")
+    convert(model, attention="lawcat")
+    ids, real = torch.randint(3, 61, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+    real[0, :2] = False
+    want = model(ids, attention_mask=real.long(), use_cache=False).logits
+    near, name = torch.ones(9, 9, dtype=torch.bool).triu(-3), cache_name(model)
+    for mask in (dense(real), dense(real) & near):
+        cache = transformers.DynamicCache() if cut else None
+        parts = [
+            model(ids[:, a:b], attention_mask=mask[:, :, a:b, :b], use_cache=cut > 0, **{name: cache}).logits
+            for a, b in ((0, cut), (cut, 9))
+            if b > a
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1)[real], want[real], rtol=1e-4, atol=1e-4)

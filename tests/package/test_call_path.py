@@ -177,6 +177,8 @@ def test_meta_tensors_have_shapes() -> None:
         assert subquad.cats_activation(torch.empty(3, 4), 0.1).shape == (3, 4)
         q, state = torch.empty(2, 2, 8), torch.empty(2, 2, 8, 8)
         assert subquad.gated_linear_attention_step(q, q, q, None, state).shape == (2, 2, 8)
+        with pytest.raises(ValueError, match=r"^backend: got 'native' .* on meta, .* kernels for cpu and cuda only"):
+            subquad.cats_activation(q, 0.1, backend="native")
 
 
 @backend_params("gated_linear_attention", "native", "reference")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import subquad
 
-from ..nn.lawcat import rotate
+from ..nn._scores import LLAMA
 from ..reference.gated_linear_attention import gated_linear_attention
 from ..testing.spec import BenchCase, OpSpec, Sample, Sampler, Tolerance
 
@@ -68,10 +68,10 @@ def _rope_and_sdpa(sample: Sample) -> Callable[[], torch.Tensor]:
     q, k, v = (sample[n] for n in ("q", "k", "v"))
     angle = torch.outer(torch.arange(q.shape[1]).float(), 10000.0 ** (-torch.arange(0, 1, 2 / _WIDTH)))
     angle = torch.cat([angle, angle], -1)[None].to(q.device)
-    cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+    positions = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
 
     def run() -> torch.Tensor:
-        a, b, c = (x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        a, b, c = (x.transpose(1, 2) for x in (LLAMA.rotate(q, positions), LLAMA.rotate(k, positions), v))
         return F.scaled_dot_product_attention(a, b, c, is_causal=True).transpose(1, 2)
 
     return run

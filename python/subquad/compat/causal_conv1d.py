@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _checks
 from ._mixed import convolve, update
 
 
@@ -41,6 +42,9 @@ def causal_conv1d_fn(
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 3:
         raise ValueError(f"x: expected shape [B, D, T], got {list(x.shape)}")
+    if final_states_out is not None:
+        _checks.tensor("final_states_out", final_states_out)
+        _checks.memory("final_states_out", final_states_out)
     rows = x.transpose(1, 2)
     if seq_idx is not None:
         if initial_states is not None or return_final_states:

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..reference.cats_activation import ACTIVATIONS, activate
-from ._children import features, placement, plain
+from ._children import FLOATS, features, placement, plain
 
 SPLIT = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("gate_up_proj", "down_proj")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are read
 
 # Class names rather than classes, so that transformers need not be installed.
 _MODULES = {
@@ -122,8 +121,8 @@ def _check_shapes(projections: dict[str, nn.Module]) -> None:
             )
     read = {name: child.weight for name, child in projections.items() if plain(child, nn.Linear)}
     for name, weight in read.items():
-        if weight.dtype not in _DTYPES:
-            raise ValueError(f"mlp.{name}.weight: expected float32, bfloat16 or float16, got {weight.dtype}")
+        if weight.dtype not in FLOATS:
+            raise ValueError(f"mlp.{name}.weight: expected a float dtype of 16, 32 or 64 bits, got {weight.dtype}")
         last, like = next(reversed(read.items()))
         if weight.dtype != like.dtype or weight.device != like.device:
             raise ValueError(
@@ -146,7 +145,7 @@ def _check_formula(mlp: nn.Module, parts: GatedParts) -> None:
         else:
             z, u = parts.projections["gate_proj"](x), parts.projections["up_proj"](x)
         expected, got = down(activate(z, parts.activation) * u).double(), mlp.forward(x).double()
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    tolerance = 3e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
     if got.shape != expected.shape or (got - expected).norm() > tolerance * expected.norm():
         raise ValueError(
             f"mlp: {type(mlp).__name__} does not compute down(act(gate(x)) * up(x)) with act = {parts.activation}; a "

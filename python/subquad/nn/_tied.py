@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _checks
+
 
 def tie(layer: nn.Module, child: str, like: str) -> None:
     """Give a child the parameters of another, for as long as neither is exchanged.
@@ -65,7 +67,7 @@ def _before_load(
     layer._tied_before_load = bool(names)  # type: ignore[assignment]
     for name, like in names:
         one, other = state.get(prefix + name), state.get(prefix + like)
-        if one is not None and other is not None and not one.is_meta and not torch.equal(one, other):
+        if one is not None and other is not None and not _checks.traced(one) and not torch.equal(one, other):
             errors.append(f"{prefix}{name}: expected what {like} has, with which it is shared, got another tensor")
             state[prefix + name] = other
 

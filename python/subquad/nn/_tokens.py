@@ -41,19 +41,21 @@ class Tokens:
         return Tokens(real, begins)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, d] rotated as transformers does it: halves are pairs; cos and sin [B|1, T, <= d]."""
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    a, b = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, rest], -1).to(x.dtype)
-
-
 def sliding_window(attention: nn.Module) -> int | None:
-    """The window of an attention layer of transformers, which some keep in their config only."""
+    """The window of an attention layer of transformers: some keep it in their config only, or have it without sliding."""
+    if getattr(attention, "is_sliding", None) is False:
+        return None
     config = getattr(attention, "config", None)
     window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     return window
+
+
+def chunk_size(attention: nn.Module) -> int | None:
+    """The chunks of an attention layer of transformers (Llama 4), outside of which it sees nothing; None for one without."""
+    config = getattr(attention, "config", None)
+    size: int | None = getattr(config, "attention_chunk_size", None)
+    kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    return size if kinds is None or index is None or kinds[index] == "chunked_attention" else None
 
 
 def tokens_of(
@@ -182,10 +184,9 @@ def _of_pairs(
     if not compiling:
         sequence = begins.cumsum(1)
         want = (place <= place[:, None]) & real[:, None] & (sequence[:, :, None] == sequence[:, None])
-        if window is not None:
-            want = want & (place > place[:, None] - window)
+        fitting = [want] if window is None else [want, want & (place > place[:, None] - window)]
         lost = seen is None and not bool(real.any())  # tokens stand in other columns than the last
-        if lost or not bool(((visible == want[:, None]) | ~real[:, None, :, None]).all()):
+        if lost or not any(bool(((visible == x[:, None]) | ~real[:, None, :, None]).all()) for x in fitting):
             raise ValueError(
                 "attention_mask: expected a causal mask with padding or packed sequences, got another pattern"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 
 from .._packing import Packed
 from ..ops.gated_linear_attention import gated_linear_attention
+from ._scores import LLAMA, Scores
 from ._sequences import Sequences, Streams
-from ._tokens import rotate
 
 if TYPE_CHECKING:
     from ..cache.lawcat import LawcatState
@@ -24,8 +25,9 @@ def window_terms(
     window: int,
     visible: torch.Tensor | None = None,
     sequence: torch.Tensor | None = None,
+    scores: Scores = LLAMA,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""sum_i e_ti v_i and sum_i e_ti with e_ti = exp(l_ti - max_i l_ti), l = d^-1/2 q k^T, over the last `window` keys.
+    r"""sum_i e_ti v_i and sum_i e_ti with e_ti = exp(l_ti - max_i l_ti) of scores l, over the last `window` keys.
 
     Unlike a softmax with its log-sum-exp, these sums can be added to those of linear attention (LAWCAT, arXiv 2509.18467;
     LoLCATs, arXiv 2410.10254). Gradients go through the maximum too. Time and memory O(T window).
@@ -37,6 +39,7 @@ def window_terms(
         window: keys that a query sees, its own included.
         visible: bool [B, P + T], False for keys that nobody sees; None: all exist.
         sequence: int [B, T], of which sequence a row is, which then sees no other (P is 0); None: there is one.
+        scores: how l comes from q k^T; d^-1/2 q k^T if not told.
 
     Returns:
         (numerators [B, T, HQ, V], denominators [B, T, HQ, 1]), float32.
@@ -51,7 +54,7 @@ def window_terms(
     lead = window - past
     keys, values = (F.pad(x.float(), (0, 0, 0, 0, max(lead, 0), fill))[:, max(-lead, 0) :] for x in (k, v))
     keys, values = (x.unfold(1, 2 * window, window) for x in (keys, values))  # [B, blocks, HKV, d, 2 window]
-    logits = torch.einsum("bnqhgd,bnhdk->bnhgqk", queries, keys) * width**-0.5
+    logits = scores.of(torch.einsum("bnqhgd,bnhdk->bnhgqk", queries, keys), width)
     row = torch.arange(window, device=q.device)[:, None]
     column = torch.arange(2 * window, device=q.device)
     near = (column > row) & (column <= row + window)
@@ -127,14 +130,14 @@ def hybrid(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor | None,
-    positions: tuple[torch.Tensor, torch.Tensor],
+    positions: tuple[torch.Tensor, torch.Tensor] | None,
     state: LawcatState | None,
     sequences: Sequences | None,
     entering: dict[str, torch.Tensor] | None,
 ) -> torch.Tensor:
     """Window and linear attention over one denominator; a column of ones in v gives the linear one's."""
     if layer.rope == "none":
-        q0, k0 = rotate(q0, *positions), rotate(k0, *positions)
+        q0, k0 = layer.scores.rotate(q0, positions), layer.scores.rotate(k0, positions)
     if entering is not None:
         entering |= {"window_k": k0, "window_v": v}
     near, near_sum = _near(layer, q0, k0, v, state, None if sequences is None else sequences.packed)
@@ -173,16 +176,17 @@ def _near(
     packed: Packed | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The window's terms. The state keeps window_size - 1 rows of each sequence, invisible where it has none yet."""
+    terms = partial(window_terms, window=layer.window_size, scores=layer.scores)
     visible = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
     if state is None:
         sequence = None if packed is None else packed.sequence[None]
-        return window_terms(q, k, v, layer.window_size, visible, sequence)
+        return terms(q, k, v, visible=visible, sequence=sequence)
     streams = Streams(layer.window_size - 1, k.shape[1], packed)
     keys, values, visible = (
         streams.join(x, past) for x, past in ((k, state.window_k), (v, state.window_v), (visible, state.window_visible))
     )
     state.window_k, state.window_v, state.window_visible = (streams.tail(x) for x in (keys, values, visible))
     if packed is None:
-        return window_terms(q, keys, values, layer.window_size, visible)
-    terms = window_terms(streams.join(q, None), keys, values, layer.window_size, visible, streams.sequences())
-    return streams.tokens(terms[0]), streams.tokens(terms[1])
+        return terms(q, keys, values, visible=visible)
+    y, total = terms(streams.join(q, None), keys, values, visible=visible, sequence=streams.sequences())
+    return streams.tokens(y), streams.tokens(total)

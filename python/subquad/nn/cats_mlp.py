@@ -202,7 +202,7 @@ class CATSMLP(nn.Module):
             raise TypeError(f"threshold: expected a float or a tensor, got {threshold!r}") from error
         if value.shape not in ((), (self.intermediate_size,)):
             raise ValueError(f"threshold: expected shape [] or [{self.intermediate_size}], got {list(value.shape)}")
-        if not value.is_meta and bool(value.isnan().any()):
+        if not _checks.traced(value) and bool(value.isnan().any()):
             raise ValueError("threshold: expected numbers, got NaN")
         if value.shape == self.threshold.shape:
             self.threshold.copy_(value)
@@ -248,8 +248,18 @@ class CATSMLP(nn.Module):
     # --- module ------------------------------------------------------------------------------------------------------
 
     def reads(self, x: torch.Tensor) -> bool:
-        """Whether the weights of the projections say what calls of them on x would compute."""
-        return all(plain(child, nn.Linear) and child.weight.device == x.device for child in self._modules.values())
+        """Whether the weights of the projections say what calls of them on x would compute, in layouts that the op takes."""
+        return self._unreadable(x) is None
+
+    def _unreadable(self, x: torch.Tensor) -> str | None:
+        """The name of a projection that must be called."""
+        for name, child in self._modules.items():
+            if not plain(child, nn.Linear) or child.weight.device != x.device:
+                return name
+            rows, columns = child.weight.stride()
+            if columns != 1 and not (name == "down_proj" and rows == 1):
+                return name
+        return None
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """z `[..., I]` of x `[..., H]`: what goes into the activation."""
@@ -295,10 +305,10 @@ class CATSMLP(nn.Module):
             mask = mask.reshape(-1, mask.shape[-1]).any(0).expand_as(mask)
         h = cats_glu(z, u, threshold, activation=self.activation, inclusive=self._inclusive, grad=self.grad, mask=mask)
         if few and not dense and not h.requires_grad and not torch.compiler.is_compiling():
-            odd = next((c for c in self.named_children() if not plain(c[1], nn.Linear)), ("down_proj", self.down_proj))
+            odd = self._unreadable(x) or "down_proj"
             _warn_once(
-                f"CATSMLP: {odd[0]} ({type(odd[1]).__name__}) is no plain Linear, or has a hook; the projections must be called, "
-                "so nothing is skipped"
+                f"CATSMLP: {odd} ({type(self._modules[odd]).__name__}) is no plain Linear, has a hook or a transposed weight; "
+                "the projections must be called, so nothing is skipped"
             )
         y: torch.Tensor = self.down_proj(h)
         return y
@@ -316,13 +326,13 @@ class CATSMLP(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.intermediate_size}, activation={self.activation!r}, "
-        if self.threshold.is_meta:
-            text += "threshold on meta"
+        if _checks.traced(self.threshold):
+            text += "threshold without values"
         elif self.threshold.dim():
             text += f"threshold [{self.intermediate_size}] in [{self.threshold.min():.4g}, {self.threshold.max():.4g}]"
         else:
             text += f"threshold={self.threshold.item():.4g}"
-        if not self.cats_meta.is_meta and self.cats_meta[1] >= 0:
+        if not _checks.traced(self.cats_meta) and self.cats_meta[1] >= 0:
             text += f", target_sparsity={self.cats_meta[1].item():.3g}"
         return text if self.enabled else f"{text}, enabled=False"
 
@@ -365,19 +375,19 @@ class CATSMLP(nn.Module):
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
             setattr(self, name, getattr(self, name).float())  # assign=True may bring another dtype
-        if meta is not None and not meta.is_meta:
+        if meta is not None and not _checks.traced(meta):
             self._inclusive = bool(meta[3] != 0)
 
     def _state_problem(self, threshold: torch.Tensor | None, meta: torch.Tensor | None) -> str | None:
         if threshold is not None:
             if threshold.shape not in ((), (self.intermediate_size,)):
                 return f"threshold: expected shape [] or [{self.intermediate_size}], got {list(threshold.shape)}"
-            if not threshold.is_meta and bool(threshold.isnan().any()):
+            if not _checks.traced(threshold) and bool(threshold.isnan().any()):
                 return "threshold: expected numbers, got NaN"
         if meta is not None:
             if meta.shape != self.cats_meta.shape:
                 return f"cats_meta: expected shape [4], got {list(meta.shape)}"
-            if not meta.is_meta and meta[0] > _META_VERSION:
+            if not _checks.traced(meta) and meta[0] > _META_VERSION:
                 return f"cats_meta: format {int(meta[0])} is newer than {_META_VERSION}, the newest this version reads"
         return None
 

@@ -21,9 +21,10 @@ from ..ops.lawcat_decode_step import MAX_DIM
 from ._children import placement, plain, set_mode
 from ._lawcat_steps import step
 from ._options import LawcatConfig
+from ._scores import LLAMA, normed, scores_of
 from ._sequences import Sequences
 from ._tied import tie, tied_again
-from ._tokens import Tokens, read, rotate, sliding_window
+from ._tokens import Tokens, chunk_size, read, sliding_window
 from ._tokens import tokens_of as tokens_of
 from ._window import hybrid
 from .causal_conv1d import ShortConvolution
@@ -103,7 +104,8 @@ class LawcatAttention(nn.Module):
         normalize, eps: see `subquad.gated_linear_attention`.
         rope: "linear" rotates q and k of the linear branch; "none" leaves position to convolution and decay.
         window_size: keys of an additional softmax over the last tokens, 0 for none. Both branches are divided by one common
-            denominator; the softmax is of rotated q and k whatever `rope` is.
+            denominator; the softmax is that of the original, rotated where it is, whatever `rope` is, and of no more keys
+            than its sliding window has.
         affine_window: weigh the branches by w and 1 - w instead of w and 1.
         linear_covers_window: False: the linear branch sees only the tokens before the window, as in LoLCATs (2410.10254).
         linear_scale: factor of the linear branch's scores beside a window; None for K ** -0.5, in LoLCATs 1.
@@ -123,6 +125,7 @@ class LawcatAttention(nn.Module):
         original: the attention that `from_attention` was given, or None; not a submodule.
         config: the options it was made with.
         keep: as the option; it may be set at any time.
+        scores: how the window scores keys, and how `rope` rotates: as the original does.
 
     Raises:
         TypeError: wrong type of an option.
@@ -136,6 +139,7 @@ class LawcatAttention(nn.Module):
     """
 
     keep: int = 0
+    scores = LLAMA
     original: nn.Module | None
     q_proj: nn.Module
     k_proj: nn.Module
@@ -236,7 +240,7 @@ class LawcatAttention(nn.Module):
             options: arguments of the constructor.
 
         Raises:
-            ValueError: an attention of another form, or with dropout, sinks or parts that linear attention has no place for.
+from ._tokens import Tokens, chunk_size, read, sliding_window
         """
         parts = {name: getattr(attention, name, None) for name in PROJECTIONS}
         width = getattr(attention, "head_dim", None)
@@ -251,6 +255,8 @@ class LawcatAttention(nn.Module):
             value = getattr(attention, name, None)
             if value is not None and not (isinstance(value, (int, float)) and value == 0):
                 raise ValueError(f"attention: expected none with {name}, which linear attention has not")
+        if (chunks := chunk_size(attention)) is not None:
+            raise ValueError(f"attention: expected none in chunks, got one with config.attention_chunk_size = {chunks}")
         others = [name for name in _computing(attention) if name not in PROJECTIONS + NORMS]
         if others:
             raise ValueError(f"attention: expected none with {others[0]}, which would be left out")
@@ -259,6 +265,9 @@ class LawcatAttention(nn.Module):
         defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": device, "dtype": dtype}
         heads, kv_heads = sizes[0] // width, sizes[1] // width
         layer = cls(q.in_features, heads, kv_heads, head_dim=width, parts=parts, **(defaults | options))  # type: ignore
+        if layer._positioned():
+            layer.scores = scores_of(attention, heads, kv_heads, width)
+        layer.window_size = min(layer.window_size, sliding_window(attention) or layer.window_size)
         layer._remember(attention)
         with suppress(ImportError):
             adapter_for(attention)  # imports what its library's caches need: compiled code cannot
@@ -347,7 +356,7 @@ class LawcatAttention(nn.Module):
         """The output before `o_proj`, [B, T, HQ d]; arguments of `forward`."""
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: linear attention has no matrix of weights; expected False, got True")
-        if position_embeddings is None and (self.window_size or self.rope != "none"):
+        if position_embeddings is None and self._positioned() and self.scores.positions_needed:
             raise ValueError("position_embeddings: expected (cos, sin), for rope or a window, got None")
         b, t, _ = hidden_states.shape
         window = None if self.original is None else sliding_window(self.original)
@@ -435,6 +444,9 @@ class LawcatAttention(nn.Module):
                 entering["real"] = tokens.real
         return sequences.spread(mixed)
 
+    def _positioned(self) -> bool:
+        return bool(self.window_size) or self.rope != "none"
+
     def _steps(self, x: torch.Tensor) -> bool:
         """Whether states may be changed in place: no gradient can flow, and the convolutions are those of this package."""
         convolutions = (self.conv_q, self.conv_k, self.conv_v)
@@ -447,9 +459,9 @@ class LawcatAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, T, HQ, d] and k [B, T, HKV, d] of the linear branch, and v."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
-        if self.rope == "linear" and positions is not None:
-            q, k = rotate(q, *positions), rotate(k, *positions)
+        q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        if self.rope == "linear":
+            q, k = self.scores.rotate(q, positions), self.scores.rotate(k, positions)
         return q, k, v
 
     def _gates(self, x: torch.Tensor, logits: bool = False) -> torch.Tensor | None:
@@ -527,7 +539,6 @@ class LawcatAttention(nn.Module):
         if sequences is not None and sequences.resets is not None:
             g = sequences.forget(g)
         if self.window_size:
-            assert positions is not None
             return hybrid(self, q0, k0, q, k, v, g, positions, state, sequences, entering)
         if entering is not None:
             entering |= {"k": k, "v": v} | ({} if g is None else {"g": g})
@@ -573,16 +584,6 @@ def _computing(attention: nn.Module) -> list[str]:
         for name, child in attention.named_children()
         if next(child.parameters(), None) is not None or type(child).__name__.endswith("Norm")
     ]
-
-
-def _normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
-    """x [B, T, H, d] with every head normalised, or as in OLMo 2 all heads together: the width of the norm's weight tells."""
-    if norm is None:
-        return x
-    weight, width = getattr(norm, "weight", None), x.shape[-1]
-    together = isinstance(weight, torch.Tensor) and weight.shape[-1] != width
-    normed: torch.Tensor = norm(x.flatten(2)).unflatten(-1, (-1, width)) if together else norm(x)
-    return normed
 
 
 def _mapped(phi: nn.Module, x: torch.Tensor) -> torch.Tensor:

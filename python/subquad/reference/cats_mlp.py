@@ -51,7 +51,8 @@ def cats_mlp(
 def _down(h: torch.Tensor, w_down: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
     """Sum over active neurons only: columns with Inf or NaN are added by selection, for 0 * Inf is NaN."""
     wild = ~torch.isfinite(w_down).all(0)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not bool(wild.any()):
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or wild.is_meta or isinstance(wild, torch._subclasses.FakeTensor) or not bool(wild.any()):
         return F.linear(h, w_down, bias)
     y = F.linear(h, torch.where(wild, 0.0, w_down), bias)
     for i in wild.nonzero().flatten().tolist():

@@ -83,7 +83,9 @@ class Lawcat(nn.Module):
         q, k = (self._normed(n, y) for n, y in (("q", q), ("k", k)))
         q, k, v = (y.unflatten(-1, (-1, HEAD_DIM)) for y in (q, k, v))
         k, v = (y.repeat_interleave(HEADS // KV_HEADS, 1) for y in (k, v))  # [T, HQ, d]
-        cos, sin = (p[0].double()[:, None] for p in position_embeddings)
+        cos, sin = (
+            (p[0].double()[:, None] for p in position_embeddings) if getattr(of, "use_rope", True) else (1.0, 0.0)
+        )
         rotated = [y * cos + torch.cat([-y[..., HEAD_DIM // 2 :], y[..., : HEAD_DIM // 2]], -1) * sin for y in (q, k)]
         if options.get("rope") == "linear":
             q, k = rotated
@@ -97,7 +99,11 @@ class Lawcat(nn.Module):
         scale = options.get("linear_scale") or phi_q.shape[-1] ** -0.5
         weights = scale * far
         if window:
-            logits = torch.einsum("thd,ihd->hti", *rotated) * HEAD_DIM**-0.5
+            logits, cap = (
+                torch.einsum("thd,ihd->hti", *rotated) * of.scaling,
+                getattr(of, "attn_logit_softcapping", None),
+            )
+            logits = logits if cap is None else cap * (logits / cap).tanh()
             logits = torch.where((age >= 0) & (age < window), logits, -torch.inf)
             near = (logits - logits.amax(-1, keepdim=True)).exp()
             weights = weights + self.new["window_factor"].sigmoid()[:, None, None] * near

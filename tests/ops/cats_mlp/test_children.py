@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import subquad
@@ -152,8 +154,16 @@ def wrapped(mlp: nn.Module, name: str) -> None:
     setattr(mlp, name, nn.Sequential(getattr(mlp, name), nn.Dropout(0.0)))
 
 
+def transposed(mlp: nn.Module, name: str) -> None:
+    """As a merged adapter leaves it: a layout that the operator does not take."""
+    child = getattr(mlp, name)
+    strides = (2, 2 * child.weight.shape[0])
+    child.weight.data = torch.empty_strided(child.weight.shape, strides).copy_(1.5 * child.weight.data)
+
+
 CHANGES = (
     adapt, subclass, hook, pre_hook, forward_of_the_object, offload, quantise, weight_norm, parametrized, pruned, wrapped,
+    transposed,
 )  # fmt: skip
 CHILDREN = [
     (kind, name)
@@ -335,3 +345,28 @@ def test_placement() -> None:
     packed = nn.Module()
     packed.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32, device="meta"))
     assert placement(packed) == (torch.device("meta"), torch.float32)
+
+
+@pytest.mark.parametrize("place", [lambda: torch.device("meta"), FakeTensorMode])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_without_values(place: Callable[[], Any], per_channel: bool) -> None:
+    """Shapes alone: on the meta device, and of fake tensors."""
+    with place():
+        module = CATSMLP(H, I, threshold=torch.rand(I) if per_channel else 0.1)
+        for tokens in (2, 40):
+            x = torch.randn(tokens, H)
+            with torch.no_grad():
+                assert module(x).shape == x.shape
+            with subquad.use_backend("reference"):
+                assert module(x).shape == x.shape
+        module.load_state_dict(module.state_dict())
+        assert "without values" in repr(module)
+
+
+@pytest.mark.parametrize("kind", ["split", "fused"])
+def test_float64_modules_are_converted(kind: str) -> None:
+    mlp = build(kind).double()
+    module, x = CATSMLP.from_llama_mlp(mlp, threshold=T), torch.randn(5, H, dtype=torch.float64)
+    with torch.no_grad():
+        assert module.reads(x)
+        torch.testing.assert_close(module(x), composed(mlp, x))

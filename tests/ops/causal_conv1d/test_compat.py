@@ -103,3 +103,13 @@ def test_float64_states_of_linear_attention() -> None:
         q, k, v, -torch.ones(1, 5, 2, 8), initial_state=state, output_final_state=True
     )
     assert o.dtype is torch.float64 and final.dtype is torch.float64
+
+
+def test_memory_for_final_states_is_checked_first() -> None:
+    x, weight, bias = tensors(torch.float32)
+    freed = torch.zeros(2, 5, 3)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"^final_states_out: expected a tensor with memory"):
+        dao(x, weight, bias, final_states_out=freed)
+    with pytest.raises(TypeError, match=r"^final_states_out: expected a torch\.Tensor, got list"):
+        dao(x, weight, bias, final_states_out=[freed])

@@ -61,6 +61,11 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
     def get_max_length(self) -> int:
         return -1
 
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """As the cache is: a preallocated one that is not leaves steps without the mask that hides its empty columns."""
+        return self.columns is not None or not self.record_past
+
     # --- going back ----------------------------------------
 
     @property
