@@ -21,6 +21,7 @@ _LAWCAT = _of("nn/lawcat.py", *_LAWCAT_TESTS)
 _STEPS = _of("nn/_lawcat_steps.py", *_LAWCAT_TESTS)
 _WINDOW = _of("nn/_window.py", *_LAWCAT_TESTS)
 _SEQUENCES = _of("nn/_sequences.py", *_LAWCAT_TESTS)
+_SCORES = _of("nn/_scores.py", *_LAWCAT_TESTS)
 _TOKENS = _of("nn/_tokens.py", *_LAWCAT_TESTS)
 _CATS = _of(
     "nn/cats_mlp.py",
@@ -62,15 +63,15 @@ FAULTS = (
         "nn-lawcat-key-norm",
         "formula",
         _LAWCAT,
-        "q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)",
-        "q, k = _normed(self.q_norm, q), _normed(self.q_norm, k)",
+        "q, k = normed(self.q_norm, q), normed(self.k_norm, k)",
+        "q, k = normed(self.q_norm, q), normed(self.q_norm, k)",
     ),
     Fault(
         "nn-lawcat-rope-keys",
         "formula",
         _LAWCAT,
-        "q, k = rotate(q, *positions), rotate(k, *positions)",
-        "q = rotate(q, *positions)",
+        "q, k = self.scores.rotate(q, positions), self.scores.rotate(k, positions)",
+        "q = self.scores.rotate(q, positions)",
     ),
     Fault(
         "nn-lawcat-output-gate",
@@ -171,7 +172,7 @@ FAULTS = (
         "    if not mask.padded_causal:\n        return _of_pairs(mask.to_dense(), batch, length, window, seen)\n",
         "    pass\n",
     ),
-    Fault("nn-rotate-sign", "formula", _TOKENS, "torch.cat([-b, a], -1) * sin", "torch.cat([b, a], -1) * sin"),
+    Fault("nn-rotate-sign", "formula", _SCORES, "across = torch.cat([-b, a], -1)", "across = torch.cat([b, a], -1)"),
     Fault(
         "nn-sequences-go-on",
         "state",
@@ -205,8 +206,8 @@ FAULTS = (
         "nn-cats-reads-anything",
         "stale",
         _CATS,
-        "return all(plain(child, nn.Linear) and child.weight.device == x.device for child in self._modules.values())",
-        "return all(child.weight.device == x.device for child in self._modules.values())",
+        "if not plain(child, nn.Linear) or child.weight.device != x.device:",
+        "if child.weight.device != x.device:",
     ),
     Fault("nn-cats-enabled", "dispatch", _CATS, "self.threshold if self.enabled else DENSE", "self.threshold"),
     Fault("nn-cats-threshold-dtype", "rounding", _CATS, "setattr(self, name, old.to(device))", "pass"),
