@@ -240,8 +240,8 @@ class LawcatAttention(nn.Module):
             options: arguments of the constructor.
 
         Raises:
-            ValueError: one of another form, or with chunks, dropout, sinks or parts that linear attention has no place for; with a
-                window or `rope`, one that scores keys in a way that `scores` cannot say.
+            ValueError: one of another form, or with chunks, dropout, sinks or parts that linear attention has no place for; with
+                a window or `rope`, one that scores keys in a way that `scores` cannot say.
         """
         parts = {name: getattr(attention, name, None) for name in PROJECTIONS}
         width = getattr(attention, "head_dim", None)
