@@ -34,7 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "Cohere2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5},
     "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "Granite": {"attention_multiplier": 0.7},
-    "GraniteMoeHybrid": {"layer_types": ["attention"] * 3, "num_local_experts": 0, "mamba_n_heads": 8},
+    "GraniteMoeHybrid": {
+        "layer_types": ["attention"] * 3,
+        "num_local_experts": 0,
+        "mamba_n_heads": 8,
+        "position_embedding_type": "rope",
+    },
     "Exaone4": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "sliding_window": 5,

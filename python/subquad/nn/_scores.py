@@ -112,7 +112,9 @@ def scores_of(attention: nn.Module, heads: int, kv_heads: int, width: int) -> Sc
 class _Probe:
     """An attention whose projections give numbers of ours, and what it should make of them."""
 
-    def __init__(self, attention: nn.Module, heads: int, kv_heads: int, width: int, scale: float) -> None:
+    attention: Any
+
+    def __init__(self, attention: Any, heads: int, kv_heads: int, width: int, scale: float) -> None:
         self.generator = torch.Generator("cpu").manual_seed(0)
         self.width, self.hidden_size = width, attention.q_proj.in_features
         self.q = (
