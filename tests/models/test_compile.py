@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from subquad.integrations.transformers import attention_mask, register
+from subquad.integrations.transformers import attention_mask, convert, register
 
 transformers = pytest.importorskip("transformers", minversion="5")
 utils = transformers.masking_utils
@@ -291,3 +291,23 @@ def test_export(form: str, strict: bool) -> None:
     for given in (inputs(11, plain=False), inputs(17, plain=False), inputs(2, plain=True)):
         mask = given.get("attention_mask") if form == "2d" else None
         close(program(**given), sdpa(use_cache=False, **given).logits, mask)
+
+
+@pytest.mark.parametrize("form", ["none", "2d"])
+@pytest.mark.parametrize(("options", "layers"), [({}, None), ({"window_size": 3, "linear_covers_window": False}, [1])])
+def test_export_of_lawcat(form: str, options: dict[str, Any], layers: list[int] | None) -> None:
+    """Any batch and any length from 2 on, also where a model tells its layers positions and no mask."""
+    model = pair("Llama")[1]
+    convert(model, attention="lawcat", layers=layers, **options)
+
+    def inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[-1, : length // 3] = 0
+        ids = {"input_ids": torch.randint(1, 60, (batch, length))}
+        return ids if form == "none" else ids | {"attention_mask": mask}
+
+    sizes = {0: torch.export.Dim("batch", min=1, max=16), 1: torch.export.Dim("length", min=2, max=64)}
+    example = inputs(2, 9)
+    program = torch.export.export(Logits(model), (), example, dynamic_shapes=dict.fromkeys(example, sizes)).module()
+    for given in (inputs(2, 9), inputs(3, 17), inputs(1, 2)):
+        close(program(**given), model(use_cache=False, **given).logits, given.get("attention_mask"))

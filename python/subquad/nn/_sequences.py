@@ -143,7 +143,7 @@ class Sequences:
 
 def _packed(counts: torch.Tensor, tokens: torch.Tensor | int | None) -> Packed:
     assert tokens is not None
-    return Packed(F.pad(counts.cumsum(0), (1, 0)), tokens if isinstance(tokens, int) else tokens.shape[0])
+    return Packed(F.pad(counts.cumsum(0), (1, 0)), tokens.shape[0] if isinstance(tokens, torch.Tensor) else tokens)
 
 
 # --- rows before the tokens ----------------------------------------

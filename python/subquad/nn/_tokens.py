@@ -265,20 +265,25 @@ def _restarts(positions: Any, real: torch.Tensor | None, length: int, anywhere: 
     """The sequence of every token, by positions that do not go on: anywhere, or from 0 where there is no padding."""
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or positions.shape[1] != length or length == 1:
         return None
-    restart = positions.diff(dim=1) != 1
+    restart = positions != positions.roll(1, 1) + 1
     if not anywhere:
         if torch.compiler.is_compiling() or (real is not None and not bool(real.all())):
             return None
-        restart = restart & (positions[:, 1:] == 0)
-    return nn.functional.pad(restart, (1, 0)).cumsum(1)
+        restart = restart & (positions == 0)
+    return _but_first(restart).cumsum(1)
 
 
 def _apart(ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Real tokens of another sequence than the real token before them, bool [B, T]."""
     if real is None:
-        return nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
+        return _but_first(ids != ids.roll(1, 1))
     previous, ids = _before(real), ids.expand(real.shape)
     return real & (previous >= 0) & (ids.gather(1, previous.clamp_min(0)) != ids)
+
+
+def _but_first(x: torch.Tensor) -> torch.Tensor:
+    """x [B, T] without its first column. Sizes stay T, which an export may know nothing about."""
+    return x & (torch.arange(x.shape[1], device=x.device) > 0)
 
 
 def _before(real: torch.Tensor) -> torch.Tensor:
