@@ -274,6 +274,26 @@ def test_offloaded_models_run(
         torch.testing.assert_close(model(ids).logits, build()(ids).logits)
 
 
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("preloaded", ["LlamaDecoderLayer", "LlamaMLP LlamaAttention CATSMLP LawcatAttention"])
+def test_layers_inside_what_is_offloaded_as_a_whole_stay(conversion: str, preloaded: str, ids: torch.Tensor) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    options = {"execution_device": torch.device("cpu"), "preload_module_classes": preloaded.split()}
+    for early in (False, True):
+        model = build()
+        if early:
+            convert(model, **CONVERSIONS[conversion])
+        with torch.no_grad():
+            want = model(ids, use_cache=False).logits
+        accelerate.cpu_offload(model, **options)
+        with pytest.raises(ValueError, match=r"^model\.layers\.0\..* offloads as a part of"):
+            revert(model) if early else convert(model, **CONVERSIONS[conversion])
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids, use_cache=False).logits, want)
+        accelerate.hooks.remove_hook_from_submodules(model)
+        revert(model) if early else convert(model, **CONVERSIONS[conversion])
+
+
 def test_removing_the_hooks_makes_children_plain_again(ids: torch.Tensor, tmp_path: Path) -> None:
     hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
     model = build()
