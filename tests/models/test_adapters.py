@@ -143,6 +143,19 @@ def adapt_by_hand(model: nn.Module, targets: tuple[str, ...]) -> nn.Module:
     return model
 
 
+def test_copies_of_a_whole_mlp(ids: torch.Tensor) -> None:
+    """Made after a conversion they are of what it made; before, converting would lose them when the adapter is saved."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], r=2)
+    model = build()
+    convert(model, mlp="cats", threshold=0.05)
+    with torch.no_grad():
+        want = model(ids).logits
+        torch.testing.assert_close(peft.get_peft_model(model, config).eval()(ids).logits, want)
+    with pytest.raises(ValueError, match=r"^base_model\..*\.mlp: mlp: expected the MLP itself, got peft's copies"):
+        convert(peft.get_peft_model(build(), config), mlp="cats")
+
+
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj",), ATTENTION])
 @pytest.mark.parametrize("by", [adapt, adapt_by_hand])
 @pytest.mark.parametrize("layer_local", [False, True])

@@ -94,6 +94,8 @@ def gated_parts(mlp: nn.Module) -> GatedParts:
     kind = type(mlp).__name__
     if not looks_gated(mlp):
         raise ValueError(f"mlp: expected a module with {', '.join(SPLIT)} (or {', '.join(FUSED)}), got {kind}")
+    if "modules_to_save" in mlp._modules:
+        raise ValueError("mlp: expected the MLP itself, got peft's copies of it (modules_to_save); convert first")
     names = FUSED if isinstance(getattr(mlp, "gate_up_proj", None), nn.Module) else SPLIT
     parts = GatedParts({name: getattr(mlp, name) for name in names}, gated_activation(mlp))
     slices = getattr(getattr(mlp, "config", None), "pretraining_tp", None) or 1
