@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import _checks
 from ..nn._children import check_whole, places_children
 from .record import record
 
@@ -112,8 +113,9 @@ def find(model: nn.Module, kind: Kind, layers: Iterable[int | str] | None = None
 
     Raises:
         ValueError: if there is none, or an entry of `layers` names none.
-        TypeError: `layers` is no list of numbers and names.
+        TypeError: no module, or `layers` is no list of numbers and names.
     """
+    _checks.module("model", model)
     found = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -293,6 +295,7 @@ def restore(model: nn.Module, *kinds: str, layers: Iterable[int | str] | None = 
         ValueError: `layers` is given and there is no converted module, or none that an entry names; or a module is offloaded
             with another.
     """
+    _checks.module("model", model)
     modules = dict(model.named_modules(remove_duplicate=False))
     converted = {
         name: (module, by)

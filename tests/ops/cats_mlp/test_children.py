@@ -370,3 +370,16 @@ def test_float64_modules_are_converted(kind: str) -> None:
     with torch.no_grad():
         assert module.reads(x)
         torch.testing.assert_close(module(x), composed(mlp, x))
+
+
+def test_wrong_arguments_of_the_module_are_named() -> None:
+    for name, make in {
+        "hidden_size": lambda: CATSMLP("24", I),
+        "intermediate_size": lambda: CATSMLP(H, 2.0),
+        "max_sparse_tokens": lambda: CATSMLP(H, I, max_sparse_tokens=1.5),
+        "inclusive": lambda: CATSMLP(H, I, inclusive="no"),
+        "x": lambda: CATSMLP(H, I)([1.0]),
+        "module": lambda: subquad.nn.dense_state_dict(None),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected "):
+            make()
