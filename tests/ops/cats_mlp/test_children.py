@@ -383,3 +383,11 @@ def test_wrong_arguments_of_the_module_are_named() -> None:
     }.items():
         with pytest.raises(TypeError, match=f"^{name}: expected "):
             make()
+
+
+def test_export_with_any_number_of_tokens() -> None:
+    module, tokens = CATSMLP(H, I, threshold=T), torch.export.Dim("tokens", min=2, max=64)
+    exported = torch.export.export(module, (torch.randn(5, H),), dynamic_shapes={"x": {0: tokens}}).module()
+    for count in (3, 40):
+        x = torch.randn(count, H)
+        torch.testing.assert_close(exported(x), module(x))
