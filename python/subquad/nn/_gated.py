@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import _checks
 from ..reference.cats_activation import ACTIVATIONS, activate
 from ._children import FLOATS, features, placement, plain
 
@@ -147,6 +148,8 @@ def _check_formula(mlp: nn.Module, parts: GatedParts) -> None:
         else:
             z, u = parts.projections["gate_proj"](x), parts.projections["up_proj"](x)
         expected, got = down(activate(z, parts.activation) * u).double(), mlp.forward(x).double()
+    if _checks.traced(expected):
+        return
     tolerance = 3e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
     if got.shape != expected.shape or (got - expected).norm() > tolerance * expected.norm():
         raise ValueError(

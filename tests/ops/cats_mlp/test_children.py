@@ -360,6 +360,7 @@ def test_without_values(place: Callable[[], Any], per_channel: bool) -> None:
             with subquad.use_backend("reference"):
                 assert module(x).shape == x.shape
         module.load_state_dict(module.state_dict())
+        assert CATSMLP.from_llama_mlp(build("split"), threshold=T)(torch.randn(2, H)).shape == (2, H)
         assert "without values" in repr(module)
 
 
