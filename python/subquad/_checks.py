@@ -37,6 +37,12 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
 
 
+def module(name: str, value: object) -> None:
+    """`value` is a module."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(value).__name__}")
+
+
 def memory(name: str, value: torch.Tensor) -> None:
     """`value` still has its memory, which sharded parameters give up between their uses: PyTorch itself would read it.
 

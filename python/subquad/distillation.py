@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import _checks
 from .nn.lawcat import LawcatAttention, sliding_window, tokens_of
 
 STAGES = (1, 2)
@@ -39,6 +40,9 @@ def attention_transfer_loss(
     """
     if len(pred) != len(true) or not len(pred):
         raise ValueError(f"true: expected {len(pred)} layers as pred has (at least 1), got {len(true)}")
+    for i, outputs in enumerate(zip(pred, true, strict=True)):
+        for name, x in zip((f"pred[{i}]", f"true[{i}]"), outputs, strict=True):
+            _checks.tensor(name, x)
     total = torch.zeros((), device=pred[0].device)
     for p, t in zip(pred, true, strict=True):
         if p.shape != t.shape:
@@ -128,6 +132,7 @@ def attention_transfer(
         ...     model(input_ids, use_cache=False)
         ...     transfer.loss().backward()
     """
+    _checks.module("model", model)
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -198,6 +203,7 @@ def trainable_parameters(model: nn.Module, stage: int = 1) -> dict[str, nn.Param
     """
     if stage not in STAGES:
         raise ValueError(f"stage: expected 1 or 2, got {stage!r}")
+    _checks.module("model", model)
     chosen: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, LawcatAttention):

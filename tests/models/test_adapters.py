@@ -143,6 +143,19 @@ def adapt_by_hand(model: nn.Module, targets: tuple[str, ...]) -> nn.Module:
     return model
 
 
+def test_copies_of_a_whole_mlp(ids: torch.Tensor) -> None:
+    """Made after a conversion they are of what it made; before, converting would lose them when the adapter is saved."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"], r=2)
+    model = build()
+    convert(model, mlp="cats", threshold=0.05)
+    with torch.no_grad():
+        want = model(ids).logits
+        torch.testing.assert_close(peft.get_peft_model(model, config).eval()(ids).logits, want)
+    with pytest.raises(ValueError, match=r"^base_model\..*\.mlp: mlp: expected the MLP itself, got peft's copies"):
+        convert(peft.get_peft_model(build(), config), mlp="cats")
+
+
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj",), ATTENTION])
 @pytest.mark.parametrize("by", [adapt, adapt_by_hand])
 @pytest.mark.parametrize("layer_local", [False, True])
@@ -272,6 +285,26 @@ def test_offloaded_models_run(
     revert(model)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, build()(ids).logits)
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("preloaded", ["LlamaDecoderLayer", "LlamaMLP LlamaAttention CATSMLP LawcatAttention"])
+def test_layers_inside_what_is_offloaded_as_a_whole_stay(conversion: str, preloaded: str, ids: torch.Tensor) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    options = {"execution_device": torch.device("cpu"), "preload_module_classes": preloaded.split()}
+    for early in (False, True):
+        model = build()
+        if early:
+            convert(model, **CONVERSIONS[conversion])
+        with torch.no_grad():
+            want = model(ids, use_cache=False).logits
+        accelerate.cpu_offload(model, **options)
+        with pytest.raises(ValueError, match=r"^model\.layers\.0\..* offloads as a part of"):
+            revert(model) if early else convert(model, **CONVERSIONS[conversion])
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids, use_cache=False).logits, want)
+        accelerate.hooks.remove_hook_from_submodules(model)
+        revert(model) if early else convert(model, **CONVERSIONS[conversion])
 
 
 def test_removing_the_hooks_makes_children_plain_again(ids: torch.Tensor, tmp_path: Path) -> None:

@@ -413,3 +413,19 @@ def test_converting_does_not_import_the_library() -> None:
         "assert 'transformers' not in sys.modules and 'triton' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: convert(x, mlp="cats"),
+        revert,
+        subquad.CatsCalibrator,
+        lambda x: subquad.attention_transfer(x).__enter__(),
+        subquad.trainable_parameters,
+        subquad.calibration.sparsity_report,
+    ],
+)
+def test_what_is_no_module_is_refused(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got str"):
+        function("model")

@@ -123,12 +123,13 @@ def mixed() -> nn.Module:
     return train(model)
 
 
+@pytest.mark.parametrize("variant", [None, "other"])
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
-def test_everything_comes_back(shard: str, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_everything_comes_back(shard: str, variant: str | None, ids: torch.Tensor, tmp_path: Path) -> None:
     model = mixed()
     want = model(ids).logits
-    model.save_pretrained(tmp_path, max_shard_size=shard)
-    other = load_converted(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size=shard, variant=variant)
+    other = load_converted(tmp_path, variant=variant)
     assert type(other) is type(model) and not other.training
     assert torch.equal(other(ids).logits, want) and torch.equal(other(ids[:1, :2]).logits, model(ids[:1, :2]).logits)
     for one, two in zip(model.model.layers, other.model.layers, strict=True):

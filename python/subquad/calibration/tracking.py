@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _checks
 from ..nn.cats_mlp import CATSMLP
 from ..ops.cats_mlp import MAX_SPARSE_TOKENS
 from ..reference.cats_activation import activate, active_mask
@@ -147,6 +148,7 @@ def track_sparsity(model: nn.Module) -> Iterator[SparsityTracker]:
     Raises:
         ValueError: if it has none.
     """
+    _checks.module("model", model)
     layers = [_Layer(name, module) for name, module in model.named_modules() if isinstance(module, CATSMLP)]
     if not layers:
         raise ValueError(f"model: expected CATSMLP modules, found none in {type(model).__name__}; convert it first")

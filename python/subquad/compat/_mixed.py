@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import _checks
 from ..ops._autograd import without_autocast
 from ..ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 
@@ -31,6 +32,9 @@ def update(x: torch.Tensor, conv_state: torch.Tensor, *parameters: Any, **option
     wide = _widest(x, conv_state, *parameters, *options.values())
     if wide is None:
         return causal_conv1d_update(x, conv_state, *parameters, **options)
+    given = {"conv_state": conv_state, "x": x} | {n: o for n, o in options.items() if isinstance(o, torch.Tensor)}
+    if isinstance(conv_state, torch.Tensor):
+        _checks.unshared(tuple(given), tuple(given.values()), tuple(range(len(given))), written=(0,))
     with without_autocast(x.device.type):
         state = conv_state.to(wide, copy=True)
         y = causal_conv1d_update(

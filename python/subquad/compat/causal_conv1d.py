@@ -52,6 +52,7 @@ def causal_conv1d_fn(
             raise ValueError(
                 f"{name}: expected none because seq_idx is given; use subquad.causal_conv1d with cu_seqlens"
             )
+        _checks.integers("seq_idx", seq_idx)
         if seq_idx.shape != rows.shape[:2]:
             raise ValueError(f"seq_idx: expected shape {list(rows.shape[:2])}, got {list(seq_idx.shape)}")
         packed = rows.reshape(1, -1, x.shape[1])

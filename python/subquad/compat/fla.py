@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import _checks
 from ..ops.gated_linear_attention import State, gated_linear_attention
 from ._mixed import convolve, update
 
@@ -194,6 +195,8 @@ def _head_gate(g: torch.Tensor | None, g_gamma: torch.Tensor | None, q: torch.Te
         return g
     if g is not None:
         raise ValueError("g_gamma: expected None beside g, got a tensor")
+    _checks.tensor("q", q)
+    _checks.tensor("g_gamma", g_gamma)
     if g_gamma.dim() != 1:
         raise ValueError(f"g_gamma: expected shape [H], got {list(g_gamma.shape)}")
     return g_gamma.float().expand(*q.shape[:2], g_gamma.shape[0])
@@ -213,10 +216,19 @@ def _attend(
     eps: float,
     reverse: bool = False,
 ) -> Result:
+    for name, x in (("q", q), ("k", k), ("v", v), ("g", g)):
+        if x is not None or name != "g":
+            _checks.tensor(name, x)
+    if cu_seqlens is not None:
+        _checks.integers("cu_seqlens", cu_seqlens, 1)
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     if isinstance(state, torch.Tensor):
         state = (state.mT if state_v_first else state).to(wide)
     elif state is not None:
+        if not (
+            isinstance(state, (tuple, list)) and len(state) == 2 and all(isinstance(x, torch.Tensor) for x in state)
+        ):
+            raise TypeError(f"initial_state: expected a tensor, or a pair of them, got {type(state).__name__}")
         s, z = state
         state = (s.mT if state_v_first else s).to(wide), z.to(wide)
     if g is not None and g.dtype is not q.dtype:
@@ -285,6 +297,11 @@ def causal_conv1d_update(
     """
     if weight is None:
         raise TypeError("weight: expected a torch.Tensor, got None")
+    for name, given in (("x", x), ("residual", residual)):
+        if given is not None or name == "x":
+            _checks.tensor(name, given)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: expected shape [B, D], [B, 1, D] or [1, B, D], got {list(x.shape)}")
     rows = x.reshape(-1, x.shape[-1])
     more = None if residual is None else residual.reshape(-1, residual.shape[-1])
     with torch.no_grad():

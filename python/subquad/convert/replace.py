@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..nn._children import check_whole
+from .. import _checks
+from ..nn._children import check_whole, places_children
 from .record import record
 
 
@@ -112,8 +113,9 @@ def find(model: nn.Module, kind: Kind, layers: Iterable[int | str] | None = None
 
     Raises:
         ValueError: if there is none, or an entry of `layers` names none.
-        TypeError: `layers` is no list of numbers and names.
+        TypeError: no module, or `layers` is no list of numbers and names.
     """
+    _checks.module("model", model)
     found = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -196,12 +198,15 @@ def replace(
         Names of the modules converted by this call, and counts of their parameters.
 
     Raises:
-        ValueError: see `find`; or a layer cannot be converted or lies in another, and the message names it.
+        ValueError: see `find`; or a layer cannot be converted, lies in another or is offloaded with another, and the message
+            names it.
         TypeError: an option of a wrong type.
     """
     wanted = None if layers is None else listed(layers)
     found = [(replacement, config, _found(model, replacement, wanted)) for replacement, config in conversions]
-    _check_apart([name for _, _, chosen in found for name in chosen])
+    names = [name for _, _, chosen in found for name in chosen]
+    _check_apart(names)
+    _check_places(model, names)
     exchanges = [e for replacement, config, chosen in found for e in _made(replacement, config, chosen)]
     report = _report(exchanges)
     with ExitStack() as undo:  # what undoes a step is there before the step is taken
@@ -246,6 +251,17 @@ def _check_apart(names: Sequence[str]) -> None:
             raise ValueError(f"layers: expected none inside another, got {inner!r} in {outer!r}; name those you mean")
 
 
+def _check_places(model: nn.Module, names: Sequence[str]) -> None:
+    """What offloads a module with all that is in it would look for the parameters of the layer that was there."""
+    for outer, module in model.named_modules(remove_duplicate=False):
+        inner = next((name for name in names if f"{name}.".startswith(f"{outer}." if outer else "")), None)
+        if inner is not None and places_children(module):
+            raise ValueError(
+                f"{inner}: expected a layer that may be exchanged, got one that accelerate offloads as a part of "
+                f"{outer or 'the model'!r} (preload_module_classes); remove the hooks first"
+            )
+
+
 def _report(exchanges: Sequence[_Exchange]) -> ConversionReport:
     report = ConversionReport(e.name for e in exchanges)
     new = {id(p): p.numel() for e in exchanges for p in e.by.new_parameters(e.new).values()}
@@ -282,8 +298,10 @@ def restore(model: nn.Module, *kinds: str, layers: Iterable[int | str] | None = 
         Names of the modules put back.
 
     Raises:
-        ValueError: `layers` is given and there is no converted module, or none that an entry names.
+        ValueError: `layers` is given and there is no converted module, or none that an entry names; or a module is offloaded
+            with another.
     """
+    _checks.module("model", model)
     modules = dict(model.named_modules(remove_duplicate=False))
     converted = {
         name: (module, by)
@@ -296,6 +314,7 @@ def restore(model: nn.Module, *kinds: str, layers: Iterable[int | str] | None = 
             raise ValueError(f"model: expected converted layers, got a {type(model).__name__} without")
         wanted = {name for layer in listed(layers) for name in match_layer(converted, layer)}
         converted = {name: value for name, value in converted.items() if name in wanted}
+    _check_places(model, list(converted))
     originals: dict[int, nn.Module] = {}
     with ExitStack() as undo:
         for module, by in converted.values():

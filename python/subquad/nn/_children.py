@@ -71,6 +71,12 @@ def placement(child: nn.Module) -> tuple[torch.device, torch.dtype]:
     return device, next((tensor.dtype for tensor in tensors if tensor.dtype in FLOATS), torch.get_default_dtype())
 
 
+def places_children(module: nn.Module) -> bool:
+    """Whether accelerate offloads all parameters inside a module together, by the names they had then."""
+    hooks = _accelerate_hooks(module)
+    return any(getattr(hook, "offload", False) and getattr(hook, "place_submodules", False) for hook in hooks)
+
+
 def check_whole(module: nn.Module) -> None:
     """ValueError for parameters of which a process has a part."""
     for name, parameter in module.named_parameters():

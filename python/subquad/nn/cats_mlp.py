@@ -96,6 +96,8 @@ class CATSMLP(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        _checks.size("hidden_size", hidden_size)
+        _checks.size("intermediate_size", intermediate_size)
         self._remember(None)
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
@@ -148,7 +150,10 @@ class CATSMLP(nn.Module):
         _checks.choice("prefill", config.prefill, PREFILLS)
         _checks.choice("grad", config.grad, GRADS)
         _checks.choice("down_layout", config.down_layout, DOWN_LAYOUTS)
+        _checks.flag("inclusive", config.inclusive)
         limit = config.max_sparse_tokens
+        if limit is not None:
+            _checks.size("max_sparse_tokens", limit)
         if limit is not None and not 0 <= limit <= MAX_SPARSE_TOKENS:
             raise ValueError(f"max_sparse_tokens: expected 0 to {MAX_SPARSE_TOKENS}, got {limit}")
         if config.backend is not None:
@@ -268,6 +273,7 @@ class CATSMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `[..., H]` of x `[..., H]`, in x's dtype."""
+        _checks.tensor("x", x)
         if not self.reads(x):
             return self._called(x)
         gate = self.gate_up_proj if self._fused else self.gate_proj
@@ -418,6 +424,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
 
 def dense_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict without what CATS added: it loads strictly into the dense model."""
+    _checks.module("module", module)
     state = module.state_dict()
     for name, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, CATSMLP):

@@ -82,7 +82,7 @@ def cats_mlp(
     _checks.choice("prefill", prefill, PREFILLS)
     straight_through = bool(_checks.choice("grad", grad, GRADS))
     limit = _sparse_limit(max_sparse_tokens)
-    if tokens > limit and prefill == "dense":
+    if prefill == "dense" and tokens > limit:  # in this order: a size of a graph is asked only where it matters
         t = torch.full_like(t[:1], -1.0)
     device = x.device.type
     flat = x if x.dim() == 2 else x.reshape(tokens, x.shape[-1])

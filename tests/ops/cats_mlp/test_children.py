@@ -360,6 +360,7 @@ def test_without_values(place: Callable[[], Any], per_channel: bool) -> None:
             with subquad.use_backend("reference"):
                 assert module(x).shape == x.shape
         module.load_state_dict(module.state_dict())
+        assert CATSMLP.from_llama_mlp(build("split"), threshold=T)(torch.randn(2, H)).shape == (2, H)
         assert "without values" in repr(module)
 
 
@@ -370,3 +371,24 @@ def test_float64_modules_are_converted(kind: str) -> None:
     with torch.no_grad():
         assert module.reads(x)
         torch.testing.assert_close(module(x), composed(mlp, x))
+
+
+def test_wrong_arguments_of_the_module_are_named() -> None:
+    for name, make in {
+        "hidden_size": lambda: CATSMLP("24", I),
+        "intermediate_size": lambda: CATSMLP(H, 2.0),
+        "max_sparse_tokens": lambda: CATSMLP(H, I, max_sparse_tokens=1.5),
+        "inclusive": lambda: CATSMLP(H, I, inclusive="no"),
+        "x": lambda: CATSMLP(H, I)([1.0]),
+        "module": lambda: subquad.nn.dense_state_dict(None),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected "):
+            make()
+
+
+def test_export_with_any_number_of_tokens() -> None:
+    module, tokens = CATSMLP(H, I, threshold=T), torch.export.Dim("tokens", min=2, max=64)
+    exported = torch.export.export(module, (torch.randn(5, H),), dynamic_shapes={"x": {0: tokens}}).module()
+    for count in (3, 40):
+        x = torch.randn(count, H)
+        torch.testing.assert_close(exported(x), module(x))

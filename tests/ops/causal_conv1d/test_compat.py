@@ -113,3 +113,29 @@ def test_memory_for_final_states_is_checked_first() -> None:
         dao(x, weight, bias, final_states_out=freed)
     with pytest.raises(TypeError, match=r"^final_states_out: expected a torch\.Tensor, got list"):
         dao(x, weight, bias, final_states_out=[freed])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_have_memory_of_their_own(dtype: torch.dtype) -> None:
+    """Also where a copy of them is advanced, for the weights have another dtype."""
+    weight, state = torch.ones(5, 4, dtype=dtype), torch.zeros(2, 5, 4)
+    for wrong, x in ((state, state[..., 0]), (state[:1].expand(2, 5, 4), torch.zeros(2, 5))):
+        with pytest.raises(ValueError, match=r"^conv_state: expected (memory|elements) of"):
+            subquad.compat.causal_conv1d.causal_conv1d_update(x, wrong, weight)
+
+
+def test_what_is_no_tensor_is_refused_by_name() -> None:
+    x, rows, peers = torch.zeros(1, 5, 2, 8), torch.zeros(2, 5), subquad.compat.fla
+    calls = {
+        "q": lambda: peers.chunk_gla([1], x, x, x),
+        "g": lambda: peers.chunk_gla(x, x, x, [1]),
+        "initial_state": lambda: peers.chunk_gla(x, x, x, x, initial_state="zero"),
+        "cu_seqlens": lambda: peers.fused_recurrent_gla(x, x, x, x, cu_seqlens=[0, 5], reverse=True),
+        "g_gamma": lambda: peers.chunk_simple_gla(x, x, x, g_gamma=[1.0]),
+        "x": lambda: peers.causal_conv1d_update([1], torch.zeros(2, 5, 3), weight=torch.ones(5, 3)),
+        "residual": lambda: peers.causal_conv1d_update(rows, torch.zeros(2, 5, 3), [1], torch.ones(5, 3)),
+        "seq_idx": lambda: dao(torch.zeros(1, 4, 5), torch.ones(5, 3), seq_idx=torch.zeros(1, 4)),
+    }
+    for name, wrong in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name}: expected"):
+            wrong()

@@ -47,6 +47,7 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
     if model_class is None:
         model_class = getattr(transformers, config.architectures[0])
     as_saved = kwargs.setdefault("dtype", "auto") == "auto"
+    files = _files(Path(path), kwargs.get("variant"))
     model = _without_conversions(model_class, groups, path, kwargs)
     for group in groups:
         by = named(group["kind"])[group["name"]]
@@ -54,7 +55,7 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
         layers = [same_layer(name, there) for name in group["layers"]]
         replace(model, [(by, by.config(**group["options"]))], layers)
         for name in layers:
-            _load(model.get_submodule(name), name, Path(path), as_saved)
+            _load(model.get_submodule(name), name, files, as_saved)
     return model
 
 
@@ -73,30 +74,30 @@ def _without_conversions(model_class: Any, groups: list[dict[str, Any]], path: A
     return model
 
 
-def _load(layer: Any, name: str, folder: Path, as_saved: bool) -> None:
+def _load(layer: Any, name: str, files: dict[str, Path], as_saved: bool) -> None:
     """What the layer has and its original has not, in the dtype that it was saved in or in the layer's."""
     from safetensors import safe_open
 
     own = layer.state_dict()
     new = [key for key in own if key not in layer.original.state_dict()]
-    files = _files(folder)
     state = {}
     for key in new:
         prefixes = {full[: -len(key) - 1]: full for full in files if full.endswith(f".{key}")}
         try:
             full = prefixes[same_layer(name, prefixes)]
         except ValueError:
-            raise ValueError(f"path: expected a parameter {f'{name}.{key}'!r} in {folder}, got none") from None
+            raise ValueError(f"path: expected a parameter {f'{name}.{key}'!r} among the weights, got none") from None
         with safe_open(files[full], framework="pt") as file:
             state[key] = file.get_tensor(full).to(own[key].device)
     layer.load_state_dict(state, strict=False, assign=as_saved)
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def _files(folder: Path, variant: str | None) -> dict[str, Path]:
     """Which file has a tensor."""
     from safetensors import safe_open
 
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    dot = "" if variant is None else f".{variant}"
+    whole, index = folder / f"model{dot}.safetensors", folder / f"model.safetensors.index{dot}.json"
     if whole.exists():
         with safe_open(whole, framework="pt") as file:
             return dict.fromkeys(file.keys(), whole)
