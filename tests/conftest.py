@@ -97,7 +97,8 @@ def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -
         leading, numbers = task.dtype is task.spec.dtypes[0], task.check.name in NUMBERS
         if task.backend not in backends:
             return leading and numbers
-        return not task.check.heavy and (numbers or (leading and not item.get_closest_marker("level")))
+        at_best = item.get_closest_marker("level") is None
+        return not task.check.heavy and ((leading or at_best) if numbers else (leading and at_best))
     if item.get_closest_marker("level"):
         return False
     needed = {marker.args[1] for marker in item.iter_markers("backend")}

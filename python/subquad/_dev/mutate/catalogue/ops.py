@@ -205,8 +205,8 @@ FAULTS = (
         "ops-mlp-prefill",
         "mask",
         _MLP,
-        'if tokens > limit and prefill == "dense":',
-        'if tokens >= limit and prefill == "dense":',
+        'if prefill == "dense" and tokens > limit:',
+        'if prefill == "dense" and tokens >= limit:',
     ),
     Fault(
         "ops-mlp-union-training",
