@@ -405,9 +405,16 @@ def _aot_args(dtype: torch.dtype, neuron_major: bool, options: bool = False) -> 
     return (empty((n, h)), empty((i, h)), empty((i, h)), w_down, threshold, *biases, activation, options, options)
 
 
+_SPILL = "4 bytes on sm_90: ptxas stops at 56 registers, with which one more block fits"
+
 AOT = [
     *(
-        AotCase(f"{name} {layout}", cats_mlp_fwd, partial(_aot_args, dtype, layout == "neuron-major"))
+        AotCase(
+            f"{name} {layout}",
+            cats_mlp_fwd,
+            partial(_aot_args, dtype, layout == "neuron-major"),
+            {"_cats_mlp_reduce_kernel": _SPILL} if dtype is torch.float32 else {},
+        )
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
         for layout in ("neuron-major", "row-major")
     ),
