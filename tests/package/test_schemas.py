@@ -64,10 +64,8 @@ def test_cxx_implements_exactly_the_schemas(folder: str) -> None:
 
 
 @backend_params("cats_mlp", "triton")
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if "triton" not in CONTRACTS[STEM_OF[name]].missing])
 def test_launchers_have_the_schema_as_signature(name: str, backend: str) -> None:
-    if "triton" in CONTRACTS[STEM_OF[name]].missing:
-        pytest.skip("not written in Triton")
     launcher = getattr(__import__(f"subquad.kernels.{STEM_OF[name]}", fromlist=[name]), name)
     assert list(inspect.signature(launcher).parameters) == arguments(name)
 

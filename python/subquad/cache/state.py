@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
@@ -80,7 +81,7 @@ class State(Protocol):
         ...
 
 
-class TensorState:
+class TensorState(ABC):
     """`State` of named tensors: what follows from `tensors` and `put`. Subclasses add `seen`, `keep`, `rollback`, `reset`.
 
     Attributes:
@@ -91,12 +92,12 @@ class TensorState:
     conv_states: Mapping[int, torch.Tensor | None] = {}
     recurrent_states: Mapping[int, torch.Tensor | None] = {}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]: ...
 
+    @abstractmethod
     def put(self, name: str, value: torch.Tensor) -> None:
         """Exchange one of `tensors`, or add it; ValueError for a name that cannot be there."""
-        raise NotImplementedError
 
     def select(self, rows: torch.Tensor) -> None:
         for name, value in self.tensors().items():
