@@ -11,6 +11,8 @@ import torch
 
 from subquad.integrations.transformers import attention_mask, convert, register
 
+from .test_masks import IDS, overlaid
+
 transformers = pytest.importorskip("transformers", minversion="5")
 utils = transformers.masking_utils
 
@@ -185,10 +187,6 @@ def test_training() -> None:
 
 # --- predicates that a graph composes itself ----------------------------------------
 
-IDS = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2]])
-BLOCKS = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1, 1, -1, 2, -1], [0, 0, 0, 0, 0, -1, -1, -1, -1, 1, 1, 1]])
-POSITIONS = torch.stack([torch.arange(12) - (row[None] < row[:, None]).sum(1) for row in IDS])
-
 
 COMPOSED = [  # what transformers puts together: blocks go with causal masks, packed rows with those that look back alone
     *itertools.product(("causal", "sliding", "one"), ("", "packed", "blocks", "packed-blocks", "user")),
@@ -214,14 +212,7 @@ def test_predicates(base: str, over: str) -> None:
             predicate = utils.sliding_window_bidirectional_mask_function(size)
         else:
             predicate = utils.causal_mask_function if size is None else utils.sliding_window_causal_mask_function(size)
-        if over == "user":
-            predicate = utils.or_masks(predicate, lambda b, h, q, kv: (q - kv) % 5 == 0)
-        if "packed" in over:
-            predicate = utils.remap_positions_for_packed_sequence(predicate, POSITIONS)
-        if "blocks" in over:
-            predicate = utils.or_masks(predicate, utils.blockwise_overlay(BLOCKS))
-        if "packed" in over:
-            predicate = utils.and_masks(predicate, utils.packed_sequence_mask_function(IDS))
+        predicate = overlaid(predicate, over)
         made = function(2, 12, 12, mask_function=predicate, allow_is_causal_skip=False, **keywords)
         return (
             made if isinstance(made, torch.Tensor) else (made.starts, made.ends, made.padded_causal, made.sequence_ids)

@@ -42,8 +42,12 @@ BASES: dict[str, Callable[[], Any]] = {
 
 
 def composed(base: str, over: str) -> Any:
-    """As transformers composes them: what a user adds, sequences of a row, blocks."""
-    function = BASES[base]()
+    """As transformers composes them."""
+    return overlaid(BASES[base](), over)
+
+
+def overlaid(function: Any, over: str) -> Any:
+    """With what a user adds, sequences of a row, blocks."""
     if "user" in over:
         function = utils.or_masks(function, lambda b, h, q, kv: (q - kv) % 5 == 0)
     if "packed" in over:

@@ -189,7 +189,7 @@ def test_forms_of_masks(where: str) -> None:
         (torch.ones(9), ValueError, "attention_mask: expected"),
         (torch.ones(3, 9, 9), ValueError, "attention_mask: expected"),
         (torch.ones(2, 1, 9, 9), ValueError, "attention_mask: expected"),
-        (torch.ones(3, 1, 9, 9), ValueError, "attention_mask: expected bool, or 0 and very negative numbers"),
+        (torch.ones(3, 1, 9, 9), ValueError, "attention_mask: expected bool, or float of 0 and numbers below -1000"),
         (torch.ones(3, 1, 9, 9, dtype=torch.long), ValueError, "attention_mask: expected bool or float"),
         (torch.ones(3, 1, 9, 9, dtype=torch.bool), ValueError, "attention_mask: expected a causal mask"),
         (torch.ones(9, 9, dtype=torch.bool).tril(-1)[None, None] | torch.eye(9, dtype=torch.bool), None, ""),

@@ -13,7 +13,7 @@ from . import algebra, builders, checks, interop, key_lifetimes
 from .algebra import Intervals
 from .builders import Span
 from .key_lifetimes import Lifetime
-from .plan import Plans
+from .plan import plan_of
 
 _DEBUG = _env.read().debug
 _ANY = "tq, tk: expected sizes, for the mask has none of its own"
@@ -93,7 +93,6 @@ class IntervalMask:
         self.tq: int | None = starts.shape[2]
         self.tk: int | None = tk
         self.plain_causal, self.sink_tokens, self.window = False, 0, -1
-        self._plans = Plans()
 
     @classmethod
     def _plain(cls, causal: bool, sink_tokens: int, window: int, tq: int | None, tk: int | None) -> IntervalMask:
@@ -104,7 +103,6 @@ class IntervalMask:
         mask.starts = mask.ends = mask.key_start = mask.key_stop = mask.shift = None
         mask.tq, mask.tk = tq, tq if tk is None else tk
         mask.plain_causal, mask.sink_tokens, mask.window = causal, sink_tokens, window
-        mask._plans = Plans()
         return mask
 
     @classmethod
@@ -478,7 +476,7 @@ class IntervalMask:
         """
         if self.starts is None or self.ends is None or self.tk is None:
             raise ValueError("mask: expected one of intervals, got a plain one, which needs no plan")
-        return self._plans.get(self.starts, self.ends, self.tk, per_slot)
+        return plan_of(self.starts, self.ends, self.tk, per_slot)
 
     def materialize(
         self, tq: int | None = None, tk: int | None = None, device: torch.device | str | None = None
@@ -506,7 +504,6 @@ class IntervalMask:
     def _copy(self) -> IntervalMask:
         mask = IntervalMask.__new__(IntervalMask)
         mask.__dict__.update(self.__dict__)
-        mask._plans = Plans()
         return mask
 
     def _intervals(

@@ -5,26 +5,19 @@ from __future__ import annotations
 import torch
 
 from .. import _checks
+from .._derived import Derived
 
 PLAN_Q, PLAN_K = 128, 64  # rows and keys of a tile
 
 
-class Plans:
-    """The tile plans of one mask, kept until its tensors are written to or exchanged."""
+_PLANS = {per_slot: Derived() for per_slot in (False, True)}
 
-    def __init__(self) -> None:
-        self._kept: dict[bool, tuple[torch.Tensor, torch.Tensor, tuple[int, int], list[torch.Tensor]]] = {}
 
-    def get(self, starts: torch.Tensor, ends: torch.Tensor, tk: int, per_slot: bool) -> list[torch.Tensor]:
-        """`tile_plan` of these intervals, or of each interval alone."""
-        if _checks.traced(starts) or starts.is_inference() or ends.is_inference():
-            return _made(starts, ends, tk, per_slot)
-        versions = (starts._version, ends._version)
-        kept = self._kept.get(per_slot)
-        if kept is None or kept[0] is not starts or kept[1] is not ends or kept[2] != versions:
-            kept = (starts, ends, versions, _made(starts, ends, tk, per_slot))
-            self._kept[per_slot] = kept
-        return kept[3]
+def plan_of(starts: torch.Tensor, ends: torch.Tensor, tk: int, per_slot: bool) -> list[torch.Tensor]:
+    """`tile_plan` of these intervals, or of each interval alone; kept until they are written to."""
+    if _checks.traced(ends) or ends.is_inference():
+        return _made(starts, ends, tk, per_slot)
+    return _PLANS[per_slot].get(starts, (ends, ends._version, tk), lambda: _made(starts, ends, tk, per_slot))
 
 
 def _made(starts: torch.Tensor, ends: torch.Tensor, tk: int, per_slot: bool) -> list[torch.Tensor]:

@@ -15,9 +15,9 @@ from torch import nn
 
 from .._packing import Packed
 from ..masks import IntervalMask
+from ..masks.additive import shown
 from ..masks.model_mask import ModelMask
 
-_HIDDEN = -1e3  # the largest number of an additive mask that hides a key: the exponential of a score with it is 0
 # What says where packed sequences begin: the package's own name and that of transformers' collators for flash attention.
 BOUNDS = ("cu_seqlens", "cu_seq_lens_q")
 
@@ -203,10 +203,7 @@ def _visible(mask: torch.Tensor) -> torch.Tensor:
         return mask
     if not mask.is_floating_point():
         raise ValueError(f"attention_mask: expected bool or float in four dimensions, got {mask.dtype}")
-    visible = mask == 0
-    if not torch.compiler.is_compiling() and not bool((visible | (mask < _HIDDEN)).all()):
-        raise ValueError("attention_mask: expected bool, or 0 and very negative numbers, got other biases")
-    return visible
+    return shown(mask)
 
 
 # --- packed sequences ----------------------------------------

@@ -10,11 +10,11 @@ from ... import _checks
 from ..._derived import Derived
 from ..._packing import Packed, bounds
 from ...masks import IntervalMask, builders
+from ...masks.additive import shown
 from ...masks.model_mask import ModelMask
 from .masks import plain
 from .predicates import run_starts, run_stops
 
-_HIDDEN = -1e3  # a float mask hides a key by less than this: the exponential of a score with it is 0
 _FORMS = "a mask [B|1, H|1, Tq|1, Tk], bool, or float of 0 and numbers below -1000"
 _DENSE, _APART = Derived(), Derived()
 
@@ -82,14 +82,7 @@ def from_tensor(mask: torch.Tensor, tq: int, tk: int) -> IntervalMask:
         mask = mask.expand(-1, -1, -1, tk)
     mask = mask[..., :tk]
     if mask.dtype is not torch.bool:
-        hidden = mask < _HIDDEN
-        only = ((mask == 0) | hidden).all()
-        message = f"attention_mask: expected {_FORMS}, got other biases; use 'eager' for this model"
-        if _checks.traced(mask):
-            torch._assert_async(only, message)
-        elif not bool(only):
-            raise ValueError(message)
-        mask = ~hidden
+        mask = shown(mask, "; use 'eager' for this model")
     dense = IntervalMask.from_dense(mask)
     if mask.shape[2] == tq:
         return dense

@@ -16,6 +16,7 @@ _MASKS = _of(
     "tests/models/test_masks.py",
     "tests/models/test_tokens.py",
 )
+_ADDITIVE = _of("masks/additive.py", "tests/models/test_masks.py", "tests/models/test_tokens.py")
 _GIVEN = _of("integrations/transformers/given.py", "tests/models/test_attention.py", "tests/models/test_masks.py")
 _PREDICATES = _of(
     "integrations/transformers/predicates.py", "tests/models/test_attention.py", "tests/models/test_masks.py"
@@ -85,9 +86,9 @@ FAULTS = (
     ),
     Fault("hf-first-row", "mask", _MASKS, "first_row = q_offset - kv_offset\n", "first_row = q_offset\n"),
     Fault(
-        "hf-additive-mask", "mask", _GIVEN, "hidden = mask < _HIDDEN", "hidden = mask <= torch.finfo(mask.dtype).min"
+        "hf-additive-mask", "mask", _ADDITIVE, "hidden = mask < HIDDEN", "hidden = mask <= torch.finfo(mask.dtype).min"
     ),
-    Fault("hf-additive-bias", "guard", _GIVEN, "elif not bool(only):\n", "elif False:\n"),
+    Fault("hf-additive-bias", "guard", _ADDITIVE, "elif not bool(only):\n", "elif False:\n"),
     Fault(
         "hf-predicate-window",
         "mask",

@@ -128,10 +128,10 @@ FAULTS = (
         "masks-plan-stale",
         "stale",
         _PLAN,
-        "if kept is None or kept[0] is not starts or kept[1] is not ends or kept[2] != versions:",
-        "if kept is None:",
+        "get(starts, (ends, ends._version, tk), lambda",
+        "get(starts, (ends, tk), lambda",
     ),
-    Fault("masks-plan-slots", "stale", _PLAN, "kept = self._kept.get(per_slot)", "kept = self._kept.get(False)"),
+    Fault("masks-plan-slots", "stale", _PLAN, "return _PLANS[per_slot].get(", "return _PLANS[False].get("),
     Fault(
         "masks-and-lifetimes",
         "mask",
