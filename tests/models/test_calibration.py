@@ -339,7 +339,7 @@ def test_mask_does_not_outlive_its_forward(model: Model, ids: torch.Tensor) -> N
 
 
 def test_a_mask_that_tells_no_padding_is_refused(model: Model, ids: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="attention_mask: expected bool, or 0 and very negative numbers"):
+    with pytest.raises(ValueError, match="attention_mask: expected bool, or float of 0 and numbers below -1000"):
         run(model, ids, torch.ones(ids.shape[0], 1, ids.shape[1], ids.shape[1]))
     with pytest.raises(ValueError, match=r"attention_mask: expected .* or \[B, T\]"):
         run(model, ids, torch.ones(ids.shape[0], ids.shape[1], ids.shape[1]))
