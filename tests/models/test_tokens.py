@@ -14,7 +14,7 @@ from subquad.demo.model import cache_name
 from subquad.integrations.transformers import LawcatConfig, convert, register
 from subquad.masks import IntervalMask
 from subquad.masks.model_mask import ModelMask
-from subquad.nn import LawcatAttention
+from subquad.nn import LawcatAttention, _tokens
 from subquad.nn._tokens import read
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -482,3 +482,15 @@ def test_a_sliding_layer_and_a_mask_without_the_window(cut: int) -> None:
             if b > a
         ]
         torch.testing.assert_close(torch.cat(parts, 1)[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers are given the same tensor, and to look at it is to wait for the device; it may be written to in between."""
+    looks = []
+    but_first = _tokens._but_first
+    monkeypatch.setattr(_tokens, "_but_first", lambda x: looks.append(1) or but_first(x))
+    positions = torch.arange(9)[None].clone()
+    assert all(read(None, 1, 9, position_ids=positions).begins is None for _ in range(3)) and len(looks) == 1
+    positions[:, 5:] -= 5
+    begins = read(None, 1, 9, position_ids=positions).begins
+    assert begins is not None and begins.nonzero().tolist() == [[0, 5]]

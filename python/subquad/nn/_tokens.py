@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._derived import Derived
 from .._packing import Packed
 from ..masks import IntervalMask
 from ..masks.additive import shown
@@ -20,6 +21,7 @@ from ..masks.model_mask import ModelMask
 
 # What says where packed sequences begin: the package's own name and that of transformers' collators for flash attention.
 BOUNDS = ("cu_seqlens", "cu_seq_lens_q")
+_RESTARTS = Derived()  # of positions, which all layers of a model are given: the device is asked once
 
 
 @dataclass(frozen=True)
@@ -262,12 +264,16 @@ def _restarts(positions: Any, real: torch.Tensor | None, length: int, anywhere: 
     """The sequence of every token, by positions that do not go on: anywhere, or from 0 where there is no padding."""
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or positions.shape[1] != length or length == 1:
         return None
-    restart = positions != positions.roll(1, 1) + 1
-    if not anywhere:
-        if torch.compiler.is_compiling() or (real is not None and not bool(real.all())):
-            return None
-        restart = restart & (positions == 0)
-    return _but_first(restart).cumsum(1)
+    compiling = torch.compiler.is_compiling()
+    if not anywhere and (compiling or (real is not None and not bool(real.all()))):
+        return None
+
+    def make() -> torch.Tensor | None:
+        restart = positions != positions.roll(1, 1) + 1
+        restart = _but_first(restart if anywhere else restart & (positions == 0))
+        return restart.cumsum(1) if compiling or bool(restart.any()) else None
+
+    return _RESTARTS.get(positions, (anywhere,), make)
 
 
 def _apart(ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
