@@ -20,6 +20,7 @@ from .ops.feature_map import feature_map
 from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
 from .ops.lawcat_decode_step import lawcat_decode_step
+from .ops.sink_attention_step import sink_attention_step
 from .recipes.sink import sink_attention
 from .rope import RopeSpec
 
@@ -74,6 +75,7 @@ __all__ = [
     "interval_attention",
     "lawcat_decode_step",
     "sink_attention",
+    "sink_attention_step",
     "sparsity_report",
     "track_sparsity",
     "trainable_parameters",

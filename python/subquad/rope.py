@@ -50,6 +50,12 @@ class RopeSpec:
         low = torch.round((turns * 2.0**32 - high) * 2.0**32)
         self._step = (high.long() << 32) + low.long()  # turns per position, in units of 2^-64, modulo 2^64
 
+    def turns(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """int64 [rotary_dim / 2]: turns per position in units of 2^-64, modulo one turn; times a position, it wraps."""
+        if device is not None and self._step.device != torch.device(device):
+            self._step = self._step.to(device)
+        return self._step
+
     @classmethod
     def from_hf(cls, source: Any) -> RopeSpec:
         """From a transformers rotary module (anything with `inv_freq`), or a config with `rope_theta` or `rope_parameters`.
@@ -103,7 +109,7 @@ class RopeSpec:
                 f"x: expected at least {self.rotary_dim} elements in the last dimension, got {x.shape[-1]}"
             )
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        phase = positions.long()[..., None] * self._step.to(x.device)  # wraps modulo one turn
+        phase = positions.long()[..., None] * self.turns(x.device)  # wraps modulo one turn
         angle = (phase >> 11).double() * (2 * math.pi / 2.0**53)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         turned = x[..., : self.rotary_dim].to(wide)
