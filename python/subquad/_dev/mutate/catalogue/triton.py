@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..fault import Fault, Where
+from ..fault import Fault, Where, tests_of
 
 
 def _of(file: str, *stems: str, first: tuple[str, ...] = ("forward", "gradients")) -> Where:
-    return Where(f"kernels/triton_ops/{file}", tuple(f"tests/ops/{stem}" for stem in stems), "triton", first)
+    return Where(f"kernels/triton_ops/{file}", tests_of(*stems), "triton", first)
 
 
 _ACTIVATIONS = _of("_common/activations.py", "cats_activation", "cats_mlp")
