@@ -464,6 +464,7 @@ FAULTS = (
         _GLA_CHUNK,
         "g = tl.where(g < MIN_GATE, MIN_GATE, g) * LOG2E\n    after",
         "g = g * LOG2E\n    after",
+        equivalent="a gate below MIN_GATE exceeds HALF_RANGE by itself; such chunks go token by token and use no g_cum",
     ),
     Fault(
         "triton-gla-range",
