@@ -161,6 +161,7 @@ FAULTS = (
         _INTERVALS,
         "return {first > sinks ? first : sinks, stop};",
         "return {first, stop};",
+        equivalent="on a CPU a row sees the union of its intervals",
     ),
     Fault(
         "cpu-attention-lifetime",

@@ -472,7 +472,6 @@ FAULTS = (
         _GLA_CHUNK,
         "HALF_RANGE = tl.constexpr(57.7)",
         "HALF_RANGE = tl.constexpr(5770.0)",
-        equivalent="the bound on the scores sends such chunks the same way, unless all keys are below about 1e-20",
     ),
     Fault(
         "triton-gla-chunk-number",
