@@ -163,6 +163,7 @@ FAULTS = (
         _CONV,
         "if (j < p.taps && (p.state != nullptr || t - j >= s.start)) {",
         "if (j < p.taps && (p.state != nullptr || t - j >= 0)) {",
+        equivalent="conv_tap gives 0 before a sequence without a state by itself",
     ),
     Fault(
         "cuda-conv-new-sequence",
