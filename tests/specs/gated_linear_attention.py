@@ -101,6 +101,8 @@ def step_samples(sampler: Sampler) -> Iterator[Sample]:
     yield new("everything", (8, 2, 1, 2), 12, 20, normalize=True)
     yield new("head", (3, 1, 3, 1), 9, 35, gate="head", normalize=True)
     yield new("no-gate", (4, 1, 1, 1), 5, 7, gate="none")
+    if sampler.tokens is None:
+        yield new("many-queries", (6, 1, 1, 1), 8, 20, normalize=True)
     if sampler.size == "full":
         yield new("wide", (2, 2, 2, 2), 256, 131, normalize=True)
 

@@ -18,11 +18,20 @@ bool is_small(const IntervalAttentionParams& p) {
 }
 
 struct Cpu {
-  static void forward(const IntervalAttentionParams& p, DType dtype, const auto&...) {
-    if (p.batch * p.mask.tq * p.heads == 0) return;
+  static void forward(const IntervalAttentionParams& p, DType dtype, const Tensor& q, const auto&...) {
+    const int64_t rows = p.batch * p.mask.tq * p.heads;
+    if (rows == 0) return;
     const IntervalAttentionKernels kernels = SQ_DISPATCH_ISA(interval_attention_kernels, dtype);
+    constexpr int64_t kMergedRows = 16;
+    const Tensor memory = empty_on(q, {kernels.part_floats(p)}, ScalarType::Float);
+    float* parts = floats_in(memory);
     parallel_items_with_scratch(kernels.forward_items(p), is_small(p), kernels.forward_scratch(p),
-                                [&](int64_t item, void* scratch) { kernels.forward(p, item, scratch); });
+                                [&](int64_t item, void* scratch) { kernels.forward(p, item, parts, scratch); });
+    if (memory.numel() == 0) return;
+    const int64_t items = ceil_div(rows, kMergedRows);
+    parallel_items(items, items <= 1, [&](int64_t i) {
+      kernels.merge_parts(p, parts, i * kMergedRows, smaller(rows, (i + 1) * kMergedRows));
+    });
   }
 
   static void backward(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, DType dtype,

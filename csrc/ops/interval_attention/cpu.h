@@ -12,9 +12,16 @@ namespace subquad::cpu {
 /// Work is cut into items that touch no memory of each other; the cuts depend on shapes alone. `scratch` is private to
 /// the caller, 64-byte aligned, of the size asked for.
 struct IntervalAttentionKernels {
-  int64_t (*forward_scratch)(const IntervalAttentionParams&);
+  /// Where the rows of a head are one tile, its keys are cut into ranges, whose sums are merged in their order, after
+  /// the sinks. Where heads are few, each range is an item and leaves its sums in `parts`, of as many floats as asked
+  /// for, and `merge_parts` makes the results of (head, row of the head) pairs [begin, end) of them. Where heads are
+  /// many, an item takes all ranges of one head and merges them itself: the same bits. No part: the results are
+  /// written.
   int64_t (*forward_items)(const IntervalAttentionParams&);
-  void (*forward)(const IntervalAttentionParams&, int64_t item, void* scratch);
+  int64_t (*part_floats)(const IntervalAttentionParams&);
+  int64_t (*forward_scratch)(const IntervalAttentionParams&);
+  void (*forward)(const IntervalAttentionParams&, int64_t item, float* parts, void* scratch);
+  void (*merge_parts)(const IntervalAttentionParams&, float* parts, int64_t begin, int64_t end);
 
   /// grads.delta of (position, head) pairs [begin, end); before any `backward`.
   void (*delta)(const IntervalAttentionParams&, const IntervalAttentionGrads&, int64_t begin, int64_t end);

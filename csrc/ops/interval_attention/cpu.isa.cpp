@@ -8,23 +8,108 @@ namespace {
 
 using namespace interval;
 
-int64_t row_tiles(const IntervalAttentionParams& p) { return ceil_div(p.mask.tq * (p.heads / p.kv_heads), kRows); }
+int64_t rows_of_head(const IntervalAttentionParams& p) { return p.mask.tq * (p.heads / p.kv_heads); }
 
-int64_t forward_items(const IntervalAttentionParams& p) { return p.batch * p.kv_heads * row_tiles(p); }
+int64_t row_tiles(const IntervalAttentionParams& p) { return ceil_div(rows_of_head(p), kRows); }
+
+constexpr int64_t kRangeKeys = 1024;  // keys taken at a time, where the rows of a head are one tile
+constexpr int64_t kManyHeads = 64;    // keep all threads busy, each with an item of its own
+
+/// Not from batch or heads, so that a row has the same bits alone and among others.
+int64_t forward_ranges(const IntervalAttentionParams& p) {
+  return row_tiles(p) == 1 ? larger(1, ceil_div(p.mask.tk, kRangeKeys)) : 1;
+}
+
+/// Whether the ranges of a head are items of their own.
+bool has_parts(const IntervalAttentionParams& p) { return forward_ranges(p) > 1 && p.batch * p.kv_heads < kManyHeads; }
+
+int64_t forward_items(const IntervalAttentionParams& p) {
+  return p.batch * p.kv_heads * (has_parts(p) ? forward_ranges(p) : row_tiles(p));
+}
+
+RowTile row_tile(const IntervalAttentionParams& p, int64_t head, int64_t first, int64_t count) {
+  return {head / p.kv_heads, head % p.kv_heads, p.heads / p.kv_heads, first, count};
+}
+
+/// What the items of a head leave for `merge_parts`: for each range whether any row sees one of its keys, and its sums.
+struct Parts {
+  Parts(const IntervalAttentionParams& p, float* memory)
+      : cols(RowSums::columns(p)),
+        rows(round_up(rows_of_head(p), kTileRows)),
+        count(has_parts(p) ? p.batch * p.kv_heads * forward_ranges(p) : 0),
+        seen(memory) {}
+
+  RowSums sums(int64_t part) const { return RowSums::in(seen + floats_before(part), rows, cols); }
+  int64_t floats() const { return floats_before(count); }
+
+  int64_t cols, rows, count;
+  float* seen;  // 1 or 0, head by head
+
+ private:
+  int64_t floats_before(int64_t part) const { return round_up(count, 16) + part * RowSums::floats(rows, cols); }
+};
+
+int64_t part_floats(const IntervalAttentionParams& p) { return Parts(p, nullptr).floats(); }
+
+RowSums take_sums(const IntervalAttentionParams& p, Arena& arena) {
+  const int64_t cols = RowSums::columns(p);
+  return {arena.take<float>(kRows * cols), arena.take<float>(kRows), arena.take<float>(kRows), cols};
+}
 
 template <class T>
 int64_t forward_scratch(const IntervalAttentionParams& p) {
-  return ForwardTile<T>(p, Arena(nullptr)).bytes();
+  Arena arena(nullptr);
+  take_sums(p, arena), take_sums(p, arena);
+  return ForwardTile<T>(p, arena).bytes();
 }
 
 /// The tiles of a head follow each other, so that its keys stay in a shared cache; the last ones, which see most under
 /// a causal mask, come first.
 template <class T>
-void forward(const IntervalAttentionParams& p, int64_t item, void* scratch) {
-  const int64_t tiles = row_tiles(p), head = item / tiles, first = (tiles - 1 - item % tiles) * kRows;
-  const int64_t per_kv = p.heads / p.kv_heads;
-  const RowTile rows{head / p.kv_heads, head % p.kv_heads, per_kv, first, smaller(kRows, p.mask.tq * per_kv - first)};
-  ForwardTile<T>(p, Arena(scratch)).run(rows);
+void forward(const IntervalAttentionParams& p, int64_t item, float* memory, void* scratch) {
+  Arena arena(scratch);
+  const RowSums total = take_sums(p, arena), one_range = take_sums(p, arena);
+  ForwardTile<T> tile(p, arena);
+  const int64_t ranges = forward_ranges(p), all_rows = rows_of_head(p);
+  if (ranges == 1) {
+    const int64_t tiles = row_tiles(p), first = (tiles - 1 - item % tiles) * kRows;
+    const RowTile rows = row_tile(p, item / tiles, first, smaller(kRows, all_rows - first));
+    start(p, rows, total);
+    tile.add(rows, 0, p.mask.tk, total, true);
+    return store<T>(p, rows, total);
+  }
+  const bool apart = has_parts(p);
+  const Parts parts(p, memory);
+  const RowTile rows = row_tile(p, apart ? item / ranges : item, 0, all_rows);
+  const int64_t first = apart ? item % ranges : 0, last = apart ? first + 1 : ranges;
+  if (!apart) start(p, rows, total);
+  for (int64_t range = first; range < last; ++range) {
+    const RowSums sums = apart ? parts.sums(item) : one_range;
+    const int64_t key = range * kRangeKeys;
+    const bool seen = tile.add(rows, key, smaller(p.mask.tk, key + kRangeKeys), sums, false);
+    if (apart) {
+      parts.seen[item] = seen ? 1.0f : 0.0f;
+    } else if (seen) {
+      for (int64_t row = 0; row < all_rows; ++row) merge(total.from(row), sums.from(row));
+    }
+  }
+  if (!apart) store<T>(p, rows, total);
+}
+
+template <class T>
+void merge_parts(const IntervalAttentionParams& p, float* memory, int64_t begin, int64_t end) {
+  const Parts parts(p, memory);
+  const int64_t ranges = forward_ranges(p), all_rows = rows_of_head(p);
+  alignas(64) float sums[RowSums::floats(kTileRows, kIntervalMaxDim)];  // of one row, padded
+  const RowSums total = RowSums::in(sums, kTileRows, parts.cols);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t head = i / all_rows, row = i % all_rows;
+    const RowTile one = row_tile(p, head, row, 1);
+    start(p, one, total);
+    for (int64_t part = head * ranges; part < (head + 1) * ranges; ++part)
+      if (parts.seen[part] != 0.0f) merge(total, parts.sums(part).from(row));
+    store<T>(p, one, total);
+  }
 }
 
 template <class T>
@@ -89,8 +174,8 @@ void sum_dq(const IntervalAttentionParams& p, const IntervalAttentionGrads& grad
 
 template <class T>
 IntervalAttentionKernels kernels() {
-  return {forward_scratch<T>, forward_items,       forward<T>,  delta<T>, backward_items,
-          dq_parts,           backward_scratch<T>, backward<T>, sum_dq<T>};
+  return {forward_items,  part_floats, forward_scratch<T>,  forward<T>,  merge_parts<T>, delta<T>,
+          backward_items, dq_parts,    backward_scratch<T>, backward<T>, sum_dq<T>};
 }
 
 }  // namespace

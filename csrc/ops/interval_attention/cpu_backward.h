@@ -100,7 +100,7 @@ class BackwardRange {
       finite &= is_finite_bits(delta_[row]) && is_finite_bits(top_[row]) && (empty || is_finite_bits(log2_sum_[row]));
     }
     for (int64_t slot = 0; slot < p_.slots; ++slot) {
-      const VisibleKeys seen(p_.mask, rows, p_.slots > 1 ? slot : -1, intervals_, marks_);
+      const VisibleKeys seen(p_.mask, rows, p_.slots > 1 ? slot : -1, first_, last_, intervals_, marks_);
       const bool q_finite = load_queries<Words, T>(
           rows, [&](int64_t row) { return query_row<T>(p_, rows, row, slot); }, p_.d, q_, q_words_);
       pack_right(q_, kRows, q_cols_, q_right_);

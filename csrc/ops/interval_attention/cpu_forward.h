@@ -1,9 +1,7 @@
 // Forward pass of interval attention: one tile of rows over the key tiles it sees, with a running softmax.
 #pragma once
 
-#include <math.h>
-
-#include "ops/interval_attention/cpu_rows.h"
+#include "ops/interval_attention/cpu_sums.h"
 
 namespace subquad::cpu::SUBQUAD_ISA::interval {
 
@@ -136,16 +134,13 @@ class ForwardTile {
       : p_(p),
         few_rows_(Words::kDepth == 1 && p.mask.tq * (p.heads / p.kv_heads) <= kFewRows),
         q_words_(padded_words<Words>(p.d)),
-        out_cols_(round_up(p.dv, 16)),
+        out_cols_(RowSums::columns(p)),
         q_(arena.take<float>(kRows * q_words_)),
         k_(arena.take<float>(kKeys * q_words_)),
         kt_(arena.take<float>(kKeys * q_words_)),
         v_(arena.take<float>(kKeys * out_cols_)),
         v_pairs_(Words::kDepth == 1 ? v_ : arena.take<float>(kKeys / 2 * out_cols_)),
         scores_(arena.take<float>(kRows * kKeys)),
-        out_(arena.take<float>(kRows * out_cols_)),
-        top_(arena.take<float>(kRows)),
-        sum_(arena.take<float>(kRows)),
         hulls_(arena.take<Hull>(kGroups)),
         intervals_(arena.take<Interval>(kRows * p.mask.intervals)),
         marks_(arena.take<int32_t>(ceil_div(p.mask.tk, kKeys) + 1)),
@@ -153,21 +148,22 @@ class ForwardTile {
 
   int64_t bytes() const { return bytes_; }
 
-  void run(const RowTile& rows) {
+  /// Adds keys [begin, end), `begin` a multiple of kKeys, to the sums of all padded rows. Sums that are not `begun` are
+  /// cleared before the first key. Whether any row sees one; if not, nothing was written.
+  bool add(const RowTile& rows, int64_t begin, int64_t end, const RowSums& sums, bool begun) {
     rows_ = &rows;
-    for (int64_t row = 0; row < rows.padded(); ++row) {
-      const bool sink = p_.sink_logits != nullptr && row < rows.count;
-      top_[row] = sink ? p_.sink_logits[rows.head(row)] : -__builtin_inff();
-      sum_[row] = top_[row] == -__builtin_inff() ? 0.0f : 1.0f + (top_[row] - top_[row]);  // NaN beside infinity
-    }
-    zero_words(out_, rows.padded() * out_cols_);
+    sums_ = sums;
+    bool any = false;
     for (int64_t slot = 0; slot < p_.slots; ++slot) {
-      const VisibleKeys seen(p_.mask, rows, p_.slots > 1 ? slot : -1, intervals_, marks_);
+      const VisibleKeys seen(p_.mask, rows, p_.slots > 1 ? slot : -1, begin, end, intervals_, marks_);
+      if (!seen.any()) continue;
+      if (!begun && !any) clear(sums, rows.padded());
+      any = true;
       load_queries<Words, T>(rows, [&](int64_t row) { return query_row<T>(p_, rows, row, slot); }, p_.d, q_, q_words_);
-      for (int64_t key = 0; key < p_.mask.tk; key += kKeys)
+      for (int64_t key = begin; key < end; key += kKeys)
         if (seen.touches(key / kKeys)) add_keys(seen, key);
     }
-    store();
+    return any;
   }
 
  private:
@@ -214,7 +210,7 @@ class ForwardTile {
     const bool biased = masks_by_bias(p_, *rows_, key, live);
     const int64_t begin = hull.begin / kLanes * kLanes, end = round_up(hull.end, kLanes);
     for (int64_t row = 0; row < rows_->count; ++row) {
-      float *x = scores_ + row * kKeys, *out = out_ + row * out_cols_;
+      float *x = scores_ + row * kKeys, *out = sums_.out + row * out_cols_;
       dot_rows(q_ + row * q_words_, keys + begin * key_stride, key_stride, smaller(end, live) - begin, p_.d, x + begin);
       soften(row, x, begin, end, finish_scores(seen, hull, row, key, live, biased, begin, end, x));
       if (hull.full && !biased) {
@@ -257,7 +253,7 @@ class ForwardTile {
     if (direct) {
       const int64_t from = hull.begin / Words::kDepth, depth = ceil_div(hull.end, Words::kDepth) - from;
       product<Words>(rows, out_cols_, depth, {scores + from, kKeys, 1}, {v_pairs_ + from * out_cols_, out_cols_},
-                     {out_ + row * out_cols_, out_cols_}, true);
+                     {sums_.out + row * out_cols_, out_cols_}, true);
     } else {
       for (int64_t i = row; i < smaller(row + rows, rows_->count); ++i) add_values(seen, i, key, hull);
     }
@@ -269,18 +265,18 @@ class ForwardTile {
   /// The scores x of a row, the largest of them `found`, become weights; what was summed before is scaled to the new
   /// maximum.
   void soften(int64_t row, float* x, int64_t begin, int64_t end, float found) {
-    const float top = found > top_[row] ? found : top_[row];
+    const float top = found > sums_.top[row] ? found : sums_.top[row];
     const float shift = top == -__builtin_inff() ? 0.0f : top;
-    if (top != top_[row]) {
+    if (top != sums_.top[row]) {
       float factor[kLanes];
-      vec_store(factor, vec_exp2(vec_set((top_[row] - shift) * kLog2e)));
-      sum_[row] *= factor[0];
-      float* out = out_ + row * out_cols_;
+      vec_store(factor, vec_exp2(vec_set((sums_.top[row] - shift) * kLog2e)));
+      sums_.sum[row] *= factor[0];
+      float* out = sums_.out + row * out_cols_;
       for (int64_t c = 0; c < out_cols_; c += kLanes)
         vec_store(out + c, vec_mul(vec_load(out + c), vec_set(factor[0])));
-      top_[row] = top;
+      sums_.top[row] = top;
     }
-    sum_[row] += exponentials<Words>(x, begin, end, shift);
+    sums_.sum[row] += exponentials<Words>(x, begin, end, shift);
   }
 
   /// out += weights * values, visible keys only.
@@ -288,7 +284,7 @@ class ForwardTile {
     const auto* weights = reinterpret_cast<const typename Words::Element*>(scores_ + row * kKeys);
     const auto* values = reinterpret_cast<const typename Words::Element*>(v_);
     const float* bias = bias_row(p_, *rows_, row, key);
-    float* out = out_ + row * out_cols_;
+    float* out = sums_.out + row * out_cols_;
     for (int64_t j = hull.begin; j < hull.end; ++j) {
       if (!seen.sees(row, key, j) || (bias != nullptr && bias[j] == -__builtin_inff())) continue;
       const float w = to_float(weights[j]);
@@ -296,28 +292,12 @@ class ForwardTile {
     }
   }
 
-  void store() {
-    const RowTile& rows = *rows_;
-    for (int64_t row = 0; row < rows.count; ++row) {
-      const int64_t at = (rows.b * p_.mask.tq + rows.position(row)) * p_.heads + rows.head(row);
-      const bool empty = sum_[row] == 0.0f;
-      const float total = empty ? 1.0f : sum_[row];
-      T* out = static_cast<T*>(p_.out) + at * p_.dv;
-      const float* sums = out_ + row * out_cols_;
-      for (int64_t c = 0; c < p_.dv; ++c) out[c] = from_float<T>(sums[c] / total);
-      const float top = top_[row] == -__builtin_inff() ? 0.0f : top_[row], log_sum = logf(total);
-      p_.lse[at] = empty ? -__builtin_inff() : top + log_sum;
-      p_.stats[2 * at] = top;
-      p_.stats[2 * at + 1] = empty ? __builtin_inff() : log_sum;
-    }
-  }
-
   const IntervalAttentionParams& p_;
   const RowTile* rows_ = nullptr;
+  RowSums sums_{};
   const bool few_rows_;
   const int64_t q_words_, out_cols_;
-  float *const q_, *const k_, *const kt_, *const v_, *const v_pairs_, *const scores_, *const out_, *const top_,
-                                                                                                       *const sum_;
+  float *const q_, *const k_, *const kt_, *const v_, *const v_pairs_, *const scores_;
   Hull* const hulls_;
   Interval* const intervals_;
   int32_t* const marks_;

@@ -30,26 +30,36 @@ struct Hull {
 /// The keys of a row tile. `slot` restricts it to one interval of each row; -1 takes all.
 class VisibleKeys {
  public:
-  /// `intervals` holds kRows * mask.intervals, `marks` as many as there are key tiles, and one more.
-  VisibleKeys(const IntervalMaskParams& mask, const RowTile& rows, int64_t slot, Interval* intervals, int32_t* marks)
-      : mask_(mask), rows_(rows), per_row_(slot < 0 ? mask.intervals : 1), intervals_(intervals), marks_(marks) {
-    const int64_t tiles = ceil_div(mask.tk, kKeys);
+  /// Keys [begin, end), `begin` a multiple of kKeys. `intervals` holds kRows * mask.intervals, `marks` as many as there
+  /// are tiles of these keys, and one more.
+  VisibleKeys(const IntervalMaskParams& mask, const RowTile& rows, int64_t slot, int64_t begin, int64_t end,
+              Interval* intervals, int32_t* marks)
+      : mask_(mask),
+        rows_(rows),
+        per_row_(slot < 0 ? mask.intervals : 1),
+        first_tile_(begin / kKeys),
+        intervals_(intervals),
+        marks_(marks) {
+    const int64_t tiles = ceil_div(end - begin, kKeys);
     for (int64_t tile = 0; tile <= tiles; ++tile) marks[tile] = 0;
     for (int64_t row = 0; row < rows.count; ++row) {
       for (int64_t r = 0; r < per_row_; ++r) {
         const Interval at = row_interval(mask, rows.b, rows.head(row), rows.position(row), slot < 0 ? r : slot);
         intervals[row * per_row_ + r] = at;
-        if (at.begin < at.end) {
-          ++marks[at.begin / kKeys];
-          --marks[ceil_div(at.end, kKeys)];
+        const int64_t from = larger(at.begin, begin) - begin, to = smaller(at.end, end) - begin;
+        if (from < to) {
+          ++marks[from / kKeys];
+          --marks[ceil_div(to, kKeys)];
+          any_ = true;
         }
       }
     }
     for (int64_t tile = 1; tile < tiles; ++tile) marks[tile] += marks[tile - 1];
   }
 
-  /// Whether any row sees a key of the tile.
-  bool touches(int64_t tile) const { return marks_[tile] > 0; }
+  /// Whether any row sees a key, lifetimes aside; of all keys, and of a tile.
+  bool any() const { return any_; }
+  bool touches(int64_t tile) const { return marks_[tile - first_tile_] > 0; }
 
   /// What the rows of `group` see of keys [key, key + count).
   Hull hull(int64_t group, int64_t key, int64_t count) const {
@@ -108,7 +118,8 @@ class VisibleKeys {
 
   const IntervalMaskParams& mask_;
   const RowTile& rows_;
-  int64_t per_row_;
+  int64_t per_row_, first_tile_;
+  bool any_ = false;
   Interval* intervals_;
   int32_t* marks_;
 };

@@ -125,3 +125,18 @@ def test_gated_unit_takes_a_wider_gate(backend: str) -> None:
     grads = torch.autograd.grad(h, leaves, torch.ones_like(h))
     assert [t.dtype for t in (h, *grads)] == [torch.bfloat16, torch.float32, torch.bfloat16]
     torch.testing.assert_close(h, GLU.reference(z, u, **sample.kwargs))
+
+
+@pytest.mark.quick
+@backend_params("cats_activation")
+def test_odd_addresses(backend: str) -> None:
+    """Whole vectors of columns that begin where no vector may."""
+    z = torch.randn(4, 64)
+    shifted = torch.empty(1 + z.numel())[1:].view(z.shape).copy_(z)
+    results = []
+    for x in (z, shifted):
+        leaf = x.detach().requires_grad_()
+        y = subquad.cats_activation(leaf, 0.1, backend=backend)
+        results.append([y, *torch.autograd.grad(y, leaf, torch.ones_like(y))])
+    for expected, found in zip(*results, strict=True):
+        assert_same_bits(found, expected)

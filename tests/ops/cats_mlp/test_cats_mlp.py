@@ -182,3 +182,15 @@ def test_short_sums_are_not_rounded_on_the_way(backend: str) -> None:
     )
     y = cats_mlp(one, gate, up, down, -1.0, activation="relu", backend=backend)
     assert_same_bits(y, torch.full_like(one, 2.0**-14))
+
+
+@pytest.mark.quick
+@backend_params("cats_mlp")
+@pytest.mark.parametrize("neuron_major", [False, True])
+def test_a_neuron_that_one_token_keeps_is_dead_for_another(neuron_major: bool, backend: str) -> None:
+    """They share what is read of w_down, but not what is infinite there."""
+    x, gate, down = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.ones(2, 3)
+    down[:, 0] = torch.inf
+    down = down.t().contiguous().t() if neuron_major else down
+    y = cats_mlp(x, gate, torch.ones(3, 2), down, 0.1, backend=backend)
+    assert bool((y[0] == torch.inf).all()) and bool(y[1].isfinite().all())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import subquad
-from subquad.testing import Sampler, backend_params
+from subquad.testing import Sampler, Task, backend_params
+from subquad.testing.checks import CHECKS
+from subquad.testing.specs.gated_linear_attention import SPEC, draw
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:
@@ -36,3 +40,11 @@ def test_offsets_beyond_32_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -
             results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.quick
+@backend_params("gated_linear_attention", "triton")
+def test_one_gate_for_several_blocks_of_channels(backend: str) -> None:
+    """Every block of key channels has a part of its gradient."""
+    sample = draw(Sampler(), "head-wide", 5, (2, 2, 2, 2), 70, 8, gate="head")
+    Task(dataclasses.replace(SPEC, samples=lambda _: [sample]), CHECKS["gradients"], backend, torch.float32).run()

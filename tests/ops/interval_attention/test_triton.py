@@ -75,16 +75,17 @@ def test_tiles(name: str, dtype: torch.dtype, backend: str) -> None:
         assert float((actual.double() - expected).abs().max()) <= limit
 
 
-def far_apart(x: torch.Tensor) -> torch.Tensor:
-    """x with its heads, the last of which begins beyond element 2^31; only touched pages take memory."""
-    b, t, heads, d = x.shape
-    stride = 2**31 // (heads - 1) + 16
-    memory = torch.empty((heads - 1) * stride + b * t * d, dtype=x.dtype)
-    return memory.as_strided(x.shape, (t * d, d, stride, 1)).copy_(x)
+def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x with its tokens (1) or heads (2), the last of which begins beyond element 2^31; only touched pages take memory."""
+    near, far = x.shape[3 - dim] * x.shape[3], 2**31 // (x.shape[dim] - 1) + 16
+    memory = torch.empty((x.shape[dim] - 1) * far + near, dtype=x.dtype)
+    strides = (0, far, x.shape[3], 1) if dim == 1 else (0, x.shape[3], far, 1)
+    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 @backend_params("interval_attention", "triton")
-def test_offsets_beyond_32_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dim", [1, 2], ids=["tokens", "heads"])
+def test_offsets_beyond_32_bits(dim: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import GridExecutor
 
     torch.use_deterministic_algorithms(False)  # poisoning would touch it
@@ -94,7 +95,7 @@ def test_offsets_beyond_32_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
     args = [Sampler(torch.bfloat16, seed=i).normal(1, 5, 3, 16) for i in range(3)]
     results = []
-    for tensors in (args, [far_apart(x) for x in args]):
+    for tensors in (args, [far_apart(x, dim) for x in args]):
         leaves = [x.requires_grad_() for x in tensors]
         out = subquad.interval_attention(*leaves, IntervalMask.causal(), backend=backend)
         assert isinstance(out, torch.Tensor)

@@ -65,11 +65,13 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{time.monotonic() - start:5.0f} s  {area} {fault.name}: {verdict.state}; {line}", flush=True)
     for test in judge.broken:
         print(f"mutate: {test} fails without a fault, and was left out")
-    return int(bool(judge.broken))
+    for message in judge.refused:
+        print(f"mutate: {message}")
+    return int(bool(judge.broken or judge.refused))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when the catalogue is in order, or all chosen faults were judged by tests that pass without one."""
+    """0 when the catalogue is in order, or all chosen faults compiled and were judged by tests that pass without one."""
     parser = argparse.ArgumentParser(prog="python -m subquad._dev.mutate", description="Plant faults, see tests fail.")
     parser.add_argument("--check", action="store_true", help="only: does every pattern match exactly one place?")
     parser.add_argument("--table", action="store_true", help="only: print the table of the results file")

@@ -48,6 +48,11 @@ class Where:
     levels: tuple[str, ...] = ()
 
 
+def tests_of(*stems: str) -> tuple[str, ...]:
+    """The tests of these ops, and those of what all ops do alike."""
+    return (*(f"tests/ops/{stem}" for stem in stems), "tests/package/test_call_path.py")
+
+
 @dataclass(frozen=True)
 class Fault:
     """`old`, which stands exactly once in the file, becomes `new`.

@@ -78,6 +78,7 @@ class Judge:
         self.tree, self.server, self.lanes, self.every = tree, server, lanes, every
         self.trusted: set[str] = set()  # tests that pass without a fault
         self.broken: list[str] = []  # and those that do not: they are left out
+        self.refused: list[str] = []  # faults of the catalogue itself
 
     def judge(self, fault: Fault) -> Verdict:
         """Plant it, build, run the quick lane, and what more the whole lane has if that noticed nothing."""
@@ -87,7 +88,8 @@ class Judge:
             try:
                 verdict = self._planted(fault)
             except BuildError as error:
-                raise SystemExit(f"{fault.name}: does not compile, which says nothing about tests:\n{error}") from error
+                self.refused.append(f"{fault.name} does not compile, which says nothing about tests:\n{error}")
+                return Verdict("not run")
             test = verdict.whole.partition(": ")[2]
             if "::" not in test or test in self.trusted:
                 return verdict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..fault import Fault, Where
+from ..fault import Fault, Where, tests_of
 
 _K = "not simt and not triton and not reference"
 
@@ -11,7 +11,7 @@ def of(
     file: str, *stems: str, levels: tuple[str, ...] = (), first: tuple[str, ...] = ("forward", "gradients")
 ) -> Where:
     """A file below csrc, and the ops whose tests look at it."""
-    return Where(f"csrc/{file}", tuple(f"tests/ops/{stem}" for stem in stems), _K, first, "native", levels)
+    return Where(f"csrc/{file}", tests_of(*stems), _K, first, "native", levels)
 
 
 _V4 = ("v4", "v4_bf16")  # short dense sums leave v4_bf16 for v4
@@ -360,7 +360,13 @@ FAULTS = (
     ),
     # --- feature maps
     Fault("cpu-map-joint-maximum", "formula", _MAP, "top = up > down ? up : down;", "top = up;"),
-    Fault("cpu-map-clamped-gradient", "gradient", _MAP, "grad[j] = value[j] < eps ? 0.0f : grad[j];", ""),
+    Fault(
+        "cpu-map-clamped-gradient",
+        "gradient",
+        _MAP,
+        "= value[j] < eps ? 0.0f : grad[j];",
+        "= eps < eps ? 0.0f : grad[j];",
+    ),
     Fault("cpu-map-joint-dot", "gradient", _MAP, "if (joint) up = down = up + down;", ""),
     Fault("cpu-map-padding", "nan", _MAP, "fill(s.positive + p.f, s.ldy - p.f, -kInf);", ""),
     Fault(

@@ -12,6 +12,7 @@ _GLA_CHUNK = of("ops/gated_linear_attention/cpu_chunk.h", "gated_linear_attentio
 _GLA_BACK = of("ops/gated_linear_attention/cpu_backward.h", "gated_linear_attention")
 _ATTENTION = of("ops/interval_attention/cpu_forward.h", "interval_attention")
 _ATTENTION_BACK = of("ops/interval_attention/cpu_backward.h", "interval_attention")
+_ATTENTION_SUMS = of("ops/interval_attention/cpu_sums.h", "interval_attention")
 _ATTENTION_ROWS = of("ops/interval_attention/cpu_rows.h", "interval_attention")
 _ATTENTION_ITEMS = of("ops/interval_attention/cpu.isa.cpp", "interval_attention")
 _INTERVALS = of("ops/interval_attention/params.h", "interval_attention")
@@ -98,34 +99,48 @@ FAULTS = (
         "upper_product(row, dscores_, padded, n, qb, size_.k, dk_intra_, false);",
     ),
     # --- interval attention
-    Fault(
-        "cpu-attention-sink-dropped",
-        "sink",
-        _ATTENTION,
-        "const bool sink = p_.sink_logits != nullptr && row < rows.count;",
-        "const bool sink = false;",
-    ),
+    Fault("cpu-attention-sink-dropped", "sink", _ATTENTION_SUMS, "if (p.sink_logits == nullptr) return;", "return;"),
     Fault(
         "cpu-attention-sink-head",
         "sink",
-        _ATTENTION,
-        "sink ? p_.sink_logits[rows.head(row)] :",
-        "sink ? p_.sink_logits[rows.kv_head] :",
+        _ATTENTION_SUMS,
+        "const float sink = p.sink_logits[rows.head(row)];",
+        "const float sink = p.sink_logits[rows.kv_head];",
     ),
-    Fault(
-        "cpu-attention-sink-doubled",
-        "sink",
-        _ATTENTION,
-        ": 1.0f + (top_[row] - top_[row]);",
-        ": 2.0f + (top_[row] - top_[row]);",
-    ),
-    Fault("cpu-attention-rescale", "accumulator", _ATTENTION, "sum_[row] *= factor[0];", ""),
+    Fault("cpu-attention-sink-doubled", "sink", _ATTENTION_SUMS, ": 1.0f + (sink - sink);", ": 2.0f + (sink - sink);"),
+    Fault("cpu-attention-rescale", "accumulator", _ATTENTION, "sums_.sum[row] *= factor[0];", ""),
     Fault(
         "cpu-attention-last-keys",
         "bounds",
         _ATTENTION,
-        "for (int64_t key = 0; key < p_.mask.tk; key += kKeys)",
-        "for (int64_t key = 0; key + kKeys <= p_.mask.tk || key == 0; key += kKeys)",
+        "for (int64_t key = begin; key < end; key += kKeys)",
+        "for (int64_t key = begin; key + kKeys <= end || key == begin; key += kKeys)",
+    ),
+    Fault("cpu-attention-sink-per-range", "sink", _ATTENTION, "clear(sums, rows.padded());", "start(p_, rows, sums);"),
+    Fault(
+        "cpu-attention-merged-sink", "sink", _ATTENTION_ITEMS, "start(p, one, total);", "clear(total, one.padded());"
+    ),
+    Fault(
+        "cpu-attention-merged-sum",
+        "accumulator",
+        _ATTENTION_SUMS,
+        "*total.sum = *total.sum * old[0] + *part.sum * more[0];",
+        "*total.sum = *total.sum + *part.sum * more[0];",
+    ),
+    Fault("cpu-attention-merged-top", "stale", _ATTENTION_SUMS, "*total.top = top;", ""),
+    Fault(
+        "cpu-attention-range-end",
+        "bounds",
+        _ATTENTION_ITEMS,
+        "smaller(p.mask.tk, key + kRangeKeys)",
+        "smaller(p.mask.tk, key + kRangeKeys - kKeys)",
+    ),
+    Fault(
+        "cpu-attention-ranges-of-many-heads",
+        "accumulator",
+        _ATTENTION_ITEMS,
+        "for (int64_t row = 0; row < all_rows; ++row) merge(total.from(row), sums.from(row));",
+        "for (int64_t row = 0; row < all_rows; row += 2) merge(total.from(row), sums.from(row));",
     ),
     Fault(
         "cpu-attention-hidden-nan",
@@ -144,9 +159,9 @@ FAULTS = (
     Fault(
         "cpu-attention-lse",
         "formula",
-        _ATTENTION,
-        "p_.lse[at] = empty ? -__builtin_inff() : top + log_sum;",
-        "p_.lse[at] = empty ? -__builtin_inff() : log_sum;",
+        _ATTENTION_SUMS,
+        "p.lse[at] = empty ? -__builtin_inff() : top + log_sum;",
+        "p.lse[at] = empty ? -__builtin_inff() : log_sum;",
     ),
     Fault(
         "cpu-attention-window",
@@ -161,6 +176,7 @@ FAULTS = (
         _INTERVALS,
         "return {first > sinks ? first : sinks, stop};",
         "return {first, stop};",
+        equivalent="on a CPU a row sees the union of its intervals",
     ),
     Fault(
         "cpu-attention-lifetime",
@@ -174,8 +190,8 @@ FAULTS = (
         "cpu-attention-marks",
         "bounds",
         _ATTENTION_ROWS,
-        "--marks[ceil_div(at.end, kKeys)];",
-        "--marks[at.end / kKeys];",
+        "--marks[ceil_div(to, kKeys)];",
+        "--marks[to / kKeys];",
     ),
     Fault(
         "cpu-attention-delta-lse",

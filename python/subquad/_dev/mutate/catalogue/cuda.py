@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..fault import Fault, Where
+from ..fault import Fault, Where, tests_of
 
 
 def _of(file: str, *stems: str, first: tuple[str, ...] = ("forward", "gradients")) -> Where:
-    return Where(f"csrc/{file}", tuple(f"tests/ops/{stem}" for stem in stems), "simt", first, "simt")
+    return Where(f"csrc/{file}", tests_of(*stems), "simt", first, "simt")
 
 
 _PORTABLE = _of("cuda/portable.cuh", "cats_activation", "feature_map")
@@ -163,6 +163,7 @@ FAULTS = (
         _CONV,
         "if (j < p.taps && (p.state != nullptr || t - j >= s.start)) {",
         "if (j < p.taps && (p.state != nullptr || t - j >= 0)) {",
+        equivalent="conv_tap gives 0 before a sequence without a state by itself",
     ),
     Fault(
         "cuda-conv-new-sequence",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..fault import Fault, Where
+from ..fault import Fault, Where, tests_of
 
 _K = "not triton and not simt"
 
@@ -21,11 +21,12 @@ _LINEAR = _of("ops/_linear.py", "tests/ops/cats_mlp")
 _CHECKS = _of("_checks.py", *_PATH, "tests/ops/cats_mlp", "tests/ops/cats_activation", "tests/ops/lawcat_decode_step")
 _BACKENDS = _of("_backends.py", "tests/package/test_backends.py", *_PATH)
 _PACKING = _of("_packing.py", *_PATH, "tests/ops/causal_conv1d", "tests/ops/gated_linear_attention")
-_MLP = _of("ops/cats_mlp.py", "tests/ops/cats_mlp")
-_ATTENTION = _of("ops/interval_attention.py", "tests/ops/interval_attention")
-_GLA = _of("ops/gated_linear_attention.py", "tests/ops/gated_linear_attention")
-_CONV = _of("ops/causal_conv1d.py", "tests/ops/causal_conv1d")
-_DECODE = _of("ops/lawcat_decode_step.py", "tests/ops/lawcat_decode_step")
+_MLP = _of("ops/cats_mlp.py", *tests_of("cats_mlp"))
+_ATTENTION = _of("ops/interval_attention.py", *tests_of("interval_attention"))
+_PLANS = Where("python/subquad/ops/interval_attention.py", ("tests/ops/interval_attention",), "triton")
+_GLA = _of("ops/gated_linear_attention.py", *tests_of("gated_linear_attention"))
+_CONV = _of("ops/causal_conv1d.py", *tests_of("causal_conv1d"))
+_DECODE = _of("ops/lawcat_decode_step.py", *tests_of("lawcat_decode_step"))
 
 FAULTS = (
     Fault(
@@ -235,6 +236,7 @@ FAULTS = (
         _MLP,
         "grad_b_down = grad_y.float().sum(0).to(ctx.biases[2]) if need_b_down else None",
         "grad_b_down = grad_y.sum(0) if need_b_down else None",
+        equivalent="biases have the dtype of x, and torch sums 16-bit numbers in float32",
     ),
     Fault(
         "ops-attention-sink-gradient",
@@ -253,7 +255,7 @@ FAULTS = (
     Fault(
         "ops-attention-plan-slots",
         "mask",
-        _ATTENTION,
+        _PLANS,
         "arguments[-1] = mask.plan(per_slot=queries.shape[3] > 1)",
         "arguments[-1] = mask.plan(per_slot=False)",
     ),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..fault import Fault, Where
+from ..fault import Fault, Where, tests_of
 
 
 def _of(file: str, *stems: str, first: tuple[str, ...] = ("forward", "gradients")) -> Where:
-    return Where(f"kernels/triton_ops/{file}", tuple(f"tests/ops/{stem}" for stem in stems), "triton", first)
+    return Where(f"kernels/triton_ops/{file}", tests_of(*stems), "triton", first)
 
 
 _ACTIVATIONS = _of("_common/activations.py", "cats_activation", "cats_mlp")
@@ -464,6 +464,7 @@ FAULTS = (
         _GLA_CHUNK,
         "g = tl.where(g < MIN_GATE, MIN_GATE, g) * LOG2E\n    after",
         "g = g * LOG2E\n    after",
+        equivalent="a gate below MIN_GATE exceeds HALF_RANGE by itself; such chunks go token by token and use no g_cum",
     ),
     Fault(
         "triton-gla-range",
@@ -471,7 +472,6 @@ FAULTS = (
         _GLA_CHUNK,
         "HALF_RANGE = tl.constexpr(57.7)",
         "HALF_RANGE = tl.constexpr(5770.0)",
-        equivalent="the bound on the scores sends such chunks the same way, unless all keys are below about 1e-20",
     ),
     Fault(
         "triton-gla-chunk-number",
