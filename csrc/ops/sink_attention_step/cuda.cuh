@@ -14,8 +14,16 @@ void sink_attention_step_on(const SinkAttentionStepParams& p, float* scratch, sq
   const int64_t rows = p.batch * p.width * p.heads;
   if (rows > 0) {
     const int64_t blocks = p.batch * p.kv_heads * sink_row_groups(p) * plan.splits;
-    const auto bytes = static_cast<std::size_t>(sink_shared_floats(p, plan)) * sizeof(float);
-    SQ_LAUNCH((sink_attention_split_kernel<T, R>), blocks, kSinkThreads, bytes, stream, p, plan, scratch);
+    const auto launch = [&](auto rows_of_block) {
+      constexpr int kRows = decltype(rows_of_block)::value;
+      const auto bytes = static_cast<std::size_t>(sink_shared_floats<kRows>(p, plan)) * sizeof(float);
+      SQ_LAUNCH((sink_attention_split_kernel<T, R, kRows>), blocks, kSinkThreads, bytes, stream, p, plan, scratch);
+    };
+    if (few_sink_rows(p)) {
+      launch(std::integral_constant<int, kFewRows>{});
+    } else {
+      launch(std::integral_constant<int, kSinkRows>{});
+    }
   }
   const int64_t rounds = ceil_div(p.width * p.kv_heads, kSinkWarps);
   const int64_t writers = rounds <= kAlone ? 1 : smaller(rounds, kMostWriters);

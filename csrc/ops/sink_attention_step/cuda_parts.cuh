@@ -12,7 +12,8 @@ namespace subquad::cuda {
 
 constexpr int kSinkWarps = 4;
 constexpr int kSinkThreads = kSinkWarps * kWarp;
-constexpr int kSinkRows = 8;   // query rows of one key head that share the loads of its keys and values
+constexpr int kSinkRows = 8;   // query rows of one key head, at most, that share the loads of its keys and values
+constexpr int kFewRows = 4;    // the same where there are no more: with fewer registers, more blocks are under way
 constexpr int kSinkTile = 32;  // keys that are rotated from one base, and bits of a word
 constexpr int kSinkChunk = 8;  // elements of a head that a lane owns
 static_assert(kWarp * kSinkChunk == kSinkMaxDim);
@@ -127,8 +128,10 @@ struct SinkPlan {
   bool held_aligned, new_aligned;  // rows of the cache, and those of k and v, may be read by words
 };
 
+inline bool few_sink_rows(const SinkAttentionStepParams& p) { return p.width * (p.heads / p.kv_heads) <= kFewRows; }
+
 inline int64_t sink_row_groups(const SinkAttentionStepParams& p) {
-  return ceil_div(p.width * (p.heads / p.kv_heads), kSinkRows);
+  return ceil_div(p.width * (p.heads / p.kv_heads), few_sink_rows(p) ? kFewRows : kSinkRows);
 }
 
 inline SinkPlan sink_plan(const SinkAttentionStepParams& p) {

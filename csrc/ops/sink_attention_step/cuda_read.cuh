@@ -19,17 +19,19 @@ struct SinkBlock {
   int64_t low[kSinkParts], high[kSinkParts];                        // tokens of a part
   int64_t before, head, new_keys, new_values;                       // head of the cache; offsets in k and v
   int tiles[kSinkParts];                                            // up to the end of a part
+  int first_tile, last_tile;                                        // of the share, the second is not in it
   unsigned visible[kSinkRows];
 };
 
 /// Fills the block's own, and returns the rows that are tokens.
+template <int kRows>
 __device__ __forceinline__ int begin_block(const SinkAttentionStepParams& p, const SinkPlan& plan, SinkBlock& block) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t per_kv = p.heads / p.kv_heads, groups = ceil_div(p.width * per_kv, kSinkRows);
-  const int64_t split = blockIdx.x % plan.splits, first_row = blockIdx.x / plan.splits % groups * kSinkRows;
+  const int64_t per_kv = p.heads / p.kv_heads, groups = ceil_div(p.width * per_kv, kRows);
+  const int64_t split = blockIdx.x % plan.splits, first_row = blockIdx.x / plan.splits % groups * kRows;
   const int64_t head = blockIdx.x / plan.splits / groups, b = head / p.kv_heads, kv_head = head % p.kv_heads;
   const int64_t before = tokens_before(p, b), count = new_tokens(p, b), first = sq::load_nc(p.first + b);
-  const int rows = static_cast<int>(clamp(count * per_kv - first_row, 0, kSinkRows));
+  const int rows = static_cast<int>(clamp(count * per_kv - first_row, 0, kRows));
   if (thread < rows) {
     const int64_t t = (first_row + thread) / per_kv, h = kv_head * per_kv + (first_row + thread) % per_kv;
     const SinkView view = sink_view(p, before, count, first, t);
@@ -55,6 +57,8 @@ __device__ __forceinline__ int begin_block(const SinkAttentionStepParams& p, con
       tiles += static_cast<int>(ceil_div(larger(block.high[part] - block.low[part], 0), kSinkTile));
       block.tiles[part] = tiles;
     }
+    block.first_tile = static_cast<int>(tiles * split / plan.splits);
+    block.last_tile = static_cast<int>(tiles * (split + 1) / plan.splits);
     block.before = before, block.head = head;
     block.new_keys = b * p.k_stride_b + kv_head * p.k_stride_h;
     block.new_values = b * p.v_stride_b + kv_head * p.v_stride_h;
@@ -89,7 +93,7 @@ __device__ __forceinline__ SinkSource<S> source_of(const SinkAttentionStepParams
 }
 
 /// The query rows in shared memory, rotated to `base`, for keys that are turned, or to 0.
-template <class T>
+template <int kRows, class T>
 __device__ __forceinline__ void place_query(const SinkAttentionStepParams& p, const SinkBlock& block, int rows,
                                             bool to_sinks, bool turned, int64_t base, const SinkShared& shared) {
   const int thread = static_cast<int>(threadIdx.x), width = shared.width;
@@ -107,7 +111,7 @@ __device__ __forceinline__ void place_query(const SinkAttentionStepParams& p, co
     row[sink_slot(pair.first, width)] = first;
     row[sink_slot(pair.second, width)] = second;
     if (!turned) continue;
-    row += kSinkRows * width;
+    row += kRows * width;
     row[sink_slot(pair.first, width)] = second;
     row[sink_slot(pair.second, width)] = -first;
   }
@@ -116,20 +120,19 @@ __device__ __forceinline__ void place_query(const SinkAttentionStepParams& p, co
     const int i = n / rest, c = 2 * pairs + n % rest;
     float* at = shared.query + i * width + sink_slot(c, width);
     *at = c < p.d ? sq::to_float(sq::load_nc(static_cast<const T*>(p.q) + block.query[i] + c)) : 0.0f;
-    if (turned) at[kSinkRows * width] = 0.0f;
+    if (turned) at[kRows * width] = 0.0f;
   }
 }
 
-/// Turns begin .. end - 1 of the table, for every element of a head; elements that are not rotated have none.
-__device__ __forceinline__ void fill_turns(const SinkAttentionStepParams& p, int begin, int end,
-                                           const SinkShared& shared) {
+/// The first `count` turns of the table, for every element of a head; elements that are not rotated have none.
+__device__ __forceinline__ void fill_turns(const SinkAttentionStepParams& p, int count, const SinkShared& shared) {
   const int thread = static_cast<int>(threadIdx.x), width = shared.width, pairs = static_cast<int>(p.rotary / 2);
   const auto put = [&](int n, int c, const Turn& turn) {
     float* at = shared.table + n * width + sink_slot(c, width);
     at[0] = turn.cos;
     at[kSinkTile * width] = turn.sin;
   };
-  for (int i = begin * pairs + thread; i < end * pairs; i += kSinkThreads) {
+  for (int i = thread; i < count * pairs; i += kSinkThreads) {
     const int n = i / pairs, f = i % pairs;
     const Turn turn = turn_of(n, sq::load_nc(p.turns + f));
     const RotaryPair pair = rotary_pair(p, f);
@@ -137,14 +140,14 @@ __device__ __forceinline__ void fill_turns(const SinkAttentionStepParams& p, int
     put(n, pair.second, turn);
   }
   const int rest = width - 2 * pairs;
-  for (int i = begin * rest + thread; i < end * rest; i += kSinkThreads) put(i / rest, 2 * pairs + i % rest, {1, 0});
+  for (int i = thread; i < count * rest; i += kSinkThreads) put(i / rest, 2 * pairs + i % rest, {1, 0});
 }
 
 /// The tile of `keys` tokens from `base` on. T: what q has, S: what the part holds.
-template <class T, class S>
+template <class T, class S, int kRows>
 __device__ __forceinline__ void walk_tile(const SinkAttentionStepParams& p, const SinkPlan& plan, SinkBlock& block,
                                           int part, int64_t base, bool is_first, int rows, const SinkLane& lane,
-                                          const SinkShared& shared, int& turns_filled, SinkSums& sums) {
+                                          const SinkShared& shared, SinkSums<kRows>& sums) {
   const int thread = static_cast<int>(threadIdx.x);
   const bool is_new = part == kNewSinks || part == kNewTokens, is_sink = part <= kNewSinks;
   // Keys are rotated where they enter, so new ones are not yet, or where they are read.
@@ -154,11 +157,8 @@ __device__ __forceinline__ void walk_tile(const SinkAttentionStepParams& p, cons
   const int64_t start = is_new ? base - block.before : is_sink ? base : (base - p.sinks) % p.ring;
   auto batch = load_batch(p, source_of<S>(p, plan, block, part), lane, start, keys, 0);
   __syncthreads();  // the last tile has been walked
-  if (turned || is_first) place_query<T>(p, block, rows, is_sink, turned, base, shared);
-  if (turned && turns_filled < keys) {
-    fill_turns(p, turns_filled, keys, shared);
-    turns_filled = keys;
-  }
+  if (turned || is_first) place_query<kRows, T>(p, block, rows, is_sink, turned, base, shared);
+  if (turned && is_first) fill_turns(p, keys, shared);  // later tiles of a part have no more keys
   if (thread < rows) {
     const int64_t stop = smaller(is_sink ? block.sink_stop[thread] : block.stop[thread], high);
     const int64_t below = clamp((is_sink ? 0 : block.begin[thread]) - base, 0, kSinkTile);
@@ -174,43 +174,45 @@ __device__ __forceinline__ void walk_tile(const SinkAttentionStepParams& p, cons
 }
 
 /// Floats of shared memory: what keys are walked with, or what the lanes found.
+template <int kRows>
 inline int64_t sink_shared_floats(const SinkAttentionStepParams& p, const SinkPlan& plan) {
-  const int64_t rotating = p.turns == nullptr ? 0 : 2 * (kSinkRows + kSinkTile) * plan.width;
-  const int64_t parts = kSinkThreads * kSinkRows * kSinkChunk + 3 * kSinkThreads / plan.lanes * kSinkRows;
-  return larger(larger(rotating, kSinkRows * plan.width), parts);
+  const int64_t rotating = p.turns == nullptr ? 0 : 2 * (kRows + kSinkTile) * plan.width;
+  const int64_t parts = kSinkThreads * kRows * kSinkChunk + 3 * kSinkThreads / plan.lanes * kRows;
+  return larger(larger(rotating, kRows * plan.width), parts);
 }
 
 /// What the lanes found, in their order, into the scratch.
+template <int kRows>
 __device__ __forceinline__ void merge_lanes(const SinkAttentionStepParams& p, const SinkPlan& plan,
                                             const SinkBlock& block, int rows, const SinkLane& lane,
-                                            const SinkSums& sums, float* found, float* __restrict__ scratch) {
+                                            const SinkSums<kRows>& sums, float* found, float* __restrict__ scratch) {
   const int thread = static_cast<int>(threadIdx.x), width = plan.width, units = kSinkThreads / plan.lanes;
   const int unit = thread / plan.lanes;
-  float* const tops = found + units * kSinkRows * width;  // [unit][row]
-  float* const totals = tops + units * kSinkRows;
-  float* const factors = totals + units * kSinkRows;
+  float* const tops = found + units * kRows * width;  // [unit][row]
+  float* const totals = tops + units * kRows;
+  float* const factors = totals + units * kRows;
   __syncthreads();  // nobody walks any more
   SQ_UNROLL
-  for (int i = 0; i < kSinkRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     if (i >= rows) continue;
     SQ_UNROLL
     for (int e = 0; e < kSinkChunk; ++e) {
-      found[(unit * kSinkRows + i) * width + sink_slot(lane.sub * kSinkChunk + e, width)] = sums.acc[i][e];
+      found[(unit * kRows + i) * width + sink_slot(lane.sub * kSinkChunk + e, width)] = sums.acc[i][e];
     }
-    if (lane.sub == 0) tops[unit * kSinkRows + i] = sums.top[i], totals[unit * kSinkRows + i] = sums.sum[i];
+    if (lane.sub == 0) tops[unit * kRows + i] = sums.top[i], totals[unit * kRows + i] = sums.sum[i];
   }
   __syncthreads();
   const int dv = static_cast<int>(p.dv);
-  for (int n = thread; n < units * kSinkRows; n += kSinkThreads) {
-    const int i = n % kSinkRows;
+  for (int n = thread; n < units * kRows; n += kSinkThreads) {
+    const int i = n % kRows;
     if (i >= rows) continue;
     float top = -INFINITY, total = 0.0f;
-    for (int u = 0; u < units; ++u) top = fmaxf(top, tops[u * kSinkRows + i]);
+    for (int u = 0; u < units; ++u) top = fmaxf(top, tops[u * kRows + i]);
     const float shift = top == -INFINITY ? 0.0f : top;
     factors[n] = exp2f((tops[n] - shift) * kLog2e);
-    if (n >= kSinkRows) continue;
+    if (n >= kRows) continue;
     for (int u = 0; u < units; ++u) {
-      total = fmaf(totals[u * kSinkRows + i], exp2f((tops[u * kSinkRows + i] - shift) * kLog2e), total);
+      total = fmaf(totals[u * kRows + i], exp2f((tops[u * kRows + i] - shift) * kLog2e), total);
     }
     sq::store(scratch + block.result[i] + dv, top);
     sq::store(scratch + block.result[i] + dv + 1, total);
@@ -220,7 +222,7 @@ __device__ __forceinline__ void merge_lanes(const SinkAttentionStepParams& p, co
     const int i = n / dv, c = n % dv;
     float sum = 0.0f;
     for (int u = 0; u < units; ++u) {
-      const int row = u * kSinkRows + i;
+      const int row = u * kRows + i;
       sum = fmaf(found[row * width + sink_slot(c, width)], factors[row], sum);
     }
     sq::store(scratch + block.result[i] + c, sum);
@@ -228,40 +230,36 @@ __device__ __forceinline__ void merge_lanes(const SinkAttentionStepParams& p, co
 }
 
 /// One share of the keys for one group of rows. R: what the ring stores.
-template <class T, class R>
-__global__ void __launch_bounds__(kSinkThreads, 2)
+template <class T, class R, int kRows>
+__global__ void __launch_bounds__(kSinkThreads, kRows == kFewRows && sizeof(T) == 2 ? 3 : 2)
     sink_attention_split_kernel(const SinkAttentionStepParams p, const SinkPlan plan, float* __restrict__ scratch) {
   SQ_DYNAMIC_SHARED(float, memory);
   SQ_SHARED(SinkBlock, own, 1);
   SinkBlock& block = own[0];
   const int thread = static_cast<int>(threadIdx.x);
-  const int rows = begin_block(p, plan, block);
+  const int rows = begin_block<kRows>(p, plan, block);
   if (rows == 0) return;
   __syncthreads();
 
   const SinkLane lane{thread % plan.lanes, thread % kWarp / plan.lanes, kWarp / plan.lanes, thread / kWarp};
-  const SinkShared shared{memory, memory + 2 * kSinkRows * plan.width, block.visible, plan.width};
-  SinkSums sums;
+  const SinkShared shared{memory, memory + 2 * kRows * plan.width, block.visible, plan.width};
+  SinkSums<kRows> sums;
   SQ_UNROLL
-  for (int i = 0; i < kSinkRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     sums.top[i] = -INFINITY, sums.sum[i] = 0.0f;
     SQ_UNROLL
     for (int e = 0; e < kSinkChunk; ++e) sums.acc[i][e] = 0.0f;
   }
-  const int64_t tiles = block.tiles[kSinkParts - 1], split = blockIdx.x % plan.splits;
-  const int first = static_cast<int>(tiles * split / plan.splits);
-  const int last = static_cast<int>(tiles * (split + 1) / plan.splits);
-  int turns_filled = 0;
-  for (int tile = first; tile < last; ++tile) {
+  for (int tile = block.first_tile; tile < block.last_tile; ++tile) {
     int part = 0;
     while (tile >= block.tiles[part]) ++part;
     const int in_part = tile - (part == 0 ? 0 : block.tiles[part - 1]);
     const int64_t base = block.low[part] + int64_t{in_part} * kSinkTile;
-    const bool is_first = tile == first || in_part == 0;
+    const bool is_first = tile == block.first_tile || in_part == 0;
     if (std::is_same_v<T, R> || part != kHeldTokens) {
-      walk_tile<T, T>(p, plan, block, part, base, is_first, rows, lane, shared, turns_filled, sums);
+      walk_tile<T, T>(p, plan, block, part, base, is_first, rows, lane, shared, sums);
     } else {
-      walk_tile<T, R>(p, plan, block, part, base, is_first, rows, lane, shared, turns_filled, sums);
+      walk_tile<T, R>(p, plan, block, part, base, is_first, rows, lane, shared, sums);
     }
   }
   merge_lanes(p, plan, block, rows, lane, sums, memory, scratch);

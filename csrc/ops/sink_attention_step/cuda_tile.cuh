@@ -33,15 +33,16 @@ struct SinkBatch {
 };
 
 /// What a lane found: of every row its columns of the values' sum, the largest score and the sum of the weights.
+template <int kRows>
 struct SinkSums {
-  float acc[kSinkRows][kSinkChunk], top[kSinkRows], sum[kSinkRows];
+  float acc[kRows][kSinkChunk], top[kRows], sum[kRows];
 };
 
 /// What a block's shared memory holds while it walks keys.
 struct SinkShared {
-  float* query;             // [2][kSinkRows][width]: rotated rows, and what the sine of a key's turn multiplies
+  float* query;             // [2][kRows][width]: rotated rows, and what the sine of a key's turn multiplies
   float* table;             // [2][kSinkTile][width]: cosines and sines of the first turns, for every element
-  const unsigned* visible;  // [kSinkRows]: bit n for key n of the tile
+  const unsigned* visible;  // [kRows]: bit n for key n of the tile
   int width;
 };
 
@@ -98,12 +99,12 @@ __device__ __forceinline__ SinkBatch<S> load_batch(const SinkAttentionStepParams
 /// Adds the keys of a batch to the sums. `turned`: key n of the tile is rotated by n more. With (q1, q2) a pair of the
 /// query and (k1, k2) one of the key, <q, R(n) k> = cos (q1 k1 + q2 k2) + sin (q2 k1 - q1 k2): every element of the key
 /// has one factor of the cosine and one of the sine, wherever its partner lies.
-template <class S>
+template <int kRows, class S>
 __device__ __forceinline__ void add_batch(const SinkBatch<S>& batch, const SinkLane& lane, const SinkShared& shared,
-                                          int rows, int step, bool turned, float scale, SinkSums& sums) {
+                                          int rows, int step, bool turned, float scale, SinkSums<kRows>& sums) {
   constexpr int kDepth = SinkBatch<S>::kDepth;
   const int width = shared.width;
-  float scores[kSinkRows][kDepth] = {};
+  float scores[kRows][kDepth] = {};
   SQ_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int quad = half * width / 2 + lane.sub * 4;
@@ -118,7 +119,7 @@ __device__ __forceinline__ void add_batch(const SinkBatch<S>& batch, const SinkL
       for (int e = 0; e < 4; ++e) across[u][e] = k[u][e] * sin.v[e], k[u][e] *= cos.v[e];
     }
     SQ_UNROLL
-    for (int i = 0; i < kSinkRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       if (i >= rows) continue;
       const auto q = shared_quad(shared.query + i * width + quad);
       SQ_UNROLL
@@ -127,7 +128,7 @@ __device__ __forceinline__ void add_batch(const SinkBatch<S>& batch, const SinkL
         for (int e = 0; e < 4; ++e) scores[i][u] = fmaf(q.v[e], k[u][e], scores[i][u]);
       }
       if (!turned) continue;
-      const auto partner = shared_quad(shared.query + (kSinkRows + i) * width + quad);
+      const auto partner = shared_quad(shared.query + (kRows + i) * width + quad);
       SQ_UNROLL
       for (int u = 0; u < kDepth; ++u) {
         SQ_UNROLL
@@ -137,7 +138,7 @@ __device__ __forceinline__ void add_batch(const SinkBatch<S>& batch, const SinkL
   }
   for (int offset = kWarp / lane.units / 2; offset > 0; offset /= 2) {
     SQ_UNROLL
-    for (int i = 0; i < kSinkRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       if (i >= rows) continue;
       SQ_UNROLL
       for (int u = 0; u < kDepth; ++u) scores[i][u] += __shfl_xor_sync(kFullWarp, scores[i][u], offset);
@@ -148,7 +149,7 @@ __device__ __forceinline__ void add_batch(const SinkBatch<S>& batch, const SinkL
     return key < kSinkTile && (shared.visible[i] >> key & 1u) != 0;
   };
   SQ_UNROLL
-  for (int i = 0; i < kSinkRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     if (i >= rows) continue;
     float top = sums.top[i];
     SQ_UNROLL
@@ -177,7 +178,7 @@ __device__ __forceinline__ void add_batch(const SinkBatch<S>& batch, const SinkL
       SQ_UNROLL
       for (int e = 0; e < 4; ++e) v[e] = kScaled<S> ? v[e] * batch.v_scale[u] : v[e];
       SQ_UNROLL
-      for (int i = 0; i < kSinkRows; ++i) {
+      for (int i = 0; i < kRows; ++i) {
         if (i >= rows || !sees(i, u)) continue;
         SQ_UNROLL
         for (int e = 0; e < 4; ++e) {

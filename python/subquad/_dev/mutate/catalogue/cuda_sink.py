@@ -27,9 +27,7 @@ FAULTS = (
     Fault("cuda-sink-back", "formula", _READ, "before + t - (p.absolute ? 0 : view.forgotten);", "before + t;"),
     Fault("cuda-sink-across", "formula", _READ, "row[sink_slot(pair.second, width)] = -first;", ""),
     Fault("cuda-sink-tile-barrier", "barrier", _READ, "__syncthreads();  // the last tile has been walked", ""),
-    Fault(
-        "cuda-sink-table", "stale", _READ, "if (turned && turns_filled < keys) {", "if (turned && turns_filled == 0) {"
-    ),
+    Fault("cuda-sink-table", "bounds", _READ, "fill_turns(p, keys, shared);", "fill_turns(p, keys - 1, shared);"),
     Fault("cuda-sink-rescale", "accumulator", _TILE, "float sum = sums.sum[i] * factor;", "float sum = sums.sum[i];"),
     Fault("cuda-sink-v-scale", "stride", _TILE, "kScaled<S> ? v[e] * batch.v_scale[u] : v[e];", "v[e];"),
     Fault("cuda-sink-infinity", "nan", _TILE, "fabsf(score) < INFINITY ? score : NAN;", "score;"),
