@@ -33,9 +33,10 @@ def _enter(
     place = head * sizes.ring + tl.where(to_ring, token - sizes.sinks, 0) % sizes.ring
     if scale_ptr is not None:
         kind: tl.constexpr = ring_ptr.dtype.element_ty
+        MOST: tl.constexpr = INT8_MAX if kind == tl.int8 else FP8_MAX
         most = tl.maximum(_largest(wide.a), _largest(wide.b), propagate_nan=tl.PropagateNan.ALL)
         most = tl.maximum(most, _largest(wide.rest), propagate_nan=tl.PropagateNan.ALL)
-        scale = tl.where(most == 0.0, 1.0, tl.div_rn(most, most * 0.0 + (INT8_MAX if kind == tl.int8 else FP8_MAX)))
+        scale = tl.where(most == 0.0, 1.0, tl.div_rn(most, tl.full(most.shape, MOST, tl.float32)))
         tl.store(scale_ptr + place, scale, to_ring)
         per_row = scale[:, None]
         rounded = Parts(quantise(wide.a, per_row, kind), quantise(wide.b, per_row, kind), quantise(wide.rest, per_row, kind))
@@ -63,7 +64,7 @@ def sink_attention_step_enter_kernel(
     _enter(v, cache.sink_v, cache.ring_v, cache.v_scale, b, t, h, to_sink, to_ring, token, sizes, turns, 0, VALUES)
 
 
-@triton.jit(do_not_specialize=["batch", "width"])
+@triton.jit(do_not_specialize=["width"])
 def sink_attention_step_count_kernel(stream, written_ptr, batch, width, ADVANCE: tl.constexpr, BLOCK: tl.constexpr):
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     some = b < batch
