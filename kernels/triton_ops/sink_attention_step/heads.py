@@ -137,7 +137,7 @@ def quantise(x, scale, TYPE: tl.constexpr):
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
         small = (size * 512.0 + ROUND).to(tl.int32, bitcast=True) & 0xFF  # below 2^-6: in units of 2^-9
         code = tl.where(size < 0.015625, small, normal)
-        return tl.where(ratio < 0.0, code | 0x80, code).to(tl.uint8)
+        return (code | ((ratio.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
