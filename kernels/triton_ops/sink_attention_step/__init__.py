@@ -52,7 +52,7 @@ def _attend(
     dv, group = v.width, heads // sizes.kv_heads
     out, lse = q.new_empty((batch, width, heads, dv)), q.new_empty((batch, width, heads), dtype=torch.float32)
     wide = turns is not None or q.dtype is torch.float32
-    rows = min(32 if wide else 64, _padded(width * group))
+    rows = min(32 if wide or max(d, dv) > 128 else 64, _padded(width * group))
     tiles = triton.cdiv(width * group, rows)
     splits = _splits(tiles, sizes.sinks + sizes.window + (1 if together else triton.cdiv(rows, group)))
     sums, stats = None, None
@@ -74,7 +74,7 @@ def _attend(
     )
     sink_attention_step_attend_kernel[(batch * sizes.kv_heads * tiles * splits,)](
         _heads(q), k, v, cache, stream, turns, results, sizes, width, tiles, splits, scale, rotary_scale,
-        FLAGS=flags, BM=rows, **_options(rows, max(d, dv)),
+        FLAGS=flags, BM=rows, **_options(rows, max(d, dv), cache.k_scale is not None),
     )  # fmt: skip
     if splits > 1:
         sink_attention_step_merge_kernel[(lse.numel(),)](
@@ -84,12 +84,12 @@ def _attend(
     return out, lse
 
 
-def _options(rows: int, width: int) -> dict[str, int]:
-    """Keys of a block, warps and stages: the most without spills up to a width of 128, as `subquad gpu-report` shows; not measured
-    on a GPU. Both halves of q for the three products of tf32 stay in registers."""
+def _options(rows: int, width: int, quantised: bool) -> dict[str, int]:
+    """Keys of a block, warps and stages: the most without spills up to a width of 128, as `subquad gpu-report` shows; not
+    measured on a GPU. Both halves of q for the three products of tf32 stay in registers."""
     if INTERPRET.value:
         return {"BN": 32}
-    warps, stages = (4, 2) if rows == 16 and width <= 128 else (8, 1)
+    warps, stages = (4, 2) if rows == 16 and width <= 128 and not quantised else (8, 1)
     return {"BN": 32, "num_warps": warps, "num_stages": stages}
 
 
@@ -158,10 +158,15 @@ def sink_attention_step_(
     return out, lse
 
 
-def _aot_args(dtype: torch.dtype, d: int, width: int, ring: torch.dtype | None, kind: str, window: int) -> tuple[Any, ...]:
+def _aot_args(
+    dtype: torch.dtype, d: int, width: int, ring: torch.dtype | None, kind: str, window: int
+) -> tuple[Any, ...]:
     """Chunks of `width` tokens on a cache with 4 sinks, 8 key heads of 32, rotated unless `kind` is "plain"."""
     rows, heads, kv, sinks = 16, 32, 8, 4
-    meta, count = partial(torch.empty, device="meta", dtype=dtype), partial(torch.empty, device="meta", dtype=torch.int64)
+    meta, count = (
+        partial(torch.empty, device="meta", dtype=dtype),
+        partial(torch.empty, device="meta", dtype=torch.int64),
+    )
     places = window + 64
     held = partial(torch.empty, device="meta", dtype=dtype if ring is None else ring)
     scale = None if ring is None else meta(rows, kv, places, dtype=torch.float32)

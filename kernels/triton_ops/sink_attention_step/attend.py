@@ -105,11 +105,11 @@ def _scores(q, k, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def _infinities(acc, keep, v, values, FLAGS: tl.constexpr):
+def _infinities(acc, keep, v, FLAGS: tl.constexpr):
     """acc [BM, BDV] plus what is not finite in values v [BN, BDV], where keep says that it is seen: whatever its weight."""
-    seen = tl.where(keep, 1.0, 0.0).to(tl.float16)
-    up = tl.where((values == float("inf")) | (values != values), 1.0, 0.0).to(tl.float16)
-    down = tl.where((values == float("-inf")) | (values != values), 1.0, 0.0).to(tl.float16)
+    seen = tl.where(tl.broadcast_to(keep, [acc.shape[0], v.shape[0]]), 1.0, 0.0).to(tl.float16)
+    up = tl.where((v == float("inf")) | (v != v), 1.0, 0.0).to(tl.float16)
+    down = tl.where((v == float("-inf")) | (v != v), 1.0, 0.0).to(tl.float16)
     acc = tl.where(_dot(seen, up, FLAGS) > 0.0, acc + float("inf"), acc)
     return tl.where(_dot(seen, down, FLAGS) > 0.0, acc - float("inf"), acc)
 
@@ -149,9 +149,8 @@ def _walk(
             v = cast(widen(v) * tl.load(places.v_scale + at, inside, other=0.0)[:, None], dtype)
         values, nonfinite = finite_part(v, 0, FLAGS.MASKED)
         acc = acc * rescale[:, None] + _dot(cast(p, dtype), values, FLAGS)
-        if FLAGS.MASKED:
-            if nonfinite > 0:
-                acc = _infinities(acc, keep, v, v.to(tl.float32), FLAGS)
+        if nonfinite > 0:
+            acc = _infinities(acc, keep, v.to(tl.float32), FLAGS)
         total = total * rescale + tl.sum(p, 1)
         top = new_top
     return acc, top, total

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .._common.numerics import cast
-from .heads import FP8_MAX, INT8_MAX, Layout, Parts, load_parts, quantise, rotate, store_parts, tokens_of_row, widen
+from .heads import FP8_MAX, INT8_MAX, Parts, load_parts, quantise, rotate, store_parts, tokens_of_row, widen
 
 
 @triton.jit
@@ -39,7 +39,9 @@ def _enter(
         scale = tl.where(most == 0.0, 1.0, tl.div_rn(most, tl.full(most.shape, MOST, tl.float32)))
         tl.store(scale_ptr + place, scale, to_ring)
         per_row = scale[:, None]
-        rounded = Parts(quantise(wide.a, per_row, kind), quantise(wide.b, per_row, kind), quantise(wide.rest, per_row, kind))
+        rounded = Parts(
+            quantise(wide.a, per_row, kind), quantise(wide.b, per_row, kind), quantise(wide.rest, per_row, kind)
+        )
     store_parts(rounded, ring_ptr, place * x.width, to_ring, pairs, x.width, LAYOUT)
 
 
@@ -60,7 +62,9 @@ def sink_attention_step_enter_kernel(
     if KEYS.PAIRS > 0:
         f = tl.arange(0, KEYS.PAIRS)
         turns = tl.load(turns_ptr + f, f < sizes.pairs, other=0)
-    _enter(k, cache.sink_k, cache.ring_k, cache.k_scale, b, t, h, to_sink, to_ring, token, sizes, turns, sizes.pairs, KEYS)
+    _enter(
+        k, cache.sink_k, cache.ring_k, cache.k_scale, b, t, h, to_sink, to_ring, token, sizes, turns, sizes.pairs, KEYS
+    )
     _enter(v, cache.sink_v, cache.ring_v, cache.v_scale, b, t, h, to_sink, to_ring, token, sizes, turns, 0, VALUES)
 
 

@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Heads [N, width]: first and second elements of the rotated pairs, and what is not rotated. A part of no elements is [N, 1]."""
+    """Heads [N, width]: first and second elements of the rotated pairs, and the others. A part of no elements is [N, 1]."""
 
     a: Any
     b: Any
@@ -123,13 +123,13 @@ def widen(x):
 
 
 @triton.jit
-def quantise(x, scale, TYPE: tl.constexpr):
+def quantise(x, scale, dtype: tl.constexpr):
     """fp32 x over its scale, rounded to nearest even in int8, or as bytes of float8_e4m3fn; what is not finite becomes 0."""
-    MOST: tl.constexpr = INT8_MAX if TYPE == tl.int8 else FP8_MAX
+    MOST: tl.constexpr = INT8_MAX if dtype == tl.int8 else FP8_MAX
     ratio = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     ratio = tl.where(tl.abs(ratio) < float("inf"), ratio, 0.0)
     ratio = tl.minimum(tl.maximum(ratio, -MOST), MOST)
-    if TYPE == tl.int8:
+    if dtype == tl.int8:
         return ((ratio + ROUND) - ROUND).to(tl.int8)
     else:
         size = tl.abs(ratio)

@@ -92,9 +92,7 @@ def test_tiles_of_rows(backend: str) -> None:
 def test_far_positions(seen: tuple[int, ...], key_rope: str, backend: str) -> None:
     first = tuple(n - 4 for n in seen)
     for forgotten in (None, first):
-        sample = draw(
-            Sampler(), "far", tokens=2, seen=seen, first=forgotten, rotary=8, key_rope=key_rope, logits=-1.0
-        )
+        sample = draw(Sampler(), "far", tokens=2, seen=seen, first=forgotten, rotary=8, key_rope=key_rope, logits=-1.0)
         both(backend, dict(sample.args), dict(sample.kwargs), "far")
 
 
@@ -130,7 +128,10 @@ def test_codes_are_torchs(ring: str, backend: str) -> None:
     """Every float8, ties, subnormals, rows of zeros, of NaN and of infinity: the bits of torch's own conversions."""
     rows = torch.zeros(1, 256, 1, 8)
     x = torch.arange(-128, 128, dtype=torch.int8).view(torch.float8_e4m3fn).float().nan_to_num(448.0)
-    rows[0, :, 0, 0], rows[0, :, 0, 1] = 448.0, x  # the scale of such rows is a power of two, or nothing is rounded twice
+    rows[0, :, 0, 0], rows[0, :, 0, 1] = (
+        448.0,
+        x,
+    )  # the scale of such rows is a power of two, or nothing is rounded twice
     rows[0, :, 0, 2:] = torch.randn(256, 6, generator=torch.Generator().manual_seed(3)) * x[:, None] * 1.01
     rows[0, 9], rows[0, 10, 0, 3], rows[0, 11, 0, 4], rows[0, 12] = 0.0, float("nan"), float("-inf"), 1e-42
     sample = draw(Sampler(), "codes", (1, 1), tokens=256, sinks=0, window=200, slack=100, seen=(0,), ring=ring)
