@@ -16,18 +16,22 @@ pytest.importorskip("triton")
 WIDEST = """
 from functools import partial
 import torch
-from subquad.kernels import cats_mlp, interval_attention
+from subquad.kernels import cats_mlp, interval_attention, sink_attention_step
 from subquad.kernels._common.aot import AotCase
 
 attention = partial(partial, interval_attention._aot_args)
+step = partial(partial, sink_attention_step._aot_args)
 AOT = [
     AotCase("bf16 D256", interval_attention.interval_attention_bwd, attention(torch.bfloat16, 256, "causal", True), SPILLS),
     AotCase("fp32 D256", interval_attention.interval_attention_fwd, attention(torch.float32, 256, "causal"), SPILLS),
     *(case for case in cats_mlp.AOT if case.name == "bf16 row-major"),
+    AotCase("bf16 D256 step", sink_attention_step.sink_attention_step_, step(torch.bfloat16, 256, 1, None, "pre", 4092), SPILLS),
+    AotCase("fp32 D256 chunk", sink_attention_step.sink_attention_step_, step(torch.float32, 256, 64, None, "pre", 4092), SPILLS),
 ]
 """
 SPILLS = """
 kernels = ("interval_attention_fwd_kernel", "interval_attention_dq_kernel", "interval_attention_dkdv_kernel")
+kernels += ("sink_attention_step_attend_kernel",)
 SPILLS = dict.fromkeys(kernels, "heads of 256")
 """
 

@@ -30,10 +30,10 @@ def check_rows(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], l
         refuse(name, f"shape {list(shape)}, {like.dtype} and a contiguous last dimension", tensor)
 
 
-def check_integers(name: str, tensor: torch.Tensor | None, size: int) -> None:
-    """int32 `[size]`, or None."""
-    if tensor is not None and not (tensor.shape == (size,) and tensor.dtype == torch.int32 and tensor.is_contiguous()):
-        refuse(name, f"int32 [{size}]", tensor)
+def check_integers(name: str, tensor: torch.Tensor | None, size: int, dtype: torch.dtype = torch.int32) -> None:
+    """Contiguous `[size]`, or None."""
+    if tensor is not None and not (tensor.shape == (size,) and tensor.dtype == dtype and tensor.is_contiguous()):
+        refuse(name, f"{str(dtype).removeprefix('torch.')} [{size}]", tensor)
 
 
 def check_threshold(threshold: torch.Tensor, channels: int) -> None:
