@@ -130,3 +130,19 @@ def test_nan_in_several_tiles(where: str, backend: str) -> None:
             assert not grads[0][0, ~reached].isnan().any()
             hidden = ~dense[reached].any(0)
             assert not grads[1][0, hidden].isnan().any() and not grads[2][0, hidden].isnan().any()
+
+
+@pytest.mark.quick
+@backend_params("interval_attention", "triton")
+def test_intervals_with_queries_of_their_own_have_tiles_of_their_own(backend: str) -> None:
+    """Sinks in the first tile of keys, the window in others: each interval is seen through its own query alone."""
+    rope = subquad.RopeSpec(torch.tensor([1.0, 0.1]), 4)
+    args = [Sampler(seed=i).normal(1, 2 * plan.PLAN_K + 30, 1, 8) for i in range(3)]
+    results = []
+    for which, tensors in ((backend, args), ("reference", [x.double() for x in args])):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = subquad.sink_attention(*leaves, sink_tokens=3, window=20, q_shift=rope, backend=which)
+        assert isinstance(out, torch.Tensor)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=2e-5, rtol=1e-4)
