@@ -97,6 +97,8 @@ class Attention {
         cos_(arena.take<float>(half_)),
         sin_(arena.take<float>(half_)),
         spare_(arena.take<float>(words_)),
+        k_factors_(arena.take<float>(kTile)),
+        v_factors_(arena.take<float>(kTile)),
         views_(arena.take<SinkView>(rows_)),
         shares_(arena.take<float>(rows_ * share_floats(p))),
         bytes_(arena.used()) {}
@@ -237,18 +239,29 @@ class Attention {
       dot_keys<R>(q + row * words_, words_, keys, key_stride, n, words_, scores_ + row * kTile);
     });
     const int64_t padded = round_up(n, kLanes);
+    load_factors(tokens, n);
     for (int64_t row = 0; row < count_; ++row) {
       const Range seen = range_of(row, base, n, sinks);
       if (seen.begin >= seen.end) continue;
       float *x = scores_ + row * kTile, *share = out_ + row * share_floats(p_);
-      soften(x, seen.begin, seen.end, padded, p_.scale, tokens.k_scale, *softmax_of(p_, share), share, columns_);
+      soften(x, seen.begin, seen.end, padded, k_factors_, *softmax_of(p_, share), share, columns_);
       if (tokens.v_scale == nullptr) continue;
-      for (int64_t j = seen.begin; j < seen.end; ++j) x[j] *= tokens.v_scale[j];
+      for (int64_t j = 0; j < padded; j += kLanes) vec_store(x + j, vec_load(x + j) * vec_load(v_factors_ + j));
     }
     const bool direct = p_.dv % kLanes == 0 && (std::is_same_v<Element, float> || count_ <= kFewRows);
     if (direct) return add_all_values(tokens.v, tokens.v_stride, base, n, sinks, k_rows);
     for (int64_t j = 0; j < n; ++j) widen_row(tokens.v + j * tokens.v_stride, p_.dv, values_ + j * columns_);
     add_all_values(values_, columns_, base, n, sinks, k_rows);
+  }
+
+  /// What products with keys, and weights of values, are multiplied with.
+  template <class Element>
+  void load_factors(const Tokens<Element>& tokens, int64_t n) {
+    for (int64_t j = 0; j < kTile; ++j) {
+      const bool scaled = tokens.k_scale != nullptr && j < n;
+      k_factors_[j] = scaled ? p_.scale * tokens.k_scale[j] : p_.scale;
+      v_factors_[j] = scaled ? tokens.v_scale[j] : 1.0f;
+    }
   }
 
   /// Keys as floats, rotated as their tile wants it, `stride` apart: straight from memory where they are that already.
@@ -316,9 +329,8 @@ class Attention {
   const SinkAttentionStepParams& p_;
   const float* const table_;
   const int64_t half_, words_, columns_, rows_;
-  float *const plain_, *const turned_, *const far_, *const keys_, *const values_, *const scores_, *const cos_,
-                                                                                                      *const sin_,
-                                                                                                          *const spare_;
+  float *const plain_, *const turned_, *const far_, *const keys_, *const values_, *const scores_;
+  float *const cos_, *const sin_, *const spare_, *const k_factors_, *const v_factors_;
   SinkView* const views_;
   float* const shares_;
   const int64_t bytes_;

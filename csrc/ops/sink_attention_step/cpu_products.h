@@ -102,17 +102,15 @@ struct Softmax {
 };
 
 /// The products x of one row become weights where the row sees keys [begin, end), 0 elsewhere below `count`, a multiple
-/// of kLanes; what was summed before is scaled to the new maximum. `factors`: of the products, by key, or null.
-inline void soften(float* x, int64_t begin, int64_t end, int64_t count, float scale, const float* factors,
-                   Softmax& state, float* out, int64_t columns) {
-  for (int64_t j = 0; j < count; ++j) {
-    if (j < begin || j >= end) {
-      x[j] = -__builtin_inff();
-      continue;
-    }
-    const float score = x[j] * (factors == nullptr ? scale : scale * factors[j]);
-    x[j] = score + (score - score);  // NaN where it is infinite
+/// of kLanes; what was summed before is scaled to the new maximum. Score j is product j times factors[j].
+inline void soften(float* x, int64_t begin, int64_t end, int64_t count, const float* factors, Softmax& state,
+                   float* out, int64_t columns) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec score = vec_load(x + j) * vec_load(factors + j);
+    vec_store(x + j, score + (score - score));  // NaN where it is infinite
   }
+  for (int64_t j = 0; j < begin; ++j) x[j] = -__builtin_inff();
+  for (int64_t j = end; j < count; ++j) x[j] = -__builtin_inff();
   Vec found = vec_set(state.top);
   for (int64_t j = 0; j < count; j += kLanes) found = vec_max(vec_load(x + j), found);
   const float top = vec_max_all(found), shift = top == -__builtin_inff() ? 0.0f : top;

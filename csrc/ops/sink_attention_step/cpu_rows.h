@@ -18,25 +18,50 @@ struct Float8 {  // e4m3fn: exponents from -6 on, 448 at most, no infinity
   uint8_t bits;
 };
 
-inline Vec vec_load(const Int8* p) {
-  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-  Bytes bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vec);
+inline float to_float(Int8 x) { return static_cast<float>(x.bits); }
+
+/// As a half with the exponent of a number 256 times as small; NaN stays NaN.
+inline float to_float(Float8 x) {
+  const uint16_t magnitude = x.bits & 0x7fu, sign = static_cast<uint16_t>((x.bits & 0x80u) << 8);
+  const uint16_t bits = magnitude == 0x7fu ? 0x7fffu : static_cast<uint16_t>(magnitude << 7);
+  return subquad::to_float(Half{static_cast<uint16_t>(sign | bits)}) * 256.0f;
 }
 
-inline Vec vec_load(const Float8* p) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  Bytes bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  const VecHalves wide = __builtin_convertvector(bytes, VecHalves), magnitude = wide & 0x7f;
-  const VecHalves nan = (VecHalves)(magnitude == 0x7f) & 0x7fff;
-  const VecHalves bits = (wide & 0x80) << 8 | magnitude << 7 | nan;
-  Half halves[kLanes];
-  std::memcpy(halves, &bits, sizeof halves);
-  return vec_load(halves) * 256.0f;  // the two exponents differ by 8
+// The compiler's own conversions between vectors of bytes and of wider types take the bytes out one by one.
+#if defined(SQ_AVX512)
+inline __attribute__((always_inline)) Vec vec_load(const Int8* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+inline __attribute__((always_inline)) Vec vec_load(const Float8* p) {
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+  const __m256i nan = _mm256_srli_epi16(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)), 1);
+  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(wide, magnitude), 8);
+  const __m256i bits = _mm256_or_si256(_mm256_or_si256(sign, nan), _mm256_slli_epi16(magnitude, 7));
+  return _mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(256.0f));
+}
+#elif defined(SQ_AVX2)
+inline __attribute__((always_inline)) Vec vec_load(const Int8* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline __attribute__((always_inline)) Vec vec_load(const Float8* p) {
+  const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i magnitude = _mm_and_si128(wide, _mm_set1_epi16(0x7f));
+  const __m128i nan = _mm_srli_epi16(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)), 1);
+  const __m128i sign = _mm_slli_epi16(_mm_xor_si128(wide, magnitude), 8);
+  const __m128i bits = _mm_or_si128(_mm_or_si128(sign, nan), _mm_slli_epi16(magnitude, 7));
+  return _mm256_mul_ps(_mm256_cvtph_ps(bits), _mm256_set1_ps(256.0f));
+}
+#else
+template <class E>
+inline Vec vec_load_bytes(const E* p) {
+  Vec a;
+  for (int i = 0; i < kLanes; ++i) a[i] = to_float(p[i]);
+  return a;
+}
+inline Vec vec_load(const Int8* p) { return vec_load_bytes(p); }
+inline Vec vec_load(const Float8* p) { return vec_load_bytes(p); }
+#endif
 
 /// The nearest integer, the even one of two, of a magnitude below 2^22.
 inline float nearest(float x) {

@@ -164,7 +164,7 @@ def _judge_steps(what: str, actual: torch.Tensor, oracle: torch.Tensor) -> None:
     """Quantised numbers may be one step of their type away, where a rounding falls the other way; integers are exact."""
     found, right = actual.double(), oracle.to(actual.dtype).double()
     assert_same_nonfinite(found, right, what)
-    step = 1.0 if actual.dtype is torch.int8 else 0.0
+    step: torch.Tensor | float = 1.0 if actual.dtype is torch.int8 else 0.0
     if actual.dtype.is_floating_point:
         info = torch.finfo(actual.dtype)
         step = (right.abs() * info.eps).clamp_min(info.smallest_normal * info.eps)

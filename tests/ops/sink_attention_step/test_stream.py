@@ -120,10 +120,10 @@ def test_every_rotation(backend: str, rope: RopeSpec | None, positions: str, key
 
 
 @backend_params(STEM, *BOTH)
-@pytest.mark.parametrize("sinks, window", [(8, 5), (0, 6), (4, 0), (0, 1), (1, 9)])
+@pytest.mark.parametrize("sinks, window", [(8, 5), (0, 6), (4, 0), (0, 1), (1, 9), (70, 12)])
 def test_few_tokens_no_sinks_no_window(backend: str, sinks: int, window: int) -> None:
-    """Fewer tokens than sinks; rows that see sinks and not themselves."""
-    qkv, rope = tokens(2, 31, (2, 2), 16, 8), rotation(16)
+    """Fewer tokens than sinks; rows that see sinks and not themselves; sinks of several tiles."""
+    qkv, rope = tokens(2, 31 + sinks, (2, 2), 16, 8), rotation(16)
     for chunk in (1, 3):
         stream = Stream(2, 2, 16, 8, sinks=sinks, window=window, ring=max(1, window), rope=rope, backend=backend)
         assert_stream(stream.run(qkv, chunk), whole(qkv, rope, sinks, window))
@@ -368,3 +368,33 @@ def test_threads_and_batch_do_not_show(backend: str, chunk: int) -> None:
                 assert_same_bits(a, b)
                 for row in a:
                     assert_same_bits(row, b[0])
+
+
+@backend_params(STEM, *BOTH)
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantising_rounds_halves_to_even(backend: str, kind: str) -> None:
+    """All numbers of the type and what lies in the middle between two, in rows whose scale is 1."""
+    dtype, most = QUANTISED[kind], 127.0 if kind == "int8" else 448.0
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    every = every[every.isfinite() & (every.abs() <= most)].sort().values
+    x = torch.cat([every, (every[1:] + every[:-1]) / 2])
+    rows = torch.cat([x, x.new_zeros(-len(x) % 15)]).view(-1, 15)
+    k = torch.cat([rows, torch.full((len(rows), 1), most)], 1)[None, :, None]
+    stream = Stream(1, 1, 16, 16, sinks=0, ring=k.shape[1], kind=kind, backend=backend)
+    stream.step(None, k, k)
+    expected = k[0, :, 0].round() if kind == "int8" else k[0, :, 0]
+    for side in ("k", "v"):
+        assert_same_bits(stream.states[f"{side}_scale"], torch.ones(1, 1, k.shape[1]))
+        assert torch.equal(stream.states[f"ring_{side}"][0, 0].float(), expected.to(dtype).float())
+
+
+@backend_params(STEM, *BOTH)
+def test_rolled_back(backend: str) -> None:
+    """The counter goes back and the tokens come again; what was written farthest stays known."""
+    qkv, rope = tokens(1, 40, (4, 2), 8, 8), rotation(8)
+    stream = Stream(1, 2, 8, 8, ring=W + 5, rope=rope, backend=backend)
+    stream.run([x[:, :30] for x in qkv], 5)
+    stream.states["seen"] -= 5
+    found = stream.run([x[:, 25:27] for x in qkv], 1)
+    assert (stream.states["seen"].item(), stream.states["written"].item()) == (27, 30)
+    assert_stream(found, tuple(x[:, 25:27] for x in whole(qkv, rope)))  # type: ignore[arg-type]
