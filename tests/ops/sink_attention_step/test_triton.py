@@ -118,6 +118,18 @@ def test_nan_where_nobody_looks(width: int, backend: str) -> None:
     assert not args["sink_k"][0].isnan().any()
 
 
+@backend_params("sink_attention_step", "triton")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value: float, backend: str) -> None:
+    """Of a new token, within a tile of rows before and behind it: seen from that token on alone."""
+    sample = draw(Sampler(), "value", tokens=4, seen=(20,), rotary=8)
+    v = sample["v"].clone()
+    v[0, 2] = value
+    out = subquad.sink_attention_step(**{**sample.args, "v": v}, **sample.kwargs, backend=backend)[0]
+    assert out[0, :2].isfinite().all()
+    assert torch.equal(out[0, 2:].nan_to_num(-1.0, 1.0), torch.full_like(out[0, 2:], 1.0 if value == value else -1.0))
+
+
 def copies(args: Any) -> dict[str, torch.Tensor]:
     return {n: args[n].clone() for n in CHANGED if args[n] is not None}
 
