@@ -107,7 +107,7 @@ def _scores(q, k, FLAGS: tl.constexpr):
 @triton.jit
 def _infinities(acc, keep, v, FLAGS: tl.constexpr):
     """acc [BM, BDV] plus what is not finite in values v [BN, BDV], where keep says that it is seen: whatever its weight."""
-    seen = tl.where(tl.broadcast_to(keep, [acc.shape[0], v.shape[0]]), 1.0, 0.0).to(tl.float16)
+    seen = tl.where(keep, 1.0, 0.0).to(tl.float16)
     up = tl.where((v == float("inf")) | (v != v), 1.0, 0.0).to(tl.float16)
     down = tl.where((v == float("-inf")) | (v != v), 1.0, 0.0).to(tl.float16)
     acc = tl.where(_dot(seen, up, FLAGS) > 0.0, acc + float("inf"), acc)
@@ -120,6 +120,7 @@ def _walk(
     SOURCE: tl.constexpr, FLAGS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Blocks first..last - 1 of tokens [low, high) in the running softmax: acc [BM, BDV], top and total [BM]."""
+    MASKED: tl.constexpr = FLAGS.MASKED and SOURCE != SINKS  # all rows see the sinks in the cache
     for n in range(first, last):
         token = low + n * BN + tl.arange(0, BN)
         inside = token < high
@@ -136,7 +137,7 @@ def _walk(
         if places.k_scale is not None:
             scores *= tl.load(places.k_scale + at, inside, other=0.0)[None, :]
         keep = inside[None, :]
-        if FLAGS.MASKED and SOURCE != SINKS:  # those in the cache are seen by all
+        if MASKED:
             keep = keep & (token[None, :] >= view.lowest[:, None]) & (token[None, :] < view.stop[:, None])
         scores = tl.where(keep, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -147,7 +148,7 @@ def _walk(
         v = tl.load(places.v + at[:, None] * places.v_stride + cols, inside[:, None] & (cols < dv), other=0)
         if places.v_scale is not None:
             v = cast(widen(v) * tl.load(places.v_scale + at, inside, other=0.0)[:, None], dtype)
-        values, nonfinite = finite_part(v, 0, FLAGS.MASKED)
+        values, nonfinite = finite_part(v, 0, MASKED)
         acc = acc * rescale[:, None] + _dot(cast(p, dtype), values, FLAGS)
         if nonfinite > 0:
             acc = _infinities(acc, keep, v.to(tl.float32), FLAGS)

@@ -118,6 +118,18 @@ def test_nan_where_nobody_looks(width: int, backend: str) -> None:
     assert not args["sink_k"][0].isnan().any()
 
 
+@backend_params("sink_attention_step", "triton")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value: float, backend: str) -> None:
+    """Of a new token, within a tile of rows before and behind it: seen from that token on alone."""
+    sample = draw(Sampler(), "value", tokens=4, seen=(20,), rotary=8)
+    v = sample["v"].clone()
+    v[0, 2] = value
+    out = subquad.sink_attention_step(**{**sample.args, "v": v}, **sample.kwargs, backend=backend)[0]
+    assert out[0, :2].isfinite().all()
+    assert torch.equal(out[0, 2:].nan_to_num(-1.0, 1.0), torch.full_like(out[0, 2:], 1.0 if value == value else -1.0))
+
+
 def copies(args: Any) -> dict[str, torch.Tensor]:
     return {n: args[n].clone() for n in CHANGED if args[n] is not None}
 
@@ -128,11 +140,9 @@ def test_codes_are_torchs(ring: str, backend: str) -> None:
     """Every float8, ties, subnormals, rows of zeros, of NaN and of infinity: the bits of torch's own conversions."""
     rows = torch.zeros(1, 256, 1, 8)
     x = torch.arange(-128, 128, dtype=torch.int8).view(torch.float8_e4m3fn).float().nan_to_num(448.0)
-    rows[0, :, 0, 0], rows[0, :, 0, 1] = (
-        448.0,
-        x,
-    )  # the scale of such rows is a power of two, or nothing is rounded twice
-    rows[0, :, 0, 2:] = torch.randn(256, 6, generator=torch.Generator().manual_seed(3)) * x[:, None] * 1.01
+    rows[0, :, 0, 0], rows[0, :, 0, 1] = 448.0, x  # the scale is 1 but where the last columns are larger
+    rows[0, :, 0, 2] = (x + x.roll(-1)) / 2  # ties
+    rows[0, :, 0, 3:] = torch.randn(256, 5, generator=torch.Generator().manual_seed(3)) * x[:, None] * 1.01
     rows[0, 9], rows[0, 10, 0, 3], rows[0, 11, 0, 4], rows[0, 12] = 0.0, float("nan"), float("-inf"), 1e-42
     sample = draw(Sampler(), "codes", (1, 1), tokens=256, sinks=0, window=200, slack=100, seen=(0,), ring=ring)
     args: dict[str, Any] = {**sample.args, "q": None, "k": rows, "v": rows.flip(1).contiguous()}

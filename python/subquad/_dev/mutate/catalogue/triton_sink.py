@@ -39,7 +39,7 @@ FAULTS = (
         "            at -= tl.maximum(gone, 0)\n",
         "            at -= tl.maximum(gone, 0) * 0\n",
     ),
-    Fault("triton-sink-hidden-values", "nan", _ATTEND, "finite_part(v, 0, FLAGS.MASKED)", "finite_part(v, 0, False)"),
+    Fault("triton-sink-hidden-values", "nan", _ATTEND, "finite_part(v, 0, MASKED)", "finite_part(v, 0, False)"),
     Fault(
         "triton-sink-phase-32-bits",
         "index width",
