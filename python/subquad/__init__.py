@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._backends import SubquadWarning, backends, use_backend
 from ._packing import Packed
+from .cache.sink import SinkKVCache
 from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
@@ -59,6 +60,7 @@ __all__ = [
     "IntervalMask",
     "Packed",
     "RopeSpec",
+    "SinkKVCache",
     "SubquadWarning",
     "__version__",
     "attention_transfer",

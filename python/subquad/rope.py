@@ -20,6 +20,7 @@ class RopeSpec:
         interleaved: whether elements 2f and 2f + 1 form a pair, instead of f and f + rotary_dim / 2.
         attention_scaling: factor of queries and keys in models that have one (YaRN). Kept for their owner: `rotate` does not
             apply it, since it belongs to the first rotation, not to a correction.
+        max_positions: positions these frequencies hold for, of models that have others beyond; None for any.
 
     Raises:
         TypeError: `inv_freq` is not a float tensor.
@@ -33,6 +34,7 @@ class RopeSpec:
         *,
         interleaved: bool = False,
         attention_scaling: float = 1.0,
+        max_positions: int | None = None,
     ) -> None:
         if not isinstance(inv_freq, torch.Tensor) or not inv_freq.is_floating_point():
             raise TypeError(
@@ -44,6 +46,7 @@ class RopeSpec:
             )
         self.inv_freq = inv_freq.detach()
         self.rotary_dim, self.interleaved, self.attention_scaling = rotary_dim, interleaved, float(attention_scaling)
+        self.max_positions = max_positions
         turns = inv_freq.detach().double().cpu() / (2 * math.pi)
         # Split, for 2^64 times a float64 has more bits than a float64 converts to an integer exactly.
         high = torch.floor(turns * 2.0**32)

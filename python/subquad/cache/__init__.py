@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .lawcat import LawcatCache, LawcatState
+from .sink import SinkKVCache
 from .state import State
 
-__all__ = ["LawcatCache", "LawcatState", "State"]
+__all__ = ["LawcatCache", "LawcatState", "SinkKVCache", "State"]
