@@ -65,7 +65,7 @@ def attend(
         if rope is not None:
             if cache.key_rope == "pre" or turned:
                 held = rope.rotate(held, (behind + (token if cache.key_rope == "pre" else 0))[:, None])
-            q, k = _rotated(rope, q, fresh, rope.attention_scaling**2), _rotated(rope, k, fresh + ahead)
+            q, k = rotated(rope, q, fresh, rope.attention_scaling**2), rotated(rope, k, fresh + ahead)
         keys = torch.cat([held.transpose(1, 2).to(k.dtype), k], 1)
         values = torch.cat([moves.rows(cache, "v", token).transpose(1, 2).to(v.dtype), v], 1)
         shift = None
@@ -80,7 +80,7 @@ def attend(
     return result[0], result[1].masked_fill(~real[..., None], -torch.inf)
 
 
-def _rotated(rope: RopeSpec, x: torch.Tensor, positions: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+def rotated(rope: RopeSpec, x: torch.Tensor, positions: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     """x [B, T, H, D] times `factor` where it is rotated, at positions [B, T]; rounded once."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if factor != 1.0:

@@ -63,7 +63,7 @@ class SinkKVCache(TensorState):
         (torch.Size([1, 30, 4, 8]), [30])
     """
 
-    counters = ("window", "slack", "key_rope", "positions")
+    counters = ("window", "key_rope", "positions")
     sink_k: torch.Tensor
     sink_v: torch.Tensor
     ring_k: torch.Tensor
@@ -115,7 +115,7 @@ class SinkKVCache(TensorState):
                 expected = f"[Hq] with Hq a multiple of the {num_kv_heads} key heads"
                 raise ValueError(f"sink_logits: expected shape {expected}, got {list(sink_logits.shape)}")
             sink_logits = sink_logits.to(device)
-        self.window, self.slack, self.key_rope, self.positions = window, slack, key_rope, positions
+        self.window, self.key_rope, self.positions = window, key_rope, positions
         self.rope, self.sink_logits = rope, sink_logits
         places = _aligned(window + slack)
         for name, heads, count, of in (
@@ -267,9 +267,9 @@ class SinkKVCache(TensorState):
         """Forget tokens lo..hi-1 of a sequence that goes on: a tool's long answer, a turn that was taken back.
 
         Those behind are renumbered, and `seen` shrinks by what was forgotten. All that remain are seen by the tokens to come;
-        what had left the window before does not return. Where sinks are forgotten, the oldest tokens of the window become sinks; where
-        these do not suffice, they are all there is, numbered from 0. With key_rope="pre" the remaining tokens are as they were,
-        bit by bit. With "post" the keys that move are rotated once more, in float32, and rounded.
+        what had left the window before does not return. Where sinks are forgotten, the oldest tokens of the window become
+        sinks; where these do not suffice, they are all there is, numbered from 0. With key_rope="pre" the remaining tokens
+        are as they were, bit by bit. With "post" the keys that move are rotated once more, in float32, and rounded.
 
         Args:
             lo, hi: numbers of tokens in the sequence, ints or int32 or int64 [B]; those not there yet do not count.
@@ -316,10 +316,8 @@ class SinkKVCache(TensorState):
     def keep(self, tokens: int) -> None:
         """Have room for a rollback of `tokens` tokens at any time: the ring is enlarged, once, where its slack is too small."""
         _checks.size("tokens", tokens)
-        places = _aligned(self.window + tokens)
-        if places > self.ring_k.shape[2]:
-            self.slack = tokens
-            moves.enlarge(self, places)
+        if self.window + tokens - 1 > self.ring_k.shape[2]:
+            moves.enlarge(self, _aligned(self.window + tokens))
 
     def rollback(self, tokens: int | torch.Tensor) -> None:
         """Be as before the last tokens. Counters change, nothing else, also where the ring has wrapped.
@@ -353,7 +351,7 @@ class SinkKVCache(TensorState):
         """Tokens that have to remain where a sequence goes back one by one, int64 [B]."""
         sinks, places = self.sink_tokens, self.ring_k.shape[2]
         floor = self.written - (places - self.window + 1)
-        floor = torch.where((self.written - places <= sinks) | (floor <= sinks), 0, floor)
+        floor = torch.where((self.written - places <= sinks) | (floor <= sinks + 1), 0, floor)
         return torch.where(self.first > sinks, torch.maximum(floor, self.first), floor)
 
     # --- as a state ----------------------------------------
@@ -398,7 +396,6 @@ class SinkKVCache(TensorState):
             raise ValueError(f"ring_k: expected at least the {self.window} places of the window, got {places}")
         for name, value in self.tensors().items():
             self.put(name, state[name].to(value.device, copy=True))
-        self.slack = state["slack"]
 
     def _configuration(self) -> dict[str, Any]:
         rope = self.rope
@@ -460,8 +457,6 @@ def _check_rope(rope: object, head_dim: int, capacity: int, positions: str) -> N
 
 def _check_same(name: str, own: Any, other: Any, fixed: bool) -> None:
     """ValueError unless a saved value fits: the same where it is `fixed`, of one dtype where it is a tensor of the cache."""
-    if name == "slack":
-        return
     kinds = isinstance(own, torch.Tensor), isinstance(other, torch.Tensor)
     if kinds == (True, True):
         same = own.dtype is other.dtype and (not fixed or torch.equal(own, other.to(own.device)))
