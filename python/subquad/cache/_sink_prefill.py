@@ -60,12 +60,12 @@ def attend(
     turned = rope is not None and sinks > 0 and cache.positions == "cache"
     # Sinks are turned on by what the first new token has forgotten, and the queries of later ones back by the rest: a number
     # below the chunk's length at any position of the stream.
-    behind, ahead = (torch.where((x < sinks) & (x >= 0), base, 0) if turned else 0 for x in (token, fresh))
+    behind, ahead = (torch.where((x < sinks) & (x >= 0), base * turned, 0) for x in (token, fresh))
     with torch.no_grad(), without_autocast(q.device.type):
         held = moves.rows(cache, "k", token)
         if rope is not None:
             if cache.key_rope == "pre" or turned:
-                held = rope.rotate(held, (behind + (token if cache.key_rope == "pre" else 0))[:, None])
+                held = rope.rotate(held, (behind + token if cache.key_rope == "pre" else behind)[:, None])
             q, k = (
                 rope.rotate(q, fresh[:, :, None], rope.attention_scaling**2),
                 rope.rotate(k, (fresh + ahead)[:, :, None]),

@@ -212,7 +212,8 @@ class SinkKVCache(TensorState):
         if _checks.readable(pad) and any(not 0 <= n <= width for n in pad.tolist()):
             raise ValueError(f"pad: expected numbers in 0..{width}, got {_checks.shown(pad.tolist())}")
         column, pad = torch.arange(width, device=k.device), pad.clamp(0, width)[:, None]
-        out, lse = self.step(*(_columns(x, column + pad) for x in (q, k, v)), width - pad[:, 0])
+        q, k, v = (_columns(x, column + pad) for x in (q, k, v))
+        out, lse = self.step(q, k, v, width - pad[:, 0])
         back, padding = column - pad, column < pad
         out, lse = _columns(out, back), _columns(lse, back)
         return out.masked_fill(padding[..., None, None], 0.0), lse.masked_fill(padding[..., None], -torch.inf)
