@@ -18,8 +18,9 @@ class RopeSpec:
         inv_freq: [rotary_dim / 2] radians per position, any float dtype.
         rotary_dim: even number of leading elements of a head that are rotated.
         interleaved: whether elements 2f and 2f + 1 form a pair, instead of f and f + rotary_dim / 2.
-        attention_scaling: factor of queries and keys in models that have one (YaRN). Kept for their owner: `rotate` does not
-            apply it, since it belongs to the first rotation, not to a correction.
+        attention_scaling: factor of queries and keys in models that have one (YaRN). Kept for their owner: `rotate` applies it
+            where it is given as `factor`, since it belongs to the first rotation, not to a correction.
+        max_positions: positions these frequencies hold for, of models that have others beyond; None for any.
 
     Raises:
         TypeError: `inv_freq` is not a float tensor.
@@ -33,6 +34,7 @@ class RopeSpec:
         *,
         interleaved: bool = False,
         attention_scaling: float = 1.0,
+        max_positions: int | None = None,
     ) -> None:
         if not isinstance(inv_freq, torch.Tensor) or not inv_freq.is_floating_point():
             raise TypeError(
@@ -44,6 +46,7 @@ class RopeSpec:
             )
         self.inv_freq = inv_freq.detach()
         self.rotary_dim, self.interleaved, self.attention_scaling = rotary_dim, interleaved, float(attention_scaling)
+        self.max_positions = max_positions
         turns = inv_freq.detach().double().cpu() / (2 * math.pi)
         # Split, for 2^64 times a float64 has more bits than a float64 converts to an integer exactly.
         high = torch.floor(turns * 2.0**32)
@@ -57,15 +60,24 @@ class RopeSpec:
         return self._step
 
     @classmethod
-    def from_hf(cls, source: Any) -> RopeSpec:
+    def from_hf(cls, source: Any, max_positions: int | None = None) -> RopeSpec:
         """From a transformers rotary module (anything with `inv_freq`), or a config with `rope_theta` or `rope_parameters`.
+
+        Configs may be of type default, linear, llama3, yarn and ntk, the theta of which is raised by factor ** (d / (d - 2)).
+
+        Args:
+            source: the module or the config.
+            max_positions: positions that will be needed, which makes "dynamic" and "longrope" possible: up to the original length
+                of the model their frequencies do not change. A `SinkKVCache` with positions="cache" needs sink_tokens + window.
 
         Raises:
             ValueError: frequencies that depend on the length ("dynamic", "longrope"), of a config or a module: one rotation does
-                not describe them. A config of another kind (YaRN): pass the model's rotary module then.
+                not describe them beyond the original length. A config of another kind: pass the model's rotary module then.
         """
-        if getattr(source, "rope_type", None) in ("dynamic", "longrope"):
-            raise ValueError(f"source: expected frequencies that do not depend on the length, got {source.rope_type!r}")
+        if getattr(source, "rope_type", None) in _CHANGING and max_positions is not None and hasattr(source, "config"):
+            source = source.config
+        if getattr(source, "rope_type", None) in _CHANGING:
+            raise ValueError(_depends(source.rope_type))
         if hasattr(source, "inv_freq"):
             return cls(
                 source.inv_freq,
@@ -80,23 +92,38 @@ class RopeSpec:
         head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
         partial = parameters.get("partial_rotary_factor", getattr(source, "partial_rotary_factor", None))
         dim = int(head_dim * (1.0 if partial is None else partial))
-        inv_freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        if kind == "ntk":
+            theta = theta * parameters["factor"] ** (dim / (dim - 2))
+        waves = theta ** (torch.arange(0, dim, 2).float() / dim)  # positions per radian; in float32, as in the models
+        inv_freq = 1.0 / waves
+        scaling, limit = 1.0, None
         if kind == "linear":
             inv_freq = inv_freq / parameters["factor"]
         elif kind == "llama3":
             inv_freq = _llama3(inv_freq, parameters)
-        elif kind != "default":
+        elif kind == "yarn":
+            inv_freq, scaling = _yarn(waves, theta, _Lengths(source, parameters), parameters)
+        elif kind in _CHANGING:
+            lengths = _Lengths(source, parameters)
+            limit = lengths.longest if kind == "dynamic" else lengths.original
+            if max_positions is None or max_positions > limit:
+                raise ValueError(f"{_depends(kind)}; they do not up to max_positions={limit}")
+            if kind == "longrope":
+                inv_freq = 1.0 / (torch.tensor(parameters["short_factor"], dtype=torch.float32) * waves)
+                scaling = parameters.get("attention_factor") or lengths.longrope_scaling(parameters.get("factor"))
+        elif kind not in ("default", "ntk"):
             raise ValueError(
-                f"source: expected rope type default, linear or llama3, got {kind!r}; pass the rotary module"
+                f"source: expected rope type default, linear, llama3, yarn or ntk, got {kind!r}; pass the rotary module"
             )
-        return cls(inv_freq.float(), dim)
+        return cls(inv_freq, dim, attention_scaling=scaling, max_positions=limit)
 
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         """x with its first `rotary_dim` elements rotated by `positions`; differentiable in x.
 
         Args:
             x: [..., D], any float dtype; computed in float32 (float64 in float64).
             positions: integers that broadcast to x.shape[:-1], negative ones too.
+            factor: of the rotated elements.
 
         Raises:
             TypeError: positions that are not integers.
@@ -113,6 +140,8 @@ class RopeSpec:
         angle = (phase >> 11).double() * (2 * math.pi / 2.0**53)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         turned = x[..., : self.rotary_dim].to(wide)
+        if factor != 1.0:
+            turned = turned * factor
         if self.interleaved:
             a, b = turned[..., ::2], turned[..., 1::2]
             rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
@@ -122,6 +151,27 @@ class RopeSpec:
         return torch.cat([rotated.to(x.dtype), x[..., self.rotary_dim :]], -1)
 
 
+_CHANGING = ("dynamic", "longrope")
+
+
+def _depends(kind: str) -> str:
+    return f"source: expected frequencies that do not depend on the length, got {kind!r}"
+
+
+class _Lengths:
+    """Of a config: the longest sequence, and the longest one before the rotation was scaled."""
+
+    def __init__(self, config: Any, parameters: dict[str, Any]) -> None:
+        self.longest = config.max_position_embeddings
+        own = getattr(config, "original_max_position_embeddings", None)
+        self.original = parameters.get("original_max_position_embeddings") or own or self.longest
+
+    def longrope_scaling(self, factor: float | None) -> float:
+        """LongRoPE (arXiv 2402.13753)."""
+        factor = self.longest / self.original if factor is None else factor
+        return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(self.original))
+
+
 def _llama3(inv_freq: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
     """Llama 3.1's scaling: long waves are slowed by `factor`, short ones kept, those between interpolated."""
     factor, length = parameters["factor"], parameters["original_max_position_embeddings"]
@@ -129,3 +179,30 @@ def _llama3(inv_freq: torch.Tensor, parameters: dict[str, Any]) -> torch.Tensor:
     turns = length * inv_freq / (2 * math.pi)  # within the original length
     smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - smooth) * inv_freq / factor + smooth * inv_freq
+
+
+def _yarn(
+    waves: torch.Tensor, theta: float, lengths: _Lengths, parameters: dict[str, Any]
+) -> tuple[torch.Tensor, float]:
+    """YaRN (arXiv 2309.00071): frequencies between those of few and of many turns within the original length are mixed by a
+    ramp over their index, and queries and keys are scaled."""
+    factor = parameters.get("factor") or lengths.longest / lengths.original
+    pairs = waves.shape[0]
+
+    def index_of(turns: float) -> float:
+        """Of the frequency that makes so many turns."""
+        return pairs * math.log(lengths.original / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = index_of(parameters.get("beta_fast") or 32), index_of(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    kept = 1 - ((torch.arange(pairs).float() - low) / (high - low if high != low else 0.001)).clamp(0.0, 1.0)
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    scaling, one, all_dims = (parameters.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if scaling is None:
+        scaling = magnitude(one) / magnitude(all_dims) if one and all_dims else magnitude(1.0)
+    return 1.0 / (factor * waves) * (1 - kept) + 1.0 / waves * kept, scaling
