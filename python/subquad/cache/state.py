@@ -22,7 +22,10 @@ class State(Protocol):
         seen: columns that went by, padding included; an int, or an int64 tensor where compiled code advances it.
         kept: tokens that `rollback` can take back now.
         nbytes: memory of all tensors, of their whole storages.
+        advice: which option says how much `rollback` can take back, for messages.
     """
+
+    advice: str
 
     @property
     def seen(self) -> int | torch.Tensor: ...
@@ -89,6 +92,7 @@ class TensorState(ABC):
     """
 
     counters: tuple[str, ...] = ("seen",)  # attributes beside the tensors
+    advice = ""
     conv_states: Mapping[int, torch.Tensor | None] = {}
     recurrent_states: Mapping[int, torch.Tensor | None] = {}
 
