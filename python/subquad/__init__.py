@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._backends import SubquadWarning, backends, use_backend
 from ._packing import Packed
-from .cache.sink import SinkKVCache
+from .cache import FrameSinkCache, SinkKVCache
 from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
@@ -57,6 +57,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CatsCalibrator",
+    "FrameSinkCache",
     "IntervalMask",
     "Packed",
     "RopeSpec",

@@ -18,8 +18,8 @@ class RopeSpec:
         inv_freq: [rotary_dim / 2] radians per position, any float dtype.
         rotary_dim: even number of leading elements of a head that are rotated.
         interleaved: whether elements 2f and 2f + 1 form a pair, instead of f and f + rotary_dim / 2.
-        attention_scaling: factor of queries and keys in models that have one (YaRN). Kept for their owner: `rotate` does not
-            apply it, since it belongs to the first rotation, not to a correction.
+        attention_scaling: factor of queries and keys in models that have one (YaRN). Kept for their owner: `rotate` applies it
+            where it is given as `factor`, since it belongs to the first rotation, not to a correction.
         max_positions: positions these frequencies hold for, of models that have others beyond; None for any.
 
     Raises:
@@ -117,12 +117,13 @@ class RopeSpec:
             )
         return cls(inv_freq, dim, attention_scaling=scaling, max_positions=limit)
 
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         """x with its first `rotary_dim` elements rotated by `positions`; differentiable in x.
 
         Args:
             x: [..., D], any float dtype; computed in float32 (float64 in float64).
             positions: integers that broadcast to x.shape[:-1], negative ones too.
+            factor: of the rotated elements.
 
         Raises:
             TypeError: positions that are not integers.
@@ -139,6 +140,8 @@ class RopeSpec:
         angle = (phase >> 11).double() * (2 * math.pi / 2.0**53)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         turned = x[..., : self.rotary_dim].to(wide)
+        if factor != 1.0:
+            turned = turned * factor
         if self.interleaved:
             a, b = turned[..., ::2], turned[..., 1::2]
             rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .frames import FrameSinkCache
 from .lawcat import LawcatCache, LawcatState
 from .sink import SinkKVCache
 from .state import State
 
-__all__ = ["LawcatCache", "LawcatState", "SinkKVCache", "State"]
+__all__ = ["FrameSinkCache", "LawcatCache", "LawcatState", "SinkKVCache", "State"]

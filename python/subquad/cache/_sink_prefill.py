@@ -11,7 +11,6 @@ from ..masks import IntervalMask
 from ..ops import _call
 from ..ops._autograd import without_autocast
 from ..ops.interval_attention import interval_attention
-from ..rope import RopeSpec
 from . import _sink_moves as moves
 
 if TYPE_CHECKING:
@@ -65,7 +64,10 @@ def attend(
         if rope is not None:
             if cache.key_rope == "pre" or turned:
                 held = rope.rotate(held, (behind + (token if cache.key_rope == "pre" else 0))[:, None])
-            q, k = rotated(rope, q, fresh, rope.attention_scaling**2), rotated(rope, k, fresh + ahead)
+            q, k = (
+                rope.rotate(q, fresh[:, :, None], rope.attention_scaling**2),
+                rope.rotate(k, (fresh + ahead)[:, :, None]),
+            )
         keys = torch.cat([held.transpose(1, 2).to(k.dtype), k], 1)
         values = torch.cat([moves.rows(cache, "v", token).transpose(1, 2).to(v.dtype), v], 1)
         shift = None
@@ -74,15 +76,7 @@ def attend(
         mask = IntervalMask(starts, ends, tk=before + width, shift=shift)
         result = interval_attention(
             q, keys, values, mask, scale=scale, sink_logits=cache.sink_logits, return_lse=True,
-            q_shift=None if shift is None else rope,
+            q_shift=None if shift is None else rope, backend=cache.backend,
         )  # fmt: skip
     assert isinstance(result, tuple)
     return result[0], result[1].masked_fill(~real[..., None], -torch.inf)
-
-
-def rotated(rope: RopeSpec, x: torch.Tensor, positions: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """x [B, T, H, D] times `factor` where it is rotated, at positions [B, T]; rounded once."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if factor != 1.0:
-        wide = torch.cat([wide[..., : rope.rotary_dim] * factor, wide[..., rope.rotary_dim :]], -1)
-    return rope.rotate(wide, positions[:, :, None]).to(x.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import _checks
+from .._backends import BACKENDS
 from ..contract.sink_attention_step import MAX_HEAD_DIM, RING_DTYPES
 from ..ops.sink_attention_step import sink_attention_step
 from ..rope import RopeSpec
@@ -42,6 +43,7 @@ class SinkKVCache(TensorState):
         positions: "cache": tokens have the positions they have in the cache, below S + W for ever; "absolute": in the sequence.
         rope: rotation of queries and keys, which `step` then takes without; None: as they are given.
         sink_logits: [Hq], one more term exp(sink_logits[h]) of every softmax denominator (gpt-oss).
+        backend: of the operators, as in `sink_attention_step`.
         device: of the tensors.
 
     Attributes:
@@ -90,6 +92,7 @@ class SinkKVCache(TensorState):
         positions: str = "cache",
         rope: RopeSpec | None = None,
         sink_logits: torch.Tensor | None = None,
+        backend: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
@@ -108,6 +111,8 @@ class SinkKVCache(TensorState):
             raise TypeError(f"kv_dtype: expected {dtype} as dtype, int8 or float8_e4m3fn, got {kv_dtype}")
         _checks.choice("key_rope", key_rope, ("pre", "post"))
         _checks.choice("positions", positions, ("cache", "absolute"))
+        if backend is not None:
+            _checks.choice("backend", backend, BACKENDS)
         _check_rope(rope, head_dim, sink_tokens + window, positions)
         if sink_logits is not None:
             _checks.tensor("sink_logits", sink_logits)
@@ -116,7 +121,7 @@ class SinkKVCache(TensorState):
                 raise ValueError(f"sink_logits: expected shape {expected}, got {list(sink_logits.shape)}")
             sink_logits = sink_logits.to(device)
         self.window, self.key_rope, self.positions = window, key_rope, positions
-        self.rope, self.sink_logits = rope, sink_logits
+        self.rope, self.sink_logits, self.backend = rope, sink_logits, backend
         places = _aligned(window + slack)
         for name, heads, count, of in (
             ("sink", num_kv_heads, sink_tokens, dtype),
@@ -223,7 +228,7 @@ class SinkKVCache(TensorState):
         return sink_attention_step(
             q, k, v, self.sink_k, self.sink_v, self.ring_k, self.ring_v, self.seen, self.written, self.first,
             window=self.window, k_scale=self.k_scale, v_scale=self.v_scale, m=m, rope=self.rope, key_rope=self.key_rope,
-            sink_logits=None if q is None else self.sink_logits, positions=self.positions, **options,
+            sink_logits=None if q is None else self.sink_logits, positions=self.positions, backend=self.backend, **options,
         )  # fmt: skip
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

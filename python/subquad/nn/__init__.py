@@ -7,6 +7,7 @@ from .cats_mlp import CATSMLP, dense_state_dict
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 from .lawcat import GateProjection, LawcatAttention
+from .sink_attention import SinkAttention
 
 __all__ = [
     "CATSMLP",
@@ -15,5 +16,6 @@ __all__ = [
     "LawcatCache",
     "LearnedFeatureMap",
     "ShortConvolution",
+    "SinkAttention",
     "dense_state_dict",
 ]

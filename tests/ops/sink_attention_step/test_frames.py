@@ -1,0 +1,270 @@
+"""`FrameSinkCache` against lists of tokens: blocks, passes, other prompts, pinned frames."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from subquad import FrameSinkCache
+
+from .streams import DIM, KV_HEADS, ROPE, Stream, Token, drawn
+
+LAYERS, BATCH, F, SINK, LOCAL, BLOCK = 2, 2, 3, 2, 6, 2
+CLOSE = {"atol": 1e-9, "rtol": 1e-9}
+Drawn = list[list[torch.Tensor]]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"key_rope": "post"},
+    {"positions": "absolute"},
+    {"key_rope": "post", "positions": "absolute"},
+    {"rope": None},
+]
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def cache_of(**options: Any) -> FrameSinkCache:
+    sizes = {"frame_tokens": F, "sink_frames": SINK, "local_frames": LOCAL, "block_frames": BLOCK}
+    return FrameSinkCache(LAYERS, BATCH, KV_HEADS, DIM, **({"rope": ROPE, "dtype": torch.float64} | sizes | options))
+
+
+class Film:
+    """Streams of every layer and row; a block replaces what came last."""
+
+    def __init__(self, cache: FrameSinkCache) -> None:
+        state = cache.states[0]
+        self.base = 0  # frames before the first of the streams
+        self.rows = [
+            [Stream(SINK * F, (LOCAL - SINK) * F, state.rope, state.positions == "absolute") for _ in range(BATCH)]
+            for _ in range(LAYERS)
+        ]
+
+    def attend(self, cache: FrameSinkCache, x: Drawn, commit: bool) -> None:
+        """All layers of a pass, compared."""
+        for layer, (q, k, v) in enumerate(x):
+            out = cache.attend(layer, q, k, v)
+            for row, stream in enumerate(self.rows[layer]):
+                found, _ = stream.step(q[row], k[row], v[row], together=True)
+                torch.testing.assert_close(out[row], found, **CLOSE)
+                if not commit:
+                    del stream.tokens[-k.shape[1] :]
+        if commit:
+            cache.commit()
+
+    def replay(self, cache: FrameSinkCache, start: int, keep_sink: bool) -> None:
+        """The frames from `start` on, in the numbering of the video, written anew."""
+        for stream in (s for layer in self.rows for s in layer):
+            del stream.tokens[(start - self.base) * F :]
+            if not keep_sink:
+                stream.tokens = []
+        if not keep_sink:
+            self.base = start
+
+
+def block(frames: int = BLOCK) -> Drawn:
+    return [drawn(BATCH, frames * F) for _ in range(LAYERS)]
+
+
+def tensors(cache: FrameSinkCache) -> list[torch.Tensor]:
+    return [x.clone() for state in cache.states for x in state.tensors().values()]
+
+
+@each_option
+def test_blocks(options: dict[str, Any]) -> None:
+    """Four noisy passes and a clean one per block, also a short block."""
+    cache, film = cache_of(**options), None
+    film = Film(cache)
+    for number, frames in enumerate((2, 2, 2, 2, 1, 2, 2, 2)):
+        for _ in range(3):
+            film.attend(cache, block(frames), commit=False)
+        film.attend(cache, block(frames), commit=True)
+        assert cache.frames == sum((2, 2, 2, 2, 1, 2, 2, 2)[: number + 1])
+
+
+def test_passes_leave_no_trace() -> None:
+    one, many = cache_of(), cache_of()
+    for _ in range(7):
+        last = block()
+        for x in (*(block() for _ in range(5)), last):
+            for layer in range(LAYERS):
+                many.attend(layer, *x[layer])
+        many.commit()
+        for layer in range(LAYERS):
+            one.attend(layer, *last[layer], commit=True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(many), strict=True))
+
+
+@each_option
+@pytest.mark.parametrize("keep_sink", [True, False])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 6])
+def test_recache(options: dict[str, Any], keep_sink: bool, blocks: int) -> None:
+    """Under a new prompt, sinks kept or written anew: what follows is as if the frames had been such from the start."""
+    cache = cache_of(**options)
+    film, places = Film(cache), [x.data_ptr() for x in cache.states[1].tensors().values()]
+    for _ in range(blocks):
+        film.attend(cache, block(), commit=True)
+    for _ in range(2):
+        for layer in range(LAYERS):
+            cache.attend(layer, *block()[layer])  # a block that is given up
+        with cache.recache(keep_sink=keep_sink) as plan:
+            shown = min(cache_frames := 2 * blocks, LOCAL if not keep_sink else LOCAL - SINK)
+            if keep_sink:
+                shown = min(shown, cache_frames - min(SINK, cache_frames))
+            assert plan.frames == slice(2 * blocks - shown, 2 * blocks)
+            if shown:
+                film.replay(cache, plan.start_frame, keep_sink)
+                film.attend(cache, block(shown), commit=False)
+                x = block(shown)
+                for layer, (q, k, v) in enumerate(x):
+                    out = cache.attend(layer, q, k, v)
+                    for row, stream in enumerate(film.rows[layer]):
+                        torch.testing.assert_close(out[row], stream.step(q[row], k[row], v[row], True)[0], **CLOSE)
+        assert cache.frames == 2 * blocks
+    for _ in range(5):
+        film.attend(cache, block(), commit=True)
+        blocks += 1
+    assert cache.frames == 2 * blocks
+    assert places == [x.data_ptr() for x in cache.states[1].tensors().values()]
+
+
+def test_part_of_the_window_is_written_anew() -> None:
+    cache = cache_of()
+    film = Film(cache)
+    for _ in range(6):
+        film.attend(cache, block(), commit=True)
+    with cache.recache(start_frame=10) as plan:
+        assert (plan.start_frame, plan.num_frames) == (10, 2)
+        film.replay(cache, 10, True)
+        film.attend(cache, block(2), commit=True)
+    film.attend(cache, block(), commit=True)
+
+
+@pytest.mark.parametrize("keep_sink", [True, False])
+def test_a_failed_recache_changes_nothing(keep_sink: bool) -> None:
+    cache = cache_of()
+    film = Film(cache)
+    for _ in range(5):
+        film.attend(cache, block(), commit=True)
+    before = tensors(cache)
+    with pytest.raises(RuntimeError, match="out of luck"), cache.recache(keep_sink=keep_sink) as plan:
+        cache.attend(0, *block(plan.num_frames)[0])
+        raise RuntimeError("out of luck")
+    with (
+        pytest.raises(ValueError, match=r"^layer: expected layer 1 to have attended"),
+        cache.recache(keep_sink=keep_sink) as plan,
+    ):
+        cache.attend(0, *block(plan.num_frames)[0])
+    with (
+        pytest.raises(ValueError, match=r"^k: expected the \d+ tokens of the plan, got 6"),
+        cache.recache(keep_sink=keep_sink),
+    ):
+        cache.attend(0, *block()[0])
+    assert all(torch.equal(a, b) for a, b in zip(tensors(cache), before, strict=True))
+    assert cache.frames == 10
+    film.attend(cache, block(), commit=True)
+
+
+# --- pinned frames ----------------------------------------
+
+
+def _pinned_oracle(stream: Stream, pins: list[Token], token: int, x: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A block of one row where copies of tokens [token, token + P), numbered as the stream is, are seen outside the window."""
+    q, k, v = x
+    n, width = len(stream.tokens), k.shape[0]
+    begin = n + width - stream.window
+    seen_pins = [p for p in range(len(pins)) if stream.sinks <= token + p < begin or token + p < 0]
+    gap = 0 if stream.absolute else max(0, begin - token - len(pins))
+    stream.tokens += [Token(*pair) for pair in zip(k, v, strict=True)]
+    last = n + width - 1
+    visible = stream.seen_by(last)
+    groups, out = q.shape[1] // KV_HEADS, []
+    for t in range(width):
+        own = n + t if stream.absolute else len(visible) - 1 - (width - 1 - t)
+        sinks = min(stream.sinks, last + 1)
+        keys = [stream.turned(stream.tokens[j].k, j if stream.absolute else p) for p, j in enumerate(visible)]
+        # Of pinned tokens what counts is the distance: that of the tokens before the window.
+        keys += [stream.turned(pins[p].k, own - (n + t - gap - (token + p))) for p in seen_pins]
+        values = [stream.tokens[j].v for j in visible] + [pins[p].v for p in seen_pins]
+        assert sinks
+        scores = torch.einsum("hd,jhd->hj", stream.turned(q[t], own), torch.stack(keys).repeat_interleave(groups, 1))
+        p = (scores * q.shape[2] ** -0.5).softmax(1)
+        out.append(torch.einsum("hj,jhd->hd", p, torch.stack(values).repeat_interleave(groups, 1)))
+    return torch.stack(out)
+
+
+@each_option
+@pytest.mark.parametrize("recached", [False, True])
+def test_pinned_frames(options: dict[str, Any], recached: bool) -> None:
+    """Seen once while in the window, still seen behind it, and not twice as sinks of a recache."""
+    cache = cache_of(**options)
+    film = Film(cache)
+    for _ in range(3):
+        film.attend(cache, block(), commit=True)
+    cache.pin(3, 2)
+    pins = [[copy.copy(s.tokens[9:15]) for s in layer] for layer in film.rows]
+    for number in range(6):
+        if recached and number == 1:
+            with cache.recache(keep_sink=False) as plan:  # frames 3 and 4 become sinks' neighbours, then sinks
+                film.replay(cache, plan.start_frame, False)
+                for layer, (q, k, v) in enumerate(block(plan.num_frames)):
+                    out = cache.attend(layer, q, k, v)
+                    for row, stream in enumerate(film.rows[layer]):
+                        found = _pinned_oracle(stream, pins[layer][row], 9 - film.base * F, (q[row], k[row], v[row]))
+                        torch.testing.assert_close(out[row], found, **CLOSE)
+        for layer, (q, k, v) in enumerate(block()):
+            out = cache.attend(layer, q, k, v)
+            for row, stream in enumerate(film.rows[layer]):
+                found = _pinned_oracle(stream, pins[layer][row], 9 - film.base * F, (q[row], k[row], v[row]))
+                torch.testing.assert_close(out[row], found, **CLOSE)
+        cache.commit()
+    cache.pin(0, 0)
+    for stream in (s for layer in film.rows for s in layer):
+        assert len(stream.tokens) == (cache.frames - film.base) * F
+    film.attend(cache, block(), commit=True)
+
+
+# --- bad input ----------------------------------------
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^local_frames: expected at least 4"):
+        cache_of(local_frames=3)
+    with pytest.raises(ValueError, match=r"^frame_tokens: expected at least 1"):
+        cache_of(frame_tokens=0)
+    cache = cache_of()
+    with pytest.raises(ValueError, match=r"^layer: expected one of 2"):
+        cache.attend(2, *block()[0])
+    for frames in (0, 3):
+        with pytest.raises(ValueError, match=r"^k: expected at most 2 frames of 3 tokens"):
+            cache.attend(0, *block(frames)[0])
+    with pytest.raises(ValueError, match=r"^k: expected at most 2 frames"):
+        cache.attend(0, *drawn(BATCH, 4))
+    with pytest.raises(ValueError, match=r"^layer: expected layer 0 to have attended"):
+        cache.commit()
+    cache.attend(0, *block()[0])
+    with pytest.raises(ValueError, match=r"^layer: expected layer 1 to have attended"):
+        cache.commit()
+    with pytest.raises(ValueError, match=r"^k: expected 6 tokens, as the block has"):
+        cache.attend(0, *block(1)[0])
+    cache.attend(0, *block()[0], commit=True)
+    with pytest.raises(ValueError, match=r"^recache: expected all layers at one frame"), cache.recache():
+        pass
+    cache.attend(1, *block()[1], commit=True)
+    assert cache.frames == 2
+    for start, count in ((0, 1), (1, 2), (2, 1)):
+        with pytest.raises(ValueError, match=r"^start_frame: expected frames within"):
+            cache.pin(start, count)
+    with pytest.raises(ValueError, match=r"^start_frame: expected 2 to 2, got 1"), cache.recache(1):
+        pass
+    with cache.recache(), pytest.raises(ValueError, match=r"^recache: expected none within another"), cache.recache():
+        pass
+    cache.reset()
+    assert cache.frames == 0 and all(int(state.seen.sum()) == 0 for state in cache.states)
