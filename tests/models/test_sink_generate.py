@@ -261,3 +261,83 @@ def test_a_cache_alone_is_a_stream(name: str, source: str, implementation: str) 
     cache = subquad.SinkCache(model.config if source == "config" else model, SINKS, WINDOW)
     want = Stream(plain(name), spans(name)).greedy(ids[0].tolist(), 24)
     assert greedy(model, ids, 24, cache=cache)[0].tolist() == want
+
+
+@pytest.mark.parametrize("positions", ["cache", "absolute"])
+def test_logits_and_turns_of_a_cache_alone(positions: str) -> None:
+    """Short turns in one call, while they fit; then tokens, which are taken back, and rows that are exchanged."""
+    ids, name = prompt(40, 2), "llama"
+    model, cache = plain(name), subquad.SinkCache(plain(name).config, SINKS, WINDOW, positions=positions)
+    want = torch.stack([Stream(model, spans(name), positions).logits(row.tolist()) for row in ids])
+    found = [model(part, cache=cache).logits for part in ids[:, : SINKS + WINDOW].split((4, 5, 2), 1)]
+    found += [model(token, cache=cache).logits for token in ids[:, SINKS + WINDOW : 30].split(1, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), want[:, :30], rtol=1e-5, atol=1e-5)
+    cache.crop(-6)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    found = [model(token, cache=cache).logits for token in ids.flip(0)[:, 24:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), want.flip(0)[:, 24:], rtol=1e-5, atol=1e-5)
+    cache.reset()
+    torch.testing.assert_close(model(ids[:, :5], cache=cache).logits, want[:, :5], rtol=1e-5, atol=1e-5)
+    assert len({layer.state.nbytes for layer in cache.layers}) == 1 and not cache.is_compileable
+
+
+def test_a_longer_first_prompt_is_dense_within() -> None:
+    ids, model = prompt(30), plain("llama")
+    cache = subquad.SinkCache(model.config, SINKS, WINDOW)
+    with pytest.warns(subquad.SubquadWarning, match="a prompt of 30 tokens is more than the 11 of this SinkCache"):
+        found = model(ids, cache=cache).logits
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits)
+    assert cache.get_mask_sizes(1, 0) == (SINKS + WINDOW, 20) and cache.get_seq_length() == 30
+    keys, _, tokens, _ = cache.layers[0].state.cache.gather()
+    assert tokens[0].tolist() == [0, 1, *range(21, 30)] and keys.abs().amin() >= 0
+
+
+def test_what_a_cache_alone_refuses() -> None:
+    model, ids = plain("llama"), prompt(12, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+
+    def fresh(**options: Any) -> Any:
+        return subquad.SinkCache(model.config, SINKS, WINDOW + 5, **options)
+
+    with pytest.raises(ValueError, match=r"position_ids: expected 0, 1, \.\.\. in every row, without padding"):
+        greedy(model, ids, attention_mask=mask, cache=fresh())
+    cache = fresh()
+    model(ids, cache=cache)
+    with pytest.raises(
+        ValueError, match=r"past_key_values: expected one token at a time beyond 16 tokens, .* got 6 after 12"
+    ):
+        model(ids[:, :6], cache=cache)
+    assert cache.get_seq_length() == 12 and cache.layers[0].state.cache.seen.tolist() == [12, 12]
+    assert greedy(model, ids, attention_mask=mask, cache=fresh(allow_approx=True)).shape == (2, 30)
+    cache = fresh(allow_approx=True)
+    for part in (ids, ids, ids[:, :1]):
+        assert model(part, cache=cache).logits.isfinite().all()
+    with pytest.raises(
+        ValueError, match="expected a SinkCache with sink_tokens=2, window=9 as layer 0 was converted with"
+    ):
+        converted("llama")(ids, cache=fresh())
+    for arguments, error, message in (
+        (("llama",), TypeError, "config: expected a config or a model of transformers, got str"),
+        ((model.config, -1), ValueError, "sink_tokens: expected at least 0"),
+        ((model.config, 0, 0), ValueError, "window: expected at least 1 without sinks"),
+    ):
+        with pytest.raises(error, match=message):
+            subquad.SinkCache(*arguments)
+    with pytest.raises(TypeError, match=r"rope: expected a subquad\.RopeSpec or None"):
+        fresh(rope=1e4)
+
+
+def test_models_whose_rotation_cannot_be_found() -> None:
+    """Phi-3 has one projection of all: the rotation must be given, or no position may move."""
+    model, ids = KINDS["phi3"].model().double(), prompt(8)
+    with pytest.raises(
+        ValueError, match=r"config: expected one that tells how layers rotate, or rope=, got .*self_attn: att"
+    ):
+        model(ids, cache=subquad.SinkCache(model.config, SINKS, WINDOW))
+    rope = subquad.RopeSpec.from_hf(model.config)
+    cache = subquad.SinkCache(model.config, SINKS, WINDOW, rope=rope)
+    whole = subquad.SinkCache(model.config, SINKS, 100, positions="absolute")
+    for token in prompt(40).split(1, 1):
+        found, want = (model(token, cache=c).logits for c in (cache, whole))
+    assert not torch.allclose(found, want) and found.isfinite().all()

@@ -80,11 +80,11 @@ class SinkState(TensorState):
         """Columns that `rollback` can take back now. Waits for a GPU."""
         if self.cache is None:
             return 0
-        tokens, seen = self.cache.kept, int(self.seen)
         if self.late is None:
-            return min(tokens, seen)
-        most = self.late.flip(1).cumsum(1).amax(0)  # tokens of any sequence in the last 1, 2, ... columns
-        return min(int((most <= tokens).sum()), seen)
+            return min(self.cache.kept, int(self.seen))
+        most = self.cache.seen - self.cache._floor()  # of every sequence
+        fits = self.late.flip(1).cumsum(1) <= most[:, None]  # its tokens in the last 1, 2, ... columns
+        return min(int(fits.all(0).sum()), int(self.seen))
 
     def keep(self, tokens: int) -> None:
         self.slack = max(self.slack, tokens)

@@ -64,24 +64,24 @@ def check_positions(
     Raises:
         ValueError: they are not.
     """
-    first = slice(0, _PLACES)
-    places = positions[:1, first].long()
+    places, scaling = positions[:1, :_PLACES].long(), spec.attention_scaling
     if spec.max_positions is not None and int(places.max()) >= spec.max_positions:
         return  # the model uses other frequencies there, and what it does is no stream
     angle = (places[..., None] * spec.turns(places.device) >> 11).double() * (2 * torch.pi / 2.0**53)
+    # Angles in float32; and after model.to(torch.bfloat16) frequencies are rounded, too.
+    eps = torch.finfo(given[0].dtype).eps
+    off = places[..., None].abs() * spec.inv_freq.to(places.device).double() * max(eps, 2.0**-21)
     if scores.rotation == "interleaved":
-        angle = angle.repeat_interleave(2, -1)
+        angle, off = (x.repeat_interleave(2, -1) for x in (angle, off))
     elif scores.rotation != "once":
-        angle = torch.cat([angle, angle], -1)
-    for name, own, x in (("cos", angle.cos(), given[0]), ("sin", angle.sin(), given[1])):
-        x, own = x[:1, first].double(), own * spec.attention_scaling
-        if x.shape[-1] != own.shape[-1]:
-            expected = f"{name} of {own.shape[-1]} channels, as the config says"
-            raise ValueError(f"position_embeddings: expected {expected}, got {x.shape[-1]}")
-        rounding = 2 * torch.finfo(given[0].dtype).eps * spec.attention_scaling + 2.0**-22 * places.max().double()
-        far = (x - own).abs().max() if own.numel() else own.new_zeros(())
-        if bool(far > TOLERANCE + rounding):
+        angle, off = (torch.cat([x, x], -1) for x in (angle, off))
+    if angle.shape[-1] != given[0].shape[-1]:
+        expected = f"{angle.shape[-1]} channels, as the config says"
+        raise ValueError(f"position_embeddings: expected {expected}, got {given[0].shape[-1]}")
+    for x, own in zip(given, (angle.cos(), angle.sin()), strict=True):
+        far = (x[:1, :_PLACES].double() - own * scaling).abs()
+        if bool((far > TOLERANCE + scaling * (2 * eps + off)).any()):
             raise ValueError(
-                f"position_embeddings: expected the rotation of the config, got a {name} that differs by {float(far):.3g}: the "
-                "layer would rotate otherwise than the model does"
+                "position_embeddings: expected the rotation of the config, got one that differs by "
+                f"{float(far.max()):.3g}: the layer would rotate otherwise than the model does"
             )

@@ -301,7 +301,14 @@ class SinkAttention(nn.Module):
         """A cache for this layer alone, of `batch` sequences, in the dtype and on the device of the projections unless given."""
         own_device, own_dtype = placement(self.k_proj)
         device = own_device if device is None else torch.device(device)
-        return self._state().made(batch, own_dtype if dtype is None else dtype, device)
+        cache = self._state().made(batch, own_dtype if dtype is None else dtype, device)
+        self._give_sinks(cache)
+        return cache
+
+    def _give_sinks(self, cache: SinkKVCache) -> None:
+        """Those of now: a parameter may be another after a step of an optimizer. A graph keeps what it has."""
+        if self.sinks is not None and (cache.sink_logits is None or not torch.compiler.is_compiling()):
+            cache.sink_logits = self.sinks.detach()
 
     def _stream(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens, state: SinkState | SinkKVCache
@@ -309,8 +316,7 @@ class SinkAttention(nn.Module):
         """Attention to a cache, which is advanced, [B, T, Hq, D]."""
         cache = state.of(k) if isinstance(state, SinkState) else state
         _check_alone(tokens, cache)
-        if not torch.compiler.is_compiling():
-            cache.sink_logits = None if self.sinks is None else self.sinks.detach()
+        self._give_sinks(cache)
         order, count = _compact(tokens.real)
         rows = [
             x.to(cache.sink_k.dtype) if order is None else _taken(x.to(cache.sink_k.dtype), order) for x in (q, k, v)
