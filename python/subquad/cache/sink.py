@@ -405,9 +405,7 @@ class SinkKVCache(TensorState):
     def _configuration(self) -> dict[str, Any]:
         rope = self.rope
         found: dict[str, Any] = {"sink_logits": self.sink_logits, "rope": None if rope is None else rope.turns()}
-        if rope is not None:
-            found |= {name: getattr(rope, name) for name in ("interleaved", "attention_scaling")}
-        return found
+        return found | {name: getattr(rope, name, None) for name in ("interleaved", "attention_scaling")}
 
     def _per_row(self, name: str, value: int | torch.Tensor) -> torch.Tensor:
         """int64 [B] of a number for every sequence, or one for all."""

@@ -19,7 +19,8 @@ class State(Protocol):
     """The memory of one layer. The first dimension of every tensor counts sequences; shapes do not grow with the tokens seen.
 
     Attributes:
-        seen: columns that went by, padding included; an int, or an int64 tensor where compiled code advances it.
+        seen: columns that went by, padding included; an int, or an int64 tensor where compiled code advances it. Of a state that
+            stores no padding: the tokens of every sequence, int64 [N].
         kept: tokens that `rollback` can take back now.
         nbytes: memory of all tensors, of their whole storages.
         advice: which option says how much `rollback` can take back, for messages.

@@ -76,7 +76,7 @@ class IntervalMask:
                 raise ValueError(
                     f"shift: expected shape [B|1, H|1, *{list(starts.shape[2:])}], got {list(shift.shape)}"
                 )
-        if starts.device.type == "cpu" or _DEBUG:
+        if _checks.readable(starts):
             checks.sorted_intervals(starts, ends, tk)
         self._set(starts.clone(), ends.clone(), tk, None if shift is None else shift.clone())
         if key_start is not None and key_stop is not None:

@@ -263,6 +263,3 @@ def test_room_for_longer_drafts(fed_before: int, kv_dtype: torch.dtype | None) -
         fed(cache, streams, 100)
         rolled(cache, streams, [back, 7])
     fed(cache, streams, 3)
-
-
-# --- bad input ----------------------------------------
