@@ -81,9 +81,9 @@ def draw(
     batch, places = len(seen), max(1, window + slack)
     wide = Sampler(torch.promote_types(sampler.dtype, torch.float32), sampler.device, seed=d + places)
     args: dict[str, torch.Tensor | None] = {
-        "q": None if write_only else sampler.normal(batch, tokens, queries, d),
         "k": sampler.normal(batch, tokens, keys, d),
         "v": sampler.normal(batch, tokens, keys, dv),
+        "q": None if write_only else sampler.normal(batch, tokens, queries, d),
         "sink_k": sampler.normal(batch, keys, sinks, d),
         "sink_v": sampler.normal(batch, keys, sinks, dv),
         "ring_k": sampler.normal(batch, keys, places, d),
@@ -273,8 +273,8 @@ SPEC = OpSpec(
     reference=oracle,
     samples=samples,
     random=random,
-    grad_args=("q", "k", "v", *STATES),
-    rows=("q", "k", "v", *CHANGED, "first"),
+    grad_args=("k", "v", "q", *STATES),
+    rows=("k", "v", "q", *CHANGED, "first"),
     inference=True,
     mutates=CHANGED,
     tol=Tolerance(

@@ -14,6 +14,8 @@ $$ \langle R(c_i(i))\, q,\ R(c_i(j))\, k \rangle = \langle R(i)\, q, R(j)\, k \r
    \langle R(i - E_i)\, q, R(j)\, k \rangle \ (j < S) , $$
 
 so what is kept is one rotation per query and key, whatever was forgotten. The softmax has the term exp(sink logit) more.
+The equations hold for finite numbers, and kernels rotate by other positions of the same distance: a score that is not finite
+is NaN.
 """
 
 from __future__ import annotations
@@ -147,7 +149,8 @@ def _attend(
         is_sink[:, None], torch.einsum("bthd,bshd->bhts", far, k), torch.einsum("bthd,bshd->bhts", near, k)
     )
     keep = keep[:, None].expand_as(scores)
-    scores = (scores * scale).masked_fill(~keep, -torch.inf)
+    scores = scores * scale
+    scores = torch.where(scores.isfinite(), scores, torch.nan).masked_fill(~keep, -torch.inf)
     if sink_logits is not None:
         column = sink_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], 3)

@@ -72,8 +72,7 @@ class Case:
 
     def float_args(self, sample: Sample) -> tuple[str, ...]:
         """Names of the tensors that have the dtype under test: not of those that this sample has quantised."""
-        wide = (a is not None and a.is_floating_point() and a.element_size() > 1 for a in sample.args.values())
-        return tuple(n for n, is_wide in zip(sample.args, wide, strict=True) if is_wide and n in self.spec.grad_args)
+        return sample.wide(self.spec.grad_args)
 
     def rows(self, sample: Sample) -> tuple[str, ...]:
         """Names of the tensors whose first dimension counts tokens, of those the sample has."""

@@ -111,7 +111,7 @@ class Choices:
     def vary(self, sample: Sample, layouts: bool = True) -> Sample:
         """The sample with now and then special numbers in one tensor and, if `layouts`, some laid out in another way."""
         args: dict[str, torch.Tensor | None] = dict(sample.args)
-        present = {n: x for n, x in args.items() if x is not None and n in self.spec.grad_args and x.numel()}
+        present = {n: sample[n] for n in sample.wide(self.spec.grad_args) if sample[n].numel()}
         what = self.pick("contents", (None, None, None, *CONTENTS)) if present else None
         if what is not None:
             name = self.pick("contents.of", tuple(present))
@@ -125,8 +125,8 @@ class Choices:
 
     def poison(self, sample: Sample) -> Sample | None:
         """The sample with one NaN or infinity in one tensor, or None for leaving it as it is."""
-        names = [n for n in self.spec.grad_args if n not in self.finite]
-        present = {n: x for n, x in sample.args.items() if x is not None and n in names and x.numel()}
+        names = sample.wide(n for n in self.spec.grad_args if n not in self.finite)
+        present = {n: sample[n] for n in names if sample[n].numel()}
         what = self.pick("poison", (*(None,) * 6, *POISONS)) if present else None
         if what is None:
             return None

@@ -7,17 +7,22 @@ from collections.abc import Callable
 import torch
 
 
+def poison(dtype: torch.dtype) -> float:
+    """What nobody may read: NaN, or the largest number of an integer type."""
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
 def _sliced(tensor: torch.Tensor) -> torch.Tensor:
-    """The inner part of a buffer that is larger in every dimension, filled with NaN around it."""
-    larger = torch.full([n + 3 for n in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
+    """The inner part of a buffer that is larger in every dimension, poisoned around it."""
+    larger = torch.full([n + 3 for n in tensor.shape], poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
     view = larger[tuple(slice(1, n + 1) for n in tensor.shape)]
     return view.copy_(tensor)
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
-    """Every second element of the last dimension, NaN between them."""
+    """Every second element of the last dimension, poison between them."""
     shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
-    larger = torch.full(shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+    larger = torch.full(shape, poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
     return larger[..., ::2].copy_(tensor)
 
 

@@ -44,6 +44,12 @@ class Sample:
             raise KeyError(f"{name} is left out of {self.id}")
         return tensor
 
+    def wide(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the names, in the order of the arguments, whose tensors are floats that nobody has quantised."""
+        among = set(names)
+        present = ((n, a) for n, a in self.args.items() if a is not None and n in among)
+        return tuple(n for n, a in present if a.is_floating_point() and a.element_size() > 1)
+
     def replace(self, **args: Any) -> Sample:
         """The same call with some tensors exchanged."""
         return dataclasses.replace(self, args={**self.args, **args})

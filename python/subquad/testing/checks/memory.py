@@ -193,7 +193,8 @@ def row_independence(case: Case) -> None:
             assert_same_bits(a, b[order], f"{sample.id}: rows in another order")
         for row in {0, count // 2, count - 1}:
             alone = case.call(sample, **{n: sample[n][row : row + 1] for n in case.rows(sample)})
-            beside_nan = {n: torch.full_like(sample[n], float("nan")) for n in case.rows(sample)}
+            floats = (n for n in case.rows(sample) if sample[n].is_floating_point())  # counters say what is to be done
+            beside_nan = {n: torch.full_like(sample[n], float("nan")) for n in floats}
             for name, tensor in beside_nan.items():
                 tensor[row] = sample[name][row]
             poisoned = case.call(sample, **beside_nan)

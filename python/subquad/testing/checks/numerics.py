@@ -65,13 +65,12 @@ def gradcheck(case: Case) -> None:
 def float64(case: Case) -> None:
     """Without `backend=` the first that takes it runs, which is the reference; kernels asked for refuse it."""
     sample = case.wide(case.fullest())
-    args = {n: x.double() if x is not None and n in case.spec.mutates else x for n, x in sample.args.items()}
     for cast in (False, True):
         with torch.autocast(case.device, torch.bfloat16, cast):
-            for a, b in zip(case.invoke(args, sample.kwargs), case.reference(sample.replace(**args)), strict=True):
+            for a, b in zip(case.invoke(sample.args, sample.kwargs), case.reference(sample), strict=True):
                 assert_close(a, b, 1e-12, "float64")
     try:
-        case.invoke(args, {**sample.kwargs, "backend": "native"})
+        case.invoke(sample.args, {**sample.kwargs, "backend": "native"})
     except (TypeError, ValueError) as error:  # ValueError: there is none to ask
         assert "float64" in str(error) or str(error).startswith("backend: "), str(error)
     else:

@@ -1,0 +1,342 @@
+// The new tokens of one key head attend to a range of its keys. One instruction set.
+//
+// Keys that are rotated where they are read come in tiles of consecutive tokens base, base + 1, ...: as
+// <R(i) q, R(base + r) k> = <R(i - base) q, R(r) k>, one table of the rotations R(0), R(1), ... serves all tiles, and
+// the queries, which are few, are rotated for each.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "cpu/simd/arena.h"
+#include "ops/sink_attention_step/cpu_products.h"
+
+namespace subquad::cpu::SUBQUAD_ISA::sink {
+
+constexpr int64_t kRange = 512;  // tokens of a range
+constexpr int64_t kRows = 64;    // query rows, (new token, head of the group) pairs, of a block
+constexpr int64_t kSplitRows =
+    128;                         // with more rows a block sees all its keys in one range: shares of all would be large
+constexpr int64_t kFewRows = 8;  // up to so many, narrow values are widened where they are used
+
+inline int64_t group_of(const SinkAttentionStepParams& p) { return p.heads / p.kv_heads; }
+inline int64_t rows_of(const SinkAttentionStepParams& p) { return p.width * group_of(p); }
+inline int64_t blocks_of(const SinkAttentionStepParams& p) { return ceil_div(rows_of(p), kRows); }
+inline int64_t ranges_of(const SinkAttentionStepParams& p) {
+  return rows_of(p) > kSplitRows ? 1 : larger(1, ceil_div(p.window + p.width, kRange));
+}
+
+/// Floats of a table of rotations: cosines, then sines, of R(0), R(1), ... R(kTile - 1).
+inline int64_t table_floats(const SinkAttentionStepParams& p) { return p.rotated ? 0 : kTile * p.rotary; }
+
+/// A share: sums of values of one row over one range, and their softmax behind them.
+inline int64_t share_floats(const SinkAttentionStepParams& p) { return round_up(p.dv, 16) + 16; }
+inline Softmax* softmax_of(const SinkAttentionStepParams& p, float* share) {
+  return reinterpret_cast<Softmax*>(share + round_up(p.dv, 16));
+}
+
+/// Shares of all ranges of a head, one range after the other, become the result of row `row` of that head.
+template <class T>
+void finish_row(const SinkAttentionStepParams& p, int64_t b, int64_t kv_head, int64_t row, const float* shares,
+                int64_t range_floats, int64_t ranges) {
+  const int64_t t = row / group_of(p), h = kv_head * group_of(p) + row % group_of(p);
+  const auto state = [&](int64_t r) { return *softmax_of(p, const_cast<float*>(shares + r * range_floats)); };
+  const bool real = t < new_tokens(p, b), has_sink = real && p.sink_logits != nullptr;
+  const float sink = has_sink ? p.sink_logits[h] : -__builtin_inff();
+  float top = sink;
+  for (int64_t r = 0; r < ranges; ++r) top = state(r).top > top ? state(r).top : top;
+  const float shift = top == -__builtin_inff() ? 0.0f : top;
+  float total = 0.0f, sums[kSinkMaxDim] = {};
+  for (int64_t r = 0; r < ranges; ++r) {
+    const float factor = vector_exp(state(r).top - shift), *share = shares + r * range_floats;
+    total += factor * state(r).sum;
+    for (int64_t c = 0; c < p.dv; ++c) sums[c] += factor * share[c];
+  }
+  if (has_sink) total += sink == shift ? 1.0f : vector_exp(sink - shift);
+  const bool empty = total == 0.0f;
+  const int64_t at = (b * p.width + t) * p.heads + h;
+  T* out = static_cast<T*>(p.out) + at * p.dv;
+  for (int64_t c = 0; c < p.dv; ++c) out[c] = from_float<T>(empty ? 0.0f : sums[c] / total);
+  p.lse[at] = empty ? -__builtin_inff() : shift + logf(total);
+}
+
+/// Rows of keys and values of consecutive tokens.
+template <class E>
+struct Tokens {
+  const E *k, *v;
+  int64_t k_stride, v_stride;
+  const float *k_scale, *v_scale;  // or null
+  bool entering;                   // not yet rotated where those of the cache are
+
+  Tokens from(int64_t i) const {
+    Tokens rest = *this;
+    rest.k += i * k_stride, rest.v += i * v_stride;
+    if (k_scale != nullptr) rest.k_scale += i, rest.v_scale += i;
+    return rest;
+  }
+};
+
+/// T: of the tokens, E: of the ring.
+template <class T, class E>
+class Attention {
+ public:
+  /// `table`: see `table_floats`.
+  Attention(const SinkAttentionStepParams& p, const float* table, Arena arena)
+      : p_(p),
+        table_(table),
+        half_(p.rotary / 2),
+        words_(round_up(p.d, kLanes)),
+        columns_(round_up(p.dv, kLanes)),
+        rows_(smaller(kRows, rows_of(p))),
+        plain_(arena.take<float>(rows_ * words_)),
+        turned_(arena.take<float>(rows_ * words_)),
+        far_(arena.take<float>(rows_ * words_)),
+        keys_(arena.take<float>(kTile * words_)),
+        values_(arena.take<float>(kTile * columns_)),
+        scores_(arena.take<float>(rows_ * kTile)),
+        cos_(arena.take<float>(half_)),
+        sin_(arena.take<float>(half_)),
+        spare_(arena.take<float>(words_)),
+        k_factors_(arena.take<float>(kTile)),
+        v_factors_(arena.take<float>(kTile)),
+        views_(arena.take<SinkView>(rows_)),
+        shares_(arena.take<float>(rows_ * share_floats(p))),
+        bytes_(arena.used()) {}
+
+  int64_t bytes() const { return bytes_; }
+
+  /// Block `block` of the rows of a head over range `range` of its keys. `shares`, one for each row of the block, or
+  /// null where there is one range: then these are the results.
+  void run(int64_t b, int64_t kv_head, int64_t block, int64_t range, float* shares) {
+    b_ = b, head_ = kv_head, first_ = block * kRows;
+    count_ = smaller(kRows, rows_of(p_) - first_);
+    before_ = tokens_before(p_, b), tokens_ = new_tokens(p_, b);
+    out_ = shares == nullptr ? shares_ : shares;
+    for (int64_t row = 0; row < count_; ++row) {
+      float* share = out_ + row * share_floats(p_);
+      for (int64_t c = 0; c < columns_; ++c) share[c] = 0.0f;
+      *softmax_of(p_, share) = {-__builtin_inff(), 0.0f};
+      views_[row] = token(row) < tokens_ ? sink_view(p_, before_, tokens_, p_.first[b], token(row)) : SinkView{};
+    }
+    const int64_t last_token = smaller(token(count_ - 1), tokens_ - 1);
+    if (token(0) <= last_token) {
+      const SinkView& last = views_[smaller(count_, (last_token + 1) * group_of(p_) - first_) - 1];
+      load_queries();
+      if (range == 0) add_tokens(0, last.sink_stop, true);
+      // Ranges are counted from what the first row sees, be it in the block or not.
+      const int64_t oldest = block == 0 ? views_[0].begin : sink_view(p_, before_, tokens_, p_.first[b], 0).begin;
+      const bool whole = ranges_of(p_) == 1;
+      const int64_t begin = whole ? views_[0].begin : larger(views_[0].begin, oldest + range * kRange);
+      add_tokens(begin, whole ? last.stop : smaller(last.stop, oldest + (range + 1) * kRange), false);
+    }
+    if (shares != nullptr) return;
+    for (int64_t row = 0; row < count_; ++row)
+      finish_row<T>(p_, b, kv_head, first_ + row, out_ + row * share_floats(p_), 0, 1);
+  }
+
+ private:
+  int64_t token(int64_t row) const { return (first_ + row) / group_of(p_); }
+
+  /// The queries as floats; where keys are rotated on reading, their pairs parted as those of the keys will be. Where
+  /// keys in the cache are rotated, the queries are now.
+  void load_queries() {
+    for (int64_t row = 0; row < count_; ++row) {
+      const int64_t h = head_ * group_of(p_) + (first_ + row) % group_of(p_);
+      float* x = plain_ + row * words_;
+      if (token(row) >= tokens_) {
+        for (int64_t c = 0; c < words_; ++c) x[c] = turned_[row * words_ + c] = far_[row * words_ + c] = 0.0f;
+        continue;
+      }
+      widen_row(static_cast<const T*>(p_.q) + b_ * p_.q_stride_b + token(row) * p_.q_stride_t + h * p_.q_stride_h, p_.d,
+                x);
+      for (int64_t c = 0; c < p_.rotary; ++c) x[c] *= p_.rotary_scale;
+      if (half_ == 0) continue;
+      if (p_.rotated) {
+        turn(row, before_ + token(row), turned_);
+        turn(row, before_ + token(row) - back(row), far_);
+      } else if (p_.interleaved) {
+        for (int64_t c = 0; c < p_.rotary; ++c) spare_[c] = x[c];
+        part_pairs(spare_, half_, x);
+      }
+    }
+  }
+
+  /// How many positions nearer the sinks are than in the sequence.
+  int64_t back(int64_t row) const { return p_.absolute ? 0 : views_[row].forgotten; }
+
+  /// A query rotated by `position` into the same row of `out`.
+  void turn(int64_t row, int64_t position, float* out) {
+    float* y = out + row * words_;
+    std::memcpy(y, plain_ + row * words_, static_cast<size_t>(words_) * sizeof(float));
+    rotation(p_.turns, half_, position, cos_, sin_);
+    rotate_row(y, p_.interleaved, cos_, sin_, half_);
+  }
+
+  /// The queries for a tile whose first token is `base`.
+  const float* queries(int64_t base, bool sinks) {
+    if (half_ == 0) return plain_;
+    if (p_.rotated) return sinks ? far_ : turned_;
+    int64_t known = -1;  // the token whose rotation is there
+    for (int64_t row = 0; row < count_ && token(row) < tokens_; ++row) {
+      if (token(row) != known) {
+        known = token(row);
+        rotation(p_.turns, half_, before_ + known - (sinks ? back(row) : 0) - base, cos_, sin_);
+      }
+      const float* x = plain_ + row * words_;
+      float* y = turned_ + row * words_;
+      rotate_halves(x, cos_, sin_, half_, y);
+      for (int64_t c = p_.rotary; c < words_; ++c) y[c] = x[c];
+    }
+    return turned_;
+  }
+
+  /// Tokens [begin, end), all of them sinks or none: from the cache, where those of the ring are at most two runs of
+  /// places, and from the new ones.
+  void add_tokens(int64_t begin, int64_t end, bool sinks) {
+    const int64_t head = b_ * p_.kv_heads + head_;
+    for (int64_t token = begin; token < smaller(end, before_);) {
+      const int64_t left = smaller(end, before_) - token;
+      if (sinks) {
+        const int64_t at = head * p_.sinks + token;
+        add_run(Tokens<T>{static_cast<const T*>(p_.sink_k) + at * p_.d, static_cast<const T*>(p_.sink_v) + at * p_.dv,
+                          p_.d, p_.dv, nullptr, nullptr, false},
+                token, left, true);
+        token += left;
+      } else {
+        const int64_t place = (token - p_.sinks) % p_.ring, n = smaller(left, p_.ring - place);
+        const int64_t at = head * p_.ring + place;
+        const bool scaled = p_.k_scale != nullptr;
+        add_run(Tokens<E>{static_cast<const E*>(p_.ring_k) + at * p_.d, static_cast<const E*>(p_.ring_v) + at * p_.dv,
+                          p_.d, p_.dv, scaled ? p_.k_scale + at : nullptr, scaled ? p_.v_scale + at : nullptr, false},
+                token, n, false);
+        token += n;
+      }
+    }
+    const int64_t fresh = larger(begin, before_), t = fresh - before_;
+    if (fresh >= end) return;
+    add_run(Tokens<T>{static_cast<const T*>(p_.k) + b_ * p_.k_stride_b + t * p_.k_stride_t + head_ * p_.k_stride_h,
+                      static_cast<const T*>(p_.v) + b_ * p_.v_stride_b + t * p_.v_stride_t + head_ * p_.v_stride_h,
+                      p_.k_stride_t, p_.v_stride_t, nullptr, nullptr, p_.rotated},
+            fresh, end - fresh, sinks);
+  }
+
+  /// `n` tokens from `token` on, tile by tile.
+  template <class Element>
+  void add_run(const Tokens<Element>& run, int64_t token, int64_t n, bool sinks) {
+    for (int64_t i = 0; i < n; i += kTile) add_tile(run.from(i), token + i, smaller(kTile, n - i), n - i, sinks);
+  }
+
+  /// n <= kTile tokens from `base` on, `left` in their run.
+  template <class Element>
+  void add_tile(const Tokens<Element>& tokens, int64_t base, int64_t n, int64_t left, bool sinks) {
+    const float* q = queries(base, sinks);
+    constexpr int64_t kBytes = sizeof(Element);
+    const Fetch v_rows{reinterpret_cast<const char*>(tokens.v), tokens.v_stride * kBytes, p_.dv * kBytes, n};
+    const Fetch k_rows{reinterpret_cast<const char*>(tokens.k), tokens.k_stride * kBytes, p_.d * kBytes, left};
+    int64_t key_stride = words_;
+    const float* keys = load_keys(tokens, base, n, v_rows, key_stride);
+    by_rows(0, count_, [&]<int R>(int64_t row) {
+      dot_keys<R>(q + row * words_, words_, keys, key_stride, n, words_, scores_ + row * kTile);
+    });
+    const int64_t padded = round_up(n, kLanes);
+    load_factors(tokens, n);
+    for (int64_t row = 0; row < count_; ++row) {
+      const Range seen = range_of(row, base, n, sinks);
+      if (seen.begin >= seen.end) continue;
+      float *x = scores_ + row * kTile, *share = out_ + row * share_floats(p_);
+      soften(x, seen.begin, seen.end, padded, k_factors_, *softmax_of(p_, share), share, columns_);
+      if (tokens.v_scale == nullptr) continue;
+      for (int64_t j = 0; j < padded; j += kLanes) vec_store(x + j, vec_load(x + j) * vec_load(v_factors_ + j));
+    }
+    const bool direct = p_.dv % kLanes == 0 && (std::is_same_v<Element, float> || count_ <= kFewRows);
+    if (direct) return add_all_values(tokens.v, tokens.v_stride, base, n, sinks, k_rows);
+    for (int64_t j = 0; j < n; ++j) widen_row(tokens.v + j * tokens.v_stride, p_.dv, values_ + j * columns_);
+    add_all_values(values_, columns_, base, n, sinks, k_rows);
+  }
+
+  /// What products with keys, and weights of values, are multiplied with.
+  template <class Element>
+  void load_factors(const Tokens<Element>& tokens, int64_t n) {
+    for (int64_t j = 0; j < kTile; ++j) {
+      const bool scaled = tokens.k_scale != nullptr && j < n;
+      k_factors_[j] = scaled ? p_.scale * tokens.k_scale[j] : p_.scale;
+      v_factors_[j] = scaled ? tokens.v_scale[j] : 1.0f;
+    }
+  }
+
+  /// Keys as floats, rotated as their tile wants it, `stride` apart: straight from memory where they are that already.
+  template <class Element>
+  const float* load_keys(const Tokens<Element>& tokens, int64_t base, int64_t n, const Fetch& meanwhile,
+                         int64_t& stride) {
+    const bool by_table = half_ > 0 && !p_.rotated, by_token = half_ > 0 && tokens.entering;
+    if constexpr (std::is_same_v<Element, float>) {
+      if (!by_table && !by_token && p_.d % kLanes == 0) {
+        stride = tokens.k_stride;
+        for (int64_t j = 0; j < n; ++j) meanwhile.row(j);
+        return tokens.k;
+      }
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const Element* row = tokens.k + j * tokens.k_stride;
+      float* key = keys_ + j * words_;
+      meanwhile.row(j);
+      if (by_table) {
+        const float* cos = table_ + j * half_;
+        widen_rotated(row, p_.d, p_.interleaved, cos, cos + kTile * half_, half_, spare_, key);
+        continue;
+      }
+      widen_row(row, p_.d, key);
+      if (by_token) {
+        rotation(p_.turns, half_, base + j, cos_, sin_);
+        rotate_row(key, p_.interleaved, cos_, sin_, half_);
+      }
+    }
+    return keys_;
+  }
+
+  struct Range {
+    int64_t begin, end;
+  };
+
+  /// What a row sees of a tile.
+  Range range_of(int64_t row, int64_t base, int64_t n, bool sinks) const {
+    const SinkView& view = views_[row];
+    if (sinks) return {0, clamp(view.sink_stop - base, 0, n)};
+    return {clamp(view.begin - base, 0, n), clamp(view.stop - base, 0, n)};
+  }
+
+  /// Rows that see the same keys together; what a row does not see is not even multiplied by 0.
+  template <class Element>
+  void add_all_values(const Element* v, int64_t stride, int64_t base, int64_t n, bool sinks, const Fetch& next) {
+    const int64_t floats = share_floats(p_);
+    for (int64_t row = 0; row < count_;) {
+      const Range seen = range_of(row, base, n, sinks);
+      int64_t stop = row + 1;
+      for (; stop < count_; ++stop) {
+        const Range other = range_of(stop, base, n, sinks);
+        if (other.begin != seen.begin || other.end != seen.end) break;
+      }
+      const Values<Element> values{v, stride, seen.begin, seen.end, columns_};
+      by_rows(row, stop, [&]<int R>(int64_t first) {
+        const bool ahead = first == 0;
+        const Fetch rows{ahead ? next.rows + n * next.stride : nullptr, next.stride, next.bytes, next.count - n};
+        add_values<R>(scores_ + first * kTile, values, out_ + first * floats, floats, rows);
+      });
+      row = stop;
+    }
+  }
+
+  const SinkAttentionStepParams& p_;
+  const float* const table_;
+  const int64_t half_, words_, columns_, rows_;
+  float *const plain_, *const turned_, *const far_, *const keys_, *const values_, *const scores_;
+  float *const cos_, *const sin_, *const spare_, *const k_factors_, *const v_factors_;
+  SinkView* const views_;
+  float* const shares_;
+  const int64_t bytes_;
+
+  int64_t b_ = 0, head_ = 0, first_ = 0, count_ = 0, before_ = 0, tokens_ = 0;
+  float* out_ = nullptr;
+};
+
+}  // namespace subquad::cpu::SUBQUAD_ISA::sink

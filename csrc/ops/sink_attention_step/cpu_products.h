@@ -1,0 +1,133 @@
+// Scores of a tile of keys and weighted sums of its values, for some query rows at once. One instruction set.
+//
+// Every score and every element of a sum has an accumulator of its own, whatever is computed beside it: the same bits
+// for any number of rows.
+#pragma once
+
+#include "common/integers.h"
+#include "ops/sink_attention_step/cpu_rows.h"
+
+namespace subquad::cpu::SUBQUAD_ISA::sink {
+
+constexpr int kSums = kLanes == 16 ? 16 : 8;  // vectors of sums in registers
+constexpr int64_t kTile = 64;                 // keys of a tile
+
+/// fn.template operator()<R>(row) for rows [begin, end), R of them at a time.
+template <class Fn>
+inline void by_rows(int64_t begin, int64_t end, const Fn& fn) {
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) fn.template operator()<4>(row);
+  if (row + 2 <= end) fn.template operator()<2>(row), row += 2;
+  if (row < end) fn.template operator()<1>(row);
+}
+
+/// scores[r * kTile + j] = q[r] . keys[j] for R rows of q and n keys, all of `words` floats, a multiple of kLanes.
+template <int R>
+inline void dot_keys(const float* q, int64_t q_stride, const float* keys, int64_t key_stride, int64_t n, int64_t words,
+                     float* scores) {
+  constexpr int K = kSums / R;
+  for (int64_t j = 0; j < n; j += K) {
+    const float* at[K];
+    for (int k = 0; k < K; ++k) at[k] = keys + smaller(j + k, n - 1) * key_stride;
+    Vec sums[16] = {};
+    for (int64_t c = 0; c < words; c += kLanes) {
+      Vec row[R];
+      for (int r = 0; r < R; ++r) row[r] = vec_load(q + r * q_stride + c);
+      for (int k = 0; k < K; ++k) {
+        const Vec key = vec_load(at[k] + c);
+        for (int r = 0; r < R; ++r) sums[r * K + k] = vec_fma(row[r], key, sums[r * K + k]);
+      }
+    }
+    float found[16];
+    if constexpr (kSums == 16) {
+      vec_sums(sums, found);
+    } else {
+      for (int i = 0; i < kSums; ++i) found[i] = vec_sum(sums[i]);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < K; ++k) scores[r * kTile + j + k] = found[r * K + k];
+  }
+}
+
+/// Values [begin, end) of a tile, `stride` elements apart.
+template <class E>
+struct Values {
+  const E* rows;
+  int64_t stride, begin, end, columns;  // the last is a multiple of kLanes
+};
+
+/// Rows that are asked for while others are used.
+struct Fetch {
+  const char* rows;  // or null
+  int64_t stride, bytes, count;
+
+  void row(int64_t j) const {
+    if (rows != nullptr && j < count) fetch_row(rows + j * stride, bytes);
+  }
+};
+
+template <int R, int C, class E>
+inline void add_columns(const float* weights, const Values<E>& v, int64_t column, float* out, int64_t out_stride,
+                        const Fetch& next) {
+  for (; column + C * kLanes <= v.columns; column += C * kLanes) {
+    Vec sums[R][C];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) sums[r][c] = vec_load(out + r * out_stride + column + c * kLanes);
+    for (int64_t j = v.begin; j < v.end; ++j) {
+      if (column == 0) next.row(j);
+      Vec value[C];
+      for (int c = 0; c < C; ++c) value[c] = vec_load(v.rows + j * v.stride + column + c * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Vec weight = vec_set(weights[r * kTile + j]);
+        for (int c = 0; c < C; ++c) sums[r][c] = vec_fma(weight, value[c], sums[r][c]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) vec_store(out + r * out_stride + column + c * kLanes, sums[r][c]);
+  }
+  if constexpr (C > 1) add_columns<R, C / 2>(weights, v, column, out, out_stride, next);
+}
+
+/// out[r] += weights[r * kTile + j] * row j of the values, in the order of j, for R rows.
+template <int R, class E>
+inline void add_values(const float* weights, const Values<E>& v, float* out, int64_t out_stride, const Fetch& next) {
+  constexpr int C = kSums / R < 8 ? kSums / R : 8;
+  add_columns<R, C>(weights, v, 0, out, out_stride, next);
+}
+
+/// What is known of one row's softmax besides the weighted sum of values.
+struct Softmax {
+  float top;  // the largest score; NaN is passed over
+  float sum;  // of exp(score - top)
+};
+
+/// The products x of one row become weights where the row sees keys [begin, end), 0 elsewhere below `count`, a multiple
+/// of kLanes; what was summed before is scaled to the new maximum. Score j is product j times factors[j].
+inline void soften(float* x, int64_t begin, int64_t end, int64_t count, const float* factors, Softmax& state,
+                   float* out, int64_t columns) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec score = vec_load(x + j) * vec_load(factors + j);
+    vec_store(x + j, score + (score - score));  // NaN where it is infinite
+  }
+  for (int64_t j = 0; j < begin; ++j) x[j] = -__builtin_inff();
+  for (int64_t j = end; j < count; ++j) x[j] = -__builtin_inff();
+  Vec found = vec_set(state.top);
+  for (int64_t j = 0; j < count; j += kLanes) found = vec_max(vec_load(x + j), found);
+  const float top = vec_max_all(found), shift = top == -__builtin_inff() ? 0.0f : top;
+  if (top != state.top) {
+    float factor[kLanes];
+    vec_store(factor, vec_exp2(vec_set((state.top - shift) * kLog2e)));
+    state.sum *= factor[0];
+    for (int64_t c = 0; c < columns; c += kLanes) vec_store(out + c, vec_mul(vec_load(out + c), vec_set(factor[0])));
+    state.top = top;
+  }
+  Vec sum = vec_zero();
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec e = vec_exp2(vec_mul(vec_add(vec_load(x + j), vec_set(-shift)), vec_set(kLog2e)));
+    sum = vec_add(sum, e);
+    vec_store(x + j, e);
+  }
+  state.sum += vec_sum(sum);
+}
+
+}  // namespace subquad::cpu::SUBQUAD_ISA::sink
