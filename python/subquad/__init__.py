@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from . import recipes as recipes
     from .calibration import CatsCalibrator, sparsity_report, track_sparsity
     from .distillation import attention_transfer, attention_transfer_loss, trainable_parameters
+    from .integrations.transformers.sink_cache import SinkCache
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "CatsCalibrator": "subquad.calibration",
+    "SinkCache": "subquad.integrations.transformers.sink_cache",
     "attention_transfer": "subquad.distillation",
     "attention_transfer_loss": "subquad.distillation",
     "sparsity_report": "subquad.calibration",
@@ -61,6 +63,7 @@ __all__ = [
     "IntervalMask",
     "Packed",
     "RopeSpec",
+    "SinkCache",
     "SinkKVCache",
     "SubquadWarning",
     "__version__",

@@ -142,6 +142,37 @@ def test_masks_in_four_dimensions(kind: str) -> None:
     torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4)
 
 
+@backend_params("interval_attention", "native", "reference")
+@pytest.mark.parametrize("draw", ["normal", "tens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_of_full_and_sliding_layers(draw: str, dtype: torch.dtype, backend: str) -> None:
+    """gpt-oss: its logits and every gradient, where a sink that is dropped or counted twice would show."""
+    from subquad import use_backend
+
+    eager, ours = models("gpt-oss")
+    assert eager.config.layer_types == ["sliding_attention", "full_attention"]
+    sinks = torch.randn(2, 6) if draw == "normal" else torch.tensor([-10.0, 10.0]).repeat(2, 3)
+    x, weight = torch.randn(2, 17, 48), torch.randn(2, 17, 48)
+    for number, parameter in enumerate(sinks):
+        results = []
+        for model in (eager, ours):
+            layer = copy.deepcopy(model.model.layers[number].self_attn).to(torch.float64 if model is eager else dtype)
+            layer.sinks.data.copy_(parameter)
+            positions = tuple(y.to(layer.sinks.dtype) for y in model.model.rotary_emb(x, torch.arange(17)[None]))
+            mask = None
+            if model is eager:
+                place = torch.arange(17)
+                seen = (place <= place[:, None]) & (place[:, None] - place < (layer.sliding_window or 17))
+                mask = torch.zeros(1, 1, 17, 17, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+            with use_backend(backend):
+                out, _ = layer(x.to(layer.sinks.dtype), positions, mask)
+                (out * weight.to(out.dtype)).sum().backward()
+            results.append([out.double(), *(p.grad.double() for p in layer.parameters() if p.grad is not None)])
+        assert len(results[0]) == len(results[1]) > 5
+        for found, want in zip(results[1], results[0], strict=True):
+            assert (found - want).norm() <= (2e-5 if dtype is torch.float32 else 3e-2) * want.norm()
+
+
 @pytest.mark.parametrize("keys", [17, 30])
 def test_images_in_a_sliding_layer(keys: int) -> None:
     """Gemma 3: image tokens see their image both ways, farther than the window that the layer names; also before a

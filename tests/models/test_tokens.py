@@ -15,6 +15,7 @@ from subquad.integrations.transformers import LawcatConfig, convert, register
 from subquad.masks import IntervalMask
 from subquad.masks.model_mask import ModelMask
 from subquad.nn import LawcatAttention, _tokens
+from subquad.nn._inherited import remember
 from subquad.nn._tokens import read
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -307,7 +308,7 @@ def test_a_sliding_mask_of_packed_sequences() -> None:
     found = read(block[None, None], 1, 9, window=3).begins
     assert found is not None and found.nonzero().tolist() == [[0, 4]]
     layer = layer_of("default")
-    layer._remember(torch.nn.Module())
+    remember(layer, torch.nn.Module())
     layer.original.sliding_window = 3
     torch.testing.assert_close(layer.mix(x, attention_mask=block[None, None]), apart(layer, x, [0, 4, 9])[0], **close)
 

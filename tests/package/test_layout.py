@@ -266,7 +266,8 @@ def test_adapters_of_states_exist_and_are_imported_late() -> None:
         path = ROOT / "python" / (name.replace(".", "/") + ".py")
         assert path.exists(), name
         users = importing(PACKAGE, r"integrations\.transformers\.cache(\.|$)|^\.cache(\.|$)")
-        assert [user for user in users if "/integrations/" in user or "/nn/" in user] == []
+        late = "sink_cache.py"  # a cache of the library itself, which is imported late, too
+        assert [user for user in users if ("/integrations/" in user or "/nn/" in user) and late not in user] == []
 
 
 def crossings(folder: Path) -> list[str]:

@@ -75,7 +75,7 @@ def attend(
         shift = None
         if turned and not together:
             shift = torch.stack([base - gone, torch.zeros_like(gone)], -1).int()[:, None]
-        mask = IntervalMask(starts, ends, tk=before + width, shift=shift)
+        mask = IntervalMask._raw(starts, ends, before + width, shift)
         result = interval_attention(
             q, keys, values, mask, scale=scale, sink_logits=cache.sink_logits, return_lse=True,
             q_shift=None if shift is None else rope, backend=cache.backend,

@@ -55,6 +55,7 @@ class LawcatState(TensorState):
     backend: str | None = None
 
     counters = ("seen", "depth", "backend")
+    advice = "LawcatConfig(keep=...), or LawcatAttention.keep, says how many"
 
     @property
     def late(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:

@@ -23,7 +23,10 @@ class State(Protocol):
             stores no padding: the tokens of every sequence, int64 [N].
         kept: tokens that `rollback` can take back now.
         nbytes: memory of all tensors, of their whole storages.
+        advice: which option says how much `rollback` can take back, for messages.
     """
+
+    advice: str
 
     @property
     def seen(self) -> int | torch.Tensor: ...
@@ -90,6 +93,7 @@ class TensorState(ABC):
     """
 
     counters: tuple[str, ...] = ("seen",)  # attributes beside the tensors
+    advice = ""
     conv_states: Mapping[int, torch.Tensor | None] = {}
     recurrent_states: Mapping[int, torch.Tensor | None] = {}
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..nn._options import LawcatConfig
+from ..nn._options import LawcatConfig, SinkConfig
 from ..nn.lawcat import LawcatAttention
+from ..nn.sink_attention import SinkAttention
 from .replace import ConversionReport, Kind, Replacement, find, register, replace, restore
 
 
@@ -45,6 +46,30 @@ LAWCAT = register(
         restore=methodcaller("to_attention"),
         new_parameters=methodcaller("new_parameters"),
         options=_options,
+    )
+)
+
+
+def _sink(attention: nn.Module, **options: Any) -> SinkAttention:
+    return SinkAttention.from_attention(attention, **options)
+
+
+def _sink_options(attention: SinkAttention) -> dict[str, Any]:
+    ring = attention.config.ring_dtype()
+    return asdict(attention.config) | {"kv_dtype": None if ring is None else str(ring).removeprefix("torch.")}
+
+
+SINK = register(
+    Replacement(
+        kind=ATTENTION,
+        name="sink",
+        layer=SinkAttention,
+        config=SinkConfig,
+        constructor="SinkAttention.from_attention",
+        make=_sink,
+        restore=methodcaller("to_attention"),
+        new_parameters=methodcaller("new_parameters"),
+        options=_sink_options,
     )
 )
 

@@ -10,6 +10,8 @@ from .. import _checks
 
 GATES = ("vector", "scalar", "none")
 ROPES = ("none", "linear")
+POSITIONS = ("cache", "absolute")
+KEY_ROPES = ("pre", "post")
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,38 @@ class LawcatConfig:
         if self.share_qk_conv and self.share_kv_features and not multi_head:
             expected = "expected False with share_kv_features, whose convolutions differ in channels"
             raise ValueError(f"share_qk_conv: {expected}")
+
+
+@dataclass(frozen=True)
+class SinkConfig:
+    """Options of `SinkAttention.from_attention`, which describes them."""
+
+    sink_tokens: int = 4
+    window: int = 1020
+    positions: str = "cache"
+    kv_dtype: str | torch.dtype | None = None
+    slack: int = 64
+    key_rope: str = "pre"
+    learned_sink: bool = False
+    sinks_in_sliding: bool = False
+    backend: str | None = None
+
+    def check(self) -> None:
+        """Refuse values that do not exist."""
+        for name in ("sink_tokens", "window", "slack"):
+            _checks.size(name, getattr(self, name))
+        _checks.choice("positions", self.positions, POSITIONS)
+        _checks.choice("key_rope", self.key_rope, KEY_ROPES)
+        for name in ("learned_sink", "sinks_in_sliding"):
+            _checks.flag(name, getattr(self, name))
+        self.ring_dtype()
+
+    def ring_dtype(self) -> torch.dtype | None:
+        """`kv_dtype`, which may be a name, as torch has it."""
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.int8, torch.float8_e4m3fn)}
+        if self.kv_dtype is None:
+            return None
+        found = known.get(str(self.kv_dtype).removeprefix("torch."))
+        if found is None:
+            raise ValueError(f"kv_dtype: expected None, 'int8' or 'float8_e4m3fn', got {self.kv_dtype!r}")
+        return found

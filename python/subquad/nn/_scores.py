@@ -43,10 +43,12 @@ class Scores:
         if positions is None or self.rotation == "none":
             return x
         cos, sin = (p.unsqueeze(2) for p in positions)
+        if self.rotation == "once":
+            cos, sin = (torch.cat([p, p], -1) for p in (cos, sin))
         turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
         if self.rotation == "spread":
             cos, sin = (p[..., : p.shape[-1] // 2].repeat_interleave(2, -1) for p in (cos, sin))
-        if self.rotation == "halves":
+        if self.rotation in ("halves", "once"):
             a, b = turned.chunk(2, -1)
             across = torch.cat([-b, a], -1)
         else:
@@ -56,9 +58,9 @@ class Scores:
 
 
 LLAMA = Scores()
-# Channels i and i + d/2 are a pair (Llama); 2i and 2i + 1 are, with an angle for every channel (Cohere), or with those of the
-# first half, each for a pair (GLM); or nothing is rotated.
-ROTATIONS = ("halves", "interleaved", "spread", "none")
+# Channels i and i + d/2 are a pair, with an angle for every channel (Llama) or one for both (gpt-oss); 2i and 2i + 1 are, with an
+# angle for every channel (Cohere), or with those of the first half, each for a pair (GLM); or nothing is rotated.
+ROTATIONS = ("halves", "once", "interleaved", "spread", "none")
 
 
 def normed(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +78,8 @@ def scores_of(attention: nn.Module, heads: int, kv_heads: int, width: int) -> Sc
     """How an attention of transformers scores its keys.
 
     Args:
-        attention: with q_proj, k_proj, v_proj and o_proj; q_norm and k_norm if it has them. It is neither called nor changed.
+        attention: with q_proj, k_proj, v_proj and o_proj; q_norm, k_norm and sinks if it has them. It is neither called nor
+            changed.
         heads, kv_heads, width: HQ, HKV and d.
 
     Raises:
@@ -95,17 +98,15 @@ def scores_of(attention: nn.Module, heads: int, kv_heads: int, width: int) -> Sc
             failure = failure or error
             continue
         for cap in {softcap, None}:
-            for rotation in ROTATIONS:
+            for rotation in ROTATIONS if 2 * rotated <= width else [r for r in ROTATIONS if r != "once"]:
                 scores = Scores(scaling, cap, rotation)
                 if _same(got, probe.computed(scores, positions)):
                     return Scores(scaling, cap, rotation, not probe.goes_without(scores))
         raise ValueError(
-            f"attention: expected softmax of q and k that are normalised, then rotated, for a window or rope; a {kind} "
-            "computes something else"
+            f"attention: expected softmax of q and k that are normalised, then rotated; a {kind} computes something else"
         )
     raise ValueError(
-        f"attention: expected one that can be called with position_embeddings (cos, sin), for a window or rope; a {kind} "
-        f"cannot: {failure}"
+        f"attention: expected one that can be called with position_embeddings (cos, sin); a {kind} cannot: {failure}"
     ) from failure
 
 
@@ -128,6 +129,10 @@ class _Probe:
         self.attention = copy.copy(attention)
         modules = {name: part for name, part in parts.items() if name in attention._modules}
         self.attention.__dict__ |= {"_modules": attention._modules | modules, "training": False}
+        self.sinks = None
+        if attention._parameters.get("sinks") is not None:
+            self.sinks = nn.Parameter(self._random(heads)[0, 0])
+            self.attention.__dict__["_parameters"] = attention._parameters | {"sinks": self.sinks}
         if hasattr(attention, "config"):
             self.attention.__dict__["config"] = _Eager(attention.config)
 
@@ -158,7 +163,10 @@ class _Probe:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, self.v))
         products = scores.of(torch.einsum("bqhd,bkhd->bhqk", q, k), self.width)
         hidden = torch.ones_like(products, dtype=torch.bool).triu(1)
-        weights = products.masked_fill(hidden, -torch.inf).softmax(-1)
+        products = products.masked_fill(hidden, -torch.inf)
+        if self.sinks is not None:
+            products = torch.cat([products, self.sinks[:, None, None].expand(*products.shape[:3], 1)], -1)
+        weights = products.softmax(-1)[..., :PROBED]
         return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
 
     def goes_without(self, scores: Scores) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,25 +12,22 @@ from torch import nn
 from .. import _checks
 from .._packing import Packed
 from ..cache.lawcat import LawcatState, state_of
-from ..cache.state import adapter_for
 from ..masks import IntervalMask
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
 from ..ops.lawcat_decode_step import MAX_DIM
-from ._children import placement, plain, set_mode
+from ._children import plain
+from ._inherited import NORMS, PROJECTIONS, Inherited, give_back, remember
 from ._lawcat_steps import step
 from ._options import LawcatConfig
 from ._scores import LLAMA, normed, scores_of
 from ._sequences import Sequences
 from ._tied import tie, tied_again
-from ._tokens import Tokens, chunk_size, read, sliding_window
+from ._tokens import Tokens, read, sliding_window
 from ._tokens import tokens_of as tokens_of
 from ._window import hybrid
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NORMS = ("q_norm", "k_norm")
 
 
 class GateProjection(nn.Sequential):
@@ -187,7 +183,7 @@ class LawcatAttention(nn.Module):
         self._inherit(dict(parts or {}), proj_bias, qk_norm, {"device": device, "dtype": dtype})
         self._add(config, {"device": device, "dtype": dtype})
         self._transfer: Callable[..., tuple[torch.Tensor, None]] | None = None
-        self._remember(None)
+        remember(self, None)
 
     def _inherit(self, parts: dict[str, nn.Module], bias: bool, qk_norm: bool, options: dict[str, Any]) -> None:
         """Projections and norms, of which those in `parts` are there already."""
@@ -227,10 +223,6 @@ class LawcatAttention(nn.Module):
         self.output_gate = nn.Linear(self.hidden_size, heads * width, bias=False, **options) if output else None
         self.output_norm = nn.RMSNorm(width, eps=1e-5, **options) if output else None
 
-    def _remember(self, original: nn.Module | None) -> None:
-        """Keep the original out of the registry: its parameters are ours."""
-        object.__setattr__(self, "original", original)
-
     @classmethod
     def from_attention(cls, attention: nn.Module, **options: Any) -> LawcatAttention:
         """A layer with the projections (and norms of q and k) of a softmax attention, shared, not copied.
@@ -243,36 +235,14 @@ class LawcatAttention(nn.Module):
             ValueError: one of another form, or with chunks, dropout, sinks or parts that linear attention has no place for; with
                 a window or `rope`, one that scores keys in a way that `scores` cannot say.
         """
-        parts = {name: getattr(attention, name, None) for name in PROJECTIONS}
-        width = getattr(attention, "head_dim", None)
-        if not all(isinstance(part, nn.Module) for part in parts.values()) or not isinstance(width, int):
-            kind = type(attention).__name__
-            raise ValueError(f"attention: expected q_proj, k_proj, v_proj, o_proj and head_dim, got a {kind}")
-        q, k, v, o = parts.values()
-        sizes = [getattr(part, "out_features", 0) for part in (q, k, v)] + [getattr(o, "in_features", 0)]
-        if 0 in sizes or sizes[0] % width or sizes[1] % width or sizes[1] != sizes[2] or sizes[0] != sizes[3]:
-            raise ValueError(f"attention: expected projections to heads of {width}, got sizes {sizes} of q, k, v and o")
-        for name in ("attention_dropout", "sinks"):
-            value = getattr(attention, name, None)
-            if value is not None and not (isinstance(value, (int, float)) and value == 0):
-                raise ValueError(f"attention: expected none with {name}, which linear attention has not")
-        if (chunks := chunk_size(attention)) is not None:
-            raise ValueError(f"attention: expected none in chunks, got one with config.attention_chunk_size = {chunks}")
-        others = [name for name in _computing(attention) if name not in PROJECTIONS + NORMS]
-        if others:
-            raise ValueError(f"attention: expected none with {others[0]}, which would be left out")
-        parts |= {name: norm for name in NORMS if (norm := getattr(attention, name, None)) is not None}
-        device, dtype = placement(q)  # type: ignore[arg-type]
-        defaults = {"layer_idx": getattr(attention, "layer_idx", None), "device": device, "dtype": dtype}
-        heads, kv_heads = sizes[0] // width, sizes[1] // width
-        layer = cls(q.in_features, heads, kv_heads, head_dim=width, parts=parts, **(defaults | options))  # type: ignore
+        given = Inherited.of(attention, "linear attention")
+        defaults = {"layer_idx": given.layer_idx, "device": given.device, "dtype": given.dtype}
+        sizes: dict[str, Any] = {"num_kv_heads": given.kv_heads, "head_dim": given.head_dim, "parts": given.parts}
+        layer = cls(given.hidden_size, given.heads, **sizes, **(defaults | options))
         if layer._positioned():
-            layer.scores = scores_of(attention, heads, kv_heads, width)
+            layer.scores = scores_of(attention, given.heads, given.kv_heads, given.head_dim)
         layer.window_size = min(layer.window_size, sliding_window(attention) or layer.window_size)
-        layer._remember(attention)
-        with suppress(ImportError):
-            adapter_for(attention)  # imports what its library's caches need: compiled code cannot
-        set_mode(layer, attention.training, besides=attention)
+        remember(layer, attention)
         return layer
 
     def to_attention(self) -> nn.Module:
@@ -281,13 +251,7 @@ class LawcatAttention(nn.Module):
         Raises:
             ValueError: it was not made from one.
         """
-        if self.original is None:
-            raise ValueError("original: expected a layer made by from_attention, got one made on its own")
-        for name in PROJECTIONS + NORMS:
-            if getattr(self, name) is not getattr(self.original, name, None):
-                setattr(self.original, name, getattr(self, name))
-        set_mode(self.original, self.training, besides=self)
-        return self.original
+        return give_back(self)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LawcatAttention:
         with tied_again(self):
@@ -575,16 +539,6 @@ class LawcatAttention(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
-
-
-def _computing(attention: nn.Module) -> list[str]:
-    """Names of its own parameters, and of children that have some or normalise: what its output depends on."""
-    own = [name for name, _ in attention.named_parameters(recurse=False)]
-    return own + [
-        name
-        for name, child in attention.named_children()
-        if next(child.parameters(), None) is not None or type(child).__name__.endswith("Norm")
-    ]
 
 
 def _mapped(phi: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,7 @@ def _mask(
         torch.where(seen, torch.stack([span[side] + first for span in spans], -1), tk).int()[:, None] for side in (0, 1)
     )
     if not turned:
-        return IntervalMask(starts, ends, tk=tk)
+        return IntervalMask._raw(starts, ends, tk)
     forgotten = (last - sinks - window).clamp_min(0)
     shift = torch.stack([-forgotten, torch.zeros_like(forgotten)], -1).int()
-    return IntervalMask(starts, ends, tk=tk, shift=shift[:, None])
+    return IntervalMask._raw(starts, ends, tk, shift[:, None])

@@ -25,8 +25,8 @@ OPTIONS: list[dict[str, Any]] = [
 def layer_of(**options: Any) -> SinkAttention:
     options = {"num_kv_heads": 2, "sink_tokens": 3, "window": 5, "dtype": torch.float64} | options
     layer = SinkAttention(24, 4, head_dim=8, **options)
-    if layer.sink_logits is not None:
-        torch.nn.init.normal_(layer.sink_logits, std=2.0)
+    if layer.sinks is not None:
+        torch.nn.init.normal_(layer.sinks, std=2.0)
     return layer
 
 
@@ -35,9 +35,9 @@ def layer_of(**options: Any) -> SinkAttention:
 def test_any_division_of_a_sequence(options: dict[str, Any], chunks: list[int]) -> None:
     layer, x = layer_of(**options), torch.randn(2, 30, 24, dtype=torch.float64)
     cache = layer.new_cache(2)
-    whole = layer(x)
+    whole, _ = layer(x)
     with torch.no_grad():
-        found = torch.cat([layer(part, cache) for part in x.split(chunks, 1)], 1)
+        found = torch.cat([layer(part, cache=cache)[0] for part in x.split(chunks, 1)], 1)
     torch.testing.assert_close(found, whole, **CLOSE)
 
 
@@ -48,10 +48,10 @@ def test_padded_prompts(options: dict[str, Any]) -> None:
     more = torch.randn(3, 4, 24, dtype=torch.float64)
     with torch.no_grad():
         cache = layer.new_cache(3)
-        streamed, padded = layer(x, cache, pad), layer(x, pad=pad)
-        after = layer(more, cache)
+        streamed, padded = layer(x, cache=cache, pad=pad)[0], layer(x, pad=pad)[0]
+        after, _ = layer(more, cache=cache)
         for row, n in enumerate(pad.tolist()):
-            alone = layer(torch.cat([x[row, n:], more[row]])[None])[0]
+            alone = layer(torch.cat([x[row, n:], more[row]])[None])[0][0]
             for found in (streamed, padded):
                 torch.testing.assert_close(found[row, n:], alone[: 20 - n], **CLOSE)
             torch.testing.assert_close(after[row], alone[20 - n :], **CLOSE)
@@ -64,18 +64,18 @@ def test_gradients_reach_every_parameter() -> None:
         torch.randn(2, 8, 24, dtype=torch.float64),
     )
     weight = torch.randn(2, 8, 24, dtype=torch.float64)
-    (layer(x) * weight).sum().backward()
+    (layer(x)[0] * weight).sum().backward()
     found = {name: p.grad for name, p in layer.named_parameters()}
     assert all(g is not None for g in found.values())
     layer.zero_grad()
     q, k, v = (getattr(layer, f"{n}_proj")(x).unflatten(-1, (-1, 8)) for n in ("q", "k", "v"))
-    assert layer.q_norm is not None and layer.k_norm is not None and layer.sink_logits is not None
+    assert layer.q_norm is not None and layer.k_norm is not None and layer.sinks is not None
     places = torch.arange(8)[:, None]
     q = ROPE.rotate(layer.q_norm(q), places, ROPE.attention_scaling)
     k = ROPE.rotate(layer.k_norm(k), places, ROPE.attention_scaling).repeat_interleave(2, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(8)
     scores = scores.masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf)  # 8 tokens: all in sinks and window
-    column = layer.sink_logits[None, :, None, None].expand(2, -1, 8, 1)
+    column = layer.sinks[None, :, None, None].expand(2, -1, 8, 1)
     p = torch.cat([scores, column], 3).softmax(3)[..., :-1]
     y = layer.o_proj(torch.einsum("bhts,bshd->bthd", p, v.repeat_interleave(2, 2)).flatten(2))
     (y * weight).sum().backward()
@@ -90,7 +90,7 @@ def test_gradients_through_the_cache_are_refused() -> None:
         with pytest.raises(
             ValueError, match=r"^(k|q): expected a tensor without requires_grad.*train with sink_attention"
         ):
-            layer(torch.randn(1, width, 24, dtype=torch.float64), cache)
+            layer(torch.randn(1, width, 24, dtype=torch.float64), cache=cache)
     assert cache.seen.tolist() == [0] and all(int(x.count_nonzero()) == 0 for x in (cache.ring_k, cache.sink_v))
 
 
@@ -110,6 +110,8 @@ def test_bad_input_is_named() -> None:
         SinkAttention(24, 4, learned_sink="yes")  # type: ignore[arg-type]
     layer, x = layer_of(), torch.randn(1, 2, 24, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"^cache: expected window 5 as this layer has, got 6"):
-        layer(x, SinkKVCache(1, 2, 8, sink_tokens=3, window=6, dtype=torch.float64))
-    with pytest.raises(TypeError, match=r"^cache: expected a subquad.SinkKVCache or None, got dict"):
-        layer(x, {})
+        layer(x, cache=SinkKVCache(1, 2, 8, sink_tokens=3, window=6, dtype=torch.float64))
+    with pytest.raises(
+        ValueError, match=r"^past_key_values: expected a SinkKVCache or a Cache of transformers, got dict"
+    ):
+        layer(x, cache={})

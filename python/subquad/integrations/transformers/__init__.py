@@ -5,7 +5,7 @@ Converting recognises modules by their attributes and never imports the library;
 
 from __future__ import annotations
 
-from ...convert import CatsConfig, ConversionReport, LawcatConfig
+from ...convert import CatsConfig, ConversionReport, LawcatConfig, SinkConfig
 from ...nn.cats_mlp import dense_state_dict
 from .attention import attention_forward, register
 from .convert import convert, revert
@@ -16,6 +16,7 @@ __all__ = [
     "CatsConfig",
     "ConversionReport",
     "LawcatConfig",
+    "SinkConfig",
     "attention_forward",
     "attention_mask",
     "convert",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,23 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
         state: the memory itself.
         record_past: whether a rollback is announced.
         depth: tokens that can be taken back then.
-        columns: of the masks of a preallocated cache; None: as many as there are tokens.
+        columns: of the masks of a preallocated cache; None: as many as are looked at.
+        siblings: all layers of the cache.
     """
 
     is_sliding = False
+    holds_keys = False  # for attention that nobody has converted
 
-    def __init__(self, state: State, replaced: Any = None, keep: int = 0, columns: int | None = None) -> None:
+    def __init__(
+        self,
+        state: State,
+        replaced: Any = None,
+        keep: int = 0,
+        columns: int | None = None,
+        siblings: Sequence[Any] = (),
+    ) -> None:
         self.state = state
+        self.siblings = siblings
         self.keys = self.values = None
         self.depth = keep or KEPT
         self.record_past = keep > 0 or bool(getattr(replaced, "record_past", False))
@@ -56,7 +66,11 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
         return self.state.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns or self.state.seen + query_length, 0  # type: ignore[return-value]
+        """As layers that hold keys need it, for all that do not slide share a mask; without such layers the new columns."""
+        if self.columns is not None:
+            return self.columns, 0
+        sizes = (layer.get_mask_sizes(query_length) for layer in self.siblings if _holds_keys(layer))
+        return next(sizes, None) or (query_length, self.state.seen)  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         return -1
@@ -91,9 +105,9 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
         if -tokens_to_remove > kept:
             raise ValueError(
                 f"tokens_to_remove: expected at most the {kept} tokens that this layer keeps, got {tokens_to_remove}. "
-                "LawcatConfig(keep=...), or LawcatAttention.keep, says how many in new caches: 64 for a model that drafts for "
-                "another, prompt_lookup_num_tokens where those are more; activate_past_recording(tokens) of this layer says so "
-                "from now on. Layers before this one have been cut already: do not use the cache again"
+                f"{self.state.advice} in new caches: 64 for a model that drafts for another, prompt_lookup_num_tokens where "
+                "those are more; activate_past_recording(tokens) of this layer says so from now on. Layers before this one "
+                "have been cut already: do not use the cache again"
             )
         self.state.rollback(-int(tokens_to_remove))
         self.record_past = True
@@ -159,15 +173,24 @@ def state_in(cache: Any, layer_idx: int, make: Callable[[], State], keep: int = 
         )
     replicate = getattr(cache, "layer_class_to_replicate", None)
     while len(layers) <= layer_idx:
-        layers.append(StateLayer(make(), keep=keep) if replicate is None else replicate())
+        layers.append(StateLayer(make(), keep=keep, siblings=layers) if replicate is None else replicate())
     layer = layers[layer_idx]
-    if not isinstance(layer, StateLayer):
+    if getattr(layer, "holds_keys", True):
         if _used(layer):
             raise ValueError(
                 f"past_key_values: expected an unused layer {layer_idx}, got one that holds keys and values"
             )
-        layers[layer_idx] = layer = StateLayer(make(), layer, keep, _columns(layers))
+        state = make()
+        if (expect := getattr(layer, "expect", None)) is not None:
+            expect(state)
+        layers[layer_idx] = layer = StateLayer(state, layer, keep, _columns(layers), layers)
     return layer.use()
+
+
+def _holds_keys(layer: Any) -> bool:
+    """Whether a layer is one of softmax that does not slide, and a mask has to show all that it holds."""
+    keys = isinstance(layer, CacheLayerMixin) and getattr(layer, "holds_keys", True)
+    return keys and not getattr(layer, "is_sliding", False)
 
 
 def _used(layer: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...convert import CatsConfig, ConversionReport, LawcatConfig, Replacement, named, replace, restore
+from ...convert import CatsConfig, ConversionReport, LawcatConfig, Replacement, SinkConfig, named, replace, restore
 
 KINDS = ("attention", "mlp")  # in the order in which a report lists them
 
@@ -17,24 +17,24 @@ def convert(
     model: nn.Module,
     *,
     mlp: str | CatsConfig | None = None,
-    attention: str | LawcatConfig | None = None,
+    attention: str | LawcatConfig | SinkConfig | None = None,
     layers: Iterable[int | str] | None = None,
     **options: Any,
 ) -> ConversionReport:
     """Replace layers of a model by subquad's, in place, sharing the weights. All or nothing: errors change nothing.
 
-    A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. Converted attention
-    must learn first: see `subquad.attention_transfer`. Layers that are converted already stay as they are; `revert` first to
-    change their options.
+    A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. LAWCAT must learn
+    first: see `subquad.attention_transfer`. Attention with sinks and a window learns nothing, and is the model's own as long as
+    nothing is forgotten. Layers that are converted already stay as they are; `revert` first to change their options.
 
     Args:
         model: a model with gated MLPs named `mlp` or `feed_forward`, or attention named `self_attn` with separate projections:
             Llama, Mistral, Qwen, SmolLM and others like them.
         mlp: "cats", or a `CatsConfig`.
-        attention: "lawcat", or a `LawcatConfig`.
+        attention: "lawcat" or "sink", or a `LawcatConfig` or `SinkConfig`.
         layers: decoder layer numbers (negative from the end) or qualified module names; None for all. Attention that is not
             listed stays softmax: a hybrid model.
-        options: fields of the `CatsConfig` or `LawcatConfig` that a name stands for. With both, give config objects.
+        options: fields of the config that a name stands for. With both kinds, give config objects.
 
     Returns:
         Qualified names of the modules converted, a list that also counts their new and shared parameters.
@@ -48,10 +48,11 @@ def convert(
         >>> convert(model, mlp="cats")  # doctest: +SKIP
         ['model.layers.0.mlp', 'model.layers.1.mlp']
         >>> convert(model, attention="lawcat", layers=range(1, 30))  # doctest: +SKIP
+        >>> convert(model, attention="sink", sink_tokens=4, window=1020)  # doctest: +SKIP
     """
     if mlp is None and attention is None:
         raise ValueError(
-            "mlp: expected 'cats' or a CatsConfig, or attention 'lawcat' or a LawcatConfig, got None for both"
+            "mlp: expected 'cats' or a CatsConfig, or attention 'lawcat', 'sink' or a config of theirs, got None for both"
         )
     if mlp is not None and attention is not None and options:
         raise TypeError(f"{next(iter(options))}: with mlp and attention, options belong into config objects")

@@ -1,0 +1,87 @@
+"""The rotation of a softmax attention as frequencies, from its config, and whether the positions it is given agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..rope import RopeSpec
+from ._scores import Scores
+
+# What a cosine may be off: rounding of the model's dtype comes on top, and of its positions times frequencies in float32.
+TOLERANCE = 1e-3
+_PLACES = 256  # positions compared
+
+
+def rope_of(attention: nn.Module, scores: Scores, longest: int | None = None) -> RopeSpec | None:
+    """How an attention of transformers rotates queries and keys: None if it does not.
+
+    Args:
+        attention: with a config, that of its kind of layer where there are several.
+        scores: what a probe of it has found.
+        longest: positions that will be needed; None: any. See `RopeSpec.from_hf`.
+
+    Raises:
+        ValueError: no config that `RopeSpec.from_hf` can read.
+    """
+    if scores.rotation == "none":
+        return None
+    config = getattr(attention, "config", None)
+    if config is None:
+        raise ValueError(f"attention: expected a config that names its rotation, got a {type(attention).__name__}")
+    try:
+        spec = RopeSpec.from_hf(_OfLayer(config, attention), longest)
+    except ValueError as error:
+        raise ValueError(f"attention: no rotation of its config: {error}") from error
+    spec.interleaved = scores.rotation in ("interleaved", "spread")
+    return spec
+
+
+class _OfLayer:
+    """A config with the head size of a layer, and with the rotation of its kind where there is one for each."""
+
+    def __init__(self, config: Any, attention: Any) -> None:
+        self._config, self.head_dim = config, attention.head_dim
+        parameters = getattr(config, "rope_parameters", None)
+        if isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values()):
+            kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+            kind = getattr(attention, "layer_type", None)
+            parameters = parameters.get(kind if kind is not None or not kinds else kinds[index]) or {}
+        self.rope_parameters = parameters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def check_positions(
+    spec: RopeSpec, scores: Scores, given: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor
+) -> None:
+    """Whether a model's cosines and sines [B|1, T, n] at `positions` [B|1, T] are those of `spec`.
+
+    Raises:
+        ValueError: they are not.
+    """
+    places, scaling = positions[:1, :_PLACES].long(), spec.attention_scaling
+    if spec.max_positions is not None and int(places.max()) >= spec.max_positions:
+        return  # the model uses other frequencies there, and what it does is no stream
+    angle = (places[..., None] * spec.turns(places.device) >> 11).double() * (2 * torch.pi / 2.0**53)
+    # Angles in float32; and after model.to(torch.bfloat16) frequencies are rounded, too.
+    eps = torch.finfo(given[0].dtype).eps
+    off = places[..., None].abs() * spec.inv_freq.to(places.device).double() * max(eps, 2.0**-21)
+    if scores.rotation == "interleaved":
+        angle, off = (x.repeat_interleave(2, -1) for x in (angle, off))
+    elif scores.rotation != "once":
+        angle, off = (torch.cat([x, x], -1) for x in (angle, off))
+    if angle.shape[-1] != given[0].shape[-1]:
+        expected = f"{angle.shape[-1]} channels, as the config says"
+        raise ValueError(f"position_embeddings: expected {expected}, got {given[0].shape[-1]}")
+    for x, own in zip(given, (angle.cos(), angle.sin()), strict=True):
+        far = (x[:1, :_PLACES].double() - own * scaling).abs()
+        if bool((far > TOLERANCE + scaling * (2 * eps + off)).any()):
+            raise ValueError(
+                "position_embeddings: expected the rotation of the config, got one that differs by "
+                f"{float(far.max()):.3g}: the layer would rotate otherwise than the model does"
+            )

@@ -1,0 +1,343 @@
+"""Models with sinks and a window: what they generate is what StreamingLLM by hand does, token by token, in float64."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import subquad
+from subquad.integrations.transformers import SinkConfig, convert
+
+from .matrix.kinds import KINDS, Kind
+from .streaming import Span, Stream
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers.cache_utils").__dict__.get("LinearAttentionLayer") or pytest.skip(
+    "needs transformers >= 5", allow_module_level=True
+)
+
+SINKS, WINDOW = 2, 9
+MORE = {  # rotations that the kinds of the matrix have not
+    "gemma": Kind("gemma", "Gemma"),
+    "cohere": Kind("cohere", "Cohere", more={"use_qk_norm": False}),
+    "glm": Kind("glm", "Glm", more={"partial_rotary_factor": 0.5}),
+    "stablelm": Kind("stablelm", "StableLm", more={"partial_rotary_factor": 0.5, "head_dim": None}),
+    "yarn": Kind("yarn", "Llama", more={"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+    }}),
+}  # fmt: skip
+FITTING = [name for name in KINDS | MORE if name not in ("phi3", "gemma2", "starcoder2")]
+
+
+@pytest.fixture(autouse=True)
+def _reference() -> Iterator[None]:
+    """float64, for equal tokens: no two of them are as good as each other then."""
+    with torch.no_grad(), subquad.use_backend("reference"):
+        yield
+
+
+@functools.cache
+def plain(name: str) -> Any:
+    model = (KINDS | MORE)[name].model().double()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def converted(name: str, **options: Any) -> Any:
+    model = copy.deepcopy(plain(name))
+    convert(model, attention=SinkConfig(**({"sink_tokens": SINKS, "window": WINDOW} | options)))
+    return model
+
+
+def spans(name: str) -> list[Span]:
+    return [(SINKS, WINDOW) if own is None else (0, own) for own in (KINDS | MORE)[name].windows]
+
+
+def prompt(length: int, batch: int = 1, seed: int = 5) -> torch.Tensor:
+    return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model: Any, ids: torch.Tensor, new: int = 30, **options: Any) -> torch.Tensor:
+    """The tokens after the prompt."""
+    out: torch.Tensor = model.generate(ids, max_new_tokens=new, do_sample=False, **options)
+    return out[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("length", [5, 26])
+@pytest.mark.parametrize("name", FITTING)
+def test_greedy_text_is_that_of_a_stream_by_hand(name: str, length: int) -> None:
+    """Prompts that fit, and longer ones than sinks and window; layers that slide keep their window."""
+    ids = prompt(length)
+    want = Stream(plain(name), spans(name)).greedy(ids[0].tolist(), 30)
+    assert greedy(converted(name), ids)[0].tolist() == want
+
+
+OTHERWISE: dict[str, tuple[str, dict[str, Any], list[Span]]] = {
+    "absolute": ("llama", {"positions": "absolute"}, [(SINKS, WINDOW)] * 2),
+    "post": ("llama", {"key_rope": "post", "slack": 0}, [(SINKS, WINDOW)] * 2),
+    "no-sinks": ("qwen3", {"sink_tokens": 0}, [(0, WINDOW)] * 2),
+    "sinks-alone": ("llama", {"window": 1}, [(SINKS, 1)] * 2),
+    "sliding": ("mistral", {"sinks_in_sliding": True}, [(SINKS, 5)] * 2),
+    "narrower": ("mistral", {"sinks_in_sliding": True, "window": 3}, [(SINKS, 3)] * 2),
+    "some-sliding": ("gpt-oss", {"sinks_in_sliding": True}, [(SINKS, 6), (SINKS, WINDOW)]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_other_options(case: str) -> None:
+    name, options, by_hand = OTHERWISE[case]
+    ids, positions = prompt(14), options.get("positions", "cache")
+    want = Stream(plain(name), by_hand, positions).greedy(ids[0].tolist(), 24)
+    assert greedy(converted(name, **options), ids, 24)[0].tolist() == want
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize("sizes", [(1,) * 30, (7, 1, 1, 12, 2, 7), (30,), (3, 27), (13, 13, 4)])
+def test_chunks_of_any_size_give_the_numbers_of_a_stream(name: str, sizes: tuple[int, ...]) -> None:
+    ids, model, parts = prompt(30), converted(name), []
+    cache = transformers.DynamicCache(config=model.config)
+    for part in ids.split(sizes, 1):
+        parts.append(model(part, cache=cache).logits[0])
+    want = Stream(plain(name), spans(name)).logits(ids[0].tolist())
+    torch.testing.assert_close(torch.cat(parts), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(ids, use_cache=False).logits[0], want, rtol=1e-6, atol=1e-6)
+    assert cache.get_seq_length() == 30
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "sink"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_several_turns(name: str, cache: str) -> None:
+    """A chat over one cache: every prompt continues what was said before, answers included."""
+    model, stream, said, want = converted(name), Stream(plain(name), spans(name)), prompt(0), []
+    config = model.config
+    held = transformers.DynamicCache(config=config) if cache == "dynamic" else subquad.SinkCache(config, SINKS, WINDOW)
+    for turn, length in enumerate((6, 17, 3, 1)):
+        said = torch.cat([said, prompt(length, seed=turn)], 1)
+        fed = said[0, stream.seen :].tolist()
+        want = stream.greedy(fed, 12)
+        found = greedy(model, said, 12, cache=held)
+        assert found[0].tolist() == want, turn
+        said = torch.cat([said, found], 1)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "subquad"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_rows_with_padding_are_each_alone(name: str, implementation: str) -> None:
+    """Sinks are tokens, not columns: whatever padding stands before a prompt."""
+    subquad.integrations.transformers.register()
+    model, ids = converted(name), prompt(21, 3)
+    model.set_attn_implementation(implementation)
+    mask = torch.ones_like(ids)
+    mask[0, :16], mask[1, :4] = 0, 0
+    found = greedy(model, ids, 20, attention_mask=mask)
+    for row, first in enumerate((16, 4, 0)):
+        want = Stream(plain(name), spans(name)).greedy(ids[row, first:].tolist(), 20)
+        assert found[row].tolist() == want, row
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("way", ["static", "chunks", "static-chunks", "no-cache", "first-layer"])
+def test_ways_to_generate(name: str, way: str) -> None:
+    """Preallocated caches, prompts in chunks, no cache at all; and a model of which only some layers are converted."""
+    ids, mask = prompt(15, 2), torch.ones(2, 15, dtype=torch.long)
+    mask[1, :4] = 0
+    options: dict[str, Any] = {"attention_mask": mask}
+    options |= {"cache_implementation": "static", "disable_compile": True} if "static" in way else {}
+    options |= {"prefill_chunk_size": 4} if "chunks" in way else {}
+    if way != "first-layer":
+        model = converted(name)
+        want = greedy(model, ids, 20, attention_mask=mask)
+        assert torch.equal(greedy(model, ids, 20, **options, use_cache=way != "no-cache"), want)
+        return
+    subquad.integrations.transformers.register()
+    model = copy.deepcopy(plain(name))
+    model.set_attn_implementation("subquad")  # eager attention has NaN in rows of padding, in float64
+    convert(model, attention="sink", sink_tokens=SINKS, window=WINDOW, layers=[0])
+    by_hand = [spans(name)[0], *((0, own or 10**6) for own in KINDS[name].windows[1:])]
+    found = greedy(model, ids, 20, **options)
+    for row, first in enumerate((0, 4)):
+        assert found[row].tolist() == Stream(plain(name), by_hand).greedy(ids[row, first:].tolist(), 20)
+
+
+def test_beams() -> None:
+    model, ids = converted("llama"), prompt(9, 2)
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 24}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_drafts_change_no_greedy_output(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt lookup and draft models, softmax or converted: tokens are taken back, across the end of the ring, too."""
+    from subquad.cache.sink_state import SinkState
+
+    removed, rollback = [], SinkState.rollback
+    monkeypatch.setattr(SinkState, "rollback", lambda state, n: (removed.append(n), rollback(state, n))[1])
+    model, ids = converted(name), prompt(14).repeat(1, 2)
+    want = greedy(model, ids, 110)
+    draft = copy.deepcopy(plain(name))
+    draft.lm_head.weight.add_(0.1 * torch.randn_like(draft.lm_head.weight))
+    also = copy.deepcopy(draft)
+    convert(also, attention=SinkConfig(SINKS, WINDOW))
+    for options in (
+        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 1},
+        {"assistant_model": draft},
+        {"assistant_model": also},
+        {"prompt_lookup_num_tokens": 3, "cache": subquad.SinkCache(model.config, SINKS, WINDOW)},
+    ):
+        removed.clear()
+        assert torch.equal(greedy(model, ids, 110, **options), want), options
+        assert any(removed), "no draft was taken back"
+
+
+# --- constant memory ----------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "subquad"])
+def test_memory_is_constant(implementation: str, padded: bool) -> None:
+    """States to the byte and in place, and the masks of all layers, over five windows."""
+    subquad.integrations.transformers.register()
+    model, seen = converted("llama"), []
+    model.set_attn_implementation(implementation)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(_size(kwargs["attention_mask"])), with_kwargs=True
+        )
+    cache, ids = transformers.DynamicCache(config=model.config), prompt(8, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0 if padded else 1
+    states, column = set(), mask[:, -1:]
+    for step in range(5 * (SINKS + WINDOW)):
+        model(ids if step == 0 else ids[:, -1:], attention_mask=mask, cache=cache)
+        mask = torch.cat([mask, column], 1)
+        states.add(tuple((n, x.data_ptr(), x.untyped_storage().nbytes()) for n, x in _held(cache).items()))
+    assert len(states) == 1 and len(set(seen[2:])) == 1
+    assert cache.layers[0].state.nbytes == cache.layers[1].state.nbytes > 0
+
+
+def _size(mask: Any) -> Any:
+    if mask is None or isinstance(mask, torch.Tensor):
+        return None if mask is None else mask.shape
+    return tuple(None if x is None else x.shape for x in (mask.starts, mask.ends, mask.padding)), mask.tk
+
+
+def _held(cache: Any) -> dict[str, torch.Tensor]:
+    named = ((i, name, x) for i, layer in enumerate(cache.layers) for name, x in layer.state.tensors().items())
+    return {f"{i}.{name}": x for i, name, x in named if name != "late"}  # one bit per column that can be taken back
+
+
+def test_acceptance() -> None:
+    """The script that must work: convert, a cache, turns far beyond sinks and window."""
+    model = copy.deepcopy(plain("llama"))
+    subquad.integrations.transformers.convert(model, attention="sink", sink_tokens=4, window=28)
+    cache, said, sizes = subquad.SinkCache(model.config, sink_tokens=4, window=28), prompt(0, 2), set()
+    for turn in range(4):
+        said = torch.cat([said, prompt(11, 2, seed=turn)], 1)
+        said = model.generate(said, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        sizes.add(sum(layer.state.nbytes for layer in cache.layers))
+    assert len(sizes) == 1 and cache.get_seq_length() == said.shape[1] - 1 == 203
+    want = Stream(plain("llama"), [(4, 28)] * 2).logits(said[0].tolist()).argmax(-1)
+    assert said[0, -40:].tolist() == want[-41:-1].tolist()
+
+
+# --- models as they are ----------------------------------------
+
+
+@pytest.mark.parametrize(("source", "implementation"), [("config", "sdpa"), ("config", "subquad"), ("model", "eager")])
+@pytest.mark.parametrize("name", FITTING)
+def test_a_cache_alone_is_a_stream(name: str, source: str, implementation: str) -> None:
+    """One token at a time, after a prompt that fits."""
+    if name == "gpt-oss" and implementation == "sdpa":
+        implementation = "eager"  # transformers has no sdpa for models with sinks
+    subquad.integrations.transformers.register()
+    model, ids = copy.deepcopy(plain(name)), prompt(SINKS + WINDOW - 2)
+    model.set_attn_implementation(implementation)
+    cache = subquad.SinkCache(model.config if source == "config" else model, SINKS, WINDOW)
+    want = Stream(plain(name), spans(name)).greedy(ids[0].tolist(), 24)
+    assert greedy(model, ids, 24, cache=cache)[0].tolist() == want
+
+
+@pytest.mark.parametrize("positions", ["cache", "absolute"])
+def test_logits_and_turns_of_a_cache_alone(positions: str) -> None:
+    """Short turns in one call, while they fit; then tokens, which are taken back, and rows that are exchanged."""
+    ids, name = prompt(40, 2), "llama"
+    model, cache = plain(name), subquad.SinkCache(plain(name).config, SINKS, WINDOW, positions=positions)
+    want = torch.stack([Stream(model, spans(name), positions).logits(row.tolist()) for row in ids])
+    found = [model(part, cache=cache).logits for part in ids[:, : SINKS + WINDOW].split((4, 5, 2), 1)]
+    found += [model(token, cache=cache).logits for token in ids[:, SINKS + WINDOW : 30].split(1, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), want[:, :30], rtol=1e-5, atol=1e-5)
+    cache.crop(-6)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    found = [model(token, cache=cache).logits for token in ids.flip(0)[:, 24:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), want.flip(0)[:, 24:], rtol=1e-5, atol=1e-5)
+    cache.reset()
+    torch.testing.assert_close(model(ids[:, :5], cache=cache).logits, want[:, :5], rtol=1e-5, atol=1e-5)
+    assert len({layer.state.nbytes for layer in cache.layers}) == 1 and not cache.is_compileable
+
+
+def test_a_longer_first_prompt_is_dense_within() -> None:
+    ids, model = prompt(30), plain("llama")
+    cache = subquad.SinkCache(model.config, SINKS, WINDOW)
+    with pytest.warns(subquad.SubquadWarning, match="a prompt of 30 tokens is more than the 11 of this SinkCache"):
+        found = model(ids, cache=cache).logits
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits)
+    assert cache.get_mask_sizes(1, 0) == (SINKS + WINDOW, 20) and cache.get_seq_length() == 30
+    keys, _, tokens, _ = cache.layers[0].state.cache.gather()
+    assert tokens[0].tolist() == [0, 1, *range(21, 30)] and keys.abs().amin() >= 0
+
+
+def test_what_a_cache_alone_refuses() -> None:
+    model, ids = plain("llama"), prompt(12, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+
+    def fresh(**options: Any) -> Any:
+        return subquad.SinkCache(model.config, SINKS, WINDOW + 5, **options)
+
+    with pytest.raises(ValueError, match=r"position_ids: expected 0, 1, \.\.\. in every row, without padding"):
+        greedy(model, ids, attention_mask=mask, cache=fresh())
+    cache = fresh()
+    model(ids, cache=cache)
+    with pytest.raises(
+        ValueError, match=r"past_key_values: expected one token at a time beyond 16 tokens, .* got 6 after 12"
+    ):
+        model(ids[:, :6], cache=cache)
+    assert cache.get_seq_length() == 12 and cache.layers[0].state.cache.seen.tolist() == [12, 12]
+    assert greedy(model, ids, attention_mask=mask, cache=fresh(allow_approx=True)).shape == (2, 30)
+    cache = fresh(allow_approx=True)
+    for part in (ids, ids, ids[:, :1]):
+        assert model(part, cache=cache).logits.isfinite().all()
+    with pytest.raises(
+        ValueError, match="expected a SinkCache with sink_tokens=2, window=9 as layer 0 was converted with"
+    ):
+        converted("llama")(ids, cache=fresh())
+    for arguments, error, message in (
+        (("llama",), TypeError, "config: expected a config or a model of transformers, got str"),
+        ((model.config, -1), ValueError, "sink_tokens: expected at least 0"),
+        ((model.config, 0, 0), ValueError, "window: expected at least 1 without sinks"),
+    ):
+        with pytest.raises(error, match=message):
+            subquad.SinkCache(*arguments)
+    with pytest.raises(TypeError, match=r"rope: expected a subquad\.RopeSpec or None"):
+        fresh(rope=1e4)
+
+
+def test_models_whose_rotation_cannot_be_found() -> None:
+    """Phi-3 has one projection of all: the rotation must be given, or no position may move."""
+    model, ids = KINDS["phi3"].model().double(), prompt(8)
+    with pytest.raises(
+        ValueError, match=r"config: expected one that tells how layers rotate, or rope=, got .*self_attn: att"
+    ):
+        model(ids, cache=subquad.SinkCache(model.config, SINKS, WINDOW))
+    rope = subquad.RopeSpec.from_hf(model.config)
+    cache = subquad.SinkCache(model.config, SINKS, WINDOW, rope=rope)
+    whole = subquad.SinkCache(model.config, SINKS, 100, positions="absolute")
+    for token in prompt(40).split(1, 1):
+        found, want = (model(token, cache=c).logits for c in (cache, whole))
+    assert not torch.allclose(found, want) and found.isfinite().all()
