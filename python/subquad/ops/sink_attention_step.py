@@ -173,25 +173,19 @@ def _check_states(
     of = k if ring_k.dtype is k.dtype else ring_k
     _checks.like("ring_k", ring_k, (batch, heads, ring, k.shape[3]), of, "k")
     _checks.like("ring_v", ring_v, (batch, heads, ring, v.shape[3]), of, "ring_k")
-    for name, x, of_ring in (("k_scale", k_scale, ring_k), ("v_scale", v_scale, ring_v)):
-        if (x is None) is not (of_ring.dtype is k.dtype):
+    for name, scale, of_ring in (("k_scale", k_scale, ring_k), ("v_scale", v_scale, ring_v)):
+        if (scale is None) is not (of_ring.dtype is k.dtype):
             wanted = "None" if of_ring.dtype is k.dtype else "a float32 tensor"
-            raise ValueError(f"{name}: expected {wanted} for a ring of {of_ring.dtype}, got {type(x).__name__}")
-        if x is None:
+            raise ValueError(f"{name}: expected {wanted} for a ring of {of_ring.dtype}, got {type(scale).__name__}")
+        if scale is None:
             continue
-        if not isinstance(x, torch.Tensor) or x.dtype is not torch.float32:
-            raise TypeError(f"{name}: expected a float32 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        if x.shape != (batch, heads, ring):
-            raise ValueError(f"{name}: expected shape {[batch, heads, ring]}, got {list(x.shape)}")
-    for name, x in (
-        ("sink_k", sink_k),
-        ("ring_k", ring_k),
-        ("ring_v", ring_v),
-        ("k_scale", k_scale),
-        ("v_scale", v_scale),
-    ):
-        if x is not None:
-            _checks.same_device(name, x, k.device, "k")
+        if not isinstance(scale, torch.Tensor) or scale.dtype is not torch.float32:
+            raise TypeError(f"{name}: expected a float32 tensor, got {getattr(scale, 'dtype', type(scale).__name__)}")
+        if scale.shape != (batch, heads, ring):
+            raise ValueError(f"{name}: expected shape {[batch, heads, ring]}, got {list(scale.shape)}")
+        _checks.same_device(name, scale, k.device, "k")
+    for name, x in (("sink_k", sink_k), ("ring_k", ring_k), ("ring_v", ring_v)):
+        _checks.same_device(name, x, k.device, "k")
 
 
 def _check_counter(name: str, counter: torch.Tensor, k: torch.Tensor) -> None:

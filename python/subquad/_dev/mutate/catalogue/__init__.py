@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from ..fault import Fault
 from . import (
-    cache, convert, cpu, cpu_attention, cpu_sink, cuda, cuda_sink, integrations, masks, nn, ops, triton, triton_sink,
+    cache,
+    convert,
+    cpu,
+    cpu_attention,
+    cpu_sink,
+    cuda,
+    cuda_sink,
+    integrations,
+    masks,
+    nn,
+    ops,
+    triton,
+    triton_sink,
 )  # fmt: skip
 
 CATALOGUE: dict[str, tuple[Fault, ...]] = {

@@ -21,7 +21,7 @@ _MLPS = _of("convert/mlps.py")
 _GATED = _of("nn/_gated.py")
 _CHILDREN = _of("nn/_children.py")
 _MLP = _of("nn/cats_mlp.py")
-_LAWCAT = _of("nn/lawcat.py")
+_INHERITED = _of("nn/_inherited.py")
 
 FAULTS = (
     Fault("convert-no-undo", "state", _REPLACE, "undo.callback(by.unsettle, module)", "pass"),
@@ -116,12 +116,12 @@ FAULTS = (
         "self.restore_layout()\n        original = self.original",
         "original = self.original",
     ),
-    Fault("convert-attention-children", "stale", _LAWCAT, "setattr(self.original, name, getattr(self, name))", "pass"),
+    Fault("convert-attention-children", "stale", _INHERITED, "setattr(original, name, getattr(layer, name))", "pass"),
     Fault(
         "convert-attention-dropout",
         "guard",
-        _LAWCAT,
-        'for name in ("attention_dropout", "sinks"):',
-        'for name in ("sinks",):',
+        _INHERITED,
+        'for name in ("attention_dropout",) if sinks else ("attention_dropout", "sinks"):',
+        'for name in () if sinks else ("sinks",):',
     ),
 )
