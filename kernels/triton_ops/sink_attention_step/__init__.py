@@ -132,8 +132,8 @@ def sink_attention_step_(
     require(0 <= window <= ring, "window", f"0..{ring}, not {window}", ring_k)
     if pairs == 0:
         turns = None
-    held = (x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x for x in (ring_k, ring_v))
-    cache = Cache(sink_k, sink_v, *held, k_scale, v_scale)
+    held_k, held_v = (x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x for x in (ring_k, ring_v))
+    cache = Cache(sink_k, sink_v, held_k, held_v, k_scale, v_scale)
     stream, sizes = Stream(seen, first, tokens), Sizes(kv_heads, sinks, ring, window, pairs)
     keys, values = _heads(k), _heads(v)
     out, lse = v.new_empty((batch, width, heads, dv)), v.new_empty((batch, width, heads), dtype=torch.float32)

@@ -45,7 +45,7 @@ def both(backend: str, args: dict[str, Any], options: dict[str, Any], what: str)
 )
 def test_a_stream_from_nothing_over_wraps(ring: str, options: dict[str, Any], backend: str) -> None:
     """Calls of one token and of several, of rows that go on at their own pace; every state is compared after every call."""
-    sizes = dict(sinks=3, window=5, slack=2, ring=ring, rotary=6)
+    sizes: dict[str, Any] = dict(sinks=3, window=5, slack=2, ring=ring, rotary=6)
     args: dict[str, Any] = dict(draw(Sampler(), "stream", seen=(0, 0), **sizes, **options).args)
     for step, width in enumerate((1, 2, 1, 9, 1, 4, 1, 1, 3)):
         counts = (width, max(0, width - step % 3))
@@ -101,8 +101,10 @@ def test_far_positions(seen: tuple[int, ...], key_rope: str, backend: str) -> No
 def test_nan_where_nobody_looks(width: int, backend: str) -> None:
     """In places that hold no token, tokens behind the window and columns that are none: no result and no other state has it."""
     sample = draw(Sampler(), "nan", tokens=width, window=5, slack=40, seen=(20, 1), m=(1, width), rotary=8)
-    clean = subquad.sink_attention_step(**{**sample.args, **copies(sample.args)}, **sample.kwargs, backend=backend)
-    args = {n: None if x is None else x.clone() for n, x in sample.args.items()}
+    clean = subquad.sink_attention_step(
+        **dict[str, Any]({**sample.args, **copies(sample.args)}), **sample.kwargs, backend=backend
+    )
+    args: dict[str, Any] = {n: None if x is None else x.clone() for n, x in sample.args.items()}
     for b, n in enumerate((20, 1)):
         held = {(j - 2) % 45 for j in range(max(2, n + width - 5 - width), n)}
         free = [p for p in range(45) if p not in held]
@@ -113,8 +115,7 @@ def test_nan_where_nobody_looks(width: int, backend: str) -> None:
     for name in ("q", "k", "v"):
         args[name][0, 1:] = float("nan")
     got = subquad.sink_attention_step(**args, **sample.kwargs, backend=backend)
-    for a, b in zip(got, clean, strict=True):
-        assert torch.equal(a, b)
+    assert all(torch.equal(x, y) for x, y in zip(got, clean, strict=True))
     assert not args["sink_k"][0].isnan().any()
 
 
@@ -125,7 +126,7 @@ def test_values_that_are_not_finite(value: float, backend: str) -> None:
     sample = draw(Sampler(), "value", tokens=4, seen=(20,), rotary=8)
     v = sample["v"].clone()
     v[0, 2] = value
-    out = subquad.sink_attention_step(**{**sample.args, "v": v}, **sample.kwargs, backend=backend)[0]
+    out = subquad.sink_attention_step(**dict[str, Any]({**sample.args, "v": v}), **sample.kwargs, backend=backend)[0]
     assert out[0, :2].isfinite().all()
     assert torch.equal(out[0, 2:].nan_to_num(-1.0, 1.0), torch.full_like(out[0, 2:], 1.0 if value == value else -1.0))
 
@@ -158,7 +159,7 @@ def test_every_float8_is_read(backend: str) -> None:
     """As value of a single key: the result is it, NaN included."""
     places = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     sample = draw(Sampler(), "read", (1, 1), 8, 256, sinks=0, window=2, slack=0, seen=(1,), ring="fp8", logits=None)
-    args = {n: None if x is None else x.clone() for n, x in sample.args.items()}
+    args: dict[str, Any] = {n: None if x is None else x.clone() for n, x in sample.args.items()}
     args["ring_v"][0, 0, 0] = places
     args["v_scale"].fill_(1.0)
     args["k_scale"].fill_(0.0)
