@@ -139,7 +139,7 @@ def _walk(
         keep = inside[None, :]
         if MASKED:
             keep = keep & (token[None, :] >= view.lowest[:, None]) & (token[None, :] < view.stop[:, None])
-        scores = tl.where(keep, scores, float("-inf"))
+        scores = tl.where(keep, scores + (scores - scores), float("-inf"))  # NaN where infinite, as the definition says
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = _finite(new_top)
         p = _weights(scores, shift[:, None])
@@ -166,7 +166,6 @@ def _share(begin, end, offset, count):
 @triton.jit
 def _store(results, acc, top, total, row, h, stored, live, dv):
     """Results of rows [N] with query heads h: acc [N, BDV] over total, the sink logit added; 0 and -inf where not live."""
-    broken = top == float("inf")  # exp(score - lse) is NaN
     if results.sink_logits is not None:
         logit = tl.load(results.sink_logits + h)
         new_top = tl.maximum(top, logit)
@@ -178,8 +177,7 @@ def _store(results, acc, top, total, row, h, stored, live, dv):
     empty = (total == 0.0) | (live == 0)
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), _finite(top) + tl.log2(total) * LN2)
-    out = tl.where(broken[:, None], float("nan"), acc / total[:, None])
-    out = tl.where(live[:, None], out, 0.0)
+    out = tl.where(live[:, None], acc / total[:, None], 0.0)
     tl.store(results.lse + row, lse, stored)
     cols = tl.arange(0, acc.shape[1])[None, :]
     out_ptr = results.out + row[:, None] * dv + cols

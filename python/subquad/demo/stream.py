@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..integrations.transformers import convert
-from ..nn import SinkConfig
+from ..integrations.transformers import SinkConfig, convert
 from .model import cache_name
 
 SINKS = 4
@@ -38,8 +37,8 @@ def streams(model: nn.Module, ids: torch.Tensor, window: int, chunk: int, tick: 
         chunk: tokens of a call.
 
     Returns:
-        "chunk", "window", and by name of the cache ("sinks + window", "all tokens", "windows anew"): "loss", nats per token of each
-        chunk, None where it was not computed; "seconds" and "bytes" of each chunk.
+        "chunk", "window", and in "rows" by name of the cache, "sinks + window", "all tokens" or "windows anew": "loss", nats per
+        token of each chunk, None where it was not computed, and "seconds" and "bytes" of each chunk.
     """
     streaming = copy.deepcopy(model)
     convert(streaming, attention=SinkConfig(sink_tokens=SINKS, window=window - SINKS))
