@@ -101,10 +101,10 @@ class SinkAttention(nn.Module):
         """
         weight = self.k_proj.weight
         logits = None if self.sink_logits is None else self.sink_logits.detach()
-        options = {"dtype": weight.dtype, "device": weight.device} | options
+        placed: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         return SinkKVCache(
             batch, self.num_kv_heads, self.head_dim, sink_tokens=self.sink_tokens, window=self.window, rope=self.rope,
-            positions=self.positions, sink_logits=logits, backend=self.backend, **options,
+            positions=self.positions, sink_logits=logits, backend=self.backend, **(placed | options),
         )  # fmt: skip
 
     def forward(
