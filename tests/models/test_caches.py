@@ -349,3 +349,40 @@ def test_a_window_keeps_the_rows_that_the_next_token_sees() -> None:
     angle = torch.rand(1, 9, 8)
     layer(torch.randn(2, 9, 32), (angle.cos(), angle.sin()), past_key_values=cache)
     assert cache.state(0).window_k.shape == (2, 4, 4, 8)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("first", [None, "mask"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_taking_back_calls_with_and_without_a_mask(name: str, first: str | None) -> None:
+    """A call without a mask has no padding, whatever the calls beside it had."""
+    layer, x, mask = layer_of(name), torch.randn(2, 8, 32), torch.ones(2, 8)
+    mask[1, 1 if first else 5] = 0
+    cos, sin = rotations(torch.arange(8)[None])
+    want, cache = layer.mix(x, (cos, sin), mask), LawcatCache(keep=8)
+
+    def call(start: int, stop: int, given: torch.Tensor | None) -> torch.Tensor:
+        columns = slice(start, stop)
+        return layer.mix(x[:, columns], (cos[:, columns], sin[:, columns]), given, cache)
+
+    with torch.no_grad():
+        call(0, 4, mask[:, :4] if first else None)
+        call(4, 7, None if first else mask[:, :7])
+        cache.rollback(1)
+        torch.testing.assert_close(call(6, 8, mask), want[:, 6:], rtol=1e-5, atol=2e-6)
+
+
+def test_a_cache_of_a_users_own_class() -> None:
+    """Whose library is found by what it derives from."""
+    layer, x = LawcatAttention(32, 4, layer_idx=0), torch.randn(1, 6, 32)
+    angle = torch.rand(1, 6, 8)
+    parts = [(x[:, t : t + 1], (angle[:, t : t + 1].cos(), angle[:, t : t + 1].sin())) for t in range(6)]
+
+    class Mine(transformers.DynamicCache):
+        pass
+
+    found = []
+    for kind in (transformers.DynamicCache, Mine):
+        cache = kind()
+        with torch.no_grad():
+            found.append(torch.cat([layer(*part, past_key_values=cache)[0] for part in parts], 1))
+    assert torch.equal(*found)

@@ -34,7 +34,7 @@ _MAP = _of("nn/feature_map.py", "tests/ops/feature_map/test_module.py", "tests/m
 _TRANSFER = _of("distillation.py", "tests/models/test_lawcat.py")
 _ROPE = _of("rope.py", "tests/ops/interval_attention")
 _SKETCH = _of("calibration/sketch.py", "tests/models/test_calibration.py")
-_CALIBRATOR = _of("calibration/calibrator.py", "tests/models/test_calibration.py")
+_CALIBRATOR = _of("calibration/calibrator.py", "tests/models/test_calibration.py", "tests/models/test_cats.py")
 
 FAULTS = (
     Fault(
