@@ -12,6 +12,7 @@ import torch
 
 import subquad
 from subquad.integrations.transformers import SinkConfig, convert
+from subquad.testing import backend_params
 
 from .matrix.kinds import KINDS, Kind
 from .streaming import Span, Stream
@@ -109,6 +110,21 @@ def test_chunks_of_any_size_give_the_numbers_of_a_stream(name: str, sizes: tuple
     assert cache.get_seq_length() == 30
 
 
+@backend_params("sink_attention_step", "native", "reference")
+@pytest.mark.parametrize("name", ["llama", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends(name: str, dtype: torch.dtype, backend: str) -> None:
+    """In the model's dtype, by the kernels that it will have: prompt, steps, a chunk."""
+    ids, model = prompt(40), converted(name).to(dtype)
+    want = Stream(plain(name), spans(name)).logits(ids[0].tolist())
+    cache, parts = transformers.DynamicCache(config=model.config), []
+    with subquad.use_backend(backend):
+        for part in ids.split((17, *(1,) * 14, 5, *(1,) * 4), 1):
+            parts.append(model(part, cache=cache).logits[0])
+    error = (torch.cat(parts).double() - want).norm() / want.norm()
+    assert error < (1e-4 if dtype is torch.float32 else 6e-2)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "sink"])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_several_turns(name: str, cache: str) -> None:
@@ -170,28 +186,28 @@ def test_beams() -> None:
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_drafts_change_no_greedy_output(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompt lookup and draft models, softmax or converted: tokens are taken back, across the end of the ring, too."""
+    """Prompt lookup and draft models, softmax or converted: tokens are taken back, also across the end of a ring of 64."""
     from subquad.cache.sink_state import SinkState
 
     removed, rollback = [], SinkState.rollback
     monkeypatch.setattr(SinkState, "rollback", lambda state, n: (removed.append(n), rollback(state, n))[1])
-    model, ids = converted(name), prompt(14).repeat(1, 2)
-    want = greedy(model, ids, 110)
+    model, ids = converted(name, slack=40), prompt(14).repeat(1, 2)
+    want = greedy(model, ids, 60)
     draft = copy.deepcopy(plain(name))
     draft.lm_head.weight.add_(0.1 * torch.randn_like(draft.lm_head.weight))
     also = copy.deepcopy(draft)
-    convert(also, attention=SinkConfig(SINKS, WINDOW))
+    convert(also, attention=SinkConfig(SINKS, WINDOW, slack=40))
     for options in (
         {"prompt_lookup_num_tokens": 3},
         {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 1},
         {"assistant_model": draft},
         {"assistant_model": also},
-        {"prompt_lookup_num_tokens": 3, "cache": subquad.SinkCache(model.config, SINKS, WINDOW)},
+        {"prompt_lookup_num_tokens": 3, "cache": subquad.SinkCache(model.config, SINKS, WINDOW, slack=40)},
     ):
         removed.clear()
-        assert torch.equal(greedy(model, ids, 110, **options), want), options
+        assert torch.equal(greedy(model, ids, 60, **options), want), options
         assert any(removed), "no draft was taken back"
 
 

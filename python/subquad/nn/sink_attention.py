@@ -318,17 +318,16 @@ class SinkAttention(nn.Module):
         _check_alone(tokens, cache)
         self._give_sinks(cache)
         order, count = _compact(tokens.real)
-        rows = [
-            x.to(cache.sink_k.dtype) if order is None else _taken(x.to(cache.sink_k.dtype), order) for x in (q, k, v)
-        ]
+        dtype = cache.sink_k.dtype
+        fed, keys, values = (x.to(dtype) if order is None else _taken(x.to(dtype), order) for x in (q, k, v))
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, self.sinks))
         if learns and isinstance(state, SinkState):
             _check_fresh(state.seen)  # a model that trains may have made a cache all the same
             y = self._attend(q, k, v, tokens)
             with torch.no_grad():
-                cache.append(rows[1].detach(), rows[2].detach(), count)
+                cache.append(keys.detach(), values.detach(), count)
         else:
-            y, _ = cache.step(*rows, count, scale=self.scale)
+            y, _ = cache.step(fed, keys, values, count, scale=self.scale)
             y = y.to(q.dtype) if order is None else _taken(y.to(q.dtype), order.argsort(1))
         if isinstance(state, SinkState):
             state.advance(q.shape[1], tokens.real)

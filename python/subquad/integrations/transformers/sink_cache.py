@@ -112,8 +112,10 @@ class SinkLayer(StateLayer):
     holds_keys = True
 
     def __init__(self, options: SinkConfig, index: int, rotations: _Rotations | None, allow_approx: bool) -> None:
-        more = {"kv_dtype": options.ring_dtype(), "key_rope": "post", "positions": options.positions}
-        state = SinkState(options.slack, sink_tokens=options.sink_tokens, window=options.window, **more)
+        state = SinkState(
+            options.slack, sink_tokens=options.sink_tokens, window=options.window, kv_dtype=options.ring_dtype(),
+            key_rope="post", positions=options.positions,
+        )  # fmt: skip
         super().__init__(state, keep=options.slack)
         self.options, self.index, self.rotations, self.allow_approx = options, index, rotations, allow_approx
         self.rope: RopeSpec | None = None
@@ -154,17 +156,17 @@ class SinkLayer(StateLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         held = self._held()
-        return held + query_length, self.state.seen - held
+        return held + query_length, int(self.state.seen) - held
 
     def _held(self) -> int:
         """Tokens that are given out before new ones."""
-        return min(self.state.seen, max(self.capacity - 1, 0))  # type: ignore[type-var, return-value]
+        return min(int(self.state.seen), self.capacity - 1)
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         seen, new = int(self.state.seen), key_states.shape[2]
-        self._check(seen, new, key_states.shape[0], kwargs.get("kwargs") or {})
+        self._check(seen, new, kwargs.get("kwargs") or {})
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         with torch.no_grad():
@@ -196,16 +198,12 @@ class SinkLayer(StateLayer):
             parts[0][0] = self.rope.rotate(parts[0][0], by)
         return torch.cat(parts[0], 2), torch.cat(parts[1], 2)
 
-    def _check(self, seen: int, new: int, batch: int, told: dict[str, Any]) -> None:
+    def _check(self, seen: int, new: int, told: dict[str, Any]) -> None:
         if self.allow_approx:
             return
         positions = told.get("position_ids")
-        look = isinstance(positions, torch.Tensor) and (not seen or new > 1) and not torch.compiler.is_compiling()
-        if look and not _ALIKE.get(positions, (seen,), lambda: _count_on(positions, seen)):
-            raise ValueError(
-                f"position_ids: expected {seen}, {seen + 1}, ... in every row, without padding, for a SinkCache; convert the "
-                "model (attention='sink'), or allow_approx=True"
-            )
+        if isinstance(positions, torch.Tensor) and (not seen or new > 1) and not torch.compiler.is_compiling():
+            _check_counted(positions, seen)
         if seen and new > 1 and seen + new > self.capacity:
             raise ValueError(
                 f"past_key_values: expected one token at a time beyond {self.capacity} tokens, for a SinkCache, got {new} after "
@@ -220,9 +218,18 @@ class SinkLayer(StateLayer):
             )
 
 
-def _count_on(positions: torch.Tensor, seen: int) -> bool:
-    want = torch.arange(seen, seen + positions.shape[-1], device=positions.device)
-    return positions.dim() == 2 and bool((positions == want).all())
+def _check_counted(positions: torch.Tensor, seen: int) -> None:
+    """Whether positions [B|1, T] count on from `seen`, as those of rows without padding do."""
+
+    def make() -> bool:
+        want = torch.arange(seen, seen + positions.shape[-1], device=positions.device)
+        return positions.dim() == 2 and bool((positions == want).all())
+
+    if not _ALIKE.get(positions, (seen,), make):
+        raise ValueError(
+            f"position_ids: expected {seen}, {seen + 1}, ... in every row, without padding, for a SinkCache; convert the model "
+            "(attention='sink'), or allow_approx=True"
+        )
 
 
 class _Rotations:
