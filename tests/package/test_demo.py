@@ -51,7 +51,7 @@ def tiny() -> Subject:
     return Subject("tiny", model, Tokenizer())
 
 
-SMALL = run.Settings(512, 256, 128, 4, 3, 5)
+SMALL = run.Settings(512, 256, 128, 4, 3, 5, 192, 32, 16)
 
 
 @pytest.fixture(autouse=True)

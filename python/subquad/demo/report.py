@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -76,6 +77,20 @@ def _memory(result: dict[str, Any]) -> str:
     return f"Cache after {' and '.join(map(str, lengths))} tokens: {'; '.join(sizes)}."
 
 
+def _streamed(result: dict[str, Any]) -> str:
+    """One long text through a cache of constant size, through one that holds it all, and by windows computed anew."""
+    told = result["stream"]
+    sinks, everything, anew = (told[name] for name in ("sinks + window", "all tokens", "windows anew"))
+    early, late = sinks["seconds_per_token_when_full"], sinks["seconds_per_token_at_the_end"]
+    constant = "[green]constant[/green]" if result["check"]["stream"]["passed"] else "[bold red]NOT CONSTANT[/bold red]"
+    return (
+        f"{told['tokens']} tokens through 4 sinks and a window, {told['window']} tokens in all: cache "
+        f"{sinks['bytes_at_the_end'] / 1e6:.1f} MB, {constant} ({everything['bytes_at_the_end'] / 1e6:.1f} MB for all tokens); "
+        f"time per token {late / early:.2f} of that when the window was full; perplexity behind it {sinks['perplexity']:.2f}, "
+        f"{anew['perplexity']:.2f} with every window computed anew, {everything['perplexity']:.2f} with all tokens."
+    )
+
+
 def _verdict(passed: bool) -> str:
     return "[green]agrees[/green]" if passed else "[bold red]DISAGREES[/bold red]"
 
@@ -101,6 +116,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
             f"[yellow]The native kernels are not in use: {result['native_unavailable']}[/yellow]", soft_wrap=True
         )
     console.print(_memory(result))
+    console.print(_streamed(result))
     console.print(Text(f"\nAnswers to: {result['question']}", style="bold"))
     for row in result["variants"]:
         if "answer" in row:
@@ -120,7 +136,7 @@ def write_json(result: dict[str, Any], folder: Path) -> Path:
 
 
 def write_plot(result: dict[str, Any], folder: Path) -> Path:
-    """Write `plot.png`, speed and perplexity against sparsity; returns its path."""
+    """Write `plot.png`, speed and perplexity against sparsity, and perplexity along a long text; returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -137,9 +153,9 @@ def write_plot(result: dict[str, Any], folder: Path) -> Path:
         high = [dense / row[key]["p10"] - m for m, row in zip(middle, rows, strict=True)]
         return middle, [low, high]
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right, along = figure.subplots(1, 3)
     curves = (
         ("mlp_seconds", "MLPs", _BLUE, "o", -0.4),
         ("decode_step_seconds", "whole model, decoding", _ORANGE, "s", 0.4),
@@ -167,12 +183,34 @@ def write_plot(result: dict[str, Any], folder: Path) -> Path:
     right.set_ylim(0, 1.15 * max(row["perplexity"] for row in rows))
     for axes in (left, right):
         axes.set_xlim(-4, 84)
+    _plot_stream(along, result["stream"])
+    for axes in (left, right, along):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     hardware = result["machine"]
     where = hardware["cpu"] if result["device"] == "cpu" else (hardware.get("gpus") or ["GPU"])[0]
-    figure.suptitle(f"{result['model']} with CATS MLPs: {result['dtype']}, {where}", fontsize=12)
+    figure.suptitle(
+        f"{result['model']} with CATS MLPs, and with attention sinks: {result['dtype']}, {where}", fontsize=12
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plot.png"
     figure.savefig(path, dpi=150)
     return path
+
+
+def _plot_stream(axes: Any, stream: dict[str, Any]) -> None:
+    """Perplexity of a long text as it goes by."""
+    chunk, rows = stream["chunks"]["chunk"], stream["chunks"]["rows"]
+    colors = {"sinks + window": _BLUE, "all tokens": _ORANGE, "windows anew": _GREY}
+    for name, row in rows.items():
+        places = [i for i, loss in enumerate(row["loss"]) if loss is not None]
+        losses = [row["loss"][i] for i in places]
+        about = 4 if name != "windows anew" else 1  # chunks of a mean
+        means = [losses[max(0, i + 1 - about) : i + 1] for i in range(len(losses))]
+        values = [math.exp(sum(some) / len(some)) for some in means]
+        style = {"ls": "--", "lw": 1} if name == "windows anew" else {"lw": 1.6}
+        axes.plot([chunk * (i + 1) for i in places], values, color=colors[name], label=name, **style)
+    axes.set_yscale("log")
+    held = f"4 sinks and a window, {stream['window']} tokens"
+    axes.set(xlabel="tokens of one text", ylabel="perplexity of the last tokens", title=f"A text without end: {held}")
+    axes.legend(loc="upper left", frameon=False)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .. import _backends
-from . import measure, model, report
+from . import measure, model, report, stream
 from .variants import FAMILIES, PASSES, Variant
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
@@ -32,10 +32,13 @@ class Settings:
     decode_steps: int
     mlp_repeats: int
     answer_tokens: int
+    stream_tokens: int
+    stream_window: int  # tokens that the streaming cache holds, sinks included
+    stream_chunk: int
 
 
-QUICK = Settings(2048, 2048, 512, 24, 20, 40)
-FULL = Settings(8192, 8192, 512, 128, 100, 96)
+QUICK = Settings(2048, 2048, 512, 24, 20, 40, 4096, 512, 256)
+FULL = Settings(8192, 8192, 512, 128, 100, 96, 20480, 1024, 256)
 
 
 class _Stages:
@@ -74,7 +77,7 @@ def _prepare_native(device: str) -> str | None:
     """Make the native kernels ready, compiling them when they are not there yet. Returns why they cannot be used."""
     reasons = (
         _backends.unavailable(op, "native", device, build=True)
-        for op in ("cats_mlp", "interval_attention", "gated_linear_attention")
+        for op in ("cats_mlp", "interval_attention", "gated_linear_attention", "sink_attention_step")
     )
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -97,7 +100,8 @@ def run(
         console: where to show progress and results; the terminal by default.
 
     Returns:
-        0, or 1 when the converted model with thresholds off, or the model with our attention, disagrees with the stock one.
+        0, or 1 when the converted model with thresholds off, or the model with our attention, disagrees with the stock one, or
+        the streaming cache grows.
     """
     console = console or Console()
     with _Stages(console) as stages:
@@ -118,10 +122,12 @@ def run(
         with stages.stage("convert, calibrate, transfer", sum(PASSES.values()) * len(batches)) as tick:
             variants = [v for build in FAMILIES.values() for v in build(subject.model, batches, tick)]
         check, rows = _measure(stages, subject, variants, heldout, settings)
+        found = _stream(stages, subject, variants[0], heldout_text, settings)
     largest = max(check["prefill_max_difference"], check["decode_max_difference"])
     check["tolerance"] = TOLERANCE[dtype] * check["max_logit"]
     check["attention"] = attention = _attention_check(rows, dtype)
-    check["passed"] = largest <= check["tolerance"] and attention["passed"]
+    check["stream"] = streamed = stream.check(found)
+    check["passed"] = largest <= check["tolerance"] and attention["passed"] and streamed["passed"]
     result: dict[str, Any] = {
         "schema": report.SCHEMA,
         "model": subject.name,
@@ -133,6 +139,7 @@ def run(
         "question": model.QUESTION,
         "check": check,
         "variants": rows,
+        "stream": stream.summary(found) | {"chunks": found},
     } | report.environment()
     report.show(console, result)
     for path in (report.write_json(result, output), report.write_plot(result, output)):
@@ -151,6 +158,14 @@ def _attention_check(rows: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
         "same_text": same_text,
         "passed": difference <= LIKELIHOOD_TOLERANCE[dtype] and (same_text or dtype != "float32"),
     }
+
+
+def _stream(stages: _Stages, subject: model.Subject, stock: Variant, text: str, settings: Settings) -> dict[str, Any]:
+    stock.activate()
+    device = next(subject.model.parameters()).device
+    ids = torch.cat(model.windows(subject.tokenizer, text, settings.stream_tokens, settings.stream_chunk, device), 1)
+    with stages.stage("a long text through three caches", stream.steps(ids.shape[1], settings.stream_chunk)) as tick:
+        return stream.streams(subject.model, ids, settings.stream_window, settings.stream_chunk, tick)
 
 
 def _measure(

@@ -106,3 +106,10 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
                 "seconds_per_token_at_the_end": sum(last) / (len(last) * chunk),
             }
     return told
+
+
+def check(found: dict[str, Any]) -> dict[str, Any]:
+    """Whether the streaming cache keeps its size to the byte once it is full, and the text stays likely."""
+    told = summary(found)["sinks + window"]
+    grown = told["bytes_at_the_end"] - told["bytes_when_full"]
+    return {"bytes_grown": grown, "passed": grown == 0 and math.isfinite(told["perplexity"])}
