@@ -11,6 +11,7 @@ from ..masks import IntervalMask
 from ..ops import _call
 from ..ops._autograd import without_autocast
 from ..ops.interval_attention import interval_attention
+from ..ops.sink_attention_step import _check_states, _check_tokens, _count
 from . import _sink_moves as moves
 
 if TYPE_CHECKING:
@@ -35,14 +36,15 @@ def attend(
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("v", v), ("sink_logits", cache.sink_logits)):
             _checks.no_gradient(name, x, "call it under torch.no_grad(), or train with sink_attention")
-    for name, x in (("k", k), ("v", v)):
-        _checks.like(name, x, None, cache.sink_k, "the cache")
+    _check_tokens(q, k, v)
+    _check_states(k, v, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, cache.k_scale, cache.v_scale)
+    m = None if m is None else _count(m, k)
     sinks, window, width, seen = cache.sink_tokens, cache.window, k.shape[1], cache.seen[:, None]
     before, column = sinks + window, torch.arange(width, device=k.device)
     place = torch.arange(before, device=k.device)
     token = torch.where((place < sinks) & (seen >= sinks), place, seen - before + place)
     token = torch.where((token < sinks) | (token >= cache._oldest()[:, None]), token, -1)
-    count = torch.full_like(seen, width) if m is None else _checks.integers("m", m, 1).long().clamp(0, width)[:, None]
+    count = torch.full_like(seen, width) if m is None else m.clamp(0, width)[:, None]
     fresh, real = seen + column, column < count
     last = (seen + count - 1).expand_as(fresh) if together else fresh
     near = torch.maximum(last + 1 - window, cache.first[:, None]).clamp_min(sinks)  # the oldest token in the window
@@ -58,12 +60,12 @@ def attend(
     turned = rope is not None and sinks > 0 and cache.positions == "cache"
     # Sinks are turned on by what the first new token has forgotten, and the queries of later ones back by the rest: a number
     # below the chunk's length at any position of the stream.
-    behind, ahead = (torch.where((x < sinks) & (x >= 0), base, 0) if turned else 0 for x in (token, fresh))
+    behind, ahead = (torch.where((x < sinks) & (x >= 0), base * turned, 0) for x in (token, fresh))
     with torch.no_grad(), without_autocast(q.device.type):
         held = moves.rows(cache, "k", token)
         if rope is not None:
             if cache.key_rope == "pre" or turned:
-                held = rope.rotate(held, (behind + (token if cache.key_rope == "pre" else 0))[:, None])
+                held = rope.rotate(held, (behind + token if cache.key_rope == "pre" else behind)[:, None])
             q, k = (
                 rope.rotate(q, fresh[:, :, None], rope.attention_scaling**2),
                 rope.rotate(k, (fresh + ahead)[:, :, None]),

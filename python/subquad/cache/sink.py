@@ -203,15 +203,17 @@ class SinkKVCache(TensorState):
         """
         if pad is None:
             return self.step(q, k, v)
-        _checks.tensor("k", k)
-        width = k.shape[1]
-        pad = (
-            self._per_row("pad", pad).clamp(0, width) if not _checks.readable(self.seen) else self._per_row("pad", pad)
-        )
+        for name, x in (("k", k), ("q", q), ("v", v)):
+            _checks.tensor(name, x)
+            if x.dim() != 4 or x.shape[:2] != (self.seen.shape[0], k.shape[1]):
+                shape = f"[{self.seen.shape[0]}, {'T' if x is k else k.shape[1]}, H, D]"
+                raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
+        width, pad = k.shape[1], self._per_row("pad", pad)
         if _checks.readable(pad) and any(not 0 <= n <= width for n in pad.tolist()):
             raise ValueError(f"pad: expected numbers in 0..{width}, got {_checks.shown(pad.tolist())}")
-        column, pad = torch.arange(width, device=k.device), pad[:, None]
-        out, lse = self.step(*(_columns(x, column + pad) for x in (q, k, v)), width - pad[:, 0])
+        column, pad = torch.arange(width, device=k.device), pad.clamp(0, width)[:, None]
+        q, k, v = (_columns(x, column + pad) for x in (q, k, v))
+        out, lse = self.step(q, k, v, width - pad[:, 0])
         back, padding = column - pad, column < pad
         out, lse = _columns(out, back), _columns(lse, back)
         return out.masked_fill(padding[..., None, None], 0.0), lse.masked_fill(padding[..., None], -torch.inf)
@@ -385,7 +387,7 @@ class SinkKVCache(TensorState):
             ValueError: names that are missing or not known, a cache of another configuration. Nothing has changed then.
         """
         own = self.state_dict()
-        for name in own.keys() ^ state.keys():
+        for name in sorted(own.keys() ^ state.keys()):
             wanted = f"expected {name!r}" if name in own else "expected names of this SinkKVCache"
             raise ValueError(f"state: {wanted}, got {sorted(state)}")
         for name, value in own.items():

@@ -13,6 +13,7 @@ import torch
 from subquad import RopeSpec, SinkKVCache
 from subquad.cache import State
 from subquad.cache import sink as module
+from subquad.testing import backend_params
 
 from .streams import DIM, HEADS, INTERLEAVED, KV_HEADS, ROPE, drawn, streams_of
 
@@ -121,12 +122,13 @@ def test_rows_and_resets() -> None:
     assert cache.step(*drawn(4, 0))[1].shape == (4, 0, HEADS)
 
 
+@backend_params("sink_attention_step", "native", "reference")
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("key_rope", ["pre", "post"])
-def test_stale_and_unused_places_do_not_count(kv_dtype: torch.dtype | None, key_rope: str) -> None:
+def test_stale_and_unused_places_do_not_count(kv_dtype: torch.dtype | None, key_rope: str, backend: str) -> None:
     """NaN wherever no token is: in the ring before the first round, behind a rollback, in what was forgotten."""
-    dtype = torch.float64 if kv_dtype is None else torch.float32
-    options: dict[str, Any] = {"kv_dtype": kv_dtype, "key_rope": key_rope, "dtype": dtype, "backend": "reference"}
+    dtype = torch.float32
+    options: dict[str, Any] = {"kv_dtype": kv_dtype, "key_rope": key_rope, "dtype": dtype, "backend": backend}
     for width, back in ((1, 0), (6, 0), (30, 4), (90, 4)):
         clean = filled(1, width, **options)
         clean.rollback(back)
@@ -165,14 +167,16 @@ def test_stale_and_unused_places_do_not_count(kv_dtype: torch.dtype | None, key_
         (torch.float32, torch.float8_e4m3fn, 8e-2),
     ],
 )
+@backend_params("sink_attention_step", "native", "reference")
 @pytest.mark.parametrize("few", [0, 10**9], ids=["intervals", "operator"])
 def test_errors(
-    dtype: torch.dtype, kv_dtype: torch.dtype | None, tolerance: float, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    dtype: torch.dtype, kv_dtype: torch.dtype | None, tolerance: float, few: int, backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Of every dtype against float64 on the same rounded tokens; a sink logit that is lost or doubled would be larger."""
     monkeypatch.setattr(module, "FEW_ROWS", few)
     logits = torch.randn(HEADS)
-    cache = cache_of(dtype=dtype, kv_dtype=kv_dtype, sink_logits=logits, backend="reference", window=40)
+    cache = cache_of(dtype=dtype, kv_dtype=kv_dtype, sink_logits=logits, backend=backend, window=40)
     exact = cache_of(sink_logits=logits, window=40)
     for width in (50, 30, 1, 7):
         x = drawn(2, width, torch.float32)
@@ -234,24 +238,26 @@ def test_int8_takes_a_quarter() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.backend("sink_attention_step", "native")
 @pytest.mark.parametrize("key_rope", ["pre", "post"])
-def test_twenty_thousand_tokens(key_rope: str) -> None:
+def test_a_hundred_thousand_tokens(key_rope: str) -> None:
     """Memory does not grow, nor does the error, at one token a step."""
-    cache = cache_of(1, window=28, slack=4, key_rope=key_rope, dtype=torch.float32, backend="reference")
+    cache = cache_of(1, window=28, slack=4, key_rope=key_rope, dtype=torch.float32, backend="native")
     (stream,), bytes_before = streams_of(cache), cache.nbytes
-    k, v = (torch.randn(1, 20_000, KV_HEADS, DIM) for _ in range(2))
+    k, v = (torch.randn(1, 100_000, KV_HEADS, DIM) for _ in range(2))
+    queries = torch.randn(100, 1, 1, HEADS, DIM)
     places = {name: x.data_ptr() for name, x in cache.tensors().items()}
     errors = []
-    for step in range(20_000):
-        q = torch.randn(1, 1, HEADS, DIM)
+    for step in range(100_000):
+        q = queries[step % 100]
         out, _ = cache.step(q, k[:, step : step + 1], v[:, step : step + 1])
-        if step in (99, 999, 9999, 19_999):
+        if step in (99, 999, 9999, 99_999):
             stream.tokens.clear()
             shown = [*range(3), *range(step - 27, step + 1)]
             wanted, _ = stream.step(q[0].expand(31, -1, -1).double(), k[0, shown].double(), v[0, shown].double())
             errors.append(float((out[0, 0].double() - wanted[-1]).abs().max()))
     assert max(errors) < 5e-6, errors
-    assert cache.nbytes == bytes_before and cache.seen.tolist() == [20_000]
+    assert cache.nbytes == bytes_before and cache.seen.tolist() == [100_000]
     assert places == {name: x.data_ptr() for name, x in cache.tensors().items()}
 
 
@@ -259,11 +265,14 @@ def test_twenty_thousand_tokens(key_rope: str) -> None:
 
 
 @pytest.mark.heavy
-def test_compiled_steps() -> None:
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("native", marks=pytest.mark.backend("sink_attention_step", "native"))]
+)
+def test_compiled_steps(backend: str) -> None:
     """Three hundred steps, a rollback among them, in one graph that is compiled once; the cache stays where it is."""
     from torch._dynamo.testing import CompileCounter  # which imports much
 
-    cache = filled(2, 6, sink_logits=torch.randn(HEADS).double())
+    cache = filled(2, 6, sink_logits=torch.randn(HEADS), dtype=torch.float32, backend=backend)
     eager = copy.deepcopy(cache)
     counter = CompileCounter()
 
@@ -275,11 +284,11 @@ def test_compiled_steps() -> None:
 
     places = {name: x.data_ptr() for name, x in cache.tensors().items()}
     for i in range(300):
-        q, k, v = drawn(2, 2)
+        q, k, v = drawn(2, 2, torch.float32)
         back = torch.tensor([i % 2, 1 - i % 3 // 2])
         wanted = eager.step(q, k, v)[0]
         eager.rollback(back)
-        torch.testing.assert_close(step(q, k, v, back), wanted, **CLOSE)
+        assert torch.equal(step(q, k, v, back), wanted)
     assert counter.frame_count == 1
     assert same(cache, eager) and places == {name: x.data_ptr() for name, x in cache.tensors().items()}
 
@@ -349,9 +358,16 @@ def test_bad_calls_change_nothing() -> None:
     calls: list[tuple[type[Exception], str, Any]] = [
         (ValueError, "q: expected a multiple of the 2 heads", lambda: cache.step(q[:, :, :3], k, v)),
         (TypeError, "q: expected torch.float64", lambda: cache.step(q.float(), k, v)),
-        (TypeError, "k: expected torch.float64", lambda: cache.step(*(x.float() for x in wide))),
+        (TypeError, "sink_k: expected torch.float32 as k has", lambda: cache.step(*(x.float() for x in wide))),
         (ValueError, "sink_k: expected shape|k: expected", lambda: cache.step(q[..., :4], k[..., :4], v)),
         (ValueError, r"m: expected numbers in 0\.\.3", lambda: cache.step(q, k, v, rows([4, 0]))),
+        (ValueError, "q: expected a multiple of the 2 heads", lambda: cache.step(wide[0][:, :, :3], *wide[1:])),
+        (ValueError, "q: expected shape", lambda: cache.step(wide[0][:, 1:], *wide[1:])),
+        (ValueError, "v: expected shape", lambda: cache.step(*wide[:2], wide[2][:, :, :1])),
+        (ValueError, "v: expected shape", lambda: cache.step(*wide[:2], wide[2][:, 1:])),
+        (ValueError, "sink_k: expected shape", lambda: cache.step(*(x[:1] for x in wide))),
+        (ValueError, r"q: expected shape \[2, 3, H, D\]", lambda: cache.prefill(q[:, 1:], k, v, rows([1, 0]))),
+        (ValueError, r"k: expected shape \[2, T, H, D\]", lambda: cache.prefill(q, k[0], v, rows([1, 0]))),
         (ValueError, r"m: expected numbers in 0\.\.60", lambda: cache.step(*wide, rows([61, 0]))),
         (ValueError, "m: expected shape", lambda: cache.step(*wide, rows([3]))),
         (TypeError, "m: expected", lambda: cache.step(*wide, rows([0.5, 1.0]))),
