@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from . import recipes as recipes
     from .calibration import CatsCalibrator, sparsity_report, track_sparsity
     from .distillation import attention_transfer, attention_transfer_loss, trainable_parameters
-    from .integrations.transformers.sink_cache import SinkCache
+    from .integrations.transformers.sink_cache import SinkCache as SinkCache
 
 __version__ = "0.1.0"
 
@@ -57,13 +57,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'subquad' has no attribute {name!r}")
 
 
-__all__ = [
+__all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "CatsCalibrator",
     "FrameSinkCache",
     "IntervalMask",
     "Packed",
     "RopeSpec",
-    "SinkCache",
     "SinkKVCache",
     "SubquadWarning",
     "__version__",

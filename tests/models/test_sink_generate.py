@@ -111,8 +111,10 @@ def test_chunks_of_any_size_give_the_numbers_of_a_stream(name: str, sizes: tuple
 
 
 @backend_params("sink_attention_step", "native", "reference")
-@pytest.mark.parametrize("name", ["llama", "gpt-oss"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),  # in 16 bits, experts are chosen otherwise
+    [("llama", torch.float32), ("gpt-oss", torch.float32), ("llama", torch.bfloat16), ("qwen3", torch.bfloat16)],
+)
 def test_backends(name: str, dtype: torch.dtype, backend: str) -> None:
     """In the model's dtype, by the kernels that it will have: prompt, steps, a chunk."""
     ids, model = prompt(40), converted(name).to(dtype)
