@@ -254,7 +254,7 @@ def _streaming(sample: Sample) -> Callable[[], torch.Tensor]:
 
 def _read(sample: Sample) -> Callable[[], torch.Tensor]:
     """Reading the cache's bytes once, and nothing else: the bound."""
-    held = [sample[n].view(torch.int32).flatten() for n in ("ring_k", "ring_v")]
+    held = [sample[n].view(torch.float32).flatten() for n in ("ring_k", "ring_v")]
     return lambda: torch.stack([x.sum() for x in held])
 
 

@@ -11,11 +11,12 @@ constexpr int64_t kSinkMaxDim = 256;  // of D and of Dv
 
 enum class RingKind : int { kPlain, kInt8, kFloat8 };  // of the tokens' element type, or quantised with a scale per row
 
-/// q, k, v, out and the sinks share one element type. States are contiguous; the last dimensions of q, k and v are, too.
+/// q, k, v, out and the sinks share one element type. States are contiguous; the last dimensions of q, k and v are,
+/// too.
 struct SinkAttentionStepParams {
-  const void* q;  // [batch, width, heads, d] or null: only write
-  const void* k;  // [batch, width, kv_heads, d]
-  const void* v;  // [batch, width, kv_heads, dv]
+  const void* q;                               // [batch, width, heads, d] or null: only write
+  const void* k;                               // [batch, width, kv_heads, d]
+  const void* v;                               // [batch, width, kv_heads, dv]
   int64_t q_stride_b, q_stride_t, q_stride_h;  // in elements
   int64_t k_stride_b, k_stride_t, k_stride_h;
   int64_t v_stride_b, v_stride_t, v_stride_h;
