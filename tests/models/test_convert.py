@@ -317,6 +317,15 @@ def test_some_layers_can_be_restored() -> None:
     assert revert(model) == ["layers.1.self_attn", "layers.0.mlp"]
 
 
+def test_layers_made_on_their_own_stay() -> None:
+    """They have no original to go back to, whatever class they are of."""
+    model = mixed_model()
+    own = model.layers[0].mlp = CATSMLP(8, 12)
+    assert convert(model, **BOTH) == ["layers.0.self_attn", "layers.1.self_attn", "layers.1.mlp"]
+    assert sorted(revert(model)) == ["layers.0.self_attn", "layers.1.mlp", "layers.1.self_attn"]
+    assert model.layers[0].mlp is own
+
+
 def test_what_was_exchanged_since_goes_back_with_the_original() -> None:
     """Adapters that came after the conversion are not lost."""
     model = mixed_model()

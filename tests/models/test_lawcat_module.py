@@ -417,14 +417,17 @@ def test_a_cache_with_gradients() -> None:
 
 
 def test_beams() -> None:
-    """Sequences of a cache can be chosen and repeated."""
+    """Sequences of a cache can be chosen and repeated, in all of its layers."""
     layer, x, cache = layer_of("default"), torch.randn(3, 6, 32), LawcatCache()
+    other = layer_of("default", layer_idx=1)
     rows = torch.tensor([2, 0, 2, 1])
     with torch.no_grad():
-        want = layer(x[rows])[0][:, -1:]
-        layer(x[:, :-1], past_key_values=cache)
+        want = [each(x[rows])[0][:, -1:] for each in (layer, other)]
+        for each in (layer, other):
+            each(x[:, :-1], past_key_values=cache)
         cache.reorder_cache(rows)
-        torch.testing.assert_close(layer(x[rows, -1:], past_key_values=cache)[0], want, rtol=1e-5, atol=1e-6)
+        found = [each(x[rows, -1:], past_key_values=cache)[0] for each in (layer, other)]
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("window", "past"), [(1, 0), (4, 0), (4, 3), (4, 9), (50, 2)])

@@ -98,6 +98,15 @@ def test_a_function_of_a_users(base: str, over: str) -> None:
     assert torch.equal(mask.to_dense(), dense) and not mask.padded_causal
 
 
+def test_a_conjunction_of_three() -> None:
+    """The library joins two at a time; a third one, a user's, is not left out."""
+    function = utils.and_masks(
+        utils.sliding_window_overlay(4), utils.causal_mask_function, lambda b, h, q, kv: (q - kv) % 2 == 0
+    )
+    mask, dense = made(function, 12, 0, None)
+    assert torch.equal(mask.to_dense(), dense)
+
+
 @pytest.mark.parametrize("which", ["packed", "positions", "blocks"])
 def test_tables_of_another_kind_are_not_mistaken(which: str) -> None:
     """Sequences and blocks in pieces, positions that do not count on."""
@@ -122,6 +131,16 @@ def test_sequence_ids() -> None:
         ids = made(composed(base, "packed"), 12, 0, None)[0].sequence_ids
         assert torch.equal(ids[:, :, None] == ids[:, None], IDS[:, :, None] == IDS[:, None])
         assert bool((ids.diff() >= 0).all())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_a_padding_mask_shorter_than_the_keys(base: str, padded: bool) -> None:
+    """A preallocated cache has places for tokens that are still to come: nobody sees them, those that see ahead neither."""
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    padding[1, 0] = not padded
+    mask, dense = made(BASES[base](), 5, torch.tensor(4), padding)
+    assert torch.equal(mask.to_dense().expand_as(dense), dense) and not mask.to_dense()[..., 9:].any()
 
 
 def test_a_padding_mask_of_another_shape_is_refused() -> None:

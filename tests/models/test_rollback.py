@@ -366,6 +366,17 @@ def test_crop_of_a_padded_batch(conversion: str) -> None:
     assert out[name].get_seq_length() == 10
 
 
+def test_repeated_rows_of_a_cache_stand_side_by_side() -> None:
+    """As `generate` expands a batch for several continuations: row 0 twice, then row 1 twice."""
+    model, name = model_of("hybrid"), cache_name(model_of(None))
+    tokens = torch.randint(3, 19, (2, 8), generator=torch.Generator().manual_seed(5))
+    repeated = tokens.repeat_interleave(2, 0)
+    cache = model(tokens[:, :-1], use_cache=True)[name]
+    cache.batch_repeat_interleave(2)
+    found = model(repeated[:, -1:], **{name: cache}).logits
+    torch.testing.assert_close(found, model(repeated).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
 def test_caches_of_transformers_survive_copies() -> None:
     model, name = model_of("hybrid"), cache_name(model_of(None))
     cache = model(prompt(), use_cache=True)[name]

@@ -105,6 +105,28 @@ def test_float64_states_of_linear_attention() -> None:
     assert o.dtype is torch.float64 and final.dtype is torch.float64
 
 
+@pytest.mark.parametrize("index", [(3, 3, 3, 1, 1, 1, 1, 2, 2), (1, 1, 0, 0, 0, 1, 1, 1, 1)])
+def test_any_change_of_the_number_begins_a_sequence(index: tuple[int, ...]) -> None:
+    """Also to a smaller number, or to one that was there before."""
+    x, weight, bias = tensors(torch.float32)
+    ids = torch.tensor([index, (0,) * 9], dtype=torch.int32)
+    found = dao(x, weight, bias, seq_idx=ids)
+    lengths = ids[0].unique_consecutive(return_counts=True)[1].tolist()
+    alone = [dao(part, weight, bias) for part in x[:1].split(lengths, 1)]
+    torch.testing.assert_close(found, torch.cat([torch.cat(alone, 1), dao(x[1:], weight, bias)]))
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_final_states_are_written_where_the_caller_says(returned: bool) -> None:
+    x, weight, bias = tensors(torch.float32)
+    out = torch.full((2, 3, 5), torch.nan).transpose(1, 2)
+    result = subquad.compat.causal_conv1d.causal_conv1d_fn(
+        x.transpose(1, 2), weight, bias, return_final_states=returned, final_states_out=out
+    )
+    assert torch.equal(out, x[:, -3:].transpose(1, 2))
+    assert result[1] is out if returned else isinstance(result, torch.Tensor)
+
+
 def test_memory_for_final_states_is_checked_first() -> None:
     x, weight, bias = tensors(torch.float32)
     freed = torch.zeros(2, 5, 3)

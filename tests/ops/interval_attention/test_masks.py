@@ -202,6 +202,10 @@ def test_algebra() -> None:
         t = torch.arange(tq)[:, None]
         alive = (t >= first[:, :, None]) & (t < last[:, :, None])
         assert torch.equal((x.with_key_lifetime(first, last) & y).to_dense(), a & b & alive)
+        soon, late = first.flip(-1), last.flip(-1)
+        both_alive = alive & (t >= soon[:, :, None]) & (t < late[:, :, None])
+        both = x.with_key_lifetime(first, last) & y.with_key_lifetime(soon, late)
+        assert torch.equal(both.to_dense(), a & b & both_alive)
         keys = torch.rand(3, tk, generator=generator) < 0.7
         assert torch.equal(
             IntervalMask.causal(tq, tk).with_keys(keys).to_dense(),
@@ -357,6 +361,15 @@ def test_flashmask() -> None:
     assert 0 < refused < len(masks)
 
 
+def test_flashmask_has_the_first_rows_in_its_upper_pair() -> None:
+    """(LTS, LTE, UTS, UTE) of a key: a single run is the upper one if it begins with the first row, the lower one if not."""
+    causal, window = (
+        mask.to_flashmask()[0, 0].tolist() for mask in (IntervalMask.causal(4), IntervalMask.sliding(2, 4))
+    )
+    assert causal[2] == [4, 4, 0, 2] and causal[0] == [4, 4, 0, 0]
+    assert window[1] == [3, 4, 0, 1] and window[0] == [2, 4, 0, 0]
+
+
 def intervals(*rows: tuple[int, int]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32)[None, None]
 
@@ -389,6 +402,11 @@ WRONG: dict[str, tuple[str, type[Exception], Callable[[], Any]]] = {
         "key_start",
         ValueError,
         lambda: IntervalMask.causal(4, 4).with_key_lifetime(*(torch.zeros(1, 1, 3, dtype=torch.int32),) * 2),
+    ),
+    "long lifetime": (
+        "key_start",
+        ValueError,
+        lambda: IntervalMask.causal(4, 4).with_key_lifetime(*(torch.zeros(1, 1, 5, dtype=torch.int32),) * 2),
     ),
     "shift of another shape": ("shift", ValueError, lambda: IntervalMask.from_dense(torch.ones(3, 4) > 0).with_shift(
         torch.zeros(1, 1, 3, 2, dtype=torch.int32))),
@@ -478,8 +496,9 @@ def test_plain_masks_take_the_sizes_of_the_call() -> None:
     assert mask.to_dense(4, 6).shape == (1, 1, 4, 6) and mask.tq is None
     assert (mask | IntervalMask.full(4, 6)).to_dense().all()
     assert "sink_tokens=2" in repr(mask) and "intervals" in repr(mask.materialize(4, 6))
-    with pytest.raises(ValueError, match=r"^mask: expected 5 rows"):
-        IntervalMask.causal(4, 6).lower(5, 6)
+    for rows, keys in ((5, 6), (4, 7), (4, 5)):
+        with pytest.raises(ValueError, match=rf"^mask: expected {rows} rows and {keys} keys"):
+            IntervalMask.causal(4, 6).lower(rows, keys)
 
 
 # --- tensors that are written to ----------------------------------------

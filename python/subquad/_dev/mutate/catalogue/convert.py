@@ -12,14 +12,14 @@ _TESTS = (
 )
 
 
-def _of(file: str) -> Where:
-    return Where(f"python/subquad/{file}", _TESTS, "", ("convert", "revert"))
+def _of(file: str, *more: str) -> Where:
+    return Where(f"python/subquad/{file}", (*_TESTS, *more), "", ("convert", "revert"))
 
 
 _REPLACE = _of("convert/replace.py")
 _MLPS = _of("convert/mlps.py")
 _GATED = _of("nn/_gated.py")
-_CHILDREN = _of("nn/_children.py")
+_CHILDREN = _of("nn/_children.py", "tests/ops/cats_mlp/test_children.py")
 _MLP = _of("nn/cats_mlp.py")
 _INHERITED = _of("nn/_inherited.py")
 
