@@ -6,6 +6,7 @@ from ..fault import Fault, Where
 
 _TESTS = (
     "tests/models/test_rollback.py",
+    "tests/models/test_caches.py",
     "tests/package/test_state_laws.py",
     "tests/models/test_lawcat_module.py",
     "tests/models/test_lawcat.py",
