@@ -359,3 +359,21 @@ def test_models_whose_rotation_cannot_be_found() -> None:
     for token in prompt(40).split(1, 1):
         found, want = (model(token, cache=c).logits for c in (cache, whole))
     assert not torch.allclose(found, want) and found.isfinite().all()
+
+
+def test_a_cache_alone_drops_no_gradient() -> None:
+    """They flow through a first prompt; what the cache holds is cut off from its keys, and says so."""
+    model, ids = copy.deepcopy(plain("llama")).requires_grad_(True), prompt(8)
+    with torch.enable_grad():
+        cache = subquad.SinkCache(model.config, SINKS, WINDOW)
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        found, want = (
+            torch.autograd.grad(model(ids[:, :5], **kwargs).logits.square().sum(), weight)[0]
+            for kwargs in ({"cache": cache}, {"use_cache": False})
+        )
+        torch.testing.assert_close(found, want)
+        with pytest.raises(ValueError, match="key_states: expected a tensor without requires_grad"):
+            model(ids[:, 5:], cache=cache)
+        assert cache.get_seq_length() == 5 and cache.layers[0].state.cache.seen.tolist() == [5]
+        model.requires_grad_(False)
+        model(ids[:, 5:], cache=cache)

@@ -38,7 +38,7 @@ class SinkCache(Cache):
     where a rolling cache has them. That is exact for one token at a time, and for a first prompt of up to sink_tokens + window
     tokens. A longer first prompt is dense within itself, as in StreamingLLM's own code: only what comes after it forgets.
     Sequences must be of equal length without padding, and positions count on from 0. Layers that slide keep their own window
-    and have no sinks.
+    and have no sinks. A cache that holds tokens takes no gradients: none would flow through what it holds.
 
     A model that `convert(model, attention="sink")` has converted is exact for every prompt, chunk and padding. Its layers put
     their own states here, and `sink_tokens` and `window` must be theirs.
@@ -167,6 +167,9 @@ class SinkLayer(StateLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         seen, new = int(self.state.seen), key_states.shape[2]
         self._check(seen, new, kwargs.get("kwargs") or {})
+        if seen and torch.is_grad_enabled():  # a first prompt is given back as it came
+            for name, x in (("key_states", key_states), ("value_states", value_states)):
+                _checks.no_gradient(name, x, "call the model under torch.no_grad(), or train without a cache")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         with torch.no_grad():
