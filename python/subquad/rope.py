@@ -59,6 +59,11 @@ class RopeSpec:
             self._step = self._step.to(device)
         return self._step
 
+    def same_as(self, other: RopeSpec) -> bool:
+        """Whether both are the same rotation. Waits for a GPU."""
+        kinds = ((x.interleaved, x.attention_scaling) for x in (self, other))
+        return len(set(kinds)) == 1 and torch.equal(self._step.cpu(), other._step.cpu())
+
     @classmethod
     def from_hf(cls, source: Any, max_positions: int | None = None) -> RopeSpec:
         """From a transformers rotary module (anything with `inv_freq`), or a config with `rope_theta` or `rope_parameters`.

@@ -258,6 +258,12 @@ class SinkAttention(nn.Module):
         ):  # fmt: skip
             if own != getattr(cache, name):
                 raise ValueError(f"cache: expected {name} {own!r} as this layer has, got {getattr(cache, name)!r}")
+        if self.sinks is None and cache.sink_logits is not None:
+            raise ValueError("cache: expected no sink_logits, since this layer has no sinks, got some")
+        if cache.rope is not self.rope and not torch.compiler.is_compiling():
+            if self.rope is None or cache.rope is None or not self.rope.same_as(cache.rope):
+                raise ValueError("cache: expected the rope of this layer, as new_cache gives it, got another rotation")
+            cache.rope = self.rope  # looked at once
 
     def _compare(self, given: tuple[torch.Tensor, torch.Tensor] | None, positions: Any) -> None:
         if self._compared or given is None or not isinstance(positions, torch.Tensor) or torch.compiler.is_compiling():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from subquad import SinkKVCache
+from subquad import RopeSpec, SinkKVCache
 from subquad.nn import SinkAttention
 
 from .streams import INTERLEAVED, ROPE
@@ -115,3 +116,20 @@ def test_bad_input_is_named() -> None:
         ValueError, match=r"^past_key_values: expected a SinkKVCache or a Cache of transformers, got dict"
     ):
         layer(x, cache={})
+
+
+def test_a_cache_of_another_rotation_is_refused() -> None:
+    """It would rotate by its own, and add sink logits of its own, without a word."""
+    sizes: dict[str, Any] = {"sink_tokens": 3, "window": 5, "dtype": torch.float64}
+    x, other = torch.randn(1, 2, 24, dtype=torch.float64), RopeSpec(ROPE.inv_freq * 2, ROPE.rotary_dim)
+    turned, plain = layer_of(rope=ROPE), layer_of()
+    with torch.no_grad():
+        for layer, rope in ((turned, None), (turned, other), (plain, ROPE)):
+            cache = SinkKVCache(1, 2, 8, rope=rope, **sizes)
+            with pytest.raises(ValueError, match=r"^cache: expected the rope of this layer"):
+                layer(x, cache=cache)
+            assert cache.seen.tolist() == [0]
+        with pytest.raises(ValueError, match=r"^cache: expected no sink_logits"):
+            plain(x, cache=SinkKVCache(1, 2, 8, sink_logits=torch.zeros(4), **sizes))
+        found, _ = turned(x, cache=copy.deepcopy(turned.new_cache(1)))  # one that is equal will do
+        torch.testing.assert_close(found, turned(x)[0], **CLOSE)
