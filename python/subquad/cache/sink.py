@@ -205,6 +205,7 @@ class SinkKVCache(TensorState):
             return self.step(q, k, v)
         for name, x in (("k", k), ("q", q), ("v", v)):
             _checks.tensor(name, x)
+            _checks.same_device(name, x, self.seen.device, "the cache")
             if x.dim() != 4 or x.shape[:2] != (self.seen.shape[0], k.shape[1]):
                 shape = f"[{self.seen.shape[0]}, {'T' if x is k else k.shape[1]}, H, D]"
                 raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")

@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from .. import _checks
+
 # Modules with an `Adapter` named `state_in` for the caches of a library, imported when one is met.
 ADAPTERS = {"transformers": "subquad.integrations.transformers.cache"}
 _IMPORTED: dict[str, Adapter] = {}  # compiled code cannot import
@@ -42,7 +44,11 @@ class State(Protocol):
         ...
 
     def select(self, rows: torch.Tensor) -> None:
-        """Go on with these sequences [M], which may repeat: beams, or a batch that shrinks."""
+        """Go on with these sequences [M], int32 or int64, which may repeat: beams, or a batch that shrinks.
+
+        Raises:
+            TypeError, ValueError: rows of another kind or, where they can be read without waiting, that are not there.
+        """
         ...
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -105,10 +111,18 @@ class TensorState(ABC):
         """Exchange one of `tensors`, or add it; ValueError for a name that cannot be there."""
 
     def select(self, rows: torch.Tensor) -> None:
+        self._check_rows(rows)
         for name, value in self.tensors().items():
             self.put(name, value.index_select(0, rows.to(value.device)))
 
+    def _check_rows(self, rows: torch.Tensor) -> None:
+        _checks.integers("rows", rows, 1)
+        count = next((value.shape[0] for value in self.tensors().values()), None)
+        if count is not None and _checks.readable(rows) and any(not 0 <= row < count for row in rows.tolist()):
+            raise ValueError(f"rows: expected numbers in 0..{count - 1}, got {_checks.shown(rows.tolist())}")
+
     def reorder(self, rows: torch.Tensor) -> None:
+        self._check_rows(rows)
         for name, value in self.tensors().items():
             if rows.shape[0] != value.shape[0]:
                 raise ValueError(f"rows: expected the {value.shape[0]} sequences of {name}, got {rows.shape[0]}")

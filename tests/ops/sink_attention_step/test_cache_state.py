@@ -393,6 +393,13 @@ def test_bad_calls_change_nothing() -> None:
         (TypeError, "mask: expected a bool tensor", lambda: cache.reset(rows([1, 0]))),
         (ValueError, r"mask: expected shape \[2\]", lambda: cache.reset(rows([True]))),
         (ValueError, "rows: expected the 2 sequences", lambda: cache.reorder(rows([0]))),
+        (ValueError, r"rows: expected numbers in 0\.\.1, got \[0, 2\]", lambda: cache.reorder(rows([0, 2]))),
+        (ValueError, r"rows: expected numbers in 0\.\.1", lambda: cache.select(rows([-1, 0]))),
+        (ValueError, "rows: expected 1 dimensions", lambda: cache.select(rows(1))),
+        (TypeError, "rows: expected int32 or int64", lambda: cache.select(rows([True, False]))),
+        (TypeError, r"rows: expected a torch\.Tensor", lambda: cache.select([0, 1])),  # type: ignore[arg-type]
+        (ValueError, "q: expected device cpu", lambda: cache.prefill(q.to("meta"), k, v, rows([1, 0]))),
+        (ValueError, "k: expected device cpu", lambda: cache.prefill(q, k.to("meta"), v, rows([1, 0]))),
         (ValueError, "state: expected names of a SinkKVCache, got 'keys'", lambda: cache.put("keys", q)),
     ]
     for error, message, call in calls:
