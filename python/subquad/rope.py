@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from . import _checks
+
 
 class RopeSpec:
     """Which rotation a position means (RoFormer, arXiv 2104.09864).
@@ -23,8 +25,8 @@ class RopeSpec:
         max_positions: positions these frequencies hold for, of models that have others beyond; None for any.
 
     Raises:
-        TypeError: `inv_freq` is not a float tensor.
-        ValueError: sizes that do not fit.
+        TypeError: wrong type of an argument; `inv_freq` is not a float tensor.
+        ValueError: sizes that do not fit, numbers that are not finite.
     """
 
     def __init__(
@@ -40,6 +42,11 @@ class RopeSpec:
             raise TypeError(
                 f"inv_freq: expected a float tensor, got {getattr(inv_freq, 'dtype', type(inv_freq).__name__)}"
             )
+        _checks.size("rotary_dim", rotary_dim)
+        _checks.flag("interleaved", interleaved)
+        _checks.number("attention_scaling", attention_scaling)
+        if max_positions is not None:
+            _checks.size("max_positions", max_positions, 1)
         if rotary_dim < 2 or rotary_dim % 2 or inv_freq.shape != (rotary_dim // 2,):
             raise ValueError(
                 f"inv_freq: expected shape [rotary_dim / 2] with an even rotary_dim, got {list(inv_freq.shape)} for {rotary_dim}"
@@ -48,6 +55,8 @@ class RopeSpec:
         self.rotary_dim, self.interleaved, self.attention_scaling = rotary_dim, interleaved, float(attention_scaling)
         self.max_positions = max_positions
         turns = inv_freq.detach().double().cpu() / (2 * math.pi)
+        if not turns.isfinite().all():
+            raise ValueError(f"inv_freq: expected finite numbers, got {inv_freq.tolist()}")
         # Split, for 2^64 times a float64 has more bits than a float64 converts to an integer exactly.
         high = torch.floor(turns * 2.0**32)
         low = torch.round((turns * 2.0**32 - high) * 2.0**32)
@@ -134,6 +143,9 @@ class RopeSpec:
             TypeError: positions that are not integers.
             ValueError: D below rotary_dim.
         """
+        _checks.tensor("x", x)
+        if not isinstance(positions, torch.Tensor):
+            raise TypeError(f"positions: expected a torch.Tensor, got {type(positions).__name__}")
         if positions.is_floating_point() or positions.dtype is torch.bool:
             raise TypeError(f"positions: expected integers, got {positions.dtype}")
         if x.shape[-1] < self.rotary_dim:

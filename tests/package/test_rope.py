@@ -96,6 +96,23 @@ def test_other_kinds_name_themselves() -> None:
         RopeSpec.from_hf(config)
 
 
+@pytest.mark.parametrize(
+    ("error", "options", "message"),
+    [
+        (ValueError, {"inv_freq": torch.tensor([1.0, math.nan])}, "inv_freq: expected finite numbers"),
+        (ValueError, {"inv_freq": torch.tensor([1.0, math.inf])}, "inv_freq: expected finite numbers"),
+        (TypeError, {"rotary_dim": 4.0}, "rotary_dim: expected an int, got float"),
+        (TypeError, {"interleaved": "no"}, "interleaved: expected a bool, got str"),
+        (ValueError, {"attention_scaling": math.nan}, "attention_scaling: expected a finite number"),
+        (TypeError, {"max_positions": "8"}, "max_positions: expected an int, got str"),
+    ],
+)
+def test_bad_options(error: type[Exception], options: dict[str, Any], message: str) -> None:
+    """Phases of NaN would be those of some number."""
+    with pytest.raises(error, match=f"^{message}"):
+        RopeSpec(**({"inv_freq": torch.tensor([1.0, 0.1]), "rotary_dim": 4} | options))
+
+
 @pytest.mark.parametrize("position", [1, 1023, 4_000_000, 2**31 + 5, -(2**31) - 5, 2**40 + 1])
 def test_phases_are_exact(position: int) -> None:
     """Against rational arithmetic with sixty digits of pi: no phase is off by more than the frequency's own last bit."""

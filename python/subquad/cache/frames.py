@@ -224,6 +224,7 @@ class FrameSinkCache:
             ValueError: frames that are not there or, with `keep_sink`, are sinks; layers that are not at the same frame, or have
                 not attended at the end. After any error, one of the body too, the cache is as it was before.
         """
+        _checks.flag("keep_sink", keep_sink)
         if self._replay is not None:
             raise ValueError("recache: expected none within another")
         if len(set(self._seen)) > 1:

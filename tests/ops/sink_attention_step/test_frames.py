@@ -266,5 +266,7 @@ def test_bad_input_is_named() -> None:
         pass
     with cache.recache(), pytest.raises(ValueError, match=r"^recache: expected none within another"), cache.recache():
         pass
+    with pytest.raises(TypeError, match=r"^keep_sink: expected a bool, got str"), cache.recache(keep_sink="no"):  # type: ignore[arg-type]
+        pass
     cache.reset()
     assert cache.frames == 0 and all(int(state.seen.sum()) == 0 for state in cache.states)
