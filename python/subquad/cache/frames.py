@@ -241,7 +241,7 @@ class FrameSinkCache:
                 raise ValueError(f"start_frame: expected {first} to {last}, got {start_frame}")
         plan = RecachePlan((self._dropped + start) // frame, (seen - start) // frame)
         before = [{name: x.clone() for name, x in state.tensors().items()} for state in self.states]
-        counted = list(self._seen), self._dropped
+        counted = self._seen, self._pending, self._dropped, self._pin
         for state in self.states:
             if keep_sink:
                 state.seen.fill_(start)  # the window of the frames to come begins behind what they will overwrite
@@ -259,10 +259,12 @@ class FrameSinkCache:
             for state, tensors in zip(self.states, before, strict=True):
                 for name, x in state.tensors().items():
                     x.copy_(tensors[name])
-            self._seen, self._dropped = counted
+            self._seen, self._pending, self._dropped, self._pin = counted
             raise
+        else:
+            self._pending = [None] * len(self.states)
         finally:
-            self._pending, self._replay = [None] * len(self.states), None
+            self._replay = None
 
     # --- pinned frames ----------------------------------------
 

@@ -170,6 +170,15 @@ def test_a_failed_recache_changes_nothing(keep_sink: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensors(cache), before, strict=True))
     assert cache.frames == 10
     film.attend(cache, block(), commit=True)
+    cache.pin(10, 1)
+    for layer in range(2):
+        cache.attend(layer, *block()[layer])
+    size = cache.nbytes
+    with pytest.raises(RuntimeError, match="out of luck"), cache.recache(keep_sink=keep_sink):
+        cache.reset()
+        raise RuntimeError("out of luck")
+    cache.commit()  # of the block from before
+    assert cache.frames == 14 and cache.nbytes == size
 
 
 # --- pinned frames ----------------------------------------
