@@ -276,6 +276,28 @@ def test_crop(where: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("keep", [0, 9])
+def test_columns_that_nobody_remembers_stay(keep: int) -> None:
+    """Which of them were padding is known of the last slack + 1 alone: no crop after a crop, nor a longer one, guesses."""
+    model, ids, mask = converted("llama", slack=2), prompt(24, 2), torch.ones(2, 24, dtype=torch.long)
+    mask[0, 6:20] = 0
+    want, cache = model(ids, attention_mask=mask, use_cache=False).logits, dynamic(model)
+    model(ids[:, :20], attention_mask=mask[:, :20], cache=cache)
+    for layer in cache.layers:
+        layer.state.keep(keep)
+    assert cache.layers[0].state.kept == 3
+    cache.crop(-2)
+    assert cache.layers[0].state.kept == 1
+    with pytest.raises(ValueError, match="tokens_to_remove: expected at most the 1 tokens"):
+        cache.crop(-2)
+    model(ids[:, 18:22], attention_mask=mask[:, :22], cache=cache)
+    cache.crop(-3)
+    found = model(ids[:, 19:], attention_mask=mask, cache=cache).logits
+    real = mask[:, 19:].bool()
+    torch.testing.assert_close(found[real], want[:, 19:][real], **CLOSE)
+
+
+@torch.no_grad()
 def test_copies_rows_and_resets() -> None:
     model, ids, mask = converted("llama"), prompt(30, 3), torch.ones(3, 30, dtype=torch.long)
     mask[0, :9] = 0

@@ -23,7 +23,7 @@ class SinkState(TensorState):
     Attributes:
         cache: None before the first tokens.
         seen: columns that went by, padding included; an int, or an int64 tensor where compiled code advances it.
-        late: bool [N, slack + 1], which of the last columns were tokens; None as long as all were.
+        late: bool [N, M], which of the last columns were tokens, for M <= slack + 1 that are known; None as long as all were.
     """
 
     counters = ("seen",)
@@ -66,7 +66,7 @@ class SinkState(TensorState):
         if self.late is not None:
             rows = self.late.shape[0]
             fresh = self.late.new_ones(rows, columns) if real is None else real
-            self.late = torch.cat([self.late, fresh], 1)[:, columns:].clone()
+            self.late = torch.cat([self.late, fresh], 1)[:, -self.slack - 1 :].clone()
         self.seen = seen + columns
 
     # --- taking columns back ----------------------------------------
@@ -88,9 +88,6 @@ class SinkState(TensorState):
 
     def keep(self, tokens: int) -> None:
         self.slack = max(self.slack, tokens)
-        if self.late is not None and self.late.shape[1] <= self.slack:
-            missing = self.late.new_ones(self.late.shape[0], self.slack + 1 - self.late.shape[1])
-            self.late = torch.cat([missing, self.late], 1)
         if self.cache is not None:
             self.cache.keep(self.slack)
 
@@ -101,7 +98,7 @@ class SinkState(TensorState):
         assert self.cache is not None
         self.cache.rollback(self._tokens_in(tokens))
         if self.late is not None:
-            self.late = torch.cat([self.late.new_ones(self.late.shape[0], tokens), self.late[:, :-tokens]], 1)
+            self.late = self.late[:, :-tokens].clone()
         self.seen = self.seen - tokens
 
     # --- as a state ----------------------------------------
