@@ -73,6 +73,11 @@ class RopeSpec:
         kinds = ((x.interleaved, x.attention_scaling) for x in (self, other))
         return len(set(kinds)) == 1 and torch.equal(self._step.cpu(), other._step.cpu())
 
+    def __repr__(self) -> str:
+        more = ", interleaved=True" if self.interleaved else ""
+        more += f", attention_scaling={self.attention_scaling:g}" if self.attention_scaling != 1.0 else ""
+        return f"RopeSpec(rotary_dim={self.rotary_dim}{more})"
+
     @classmethod
     def from_hf(cls, source: Any, max_positions: int | None = None) -> RopeSpec:
         """From a transformers rotary module (anything with `inv_freq`), or a config with `rope_theta` or `rope_parameters`.
