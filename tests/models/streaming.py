@@ -66,7 +66,7 @@ class Stream:
         k = self._rotated(attention, torch.cat(keys, 1), here)
         groups = q.shape[0] // k.shape[0]
         k, value = (y.repeat_interleave(groups, 0) for y in (k, torch.cat(values, 1)))
-        scores = q @ k.mT * attention.scaling
+        scores = q @ k.mT * getattr(attention, "scaling", width**-0.5)
         if getattr(attention, "sinks", None) is not None:
             scores = torch.cat([scores, attention.sinks.view(-1, 1, 1)], -1)
         weights = scores.softmax(-1)[..., : k.shape[1]]
@@ -77,6 +77,8 @@ class Stream:
         if not getattr(attention, "use_rope", True):
             return x
         rotary: Any = self.model.model.rotary_emb
+        if getattr(attention, "is_sliding", False):  # Gemma 3 in transformers 4.57
+            rotary = getattr(self.model.model, "rotary_emb_local", rotary)
         kind = f"{getattr(attention, 'layer_type', None)}_"
         prefix = kind if hasattr(rotary, f"{kind}inv_freq") else ""
         angle = places.double()[:, None] * getattr(rotary, f"{prefix}inv_freq").double()

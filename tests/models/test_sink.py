@@ -18,12 +18,9 @@ from subquad.integrations.transformers import CatsConfig, SinkConfig, convert, l
 from subquad.nn import SinkAttention
 
 from .matrix.kinds import KINDS, Kind
-from .test_sink_generate import SINKS, WINDOW, converted, greedy, plain, prompt
+from .test_sink_generate import CACHE, OLD, SINKS, WINDOW, converted, greedy, on, plain, prompt
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("transformers.cache_utils").__dict__.get("LinearAttentionLayer") or pytest.skip(
-    "needs transformers >= 5", allow_module_level=True
-)
+transformers = pytest.importorskip("transformers", minversion="4.57")
 CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
 
 
@@ -170,7 +167,7 @@ def test_padding_changes_nothing(where: str, way: str, cached: bool) -> None:
     if not cached:
         return
     more, after = prompt(3, 3, seed=9), torch.cat([mask, torch.ones(3, 3, dtype=torch.long)], 1)
-    found = model(more, attention_mask=after, cache=found.cache).logits
+    found = model(more, attention_mask=after, **on(found[CACHE])).logits
     for row, real in enumerate(mask.bool()):
         alone = model(torch.cat([ids[row, real], more[row]])[None], use_cache=False).logits[0, -3:]
         torch.testing.assert_close(found[row], alone, **CLOSE)
@@ -208,9 +205,9 @@ def test_other_calls_that_are_refused() -> None:
         with pytest.raises(error, match=message):
             layer(x.detach(), **arguments)
     both = transformers.DynamicCache()
-    plain("llama").model(prompt(3), cache=both)
+    plain("llama").model(prompt(3), **on(both))
     with pytest.raises(ValueError, match="past_key_values: expected an unused layer 0, got one that holds keys"):
-        converted("llama")(prompt(3), cache=both)
+        converted("llama")(prompt(3), **on(both))
 
 
 # --- training ----------------------------------------
@@ -239,12 +236,12 @@ def test_training(name: str) -> None:
     for parameter, gradient in want.items():
         torch.testing.assert_close(found[parameter], gradient, **CLOSE, msg=parameter)
     cache = dynamic(model)
-    model(ids, cache=cache)
+    model(ids, **on(cache))
     with torch.no_grad():
         want_next = converted(name)(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:]
-        torch.testing.assert_close(model(ids[:, :1], cache=copy.deepcopy(cache)).logits, want_next, **CLOSE)
+        torch.testing.assert_close(model(ids[:, :1], **on(copy.deepcopy(cache))).logits, want_next, **CLOSE)
     with pytest.raises(ValueError, match="past_key_values: expected a new cache where gradients are computed"):
-        model(ids[:, :1], cache=cache)
+        model(ids[:, :1], **on(cache))
 
 
 # --- states ----------------------------------------
@@ -262,10 +259,10 @@ def test_crop(where: str) -> None:
     want = model(ids, attention_mask=mask, use_cache=False).logits
     cache = dynamic(model)
     for first, last in ((0, 32), (32, 36), (36, 37)):
-        model(ids[:, first:last], attention_mask=mask[:, :last], cache=cache)
-    cache.crop(-6)
-    assert cache.get_seq_length() == 31 and cache.is_croppable
-    found = model(ids[:, 31:], attention_mask=mask, cache=cache).logits
+        model(ids[:, first:last], attention_mask=mask[:, :last], **on(cache))
+    cache.crop(31 if OLD else -6)  # transformers 4.57 says how many stay, too
+    assert cache.get_seq_length() == 31 and all(layer.is_croppable for layer in cache.layers)
+    found = model(ids[:, 31:], attention_mask=mask, **on(cache)).logits
     real = mask[:, 31:].bool()
     torch.testing.assert_close(found[real], want[:, 31:][real], **CLOSE)
     with pytest.raises(
@@ -302,25 +299,25 @@ def test_copies_rows_and_resets() -> None:
     model, ids, mask = converted("llama"), prompt(30, 3), torch.ones(3, 30, dtype=torch.long)
     mask[0, :9] = 0
     cache = dynamic(model)
-    model(ids[:, :20], attention_mask=mask[:, :20], cache=cache)
+    model(ids[:, :20], attention_mask=mask[:, :20], **on(cache))
     assert isinstance(cache.layers[0].state, State)
     buffer = io.BytesIO()
     torch.save(cache, buffer)
     buffer.seek(0)
     fresh = dynamic(model)
-    model(ids[:1, :1], cache=fresh)
+    model(ids[:1, :1], **on(fresh))
     for layer, other in zip(fresh.layers, cache.layers, strict=True):
         layer.state.load_state_dict(other.state.state_dict())
     copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), torch.load(buffer, weights_only=False), fresh]
     rows = torch.tensor([2, 0, 0, 1])
-    want = model(ids[:, 20:], attention_mask=mask, cache=cache).logits
+    want = model(ids[:, 20:], attention_mask=mask, **on(cache)).logits
     for other in copies:
         other.reorder_cache(rows)
         other.batch_select_indices(torch.tensor([1, 2, 3, 0]))
         other.batch_repeat_interleave(2)
         again = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
         torch.testing.assert_close(
-            model(ids[again, 20:], attention_mask=mask[again], cache=other).logits, want[again], **CLOSE
+            model(ids[again, 20:], attention_mask=mask[again], **on(other)).logits, want[again], **CLOSE
         )
     for layer in cache.layers:
         layer.offload()
@@ -328,12 +325,12 @@ def test_copies_rows_and_resets() -> None:
     addresses = {n: x.data_ptr() for n, x in cache.layers[0].state.tensors().items() if n != "late"}
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(model(ids, attention_mask=mask, cache=cache).logits[:, 20:], want, **CLOSE)
+    torch.testing.assert_close(model(ids, attention_mask=mask, **on(cache)).logits[:, 20:], want, **CLOSE)
     assert addresses == {n: x.data_ptr() for n, x in cache.layers[0].state.tensors().items() if n != "late"}
     cache.reset()
-    model(ids[:2], cache=cache)  # another batch
+    model(ids[:2], **on(cache))  # another batch
     with pytest.raises(ValueError, match="past_key_values: expected 2 sequences as before, got 3"):
-        model(ids, cache=cache)
+        model(ids, **on(cache))
     with pytest.raises(ValueError, match="state: expected names of a SinkState, got 'rows'"):
         cache.layers[0].state.load_state_dict({"seen": 3, "rows": torch.zeros(2)})
 
@@ -357,9 +354,9 @@ def test_a_cache_goes_from_mode_to_mode(early: Any, late: Any) -> None:
     cache = dynamic(model)
     want = model(ids, use_cache=False).logits
     with early():
-        model(ids[:, :15], cache=cache)
+        model(ids[:, :15], **on(cache))
     with late():
-        found = torch.cat([model(part, cache=cache).logits.float() for part in ids[:, 15:].split(1, 1)], 1)
+        found = torch.cat([model(part, **on(cache)).logits.float() for part in ids[:, 15:].split(1, 1)], 1)
     assert (found - want[:, 15:]).abs().max() / want.abs().max() < 5e-2
 
 
@@ -369,11 +366,11 @@ def test_int8_rings() -> None:
     ids, caches = prompt(60), []
     for kv_dtype in (None, "int8"):
         model = converted("llama", kv_dtype=kv_dtype, window=300).float()
-        model(ids, cache=(cache := dynamic(model)))
+        model(ids, **on(cache := dynamic(model)))
         caches.append(cache)
     whole, small = (sum(layer.state.nbytes for layer in cache.layers) for cache in caches)
     assert small < 0.4 * whole  # heads of 8 with a scale each: wider ones are nearer to a quarter
-    one, other = (model(ids[:, :1], cache=cache).logits for cache in caches)
+    one, other = (model(ids[:, :1], **on(cache)).logits for cache in caches)
     assert 0 < (one - other).abs().max() / one.abs().max() < 0.05
 
 

@@ -11,18 +11,17 @@ import pytest
 import torch
 
 import subquad
+from subquad.demo.model import cache_name
 from subquad.integrations.transformers import SinkConfig, convert
 from subquad.testing import backend_params
 
-from .matrix.kinds import KINDS, Kind
+from .matrix.kinds import KINDS, VOCABULARY, Kind
 from .streaming import Span, Stream
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("transformers.cache_utils").__dict__.get("LinearAttentionLayer") or pytest.skip(
-    "needs transformers >= 5", allow_module_level=True
-)
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
 SINKS, WINDOW = 2, 9
+CACHE, OLD = cache_name(transformers.LlamaForCausalLM), transformers.__version__.startswith("4.")
 MORE = {  # rotations that the kinds of the matrix have not
     "gemma": Kind("gemma", "Gemma"),
     "cohere": Kind("cohere", "Cohere", more={"use_qk_norm": False}),
@@ -32,7 +31,11 @@ MORE = {  # rotations that the kinds of the matrix have not
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
     }}),
 }  # fmt: skip
-FITTING = [name for name in KINDS | MORE if name not in ("phi3", "gemma2", "starcoder2")]
+UNFIT = {"phi3", "gemma2", "starcoder2"} | (
+    {"stablelm"} if OLD else set()
+)  # where StableLM has a module for its dropout
+FITTING = [name for name in KINDS | MORE if name not in UNFIT]
+SILENT = {"smollm3", "gpt-oss"} if OLD else set()  # models that do not tell a cache where its tokens stand
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,11 @@ def converted(name: str, **options: Any) -> Any:
     model = copy.deepcopy(plain(name))
     convert(model, attention=SinkConfig(**({"sink_tokens": SINKS, "window": WINDOW} | options)))
     return model
+
+
+def on(cache: Any) -> dict[str, Any]:
+    """The argument that is a model's cache."""
+    return {CACHE: cache}
 
 
 def spans(name: str) -> list[Span]:
@@ -103,7 +111,7 @@ def test_chunks_of_any_size_give_the_numbers_of_a_stream(name: str, sizes: tuple
     ids, model, parts = prompt(30), converted(name), []
     cache = transformers.DynamicCache(config=model.config)
     for part in ids.split(sizes, 1):
-        parts.append(model(part, cache=cache).logits[0])
+        parts.append(model(part, **on(cache)).logits[0])
     want = Stream(plain(name), spans(name)).logits(ids[0].tolist())
     torch.testing.assert_close(torch.cat(parts), want, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(ids, use_cache=False).logits[0], want, rtol=1e-6, atol=1e-6)
@@ -122,7 +130,7 @@ def test_backends(name: str, dtype: torch.dtype, backend: str) -> None:
     cache, parts = transformers.DynamicCache(config=model.config), []
     with subquad.use_backend(backend):
         for part in ids.split((17, *(1,) * 14, 5, *(1,) * 4), 1):
-            parts.append(model(part, cache=cache).logits[0])
+            parts.append(model(part, **on(cache)).logits[0])
     error = (torch.cat(parts).double() - want).norm() / want.norm()
     assert error < (1e-4 if dtype is torch.float32 else 6e-2)
 
@@ -138,7 +146,7 @@ def test_several_turns(name: str, cache: str) -> None:
         said = torch.cat([said, prompt(length, seed=turn)], 1)
         fed = said[0, stream.seen :].tolist()
         want = stream.greedy(fed, 12)
-        found = greedy(model, said, 12, cache=held)
+        found = greedy(model, said, 12, **on(held))
         assert found[0].tolist() == want, turn
         said = torch.cat([said, found], 1)
 
@@ -196,6 +204,7 @@ def test_drafts_change_no_greedy_output(name: str, monkeypatch: pytest.MonkeyPat
     removed, rollback = [], SinkState.rollback
     monkeypatch.setattr(SinkState, "rollback", lambda state, n: (removed.append(n), rollback(state, n))[1])
     model, ids = converted(name, slack=40), prompt(14).repeat(1, 2)
+    never = {"eos_token_id": VOCABULARY}  # transformers 4.57 does not look up prompts without one
     want = greedy(model, ids, 60)
     draft = copy.deepcopy(plain(name))
     draft.lm_head.weight.add_(0.1 * torch.randn_like(draft.lm_head.weight))
@@ -206,10 +215,11 @@ def test_drafts_change_no_greedy_output(name: str, monkeypatch: pytest.MonkeyPat
         {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 1},
         {"assistant_model": draft},
         {"assistant_model": also},
-        {"prompt_lookup_num_tokens": 3, "cache": subquad.SinkCache(model.config, SINKS, WINDOW, slack=40)},
+        {"prompt_lookup_num_tokens": 3} | on(subquad.SinkCache(model.config, SINKS, WINDOW, slack=40)),
     ):
         removed.clear()
-        assert torch.equal(greedy(model, ids, 60, **options), want), options
+        found = greedy(model, ids, 60, **options, **never)[:, :60]  # transformers 4.57 looks up some tokens too many
+        assert torch.equal(found, want), options
         assert any(removed), "no draft was taken back"
 
 
@@ -232,7 +242,7 @@ def test_memory_is_constant(implementation: str, padded: bool) -> None:
     mask[0, :3] = 0 if padded else 1
     states, column = set(), mask[:, -1:]
     for step in range(5 * (SINKS + WINDOW)):
-        model(ids if step == 0 else ids[:, -1:], attention_mask=mask, cache=cache)
+        model(ids if step == 0 else ids[:, -1:], attention_mask=mask, **on(cache))
         mask = torch.cat([mask, column], 1)
         states.add(tuple((n, x.data_ptr(), x.untyped_storage().nbytes()) for n, x in _held(cache).items()))
     assert len(states) == 1 and len(set(seen[2:])) == 1
@@ -268,7 +278,7 @@ def test_acceptance() -> None:
 
 
 @pytest.mark.parametrize(("source", "implementation"), [("config", "sdpa"), ("config", "subquad"), ("model", "eager")])
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", [name for name in FITTING if name not in SILENT])
 def test_a_cache_alone_is_a_stream(name: str, source: str, implementation: str) -> None:
     """One token at a time, after a prompt that fits."""
     if name == "gpt-oss" and implementation == "sdpa":
@@ -278,7 +288,7 @@ def test_a_cache_alone_is_a_stream(name: str, source: str, implementation: str) 
     model.set_attn_implementation(implementation)
     cache = subquad.SinkCache(model.config if source == "config" else model, SINKS, WINDOW)
     want = Stream(plain(name), spans(name)).greedy(ids[0].tolist(), 24)
-    assert greedy(model, ids, 24, cache=cache)[0].tolist() == want
+    assert greedy(model, ids, 24, **on(cache))[0].tolist() == want
 
 
 @pytest.mark.parametrize("positions", ["cache", "absolute"])
@@ -287,15 +297,15 @@ def test_logits_and_turns_of_a_cache_alone(positions: str) -> None:
     ids, name = prompt(40, 2), "llama"
     model, cache = plain(name), subquad.SinkCache(plain(name).config, SINKS, WINDOW, positions=positions)
     want = torch.stack([Stream(model, spans(name), positions).logits(row.tolist()) for row in ids])
-    found = [model(part, cache=cache).logits for part in ids[:, : SINKS + WINDOW].split((4, 5, 2), 1)]
-    found += [model(token, cache=cache).logits for token in ids[:, SINKS + WINDOW : 30].split(1, 1)]
+    found = [model(part, **on(cache)).logits for part in ids[:, : SINKS + WINDOW].split((4, 5, 2), 1)]
+    found += [model(token, **on(cache)).logits for token in ids[:, SINKS + WINDOW : 30].split(1, 1)]
     torch.testing.assert_close(torch.cat(found, 1), want[:, :30], rtol=1e-5, atol=1e-5)
     cache.crop(-6)
     cache.reorder_cache(torch.tensor([1, 0]))
-    found = [model(token, cache=cache).logits for token in ids.flip(0)[:, 24:].split(1, 1)]
+    found = [model(token, **on(cache)).logits for token in ids.flip(0)[:, 24:].split(1, 1)]
     torch.testing.assert_close(torch.cat(found, 1), want.flip(0)[:, 24:], rtol=1e-5, atol=1e-5)
     cache.reset()
-    torch.testing.assert_close(model(ids[:, :5], cache=cache).logits, want[:, :5], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(ids[:, :5], **on(cache)).logits, want[:, :5], rtol=1e-5, atol=1e-5)
     assert len({layer.state.nbytes for layer in cache.layers}) == 1 and not cache.is_compileable
 
 
@@ -303,7 +313,7 @@ def test_a_longer_first_prompt_is_dense_within() -> None:
     ids, model = prompt(30), plain("llama")
     cache = subquad.SinkCache(model.config, SINKS, WINDOW)
     with pytest.warns(subquad.SubquadWarning, match="a prompt of 30 tokens is more than the 11 of this SinkCache"):
-        found = model(ids, cache=cache).logits
+        found = model(ids, **on(cache)).logits
     torch.testing.assert_close(found, model(ids, use_cache=False).logits)
     assert cache.get_mask_sizes(1, 0) == (SINKS + WINDOW, 20) and cache.get_seq_length() == 30
     keys, _, tokens, _ = cache.layers[0].state.cache.gather()
@@ -319,22 +329,22 @@ def test_what_a_cache_alone_refuses() -> None:
         return subquad.SinkCache(model.config, SINKS, WINDOW + 5, **options)
 
     with pytest.raises(ValueError, match=r"position_ids: expected 0, 1, \.\.\. in every row, without padding"):
-        greedy(model, ids, attention_mask=mask, cache=fresh())
+        greedy(model, ids, attention_mask=mask, **on(fresh()))
     cache = fresh()
-    model(ids, cache=cache)
+    model(ids, **on(cache))
     with pytest.raises(
         ValueError, match=r"past_key_values: expected one token at a time beyond 16 tokens, .* got 6 after 12"
     ):
-        model(ids[:, :6], cache=cache)
+        model(ids[:, :6], **on(cache))
     assert cache.get_seq_length() == 12 and cache.layers[0].state.cache.seen.tolist() == [12, 12]
-    assert greedy(model, ids, attention_mask=mask, cache=fresh(allow_approx=True)).shape == (2, 30)
+    assert greedy(model, ids, attention_mask=mask, **on(fresh(allow_approx=True))).shape == (2, 30)
     cache = fresh(allow_approx=True)
     for part in (ids, ids, ids[:, :1]):
-        assert model(part, cache=cache).logits.isfinite().all()
+        assert model(part, **on(cache)).logits.isfinite().all()
     with pytest.raises(
         ValueError, match="expected a SinkCache with sink_tokens=2, window=9 as layer 0 was converted with"
     ):
-        converted("llama")(ids, cache=fresh())
+        converted("llama")(ids, **on(fresh()))
     for arguments, error, message in (
         (("llama",), TypeError, "config: expected a config or a model of transformers, got str"),
         ((model.config, -1), ValueError, "sink_tokens: expected at least 0"),
@@ -346,18 +356,44 @@ def test_what_a_cache_alone_refuses() -> None:
         fresh(rope=1e4)
 
 
+@pytest.mark.parametrize("name", sorted(SILENT))
+def test_a_cache_that_is_not_told_where_tokens_stand(name: str) -> None:
+    model, ids = plain(name), prompt(8)
+    with pytest.raises(ValueError, match="past_key_values: expected a model that tells its cache how it rotates"):
+        greedy(model, ids, **on(subquad.SinkCache(model.config, SINKS, WINDOW)))
+    found = greedy(model, ids, 24, **on(subquad.SinkCache(model.config, SINKS, WINDOW, allow_approx=True)))
+    assert found[0].tolist() == Stream(model, spans(name)).greedy(ids[0].tolist(), 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [None, (0, 0), (1, 3), (1, 11), (0, 14), (1, 15)])
+def test_a_cache_alone_sees_padding(hidden: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    """Before, in and behind a first prompt of 12 tokens, and in a second turn; not where there is none."""
+    model, ids = copy.deepcopy(plain("llama")).to(dtype), prompt(16, 2)
+    mask, cache = torch.ones_like(ids), subquad.SinkCache(plain("llama").config, SINKS, 30)
+    if hidden is not None:
+        mask[hidden] = 0
+    for columns in (12, 16):
+        arguments = {"attention_mask": mask[:, :columns]} | on(cache)
+        if hidden is not None and hidden[1] < columns:
+            with pytest.raises(ValueError, match=r"position_ids: expected .*, without padding, for a SinkCache"):
+                greedy(model, ids[:, :columns], 1, **arguments)
+            return
+        greedy(model, ids[:, :columns], 1, **arguments)
+
+
 def test_models_whose_rotation_cannot_be_found() -> None:
     """Phi-3 has one projection of all: the rotation must be given, or no position may move."""
     model, ids = KINDS["phi3"].model().double(), prompt(8)
     with pytest.raises(
         ValueError, match=r"config: expected one that tells how layers rotate, or rope=, got .*self_attn: att"
     ):
-        model(ids, cache=subquad.SinkCache(model.config, SINKS, WINDOW))
+        model(ids, **on(subquad.SinkCache(model.config, SINKS, WINDOW)))
     rope = subquad.RopeSpec.from_hf(model.config)
     cache = subquad.SinkCache(model.config, SINKS, WINDOW, rope=rope)
     whole = subquad.SinkCache(model.config, SINKS, 100, positions="absolute")
     for token in prompt(40).split(1, 1):
-        found, want = (model(token, cache=c).logits for c in (cache, whole))
+        found, want = (model(token, **on(c)).logits for c in (cache, whole))
     assert not torch.allclose(found, want) and found.isfinite().all()
 
 

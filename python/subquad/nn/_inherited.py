@@ -81,6 +81,8 @@ def remember(layer: nn.Module, original: nn.Module | None) -> None:
         return
     with suppress(ImportError):
         adapter_for(original)  # imports what its library's caches need: compiled code cannot
+    if hasattr(original, "is_sliding"):  # Gemma 3 in transformers 4.57 asks its layers, and rotates accordingly
+        object.__setattr__(layer, "is_sliding", original.is_sliding)
     set_mode(layer, original.training, besides=original)
 
 

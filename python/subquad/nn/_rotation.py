@@ -50,6 +50,8 @@ class _OfLayer:
             kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
             kind = getattr(attention, "layer_type", None)
             parameters = parameters.get(kind if kind is not None or not kinds else kinds[index]) or {}
+        elif getattr(config, "rope_local_base_freq", None) and getattr(attention, "is_sliding", False):
+            parameters = {"rope_theta": config.rope_local_base_freq}  # Gemma 3 in transformers 4.57
         self.rope_parameters = parameters
 
     def __getattr__(self, name: str) -> Any:

@@ -44,7 +44,10 @@ class Kind:
         torch.manual_seed(zlib.crc32(self.name.encode()))
         names = (f"{self.family}{suffix}" for suffix in ("TextConfig", "Config"))
         make = next(found for name in names if (found := getattr(transformers, name, None)) is not None)
-        config = make(**(SIZES | {"num_hidden_layers": len(self.windows)} | self.more))
+        more = dict(self.more)
+        if transformers.__version__.startswith("4.") and "rope_parameters" in more:
+            more["rope_scaling"] = more.pop("rope_parameters")
+        config = make(**(SIZES | {"num_hidden_layers": len(self.windows)} | more))
         config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
         model = getattr(transformers, f"{self.family}ForCausalLM")(config).eval()
         with torch.no_grad():

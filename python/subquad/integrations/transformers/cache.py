@@ -1,4 +1,4 @@
-"""Any `State` as a layer of a cache of transformers (5 or newer), which needs that library to be imported at all."""
+"""Any `State` as a layer of a cache of transformers, which needs that library to be imported at all."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ import torch
 
 from ...cache.lawcat import KEPT
 from ...cache.state import State
-
-try:
-    from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
-except ImportError as error:
-    raise ImportError(f"subquad: a state in a transformers cache needs transformers >= 5: {error}") from error
+from ._versions import CacheLayerMixin, LayerBase, grows_compiled, queries, removed
 
 
-class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[misc, override]
+class StateLayer(LayerBase):
     """A cache layer that holds a state and counts tokens, which the linear layers of transformers do not.
 
     The first call of the model keeps what a rollback needs even if nobody asked: `generate` announces a rollback before the
@@ -65,12 +61,12 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
     def get_seq_length(self) -> Any:
         return self.state.seen if self.is_initialized else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """As layers that hold keys need it, for all that do not slide share a mask; without such layers the new columns."""
         if self.columns is not None:
             return self.columns, 0
         sizes = (layer.get_mask_sizes(query_length) for layer in self.siblings if _holds_keys(layer))
-        return next(sizes, None) or (query_length, self.state.seen)  # type: ignore[return-value]
+        return next(sizes, None) or (queries(query_length), self.state.seen)
 
     def get_max_length(self) -> int:
         return -1
@@ -78,7 +74,7 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
         """As the cache is: a preallocated one that is not leaves steps without the mask that hides its empty columns."""
-        return self.columns is not None or not self.record_past
+        return self.columns is not None or grows_compiled(self.record_past)
 
     # --- going back ----------------------------------------
 
@@ -93,23 +89,23 @@ class StateLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: igno
         self.state.keep(self.depth)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove minus `tokens_to_remove` tokens; what was kept for that is dropped, also by `crop(0)`.
+        """Remove minus `tokens_to_remove` tokens; what was kept for that is dropped, also where none are removed.
+
+        With transformers 4.57 a number that is not negative says how many tokens stay.
 
         Raises:
             ValueError: a positive number, or more tokens than were kept. The state is as it was, but layers of softmax before it
                 in the cache have been cut, for transformers goes from layer to layer.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected minus the number of tokens, got {tokens_to_remove}")
-        kept = self.state.kept
-        if -tokens_to_remove > kept:
+        tokens, kept = removed(tokens_to_remove, self.state.seen), self.state.kept
+        if tokens > kept:
             raise ValueError(
-                f"tokens_to_remove: expected at most the {kept} tokens that this layer keeps, got {tokens_to_remove}. "
+                f"tokens_to_remove: expected at most the {kept} tokens that this layer keeps, got {-tokens}. "
                 f"{self.state.advice} in new caches: 64 for a model that drafts for another, prompt_lookup_num_tokens where "
                 "those are more; activate_past_recording(tokens) of this layer says so from now on. Layers before this one "
                 "have been cut already: do not use the cache again"
             )
-        self.state.rollback(-int(tokens_to_remove))
+        self.state.rollback(tokens)
         self.record_past = True
         self.state.keep(self.depth)
 

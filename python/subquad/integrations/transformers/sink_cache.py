@@ -11,7 +11,6 @@ from torch import nn
 
 from ... import _checks
 from ..._backends import SubquadWarning
-from ..._derived import Derived
 from ...cache.sink_state import SinkState
 from ...convert.attentions import ATTENTION
 from ...convert.replace import find
@@ -21,14 +20,8 @@ from ...nn._rotation import rope_of
 from ...nn._scores import scores_of
 from ...nn.sink_attention import SinkAttention
 from ...rope import RopeSpec
+from ._versions import Cache, Counting, DynamicCache, DynamicLayer, queries
 from .cache import StateLayer
-
-try:
-    from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
-except ImportError as error:
-    raise ImportError(f"subquad: SinkCache needs transformers >= 5: {error}") from error
-
-_ALIKE = Derived()  # of positions, which all layers of a model are given: the device is asked once
 
 
 class SinkCache(Cache):
@@ -91,13 +84,11 @@ class SinkCache(Cache):
         rotations = (
             _Rotations(config if model is None else model, rope) if positions == "cache" and sink_tokens else None
         )
-        layers = []
-        for index, (kind, more) in enumerate(zip(*get_layer_types_and_kwargs(config), strict=True)):
-            layers.append(
-                SinkLayer(options, index, rotations, allow_approx)
-                if kind == "full_attention"
-                else DYNAMIC_LAYER_TYPE_MAPPING[kind](**more)
-            )
+        layers: list[Any] = list(DynamicCache(config=config).layers)
+        counting = None if allow_approx else Counting()
+        for index, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:  # full attention
+                layers[index] = SinkLayer(options, index, rotations, counting)
         super().__init__(layers=layers)
 
     @property
@@ -111,13 +102,15 @@ class SinkLayer(StateLayer):
 
     holds_keys = True
 
-    def __init__(self, options: SinkConfig, index: int, rotations: _Rotations | None, allow_approx: bool) -> None:
+    def __init__(
+        self, options: SinkConfig, index: int, rotations: _Rotations | None, counting: Counting | None
+    ) -> None:
         state = SinkState(
             options.slack, sink_tokens=options.sink_tokens, window=options.window, kv_dtype=options.ring_dtype(),
             key_rope="post", positions=options.positions,
         )  # fmt: skip
         super().__init__(state, keep=options.slack)
-        self.options, self.index, self.rotations, self.allow_approx = options, index, rotations, allow_approx
+        self.options, self.index, self.rotations, self.counting = options, index, rotations, counting
         self.rope: RopeSpec | None = None
         self.record_past = True
 
@@ -143,7 +136,7 @@ class SinkLayer(StateLayer):
                 f"sink_tokens={own[0]}, window={own[1]}"
             )
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:  # type: ignore[override]
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         sizes = {
             "num_kv_heads": key_states.shape[1],
             "head_dim": key_states.shape[3],
@@ -154,19 +147,19 @@ class SinkLayer(StateLayer):
             self.rope = self.rotations.of(self.index)
         self.is_initialized = True
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         held = self._held()
-        return held + query_length, int(self.state.seen) - held
+        return held + queries(query_length), int(self.state.seen) - held
 
     def _held(self) -> int:
         """Tokens that are given out before new ones."""
         return min(int(self.state.seen), self.capacity - 1)
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         seen, new = int(self.state.seen), key_states.shape[2]
-        self._check(seen, new, kwargs.get("kwargs") or {})
+        self._check(seen, new, kwargs.get("kwargs") or next(iter(args), None) or {})
         if seen and torch.is_grad_enabled():  # a first prompt is given back as it came
             for name, x in (("key_states", key_states), ("value_states", value_states)):
                 _checks.no_gradient(name, x, "call the model under torch.no_grad(), or train without a cache")
@@ -202,11 +195,13 @@ class SinkLayer(StateLayer):
         return torch.cat(parts[0], 2), torch.cat(parts[1], 2)
 
     def _check(self, seen: int, new: int, told: dict[str, Any]) -> None:
-        if self.allow_approx:
+        if self.counting is None:
             return
-        positions = told.get("position_ids")
-        if isinstance(positions, torch.Tensor) and (not seen or new > 1) and not torch.compiler.is_compiling():
-            _check_counted(positions, seen)
+        if (not seen or new > 1) and not torch.compiler.is_compiling() and not self.counting.goes_on(told, seen):
+            raise ValueError(
+                f"position_ids: expected {seen}, {seen + 1}, ... in every row, without padding, for a SinkCache; convert the "
+                "model (attention='sink'), or allow_approx=True"
+            )
         if seen and new > 1 and seen + new > self.capacity:
             raise ValueError(
                 f"past_key_values: expected one token at a time beyond {self.capacity} tokens, for a SinkCache, got {new} after "
@@ -219,20 +214,6 @@ class SinkLayer(StateLayer):
                 SubquadWarning,
                 stacklevel=2,
             )
-
-
-def _check_counted(positions: torch.Tensor, seen: int) -> None:
-    """Whether positions [B|1, T] count on from `seen`, as those of rows without padding do."""
-
-    def make() -> bool:
-        want = torch.arange(seen, seen + positions.shape[-1], device=positions.device)
-        return positions.dim() == 2 and bool((positions == want).all())
-
-    if not _ALIKE.get(positions, (seen,), make):
-        raise ValueError(
-            f"position_ids: expected {seen}, {seen + 1}, ... in every row, without padding, for a SinkCache; convert the model "
-            "(attention='sink'), or allow_approx=True"
-        )
 
 
 class _Rotations:
