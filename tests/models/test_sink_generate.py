@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -36,6 +37,9 @@ UNFIT = {"phi3", "gemma2", "starcoder2"} | (
 )  # where StableLM has a module for its dropout
 FITTING = [name for name in KINDS | MORE if name not in UNFIT]
 SILENT = {"smollm3", "gpt-oss"} if OLD else set()  # models that do not tell a cache where its tokens stand
+
+# Transformers 4.57 needs an end of text; this one never comes.
+LOOKUP = {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCABULARY}
 
 
 @pytest.fixture(autouse=True)
@@ -204,23 +208,39 @@ def test_drafts_change_no_greedy_output(name: str, monkeypatch: pytest.MonkeyPat
     removed, rollback = [], SinkState.rollback
     monkeypatch.setattr(SinkState, "rollback", lambda state, n: (removed.append(n), rollback(state, n))[1])
     model, ids = converted(name, slack=40), prompt(14).repeat(1, 2)
-    never = {"eos_token_id": VOCABULARY}  # transformers 4.57 does not look up prompts without one
     want = greedy(model, ids, 60)
     draft = copy.deepcopy(plain(name))
     draft.lm_head.weight.add_(0.1 * torch.randn_like(draft.lm_head.weight))
     also = copy.deepcopy(draft)
     convert(also, attention=SinkConfig(SINKS, WINDOW, slack=40))
     for options in (
-        {"prompt_lookup_num_tokens": 3},
-        {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 1},
+        LOOKUP,
+        LOOKUP | {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 1},
         {"assistant_model": draft},
         {"assistant_model": also},
-        {"prompt_lookup_num_tokens": 3} | on(subquad.SinkCache(model.config, SINKS, WINDOW, slack=40)),
+        LOOKUP | on(subquad.SinkCache(model.config, SINKS, WINDOW, slack=40)),
     ):
         removed.clear()
-        found = greedy(model, ids, 60, **options, **never)[:, :60]  # transformers 4.57 looks up some tokens too many
+        found = greedy(model, ids, 60, **options)[:, :60]  # transformers 4.57 looks up some tokens too many
         assert torch.equal(found, want), options
         assert any(removed), "no draft was taken back"
+
+
+@pytest.mark.skipif(not OLD, reason="transformers 5.24 looks up wrongly in a second turn, whatever the model")
+@pytest.mark.parametrize("attention", ["sink", "lawcat"])
+def test_drafts_in_a_second_turn(attention: str) -> None:
+    """With a cache that nobody has told that tokens will be taken back: LAWCAT has to be."""
+    model, ids, texts = copy.deepcopy(plain("llama")), prompt(14).repeat(1, 2), []
+    convert(model, attention=attention)
+    for told, options in ((True, {}), (True, LOOKUP), (False, LOOKUP)):
+        cache = transformers.DynamicCache(config=model.config)
+        said = torch.cat([ids, greedy(model, ids, 20, **on(cache)), ids], 1)
+        for layer in cache.layers if told else ():
+            layer.activate_past_recording()
+        fails = pytest.raises(ValueError, match="tokens_to_remove: expected at most the 0")
+        with fails if attention == "lawcat" and not told else nullcontext():
+            texts.append(greedy(model, said, 30, **on(cache), **options)[:, :30])
+    assert all(torch.equal(text, texts[0]) for text in texts)
 
 
 # --- constant memory ----------------------------------------
@@ -288,7 +308,9 @@ def test_a_cache_alone_is_a_stream(name: str, source: str, implementation: str) 
     model.set_attn_implementation(implementation)
     cache = subquad.SinkCache(model.config if source == "config" else model, SINKS, WINDOW)
     want = Stream(plain(name), spans(name)).greedy(ids[0].tolist(), 24)
-    assert greedy(model, ids, 24, **on(cache))[0].tolist() == want
+    for _ in range(2):
+        assert greedy(model, ids, 24, **on(cache))[0].tolist() == want
+        cache.reset()
 
 
 @pytest.mark.parametrize("positions", ["cache", "absolute"])
@@ -366,16 +388,18 @@ def test_a_cache_that_is_not_told_where_tokens_stand(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("hidden", [None, (0, 0), (1, 3), (1, 11), (0, 14), (1, 15)])
-def test_a_cache_alone_sees_padding(hidden: tuple[int, int] | None, dtype: torch.dtype) -> None:
-    """Before, in and behind a first prompt of 12 tokens, and in a second turn; not where there is none."""
-    model, ids = copy.deepcopy(plain("llama")).to(dtype), prompt(16, 2)
+@pytest.mark.parametrize(
+    ("first", "hidden"), [(12, None), (12, 0), (12, 1), (12, 7), (12, 11), (2, 0), (12, 12), (12, 13)]
+)
+def test_a_cache_alone_sees_padding(first: int, hidden: int | None, dtype: torch.dtype) -> None:
+    """Before, in and behind a first prompt, and in a second turn; not where there is none."""
+    model, ids = copy.deepcopy(plain("llama")).to(dtype), prompt(14)
     mask, cache = torch.ones_like(ids), subquad.SinkCache(plain("llama").config, SINKS, 30)
     if hidden is not None:
-        mask[hidden] = 0
-    for columns in (12, 16):
+        mask[:, hidden] = 0
+    for columns in (first, 14):
         arguments = {"attention_mask": mask[:, :columns]} | on(cache)
-        if hidden is not None and hidden[1] < columns:
+        if hidden is not None and hidden < columns:
             with pytest.raises(ValueError, match=r"position_ids: expected .*, without padding, for a SinkCache"):
                 greedy(model, ids[:, :columns], 1, **arguments)
             return

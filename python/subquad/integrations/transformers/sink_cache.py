@@ -91,6 +91,11 @@ class SinkCache(Cache):
                 layers[index] = SinkLayer(options, index, rotations, counting)
         super().__init__(layers=layers)
 
+    def reset(self) -> None:
+        super().reset()
+        for layer in self.layers:  # those of 4.57 that slide would go on from zeros
+            layer.is_initialized = False
+
     @property
     def is_compileable(self) -> bool:
         """`generate` would compile a graph for every number of tokens."""
