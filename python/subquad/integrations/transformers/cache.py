@@ -66,7 +66,7 @@ class StateLayer(LayerBase):
         if self.columns is not None:
             return self.columns, 0
         sizes = (layer.get_mask_sizes(query_length) for layer in self.siblings if _holds_keys(layer))
-        return next(sizes, None) or (queries(query_length), self.state.seen)
+        return next(sizes, None) or (queries(query_length), self.state.seen)  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         return -1

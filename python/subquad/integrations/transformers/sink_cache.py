@@ -93,7 +93,8 @@ class SinkCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        for layer in self.layers:  # those of 4.57 that slide would go on from zeros
+        layers: list[Any] = self.layers
+        for layer in layers:  # those of 4.57 that slide would go on from zeros
             layer.is_initialized = False
 
     @property
