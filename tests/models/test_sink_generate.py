@@ -32,9 +32,7 @@ MORE = {  # rotations that the kinds of the matrix have not
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
     }}),
 }  # fmt: skip
-UNFIT = {"phi3", "gemma2", "starcoder2"} | (
-    {"stablelm"} if OLD else set()
-)  # where StableLM has a module for its dropout
+UNFIT = ["phi3", "gemma2", "starcoder2", *(["stablelm"] if OLD else [])]  # StableLM had a module for its dropout
 FITTING = [name for name in KINDS | MORE if name not in UNFIT]
 SILENT = {"smollm3", "gpt-oss"} if OLD else set()  # models that do not tell a cache where its tokens stand
 
