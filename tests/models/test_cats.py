@@ -212,8 +212,13 @@ def tensor_parallel(model: nn.Module) -> None:
         (None, {"mlp": CatsConfig(), "prefill": "dense"}, TypeError, "prefill: options come with"),
         (None, {"mlp": "relu"}, ValueError, "mlp: expected one of 'cats' .* got 'relu'"),
         (None, {}, ValueError, "mlp: expected 'cats' .* got None"),
-        (None, {"attention": "span"}, ValueError, "attention: expected one of 'lawcat' .* got 'span'"),
-        (None, {"mlp": "cats", "attention": "span"}, ValueError, "attention: expected one of 'lawcat' .* got 'span'"),
+        (None, {"attention": "span"}, ValueError, "attention: expected one of 'lawcat', 'sink' .* got 'span'"),
+        (
+            None,
+            {"mlp": "cats", "attention": "span"},
+            ValueError,
+            "attention: expected one of 'lawcat', 'sink' .* got 'span'",
+        ),
     ],
 )
 def test_a_failed_conversion_changes_nothing(damage, options: dict, error: type[Exception], match: str) -> None:

@@ -110,8 +110,8 @@ FAULTS = (
         "if self.columns is not None:\n            return self.columns, 0",
         "if self.columns is not None:\n            return self.state.seen + query_length, 0",
     ),
-    Fault("hf-cache-crop", "bounds", _CACHE, "self.state.rollback(-int(tokens_to_remove))", "self.state.rollback(0)"),
-    Fault("hf-cache-crop-unchecked", "guard", _CACHE, "if tokens_to_remove > 0:", "if False:"),
+    Fault("hf-cache-crop", "bounds", _CACHE, "self.state.rollback(tokens)", "self.state.rollback(0)"),
+    Fault("hf-cache-crop-unchecked", "guard", _CACHE, "if tokens > kept:", "if False:"),
     Fault(
         "hf-cache-beams",
         "state",
