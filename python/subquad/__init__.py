@@ -22,8 +22,12 @@ from .ops.gated_linear_attention import gated_linear_attention, gated_linear_att
 from .ops.interval_attention import interval_attention
 from .ops.lawcat_decode_step import lawcat_decode_step
 from .ops.sink_attention_step import sink_attention_step
+from .ops.span_attention import span_attention
+from .ops.span_search import SpanSearch, span_search
 from .recipes.sink import sink_attention
+from .recipes.superlinear import combine_spans, superlinear_attention
 from .rope import RopeSpec
+from .superlinear import SuperlinearConfig, coverage_gaps, span_lengths, stripe_offsets
 
 if TYPE_CHECKING:
     from . import compat as compat
@@ -64,7 +68,9 @@ __all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "Packed",
     "RopeSpec",
     "SinkKVCache",
+    "SpanSearch",
     "SubquadWarning",
+    "SuperlinearConfig",
     "__version__",
     "attention_transfer",
     "attention_transfer_loss",
@@ -73,7 +79,9 @@ __all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "cats_mlp",
     "causal_conv1d",
     "causal_conv1d_update",
+    "combine_spans",
     "conv_feature_map",
+    "coverage_gaps",
     "feature_map",
     "gated_linear_attention",
     "gated_linear_attention_step",
@@ -81,7 +89,12 @@ __all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "lawcat_decode_step",
     "sink_attention",
     "sink_attention_step",
+    "span_attention",
+    "span_lengths",
+    "span_search",
     "sparsity_report",
+    "stripe_offsets",
+    "superlinear_attention",
     "track_sparsity",
     "trainable_parameters",
     "use_backend",
