@@ -78,7 +78,7 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         yield draw(sampler, "long-one-head", 1, 500, 500, 1, 1, 32, joint=True, spans=2, longest=400)
         return
     window = SuperlinearConfig(sw_index=2)
-    yield draw(sampler, "gated", 2, 21, 37, 4, 2, 16, gated=True, config=window)
+    yield draw(sampler, "gated", 2, 21, 37, 4, 2, 16, gated=True, config=window, spans=4)
     yield draw(sampler, "slots", 1, 19, 70, 3, 3, 17, 20)
     yield draw(sampler, "joint", 2, 9, 40, 2, 1, 12, joint=True, scale=0.3)
     if sampler.size == "small":
