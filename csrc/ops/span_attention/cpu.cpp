@@ -24,6 +24,8 @@ struct Cpu {
                                 [&](int64_t item, void* scratch) { kernels.run(p, item, scratch); });
   }
 
+  static void backward(const auto&...) { STD_TORCH_CHECK(false, "span_attention_bwd: not there yet"); }
+
  private:
   static void forward_of_few(const SpanAttentionParams& p, const SpanAttentionForward& kernels, const Tensor& q) {
     const int64_t rows = p.batch * p.tokens * p.heads, slots = rows * p.spans, floats = kernels.part_floats(p);
@@ -47,6 +49,9 @@ struct Cpu {
 
 }  // namespace
 
-SQ_REGISTER_OPS(m) { m.impl("span_attention_fwd", TORCH_BOX(&span_attention_fwd<Cpu>)); }
+SQ_REGISTER_OPS(m) {
+  m.impl("span_attention_fwd", TORCH_BOX(&span_attention_fwd<Cpu>));
+  m.impl("span_attention_bwd", TORCH_BOX(&span_attention_bwd<Cpu>));
+}
 
 }  // namespace subquad::cpu
