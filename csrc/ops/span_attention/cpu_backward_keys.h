@@ -88,6 +88,9 @@ class PairList {
 /// dk and dv of a range of keys, tile by tile.
 template <class T>
 class KeyGradients {
+  using Tile = KeyTile<T>;
+  using Words = typename Tile::Words;
+
  public:
   KeyGradients(const SpanAttentionParams& p, const SpanAttentionGrads& grads, const float* c, int64_t most, Arena arena)
       : p_(p),
@@ -97,6 +100,8 @@ class KeyGradients {
         v_cols_(columns(p.dv)),
         q_(arena.take<float>(kTilePairs * q_cols_)),
         grad_(arena.take<float>(kTilePairs * v_cols_)),
+        q_words_(Tile::kFloats ? q_ : arena.take<float>(kTilePairs * Tile::words(p.d))),
+        grad_words_(Tile::kFloats ? grad_ : arena.take<float>(kTilePairs * Tile::words(p.dv))),
         x_(arena.take<float>(kTilePairs * kKeys)),
         d_(arena.take<float>(kTilePairs * kKeys)),
         dk_(arena.take<float>(kKeys * q_cols_)),
@@ -116,7 +121,7 @@ class KeyGradients {
       zero_words(dk_, kKeys * q_cols_);
       zero_words(dv_, kKeys * v_cols_);
       if (more && sweep_.key() == key) {
-        tile_.load(queries.b, queries.kv_head, key);
+        tile_.load(queries.b, queries.kv_head, key, false);
         add(sweep_.full(), true);
         add(sweep_.edges(), false);
         more = sweep_.next();
@@ -163,19 +168,20 @@ class KeyGradients {
   /// Whether all of the pairs' rows are finite.
   bool load_rows(const Pair* pairs, int64_t count) {
     bool finite = true;
-    for (int64_t i = 0; i < round_up(count, kTileRows); ++i) {
-      float *q = q_ + i * q_cols_, *grad = grad_ + i * v_cols_;
-      if (i >= count) {
-        zero_words(q, q_cols_), zero_words(grad, v_cols_);
-        continue;
-      }
+    for (int64_t i = 0; i < count; ++i) {
       const int64_t row = pairs[i].id / p_.spans;
-      const T* from = static_cast<const T*>(p_.q) + queries_->b * p_.q_stride_b + queries_->token(row) * p_.q_stride_t +
-                      queries_->head(row) * p_.q_stride_h;
-      finite &= load_row<Floats>(from, p_.d, q, q_cols_);
-      finite &= load_row<Floats>(static_cast<const T*>(grads_.grad_out) + queries_->at(p_, row) * p_.dv, p_.dv, grad,
-                                 v_cols_);
+      const T* q = static_cast<const T*>(p_.q) + queries_->b * p_.q_stride_b + queries_->token(row) * p_.q_stride_t +
+                   queries_->head(row) * p_.q_stride_h;
+      const T* grad = static_cast<const T*>(grads_.grad_out) + queries_->at(p_, row) * p_.dv;
+      finite &= load_row<Floats>(q, p_.d, q_ + i * q_cols_, q_cols_);
+      finite &= load_row<Floats>(grad, p_.dv, grad_ + i * v_cols_, v_cols_);
+      if constexpr (Tile::kFloats) continue;
+      load_row<Words>(q, p_.d, q_words_ + i * Tile::words(p_.d), Tile::words(p_.d));
+      load_row<Words>(grad, p_.dv, grad_words_ + i * Tile::words(p_.dv), Tile::words(p_.dv));
     }
+    const int64_t padding = round_up(count, kTileRows) - count;
+    zero_words(q_ + count * q_cols_, padding * q_cols_);
+    zero_words(grad_ + count * v_cols_, padding * v_cols_);
     return finite;
   }
 
@@ -183,11 +189,12 @@ class KeyGradients {
   /// padding.
   void add_scores(const Pair* pairs, int64_t row, int64_t count, bool full, const Hull& hull) {
     const int64_t rows = round_up(count, kTileRows), width = hull.end - hull.begin;
+    const int64_t q_words = Tile::words(p_.d), v_words = Tile::words(p_.dv);
     float *x = x_ + row * kKeys, *d = d_ + row * kKeys;
-    product<Floats>(rows, width, p_.d, {q_ + row * q_cols_, q_cols_, 1}, {tile_.kt + hull.begin, kKeys},
-                    {x + hull.begin, kKeys}, false);
-    product<Floats>(rows, width, p_.dv, {grad_ + row * v_cols_, v_cols_, 1}, {tile_.vt + hull.begin, kKeys},
-                    {d + hull.begin, kKeys}, false);
+    product<Words>(rows, width, Tile::depth(p_.d), {q_words_ + row * q_words, q_words, 1},
+                   {tile_.kt + hull.begin, kKeys}, {x + hull.begin, kKeys}, false);
+    product<Words>(rows, width, Tile::depth(p_.dv), {grad_words_ + row * v_words, v_words, 1},
+                   {tile_.vt + hull.begin, kKeys}, {d + hull.begin, kKeys}, false);
     for (int64_t i = 0; i < rows; ++i, x += kKeys, d += kKeys) {
       if (i >= count) {
         zero_words(x, kKeys), zero_words(d, kKeys);
@@ -234,8 +241,8 @@ class KeyGradients {
   const float* const c_;
   const Queries* queries_ = nullptr;
   const int64_t q_cols_, v_cols_;
-  float *const q_, *const grad_, *const x_, *const d_, *const dk_, *const dv_;
-  KeyTile<T> tile_;
+  float *const q_, *const grad_, *const q_words_, *const grad_words_, *const x_, *const d_, *const dk_, *const dv_;
+  Tile tile_;
   PairSweep sweep_;
   const int64_t bytes_;
 };

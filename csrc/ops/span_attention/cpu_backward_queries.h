@@ -9,6 +9,9 @@ namespace subquad::cpu::SUBQUAD_ISA::spans {
 /// A = sum P u k and B = sum P k of a pair make its share of dq, gate A - c B.
 template <class T>
 class QueryGradients {
+  using Tile = KeyTile<T>;
+  using Words = typename Tile::Words;
+
  public:
   QueryGradients(const SpanAttentionParams& p, const SpanAttentionGrads& grads, float* c, int64_t queries, Arena arena)
       : p_(p),
@@ -16,10 +19,11 @@ class QueryGradients {
         c_(c),
         mixed_(p.gate != nullptr),
         q_cols_(columns(p.d)),
-        v_cols_(columns(p.dv)),
+        q_words_(Tile::words(p.d)),
+        v_words_(Tile::words(p.dv)),
         rows_(queries * (p.heads / p.kv_heads)),
-        q_(arena.take<float>(rows_ * q_cols_)),
-        grad_(arena.take<float>(rows_ * v_cols_)),
+        q_(arena.take<float>(rows_ * q_words_)),
+        grad_(arena.take<float>(rows_ * v_words_)),
         a_(arena.take<float>(rows_ * p.spans * q_cols_)),
         b_(arena.take<float>(mixed_ ? rows_ * p.spans * q_cols_ : 0)),
         e_(arena.take<float>(rows_ * p.spans)),
@@ -42,7 +46,7 @@ class QueryGradients {
     zero_words(e_, pairs);
     sweep_.start(p_, queries, 0, p_.keys);
     while (sweep_.next()) {
-      tile_.load(queries.b, queries.kv_head, sweep_.key());
+      tile_.load(queries.b, queries.kv_head, sweep_.key(), true);
       add(sweep_.full(), true);
       add(sweep_.edges(), false);
     }
@@ -54,8 +58,8 @@ class QueryGradients {
     for (int64_t row = 0; row < queries_->rows(); ++row) {
       const int64_t at = queries_->at(p_, row);
       const T* grad = static_cast<const T*>(grads_.grad_out) + at * p_.dv;
-      load_row<Floats>(query_row(row), p_.d, q_ + row * q_cols_, q_cols_);
-      load_row<Floats>(grad, p_.dv, grad_ + row * v_cols_, v_cols_);
+      load_row<Words>(query_row(row), p_.d, q_ + row * q_words_, q_words_);
+      load_row<Words>(grad, p_.dv, grad_ + row * v_words_, v_words_);
       if (mixed_) continue;
       const float delta = dot_of(grad, static_cast<const T*>(p_.out) + at * p_.dv, p_.dv);
       c_[at] = p_.lse[at] == kNothing ? 0.0f : delta - grads_.grad_lse[at];
@@ -79,13 +83,13 @@ class QueryGradients {
     for (int64_t i = 0; i < rows; ++i) {
       const bool live = i < count;
       const int64_t pair = pairs[live ? i : 0].id, row = pair / p_.spans;
-      q[i] = q_ + row * q_cols_, grad[i] = grad_ + row * v_cols_;
+      q[i] = q_ + row * q_words_, grad[i] = grad_ + row * v_words_;
       x[i] = x_ + i * kKeys + hull.begin, d[i] = d_ + i * kKeys + hull.begin;
       a[i] = live ? a_ + pair * q_cols_ : unused_;
       b[i] = live && mixed_ ? b_ + pair * q_cols_ : unused_;
     }
-    product_of_rows<Floats>(rows, width, p_.d, q, {tile_.kt + hull.begin, kKeys}, x, false);
-    product_of_rows<Floats>(rows, width, p_.dv, grad, {tile_.vt + hull.begin, kKeys}, d, false);
+    product_of_rows<Words>(rows, width, Tile::depth(p_.d), q, {tile_.kt + hull.begin, kKeys}, x, false);
+    product_of_rows<Words>(rows, width, Tile::depth(p_.dv), grad, {tile_.vt + hull.begin, kKeys}, d, false);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t pair = pairs[i].id, at = queries_->at(p_, pair / p_.spans);
       const Terms terms =
@@ -152,9 +156,9 @@ class QueryGradients {
   float* const c_;
   const Queries* queries_ = nullptr;
   const bool mixed_;
-  const int64_t q_cols_, v_cols_, rows_;
+  const int64_t q_cols_, q_words_, v_words_, rows_;
   float *const q_, *const grad_, *const a_, *const b_, *const e_, *const x_, *const d_, *const dq_, *const unused_;
-  KeyTile<T> tile_;
+  Tile tile_;
   PairSweep sweep_;
   const int64_t bytes_;
 };

@@ -44,24 +44,34 @@ inline float dot_of(const T* a, const T* b, int64_t n) {
 /// The columns of floats in which tiles hold n elements.
 inline int64_t columns(int64_t n) { return padded_words<Floats>(n); }
 
-/// A tile of keys and values, and the scores of pairs against it.
+/// A tile of keys and values, and the scores of pairs against it. Products of elements are of words, in which they are
+/// exact; what was computed is multiplied as floats.
 template <class T>
 class KeyTile {
  public:
+  using Words = typename WordsOf<T>::Type;
+  static constexpr bool kFloats = Words::kDepth == 1;
+
   KeyTile(const SpanAttentionParams& p, Arena& arena)
       : k(arena.take<float>(kKeys * columns(p.d))),
-        kt(arena.take<float>(kKeys * columns(p.d))),
-        vt(arena.take<float>(kKeys * columns(p.dv))),
+        kt(arena.take<float>(kKeys * words(p.d))),
+        vt(arena.take<float>(kKeys * words(p.dv))),
         p_(p),
-        v_(arena.take<float>(kKeys * columns(p.dv))) {}
+        rows_(arena.take<float>(kKeys * words(larger(p.d, p.dv)))) {}
 
-  void load(int64_t b, int64_t kv_head, int64_t key) {
+  static int64_t words(int64_t n) { return padded_words<Words>(n); }
+  static int64_t depth(int64_t n) { return ceil_div(n, Words::kDepth); }
+
+  /// `k` too, where it is wanted.
+  void load(int64_t b, int64_t kv_head, int64_t key, bool wanted) {
     b_ = b, key_ = key;
-    k_finite = load_tile<Floats, T>(p_, p_.k, p_.keys_at, b, kv_head, key, p_.d, k, columns(p_.d));
-    load_tile<Floats, T>(p_, p_.v, p_.values_at, b, kv_head, key, p_.dv, v_, columns(p_.dv));
-    transpose_words(k, kKeys, columns(p_.d), kt, kKeys);
-    transpose_words(v_, kKeys, columns(p_.dv), vt, kKeys);
     whole_ = is_whole(p_, b, key);
+    float* k_words = kFloats ? k : rows_;
+    k_finite = load_tile<Words, T>(p_, p_.k, p_.keys_at, b, kv_head, key, p_.d, k_words, words(p_.d));
+    transpose_words(k_words, kKeys, words(p_.d), kt, kKeys);
+    if (!kFloats && wanted) load_tile<Floats, T>(p_, p_.k, p_.keys_at, b, kv_head, key, p_.d, k, columns(p_.d));
+    load_tile<Words, T>(p_, p_.v, p_.values_at, b, kv_head, key, p_.dv, rows_, words(p_.dv));
+    transpose_words(rows_, kKeys, words(p_.dv), vt, kKeys);
   }
 
   /// x and d, products over the columns of `hull`, become weights and gradients; 0 for keys that the pair does not see.
@@ -80,12 +90,12 @@ class KeyTile {
            (p_.key_mask == nullptr || p_.key_mask[b_ * p_.keys + key_ + j]);
   }
 
-  float *const k, *const kt, *const vt;  // [kKeys, columns], and transposed
+  float *const k, *const kt, *const vt;  // [kKeys, columns]; words of keys and values, transposed
   bool k_finite = true;
 
  private:
   const SpanAttentionParams& p_;
-  float* const v_;
+  float* const rows_;
   int64_t b_ = 0, key_ = 0;
   bool whole_ = true;
 };
