@@ -8,11 +8,21 @@ namespace {
 
 using namespace spans;
 
-constexpr int64_t kItemPairs = 2048;  // the more pairs meet a tile of keys, the less its loading matters
-constexpr int64_t kItemKeys = 512;
+constexpr int64_t kItems = 64;        // as many of either kind, where the tensors allow it: for many threads
+constexpr int64_t kItemPairs = 4096;  // the more pairs meet a tile of keys, the less its loading matters
+constexpr int64_t kItemKeys = 512;    // the longer the range, the fewer pairs are met again in the next
+constexpr int64_t kFewestQueries = 16;
 
-/// Not from the batch, so that a sequence has the same bits alone and among others.
-int64_t item_queries(const SpanAttentionParams& p) { return larger(1, kItemPairs / (p.heads / p.kv_heads * p.spans)); }
+/// How many of `count` (queries or keys of a head) an item takes. No bits depend on it.
+int64_t share(const SpanAttentionParams& p, int64_t count, int64_t fewest, int64_t most) {
+  return smaller(larger(fewest, ceil_div(p.batch * p.kv_heads * count, kItems)), most);
+}
+
+int64_t item_queries(const SpanAttentionParams& p) {
+  return share(p, p.tokens, kFewestQueries, larger(1, kItemPairs / (p.heads / p.kv_heads * p.spans)));
+}
+
+int64_t item_keys(const SpanAttentionParams& p) { return round_up(share(p, p.keys, kKeys, kItemKeys), kKeys); }
 
 int64_t query_items(const SpanAttentionParams& p) { return p.batch * p.kv_heads * ceil_div(p.tokens, item_queries(p)); }
 
@@ -38,7 +48,7 @@ void fill_list(const SpanAttentionParams& p, int32_t* lists, int64_t head) {
   list_of(p, lists, head).fill(all_queries(p, head));
 }
 
-int64_t key_items(const SpanAttentionParams& p) { return p.batch * p.kv_heads * ceil_div(p.keys, kItemKeys); }
+int64_t key_items(const SpanAttentionParams& p) { return p.batch * p.kv_heads * ceil_div(p.keys, item_keys(p)); }
 
 template <class T>
 int64_t key_scratch(const SpanAttentionParams& p, int32_t* lists) {
@@ -50,10 +60,11 @@ int64_t key_scratch(const SpanAttentionParams& p, int32_t* lists) {
 template <class T>
 void run_keys(const SpanAttentionParams& p, const SpanAttentionGrads& grads, const float* c, int32_t* lists,
               int64_t item, void* scratch) {
-  const int64_t ranges = ceil_div(p.keys, kItemKeys), head = item / ranges, first = item % ranges * kItemKeys;
+  const int64_t keys = item_keys(p), ranges = ceil_div(p.keys, keys);
+  const int64_t head = item / ranges, first = item % ranges * keys;
   const PairList list = list_of(p, lists, head);
   KeyGradients<T>(p, grads, c, list.most(), Arena(scratch))
-      .run(all_queries(p, head), list, first, smaller(p.keys, first + kItemKeys));
+      .run(all_queries(p, head), list, first, smaller(p.keys, first + keys));
 }
 
 }  // namespace
