@@ -12,8 +12,10 @@ import torch
 
 
 class Lists(NamedTuple):
-    """order int64 [B * Hkv, pairs]: pairs by their place; begin int32 [B * Hkv, blocks + 1]: where those of a block begin."""
+    """places int32 and order int64 [B * Hkv, pairs]: sorted, and whose they are; begin int32 [B * Hkv, blocks + 1]: where those
+    of a block begin."""
 
+    places: torch.Tensor
     order: torch.Tensor
     begin: torch.Tensor
 
@@ -26,4 +28,5 @@ def sort_pairs(places: torch.Tensor, kv_heads: int, blocks: int, size: int = 1) 
     flat = places.view(shape).transpose(1, 2).reshape(batch * kv_heads, tokens * shape[3])
     found, order = torch.sort(flat, dim=1, stable=True)
     bounds = torch.arange(blocks + 1, dtype=torch.int32, device=places.device) * size
-    return Lists(order, torch.searchsorted(found, bounds.expand(flat.shape[0], -1).contiguous(), out_int32=True))
+    begin = torch.searchsorted(found, bounds.expand(flat.shape[0], -1).contiguous(), out_int32=True)
+    return Lists(found, order, begin)
