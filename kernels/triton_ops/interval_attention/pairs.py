@@ -108,3 +108,13 @@ def add_nonfinite(acc, keep, x, row):
     values = tl.load(x.ptr + tl.cast(row, tl.int64) * x.stride + cols, inside, other=0.0).to(tl.float32)
     poison = keep & (is_finite(values) == 0)[None, :]
     return tl.where(poison, acc + values[None, :], acc)
+
+
+@triton.jit
+def add_infinities(acc, keep, v, FLAGS: tl.constexpr):
+    """acc [BM, BDV] plus what is not finite in values v [BN, BDV], where keep says that it is seen: whatever its weight."""
+    seen = tl.where(keep, 1.0, 0.0).to(tl.float16)
+    up = tl.where((v == float("inf")) | (v != v), 1.0, 0.0).to(tl.float16)
+    down = tl.where((v == float("-inf")) | (v != v), 1.0, 0.0).to(tl.float16)
+    acc = tl.where(dot(seen, up, FLAGS) > 0.0, acc + float("inf"), acc)
+    return tl.where(dot(seen, down, FLAGS) > 0.0, acc - float("inf"), acc)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .._common.numerics import LN2, LOG2E, cast, widen_if_interpreted
-from ..interval_attention.pairs import finite_part
+from ..interval_attention.pairs import add_infinities, finite_part
 from .heads import Layout, Parts, load_parts, rotate, tokens_of_row, widen
 
 SINKS, RING, NEW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # where keys lie
@@ -105,16 +105,6 @@ def _scores(q, k, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def _infinities(acc, keep, v, FLAGS: tl.constexpr):
-    """acc [BM, BDV] plus what is not finite in values v [BN, BDV], where keep says that it is seen: whatever its weight."""
-    seen = tl.where(keep, 1.0, 0.0).to(tl.float16)
-    up = tl.where((v == float("inf")) | (v != v), 1.0, 0.0).to(tl.float16)
-    down = tl.where((v == float("-inf")) | (v != v), 1.0, 0.0).to(tl.float16)
-    acc = tl.where(_dot(seen, up, FLAGS) > 0.0, acc + float("inf"), acc)
-    return tl.where(_dot(seen, down, FLAGS) > 0.0, acc - float("inf"), acc)
-
-
-@triton.jit
 def _walk(
     acc, top, total, q, places, view, sizes, turns, origin, before, low, high, first, last, d, dv, scale, dtype: tl.constexpr,
     SOURCE: tl.constexpr, FLAGS: tl.constexpr, BN: tl.constexpr,
@@ -151,7 +141,7 @@ def _walk(
         values, nonfinite = finite_part(v, 0, MASKED)
         acc = acc * rescale[:, None] + _dot(cast(p, dtype), values, FLAGS)
         if nonfinite > 0:
-            acc = _infinities(acc, keep, v.to(tl.float32), FLAGS)
+            acc = add_infinities(acc, keep, v.to(tl.float32), FLAGS)
         total = total * rescale + tl.sum(p, 1)
         top = new_top
     return acc, top, total

@@ -1,0 +1,136 @@
+"""The forward kernels: the softmax of every pair by itself, and the mixture of the pairs of a query."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .._common.numerics import LN2, LOG2E, cast
+from .._common.paged import load_heads
+from ..interval_attention.pairs import add_infinities, dot, finite_part, weights
+from .pairs import NEVER, end_of_run, load_queries, load_tile, next_block, place_of_program, scores_of_block
+
+
+class Results(NamedTuple):
+    """out [B, tokens, H, slots, Dv] and fp32 lse [B, tokens, H, slots], from the first token of a chunk on."""
+
+    out: Any
+    lse: Any
+    tokens: Any
+
+
+class Base(NamedTuple):
+    """The softmax that every one covers too: out [B, T, H, Dv], fp32 lse [B, T, H]; or None."""
+
+    out: Any
+    lse: Any
+
+
+@triton.jit(do_not_specialize=["first_token", "chunk", "tokens", "keys", "tiles"])
+def span_attention_fwd_kernel(
+    q, k, v, spans, order_ptr, results, first_token, chunk, tokens, keys, tiles, heads, scale,
+    FLAGS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """BM pairs of `chunk` tokens; 0 and -inf where they see nothing."""
+    kv_heads = heads // FLAGS.GROUP
+    place = place_of_program(tiles, kv_heads, BM)
+    pairs = chunk * FLAGS.GROUP * FLAGS.SPANS
+    at = place.first + tl.arange(0, BM)
+    order_ptr += (place.b * kv_heads + place.kv_head) * pairs
+    tile = load_tile(spans, order_ptr, at, at < pairs, place.b, place.kv_head, first_token, tokens, heads, keys, FLAGS)
+    b_q = load_queries(q, place.b, tile, BD)  # [BM, BD]
+    acc = tl.zeros([BM, BDV], tl.float32)
+    row_max = tl.full([BM], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BM], tl.float32)
+    block = next_block(tile, 0, BN)
+    while block < NEVER:
+        end = end_of_run(tile, block, BN)
+        for n in range(block, end):
+            _, scores, keep, cols = scores_of_block(b_q, k, spans, tile, place, n, keys, scale, FLAGS, BN, BD)
+            b_v = load_heads(v, place.b, place.kv_head, cols, cols < keys, BDV)  # [BN, BDV]
+            scores = tl.where(keep, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))  # [BM]
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = weights(scores, shift[:, None], 0.0)  # [BM, BN]
+            rescale = weights(row_max, shift, 0.0)
+            values, nonfinite = finite_part(b_v, 0, True)
+            acc = acc * rescale[:, None] + dot(cast(p, b_v.dtype), values, FLAGS)
+            if nonfinite > 0:
+                acc = add_infinities(acc, keep, b_v.to(tl.float32), FLAGS)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            row_max = new_max
+        block = next_block(tile, end, BN)
+    empty = row_sum == 0.0
+    safe_sum = tl.where(empty, 1.0, row_sum)
+    to = (place.b * results.tokens + tile.token - first_token) * heads + tile.head
+    to = to * (FLAGS.SPANS) + tile.slot
+    tl.store(results.lse + to, tl.where(empty, float("-inf"), row_max + tl.log2(safe_sum) * LN2), tile.live)
+    cols = tl.arange(0, BDV)
+    out = cast(acc / safe_sum[:, None], results.out.dtype.element_ty)
+    tl.store(results.out + to[:, None] * v.width + cols[None, :], out, tile.live[:, None] & (cols < v.width)[None, :])
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit(do_not_specialize=["first_token", "chunk", "tokens"])
+def span_attention_mix_kernel(
+    parts, spans, base, out_ptr, lse_ptr, first_token, chunk, tokens, batch, heads, dv,
+    FLAGS: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """BM rows (batch, token, head) of a chunk: out and lse from the pairs and the base."""
+    number = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = number < batch * chunk * heads
+    b, t, h = number // heads // chunk, number // heads % chunk, number % heads
+    row = (b * tokens + first_token + t) * heads + h
+    cols = tl.arange(0, BDV)
+    inside = live[:, None] & (cols < dv)[None, :]
+    base_lse = tl.full([BM], float("-inf"), tl.float32)
+    base_out = tl.zeros([BM, BDV], tl.float32)
+    if FLAGS.BASED:
+        base_lse = tl.load(base.lse + row, live, other=float("-inf"))
+        seen = base_lse != float("-inf")
+        base_out = tl.load(base.out + row[:, None] * dv + cols[None, :], inside & seen[:, None], other=0.0).to(
+            tl.float32
+        )
+    acc = tl.zeros([BM, BDV], tl.float32)
+    part = number * FLAGS.SPANS
+    if FLAGS.GATED:
+        of_base = tl.zeros([BM], tl.float32)
+        for slot in range(FLAGS.SPANS):
+            lse = tl.load(parts.lse + part + slot, live, other=float("-inf"))
+            gate = tl.load(spans.gate + row * FLAGS.SPANS + slot, live, other=0.0)
+            top = tl.maximum(lse, base_lse)
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            weight, rest = _exp(lse - shift), _exp(base_lse - shift)
+            total = weight + rest
+            empty = total == 0.0
+            safe = tl.where(empty, 1.0, total)
+            out = tl.load(parts.out + (part + slot)[:, None] * dv + cols[None, :], inside, other=0.0)
+            acc += (gate * (weight / safe))[:, None] * out
+            of_base += gate * (rest / safe)
+            tl.store(
+                lse_ptr + row * FLAGS.SPANS + slot, tl.where(empty, float("-inf"), shift + tl.log2(safe) * LN2), live
+            )
+        acc += of_base[:, None] * base_out
+    else:
+        top = base_lse
+        for slot in range(FLAGS.SPANS):
+            top = tl.maximum(top, tl.load(parts.lse + part + slot, live, other=float("-inf")))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total = _exp(base_lse - shift)
+        acc += total[:, None] * base_out
+        for slot in range(FLAGS.SPANS):
+            weight = _exp(tl.load(parts.lse + part + slot, live, other=float("-inf")) - shift)
+            out = tl.load(parts.out + (part + slot)[:, None] * dv + cols[None, :], inside, other=0.0)
+            acc += weight[:, None] * out
+            total += weight
+        empty = total == 0.0
+        safe = tl.where(empty, 1.0, total)
+        acc = acc / safe[:, None]
+        tl.store(lse_ptr + row, tl.where(empty, float("-inf"), shift + tl.log2(safe) * LN2), live)
+    tl.store(out_ptr + row[:, None] * dv + cols[None, :], cast(acc, out_ptr.dtype.element_ty), inside)
