@@ -5,6 +5,7 @@
 #include "common/exp.h"
 #include "cuda/chunk.cuh"
 #include "cuda/portable.cuh"
+#include "cuda/shares.cuh"
 #include "ops/interval_attention/params.h"
 
 namespace subquad::cuda {
@@ -33,7 +34,7 @@ inline int64_t attention_splits(const IntervalAttentionParams& p) {
 
 /// Floats of scratch: for every row and split the sums of the values, the largest score and the sum of the weights.
 inline int64_t attention_scratch_floats(const IntervalAttentionParams& p) {
-  return p.batch * p.mask.tq * p.heads * attention_splits(p) * (p.dv + 2);
+  return p.batch * p.mask.tq * p.heads * attention_splits(p) * Shares::floats(p.dv);
 }
 
 /// The rows of a block, (position, head of the group) pairs in that order.
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
     }
   }
 
-  const int64_t width = p.dv + 2;
+  const int64_t width = Shares::floats(p.dv);
   const auto part_of = [&](int i) {
     return scratch + (((rows.b * p.mask.tq + rows.position(i)) * p.heads + rows.head(i)) * splits + split) * width;
   };
@@ -248,31 +249,15 @@ template <class T>
 __global__ void __launch_bounds__(kAttentionThreads)
     interval_attention_merge_kernel(const IntervalAttentionParams p, const float* __restrict__ scratch,
                                     int64_t splits) {
-  const int64_t row = blockIdx.x, width = p.dv + 2;
-  const float* parts = scratch + row * splits * width;
+  const int64_t row = blockIdx.x;
+  const Shares shares{scratch + row * splits * Shares::floats(p.dv), splits, p.dv};
   const float sink = p.sink_logits == nullptr ? -INFINITY : sq::load_nc(p.sink_logits + row % p.heads);
-  float top = sink;
-  for (int64_t s = 0; s < splits; ++s) top = fmaxf(top, sq::load_nc(parts + s * width + p.dv));
-  const float shift = top == -INFINITY ? 0.0f : top;
-  float total = sink == -INFINITY ? 0.0f : exp2f((sink - shift) * kLog2e);
-  for (int64_t s = 0; s < splits; ++s) {
-    const float* part = parts + s * width + p.dv;
-    total = fmaf(sq::load_nc(part + 1), exp2f((sq::load_nc(part) - shift) * kLog2e), total);
-  }
-  const bool empty = total == 0.0f;
-  for (int64_t c = threadIdx.x; c < p.dv; c += kAttentionThreads) {
-    float sum = 0.0f;
-    for (int64_t s = 0; s < splits; ++s) {
-      const float* part = parts + s * width;
-      sum = fmaf(sq::load_nc(part + c), exp2f((sq::load_nc(part + p.dv) - shift) * kLog2e), sum);
-    }
-    sq::store(static_cast<T*>(p.out) + row * p.dv + c, sq::from_float<T>(empty ? 0.0f : sum / total));
-  }
+  const RowTotal merged = merge_shares<kAttentionThreads>(shares, sink, static_cast<T*>(p.out) + row * p.dv);
   if (threadIdx.x != 0) return;
-  const float log_sum = logf(total);
-  sq::store(p.lse + row, empty ? -INFINITY : shift + log_sum);
-  sq::store(p.stats + 2 * row, shift);
-  sq::store(p.stats + 2 * row + 1, empty ? INFINITY : log_sum);
+  const float log_sum = logf(merged.total);
+  sq::store(p.lse + row, merged.empty() ? -INFINITY : merged.shift + log_sum);
+  sq::store(p.stats + 2 * row, merged.shift);
+  sq::store(p.stats + 2 * row + 1, merged.empty() ? INFINITY : log_sum);
 }
 
 inline bool attention_keys_aligned(const IntervalAttentionParams& p, int64_t chunk) {

@@ -6,6 +6,7 @@
 
 #include "cuda/chunk.cuh"
 #include "cuda/portable.cuh"
+#include "cuda/shares.cuh"
 #include "ops/sink_attention_step/params.h"
 
 namespace subquad::cuda {
@@ -159,7 +160,7 @@ inline SinkPlan sink_plan(const SinkAttentionStepParams& p) {
 
 /// Floats of scratch: for every row and share the sums of the values, the largest score and the sum of the weights.
 inline int64_t sink_scratch_floats(const SinkAttentionStepParams& p) {
-  return p.batch * p.width * p.heads * sink_plan(p).splits * (p.dv + 2);
+  return p.batch * p.width * p.heads * sink_plan(p).splits * Shares::floats(p.dv);
 }
 
 }  // namespace subquad::cuda

@@ -39,7 +39,7 @@ __device__ __forceinline__ int begin_block(const SinkAttentionStepParams& p, con
     block.position[thread] = before + t;
     block.sink_position[thread] = before + t - (p.absolute ? 0 : view.forgotten);
     block.query[thread] = b * p.q_stride_b + t * p.q_stride_t + h * p.q_stride_h;
-    block.result[thread] = (((b * p.width + t) * p.heads + h) * plan.splits + split) * (p.dv + 2);
+    block.result[thread] = (((b * p.width + t) * p.heads + h) * plan.splits + split) * Shares::floats(p.dv);
   }
   if (thread == 0 && rows > 0) {
     const SinkView oldest = sink_view(p, before, count, first, first_row / per_kv);

@@ -1,7 +1,7 @@
 // What follows attention: shares are merged, new tokens enter the cache, counters move on.
 #pragma once
 
-#include "common/exp.h"
+#include "cuda/shares.cuh"
 #include "ops/sink_attention_step/cuda_parts.cuh"
 
 namespace subquad::cuda {
@@ -10,29 +10,14 @@ namespace subquad::cuda {
 template <class T>
 __device__ __forceinline__ void merge_row(const SinkAttentionStepParams& p, const float* __restrict__ scratch,
                                           int64_t splits, int64_t row) {
-  const int64_t part = p.dv + 2, column = row / p.heads % p.width;
+  const int64_t column = row / p.heads % p.width;
   const bool is_token = column < new_tokens(p, row / p.heads / p.width);
-  const float* parts = scratch + row * splits * part;
+  const float* parts = scratch + row * splits * Shares::floats(p.dv);
   const float sink = p.sink_logits == nullptr || !is_token ? -INFINITY : sq::load_nc(p.sink_logits + row % p.heads);
-  const int64_t shares = is_token ? splits : 0;
-  float top = sink;
-  for (int64_t s = 0; s < shares; ++s) top = fmaxf(top, sq::load_nc(parts + s * part + p.dv));
-  const float shift = top == -INFINITY ? 0.0f : top;
-  float total = sink == -INFINITY ? 0.0f : exp2f((sink - shift) * kLog2e);
-  for (int64_t s = 0; s < shares; ++s) {
-    const float* stats = parts + s * part + p.dv;
-    total = fmaf(sq::load_nc(stats + 1), exp2f((sq::load_nc(stats) - shift) * kLog2e), total);
-  }
-  const bool empty = total == 0.0f;
-  for (int64_t c = threadIdx.x; c < p.dv; c += kSinkThreads) {
-    float sum = 0.0f;
-    for (int64_t s = 0; s < shares; ++s) {
-      const float* values = parts + s * part;
-      sum = fmaf(sq::load_nc(values + c), exp2f((sq::load_nc(values + p.dv) - shift) * kLog2e), sum);
-    }
-    sq::store(static_cast<T*>(p.out) + row * p.dv + c, sq::from_float<T>(empty ? 0.0f : sum / total));
-  }
-  if (threadIdx.x == 0) sq::store(p.lse + row, empty ? -INFINITY : shift + logf(total));
+  const RowTotal merged =
+      merge_shares<kSinkThreads>({parts, is_token ? splits : 0, p.dv}, sink, static_cast<T*>(p.out) + row * p.dv);
+  if (threadIdx.x != 0) return;
+  sq::store(p.lse + row, merged.empty() ? -INFINITY : merged.shift + logf(merged.total));
 }
 
 /// One row of a head by one warp into `to`, quantised where S is not T; `x(c)` is element c.

@@ -1,4 +1,4 @@
-// Binding of span_attention_{fwd,bwd}.
+// Binding of span_attention_fwd.
 #include "cuda/launch.h"
 #include "ops/span_attention/arguments.h"
 #include "ops/span_attention/cuda.cuh"
@@ -8,17 +8,15 @@ namespace subquad::cuda {
 namespace {
 
 struct Cuda {
-  static void run(const SpanAttentionParams& p, DType dtype, const auto&... tensors) {
-    const auto pass = [&]<class T>(T, sq::stream_t stream) { span_attention<T>(p, stream); };
-    launch(dtype, pass, tensors...);
+  static void forward(const SpanAttentionParams& p, DType dtype, const Tensor& q, const auto&... tensors) {
+    const Tensor scratch = empty_on(q, {span_scratch_floats(p)}, ScalarType::Float);
+    const auto run = [&]<class T>(T, sq::stream_t stream) { span_attention_forward<T>(p, floats_in(scratch), stream); };
+    launch(dtype, run, q, tensors..., scratch);
   }
 };
 
 }  // namespace
 
-SQ_REGISTER_OPS(m) {
-  m.impl("span_attention_fwd", TORCH_BOX(&span_attention_fwd<Cuda>));
-  m.impl("span_attention_bwd", TORCH_BOX(&span_attention_bwd<Cuda>));
-}
+SQ_REGISTER_OPS(m) { m.impl("span_attention_fwd", TORCH_BOX(&span_attention_fwd<Cuda>)); }
 
 }  // namespace subquad::cuda

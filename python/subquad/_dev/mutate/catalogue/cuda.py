@@ -12,6 +12,7 @@ def _of(file: str, *stems: str, first: tuple[str, ...] = ("forward", "gradients"
 _PORTABLE = _of("cuda/portable.cuh", "cats_activation", "feature_map")
 _CHUNK = _of("cuda/chunk.cuh", "cats_activation", "cats_mlp", "causal_conv1d")
 _WARP = _of("cuda/chunk.cuh", "feature_map", "cats_mlp", "lawcat_decode_step")
+_SHARES = _of("cuda/shares.cuh", "interval_attention", "sink_attention_step", "span_attention")
 _LAUNCH = Where(
     "csrc/cuda/portable.cuh",
     ("tests/emulator", "tests/package/test_bindings.py", "tests/package/test_grids.py"),
@@ -325,11 +326,11 @@ FAULTS = (
     Fault(
         "cuda-attention-sink-per-split",
         "sink",
-        _ATTENTION,
-        "float total = sink == -INFINITY ? 0.0f : exp2f((sink - shift) * kLog2e);",
-        "float total = sink == -INFINITY ? 0.0f : splits * exp2f((sink - shift) * kLog2e);",
+        _SHARES,
+        "shares.total(shift, weight_of(sink, shift))",
+        "shares.total(shift, static_cast<float>(shares.count) * weight_of(sink, shift))",
     ),
-    Fault("cuda-attention-sink-dropped", "sink", _ATTENTION, "float top = sink;\n", "float top = -INFINITY;\n"),
+    Fault("cuda-attention-sink-dropped", "sink", _SHARES, "shares.top(sink)", "shares.top(-INFINITY)"),
     Fault(
         "cuda-attention-sink-head",
         "sink",
@@ -392,8 +393,8 @@ FAULTS = (
         "cuda-attention-lse",
         "formula",
         _ATTENTION,
-        "empty ? -INFINITY : shift + log_sum);",
-        "empty ? -INFINITY : log_sum);",
+        "merged.empty() ? -INFINITY : merged.shift + log_sum);",
+        "merged.empty() ? -INFINITY : log_sum);",
     ),
     # --- LAWCAT's step
     Fault(

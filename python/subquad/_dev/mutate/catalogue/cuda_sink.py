@@ -41,13 +41,7 @@ FAULTS = (
     Fault(
         "cuda-sink-even", "rounding", _PARTS, "magnitude + 0x7ffffu + (magnitude >> 20 & 1u)", "magnitude + 0x80000u"
     ),
-    Fault(
-        "cuda-sink-logit-twice",
-        "sink",
-        _WRITE,
-        "sink == -INFINITY ? 0.0f : exp2f((sink - shift) * kLog2e);",
-        "sink == -INFINITY ? 0.0f : static_cast<float>(splits) * exp2f((sink - shift) * kLog2e);",
-    ),
+    Fault("cuda-sink-no-token", "mask", _WRITE, "is_token ? splits : 0", "splits"),
     Fault("cuda-sink-later-token", "state", _WRITE, "t < count - p.ring)", "t <= count - p.ring)"),
     Fault("cuda-sink-early-counter", "state", _WRITE, "if (writers > 1) return;", ""),
 )
