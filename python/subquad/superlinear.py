@@ -216,7 +216,7 @@ _PROBED = (64, 1000, 4096, 30_000)
 
 def warn_of_gaps(config: SuperlinearConfig) -> None:
     """Say once for a configuration that some keys can never be seen."""
-    if config in _warned or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or config in _warned:  # a graph must not depend on who was warned
         return
     _warned.add(config)
     enough = config.span_power >= 1 - 1 / config.exponent and config.backward_factor >= config.exponent

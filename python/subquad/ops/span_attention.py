@@ -121,6 +121,24 @@ def window(
     return result
 
 
+def span_window(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: SuperlinearConfig,
+    reached: _spans.Reach,
+    mask: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as one span of every query, which pages need; for few queries, as it makes no mask and splits long spans."""
+    start = torch.maximum(reached.position - (config.window_len() - 1), reached.first)
+    start, end = (x[..., None, None].expand(*q.shape[:3], 1) for x in (start, reached.position))
+    out, lse = attend(q, k, v, start, end, None, None, None, mask, block_table, scale, backend)
+    return out, lse[..., 0]
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
