@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -59,6 +59,8 @@ class SuperlinearConfig:
     search_scale: float = 1.0
     route_per: str = "head"
     length_mode: str = "exact"
+    _stripes: str = field(init=False, repr=False, compare=False)
+    _window: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _checks.size("sw_index", self.sw_index)
@@ -84,6 +86,8 @@ class SuperlinearConfig:
         _checks.number("search_scale", self.search_scale)
         _checks.choice("route_per", self.route_per, ("head", "group"))
         _checks.choice("length_mode", self.length_mode, ("exact", "ref_f32"))
+        object.__setattr__(self, "_stripes", f"{self.exponent!r} {self.sw_index}")
+        object.__setattr__(self, "_window", _offset(self.sw_index + 1, self.exponent) - 1)
 
     @property
     def exponent(self) -> int | float:
@@ -96,7 +100,7 @@ class SuperlinearConfig:
 
     def window_len(self) -> int:
         """W, the keys of the window, the query's own among them; 0 for none."""
-        return _offset(self.sw_index + 1, self.exponent) - 1
+        return self._window
 
     def num_anchors(self, t: int) -> int:
         """Stripes that the last of t tokens chooses among."""
@@ -110,8 +114,8 @@ class SuperlinearConfig:
 
     def offsets(self, tokens: int, device: torch.device | str | None = None) -> torch.Tensor:
         """int32: o_i with i > sw_index, ascending, all of those up to `tokens` and perhaps more. The same tensor every time."""
-        place = torch.device("cpu" if device is None else device)
-        return _searched_offsets(self.exponent, self.sw_index, _capacity(tokens), place)
+        table = torch.ops.subquad.span_offsets if torch.compiler.is_compiling() else _searched_offsets
+        return table(self._stripes, _capacity(tokens), torch.device("cpu" if device is None else device))
 
 
 def check_config(config: object) -> None:
@@ -165,16 +169,40 @@ def _offsets_of_capacity(exponent: int | float, capacity: int) -> tuple[int, ...
     return tuple(found)
 
 
-_tables: dict[tuple[int | float, int, int, torch.device], torch.Tensor] = {}
+# torch.compile may take the numbers of an object for variables, so that what tables depend on is a string to it.
 
 
-@torch.compiler.assume_constant_result
-def _searched_offsets(exponent: int | float, sw_index: int, capacity: int, device: torch.device) -> torch.Tensor:
-    key = (exponent, sw_index, capacity, device)
+def _parsed(stripes: str) -> tuple[int | float, int]:
+    exponent, sw_index = stripes.split()
+    return int(exponent) if exponent.isdigit() else float(exponent), int(sw_index)
+
+
+_tables: dict[tuple[str, int, torch.device], torch.Tensor] = {}
+
+
+def _searched_offsets(stripes: str, capacity: int, device: torch.device) -> torch.Tensor:
+    key = (stripes, capacity, device)
     if key not in _tables:
+        exponent, sw_index = _parsed(stripes)
         numbers = _offsets_of_capacity(exponent, capacity)[sw_index:]
         _tables[key] = torch.tensor(numbers, dtype=torch.int32, device=device)
     return _tables[key]
+
+
+def _traced_offsets(stripes: str, capacity: int, device: torch.device) -> torch.Tensor:
+    """The table inside of a graph, which takes a tensor that comes from nowhere for one that may change."""
+    return _searched_offsets(stripes, capacity, device).clone()
+
+
+def _fake_offsets(stripes: str, capacity: int, device: torch.device) -> torch.Tensor:
+    exponent, sw_index = _parsed(stripes)
+    return torch.empty(len(_offsets_of_capacity(exponent, capacity)[sw_index:]), dtype=torch.int32, device=device)
+
+
+_LIBRARY = torch.library.Library("subquad", "FRAGMENT")
+_LIBRARY.define("span_offsets(str stripes, int capacity, Device device) -> Tensor")
+_LIBRARY.impl("span_offsets", _traced_offsets, "CompositeExplicitAutograd")
+torch.library.register_fake("subquad::span_offsets", _fake_offsets, lib=_LIBRARY)
 
 
 # --- spans ----------------------------------------

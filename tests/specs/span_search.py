@@ -13,17 +13,22 @@ from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler
 
 README = SuperlinearConfig(sw_index=3, backward_factor=3.0, forward_factor=1.0)
-RELEASED = SuperlinearConfig(
-    sw_index=65, backward_factor=3.0, forward_factor=1.0, span_power=0.55, search_power=0.55, inv_search_power_int=None
-)
+SETTINGS = {"readme": README}
 
 
-def oracle(q_search: torch.Tensor, k: torch.Tensor, **options: Any) -> subquad.SpanSearch:
+def search(q_search: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The public function with all its results in one tensor of floats: scores, finite where there is none, and places."""
+    found = subquad.span_search(q_search, k, **options)
+    score = found.score.masked_fill(found.score == -torch.inf, -64.0)
+    return torch.cat([score, *(x.to(score.dtype) / 16 for x in (found.start, found.anchor, found.end))], -1)
+
+
+def oracle(q_search: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
     """The reference with the arguments of the public function."""
-    return subquad.span_search(q_search, k, **options, backend="reference")
+    return search(q_search, k, **options, backend="reference")
 
 
-def eighths(sampler: Sampler, *shape: int) -> torch.Tensor:
+def quarters(sampler: Sampler, *shape: int) -> torch.Tensor:
     """Multiples of 1/4 that 16 bits hold and whose products float32 sums exactly: all backends choose the same, ties included."""
     return (sampler.normal(*shape) * 4).round().clamp(-16, 16) / 4
 
@@ -34,8 +39,8 @@ def draw(
     """Random tensors for one call."""
     batch = batch if sampler.tokens is None else sampler.tokens
     args: dict[str, torch.Tensor | None] = {
-        "q_search": eighths(sampler, batch, tokens, heads, d),
-        "k": eighths(sampler, batch, keys, kv_heads, d),
+        "q_search": quarters(sampler, batch, tokens, heads, d),
+        "k": quarters(sampler, batch, keys, kv_heads, d),
     }
     shared = all(x is None or x.dim() == 1 or x.shape[0] == 1 for x in map(options.get, ("cache_position",)))
     alone = shared and "attention_mask" not in options and "cu_seqlens" not in options
@@ -103,12 +108,15 @@ def random(c: Choices) -> Sample:
 def bench_sample(case: BenchCase, device: str) -> Sample:
     p = case.params
     sampler = Sampler(p["dtype"], device)
-    options = {"config": p["config"], "cache_position": torch.arange(p["keys"] - p["t"], p["keys"], device=device)}
+    options = {
+        "config": SETTINGS[p["setting"]],
+        "cache_position": torch.arange(p["keys"] - p["t"], p["keys"], device=device),
+    }
     return draw(sampler, case.id, 1, p["t"], p["keys"], p["heads"], p["kv_heads"], p["d"], **options)
 
 
 def _bench_cases() -> Iterator[BenchCase]:
-    base = {"heads": 4, "kv_heads": 1, "d": 128, "config": README}
+    base = {"heads": 4, "kv_heads": 1, "d": 128, "setting": "readme"}
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
         yield BenchCase(f"prefill-65536-{name}", {**base, "t": 65536, "keys": 65536, "dtype": dtype})
         yield BenchCase(f"decode-1m-{name}", {**base, "t": 1, "keys": 1 << 20, "dtype": dtype})
@@ -118,7 +126,7 @@ def _bench_cases() -> Iterator[BenchCase]:
 def anchors(case: BenchCase) -> int:
     """Stripes that all queries of a head look at."""
     p = case.params
-    return sum(p["config"].num_anchors(t + 1) for t in range(p["keys"] - p["t"], p["keys"]))
+    return sum(SETTINGS[p["setting"]].num_anchors(t + 1) for t in range(p["keys"] - p["t"], p["keys"]))
 
 
 def _torch_topk(sample: Sample) -> Callable[[], Any] | None:
@@ -140,16 +148,21 @@ def _torch_topk(sample: Sample) -> Callable[[], Any] | None:
 SPEC = OpSpec(
     name="span_search",
     stem="span_search",
-    fn=subquad.span_search,
+    fn=search,
     reference=oracle,
     samples=samples,
     random=random,
     grad_args=("q_search", "k"),
+    autocast="cast",
     rows=("q_search", "k"),
     bench=tuple(_bench_cases()),
     bench_sample=bench_sample,
     flops=lambda case: 2.0 * case.params["heads"] * case.params["d"] * anchors(case),
     peers={"torch": _torch_topk},
-    missing={"nn": "a part of SuperlinearAttention"},
+    missing={
+        "nn": "a part of SuperlinearAttention",
+        "check:nan": "a score that is NaN is never chosen; tests/ops checks that",
+        "check:gradcheck": "the samples have ties, where the choice jumps; tests/ops checks it away from them",
+    },
 )
 SPECS = (SPEC,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 import subquad
 from subquad import SuperlinearConfig
 from subquad.recipes import SuperlinearAux
-from subquad.testing import Sampler, backend_params
+from subquad.testing import backend_params
 from subquad.testing.compare import assert_same_bits
-from subquad.testing.specs.span_search import README, RELEASED, eighths, holes
 
+from ..span_search.dense import README, RELEASED, exact
 from .dense import attend, error, superlinear, with_backends
 
 CLOSE = 2e-6
@@ -22,9 +23,13 @@ CLOSE = 2e-6
 
 def drawn(batch: int, tokens: int, keys: int, heads: int, kv_heads: int, d: int, dv: int | None = None) -> Any:
     """q_search, q, k, v; scores of the search are exact in float32."""
-    s = Sampler()
-    q_search, k = eighths(s, batch, tokens, heads, d), eighths(s, batch, keys, kv_heads, d)
-    return q_search, s.normal(batch, tokens, heads, d), k, s.normal(batch, keys, kv_heads, d if dv is None else dv)
+    q_search, k = exact(batch, tokens, heads, d), exact(batch, keys, kv_heads, d)
+    return (
+        q_search,
+        torch.randn(batch, tokens, heads, d),
+        k,
+        torch.randn(batch, keys, kv_heads, d if dv is None else dv),
+    )
 
 
 def compared(x: Any, config: SuperlinearConfig, backend: str, tolerance: float = CLOSE, **options: Any) -> Any:
@@ -52,7 +57,7 @@ CONFIGS = [
     README,
     SuperlinearConfig(num_spans=1),
     SuperlinearConfig(num_spans=8, sw_index=1),
-    SuperlinearConfig(**{**vars(RELEASED), "sw_index": 1}),
+    replace(RELEASED, sw_index=1),
     SuperlinearConfig(sw_index=1, inv_search_power_int=3, backward_factor=3.0, span_power=0.67, forward_factor=0.5),
     SuperlinearConfig(sw_index=9),
     SuperlinearConfig(route_per="group", sw_index=2, search_scale=0.125),
@@ -104,7 +109,7 @@ def test_anchors_beside_the_window(backend: str) -> None:
 def test_padding_and_holes(config: SuperlinearConfig, backend: str) -> None:
     """Left padding of its own in every row, holes, a row of padding alone; padding is NaN and 0 comes out of it."""
     x = drawn(4, 40, 40, 4, 2, 8)
-    keep = holes(Sampler(seed=3), 4, 40)
+    keep = (torch.arange(40) >= torch.tensor([[0], [13], [5], [0]])) & (torch.rand(4, 40) > 0.2)
     keep[2, :31], keep[3] = False, False
     out, aux = compared(x, config, backend, attention_mask=keep)
     empty = aux.lse == -torch.inf
@@ -200,8 +205,7 @@ def test_groups_widths_and_counts(group: int, d: int, num_spans: int, backend: s
 @with_backends()
 def test_separate_search_keys(backend: str) -> None:
     x = drawn(1, 30, 30, 2, 1, 8)
-    s = Sampler(seed=5)
-    q_search, keys = eighths(s, 1, 30, 2, 12), eighths(s, 1, 30, 1, 12)
+    q_search, keys = exact(1, 30, 2, 12), exact(1, 30, 1, 12)
     compared((q_search, *x[1:]), README, backend, search_keys=keys)
 
 
@@ -224,9 +228,8 @@ def test_the_released_configuration(backend: str) -> None:
 @backend_params("span_attention", "native", "triton", "simt")
 def test_offsets_beyond_32_bits(backend: str) -> None:
     """Keys and values further than 2**31 elements from the first; the memory between them does not exist."""
-    s = Sampler()
-    q, k, v = s.normal(1, 3, 2, 8), s.normal(1, 20, 1, 8), s.normal(1, 20, 1, 8)
-    start = s.integers(0, 15, 1, 3, 2, 2)
+    q, k, v = torch.randn(1, 3, 2, 8), torch.randn(1, 20, 1, 8), torch.randn(1, 20, 1, 8)
+    start = torch.randint(0, 15, (1, 3, 2, 2))
     expected, _ = subquad.span_attention(q, k, v, start, start + 5, joint=True, backend=backend)
     torch.use_deterministic_algorithms(False)  # poisoning would touch it
     stride = 2**31 // 19 + 16
@@ -265,7 +268,7 @@ def test_only_the_search_learns(backend: str) -> None:
     config = SuperlinearConfig(sw_index=1, search_scale=0.3)
     x = drawn(1, 30, 30, 2, 1, 8)
     q_search = x[0].clone().requires_grad_()
-    weight = Sampler(seed=9).normal(1, 30, 2, 8)
+    weight = torch.randn(1, 30, 2, 8)
     (subquad.superlinear_attention(q_search, *x[1:], config=config, backend=backend) * weight).sum().backward()
     exact = x[0].double().requires_grad_()
     given = [y.double() for y in x[1:]]

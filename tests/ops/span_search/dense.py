@@ -13,6 +13,11 @@ import torch
 from subquad import SuperlinearConfig
 from subquad.testing import backend_params
 
+README = SuperlinearConfig(sw_index=3, backward_factor=3.0, forward_factor=1.0)
+RELEASED = SuperlinearConfig(
+    sw_index=65, backward_factor=3.0, forward_factor=1.0, span_power=0.55, search_power=0.55, inv_search_power_int=None
+)
+
 
 def power_of(config: SuperlinearConfig) -> int | float:
     """1 / power."""
@@ -103,6 +108,11 @@ def search(
 def stacked(found: Any, name: str) -> torch.Tensor:
     """[B, T, H, num_spans] of one of the fields."""
     return torch.tensor([[[[getattr(slot, name) for slot in head] for head in row] for row in rows] for rows in found])
+
+
+def exact(*shape: int) -> torch.Tensor:
+    """Multiples of 1/4 that 16 bits hold and whose products float32 sums exactly: all backends choose the same, ties included."""
+    return (torch.randn(shape) * 4).round().clamp(-16, 16) / 4
 
 
 every_backend = backend_params("span_search")

@@ -10,11 +10,10 @@ import torch
 
 import subquad
 from subquad import SuperlinearConfig
-from subquad.testing import Sampler, backend_params
+from subquad.testing import backend_params
 from subquad.testing.compare import assert_same_bits
-from subquad.testing.specs.span_search import README, RELEASED, eighths
 
-from .dense import every_backend, search, stacked
+from .dense import README, RELEASED, every_backend, exact, search, stacked
 
 
 def agrees(found: subquad.SpanSearch, expected: Any) -> None:
@@ -25,8 +24,7 @@ def agrees(found: subquad.SpanSearch, expected: Any) -> None:
 
 
 def drawn(batch: int, tokens: int, keys: int, heads: int, kv_heads: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    sampler = Sampler()
-    return eighths(sampler, batch, tokens, heads, d), eighths(sampler, batch, keys, kv_heads, d)
+    return exact(batch, tokens, heads, d), exact(batch, keys, kv_heads, d)
 
 
 # --- 1, 2: lengths and offsets ----------------------------------------
@@ -125,7 +123,7 @@ def test_duplicated_keys(num_spans: int, backend: str) -> None:
 
 @every_backend
 def test_nan_and_infinite_keys(backend: str) -> None:
-    q, k = torch.ones(1, 120, 1, 4), Sampler().normal(1, 120, 1, 4)
+    q, k = torch.ones(1, 120, 1, 4), torch.randn(1, 120, 1, 4)
     stripes = (119 + 1 - torch.arange(1, 11) ** 2).tolist()
     k[0, stripes[4], 0, 1] = torch.nan
     k[0, stripes[6], 0] = torch.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,7 @@ import subquad
 from subquad import SubquadWarning, SuperlinearConfig
 from subquad import superlinear as module
 
-from .dense import length, offset, window
-
-README = SuperlinearConfig(sw_index=3, backward_factor=3.0, forward_factor=1.0)
-RELEASED = SuperlinearConfig(
-    sw_index=65, backward_factor=3.0, forward_factor=1.0, span_power=0.55, search_power=0.55, inv_search_power_int=None
-)
+from .dense import README, RELEASED, length, offset, window
 
 
 def fractional(power: float, **more: Any) -> SuperlinearConfig:
@@ -100,7 +96,7 @@ def test_squares_are_not_rounded_up() -> None:
 
 def test_lengths_as_the_reference_has_them() -> None:
     """ref_f32 is that formula, to the bit, and differs from the exact one where single precision does."""
-    exact, single = RELEASED, SuperlinearConfig(**{**vars(RELEASED), "length_mode": "ref_f32"})
+    exact, single = RELEASED, replace(RELEASED, length_mode="ref_f32")
     seen = torch.arange(0, 70_000)
     for factor, found in zip((3.0, 1.0), subquad.span_lengths(seen, single), strict=True):
         assert torch.equal(found, torch.ceil(factor * seen.float() ** 0.55).int())
@@ -155,7 +151,9 @@ def test_gaps_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for config in COMPLETE:
             subquad.superlinear_attention(x, x, x, x, config=config, backend="reference")
     with pytest.warns(SubquadWarning, match="reached by no span"):
-        subquad.superlinear_attention_step(x[:, :1], x[:, :1], (x, x), torch.tensor([4]), config=GAPS[1])
+        subquad.superlinear_attention_step(
+            x[:, :1], x[:, :1], (x, x), torch.tensor([4]), config=GAPS[1], backend="reference"
+        )
 
 
 # --- what is refused ----------------------------------------
