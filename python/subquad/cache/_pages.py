@@ -37,7 +37,7 @@ class Pages:
         """A page for everything `wanted`, a bool tensor: int32 of its shape, -1 where none is wanted or none is left."""
         rank = wanted.flatten().cumsum(0).view_as(wanted)
         given = wanted & (rank <= self.left)
-        page = torch.where(given, self.free[(self.left - rank).clamp(min=0)], -1)
+        page = torch.where(given, self.free[(self.left - rank).clamp(0, self.free.shape[0] - 1)], -1)
         self.left -= given.sum()
         self.users += counts(page, self.users.shape[0])
         return page

@@ -442,10 +442,14 @@ class SuperlinearKVCache(TensorState):
             if other.dtype is not value.dtype or list(other.shape) != shape:
                 got = f"{other.dtype} {list(other.shape)}"
                 raise ValueError(f"{name}: expected {value.dtype} {shape}, got {got}")
+        lens = state["seq_lens"]
+        if batch and not 0 <= int(lens.min()) <= int(lens.max()) <= self.max_len:
+            raise ValueError(f"seq_lens: expected numbers in 0..{self.max_len}, got {_shown(lens)}")
         if self.block_table is not None:
             table = state["block_table"]
-            if table.numel() and not -1 <= int(table.min()) <= int(table.max()) < rows:
-                raise ValueError(f"block_table: expected pages in -1..{rows - 1}, got others")
+            held = (table >= 0).sum(1).to(lens.device) * self.k.shape[1]
+            if batch and (int(table.max()) >= rows or bool((held < lens).any())):
+                raise ValueError(f"block_table: expected pages below {rows} for all of seq_lens, got {table.tolist()}")
             self.reset()  # pages of a pool that forks go on with
         for name, value in self.tensors().items():
             self.put(name, state[name].to(value.device, copy=True))
