@@ -163,7 +163,7 @@ def _capacity(tokens: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _offsets_of_capacity(exponent: int | float, capacity: int) -> tuple[int, ...]:
-    found = []
+    found: list[int] = []
     while (o := _offset(len(found) + 1, exponent)) <= capacity:
         found.append(o)
     return tuple(found)

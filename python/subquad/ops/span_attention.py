@@ -88,7 +88,7 @@ def span_attention(
     mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
     base_out = base_lse = None
     if config is not None and config_of(config).window_len():
-        reached = _spans.reach(config, *q.shape[:2], keys, q.device, cache_position, mask)
+        reached = _spans.reach(config, q.shape[0], q.shape[1], keys, q.device, cache_position, mask)
         base_out, base_lse = window(q, k, v, config, reached, keys, mask, scale, backend)
     if gate is None and not joint:  # a head for every slot
         q = q.repeat_interleave(spans, 2)

@@ -87,7 +87,7 @@ def superlinear_attention(
     keys = check_attention(q, k, v)
     search_keys = _checked_search(q_search, search_keys, q, k)
     mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
-    reached = _spans.reach(config, *q.shape[:2], keys, q.device, cache_position, mask, cu_seqlens, q)
+    reached = _spans.reach(config, q.shape[0], q.shape[1], keys, q.device, cache_position, mask, cu_seqlens, q)
     warn_of_gaps(config)
     scale = scale_of(config, q.shape[3])
     found = search(q_search, search_keys, config, reached, keys, mask, None, backend)
