@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._backends import SubquadWarning, backends, use_backend
 from ._packing import Packed
-from .cache import FrameSinkCache, SinkKVCache
+from .cache import FrameSinkCache, SinkKVCache, SuperlinearKVCache
 from .masks import IntervalMask
 from .ops.cats_activation import cats_activation
 from .ops.cats_mlp import cats_mlp
@@ -25,7 +25,7 @@ from .ops.sink_attention_step import sink_attention_step
 from .ops.span_attention import span_attention
 from .ops.span_search import SpanSearch, span_search
 from .recipes.sink import sink_attention
-from .recipes.superlinear import combine_spans, superlinear_attention
+from .recipes.superlinear import combine_spans, superlinear_attention, superlinear_attention_step
 from .rope import RopeSpec
 from .superlinear import SuperlinearConfig, coverage_gaps, span_lengths, stripe_offsets
 
@@ -71,6 +71,7 @@ __all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "SpanSearch",
     "SubquadWarning",
     "SuperlinearConfig",
+    "SuperlinearKVCache",
     "__version__",
     "attention_transfer",
     "attention_transfer_loss",
@@ -95,6 +96,7 @@ __all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "sparsity_report",
     "stripe_offsets",
     "superlinear_attention",
+    "superlinear_attention_step",
     "track_sparsity",
     "trainable_parameters",
     "use_backend",

@@ -114,11 +114,14 @@ class SuperlinearConfig:
 
     def offsets(self, tokens: int, device: torch.device | str | None = None) -> torch.Tensor:
         """int32: o_i with i > sw_index, ascending, all of those up to `tokens` and perhaps more. The same tensor every time."""
-        capacity = 1 << 12
-        while capacity < tokens:  # so that a graph of a growing cache is compiled anew at every doubling only
-            capacity *= 2
         table = torch.ops.subquad.span_offsets if torch.compiler.is_compiling() else _searched_offsets
-        return table(self._stripes, capacity, torch.device("cpu" if device is None else device))
+        return table(self._stripes, _capacity(tokens), torch.device("cpu" if device is None else device))
+
+
+def check_config(config: object) -> None:
+    """`config` is a `SuperlinearConfig`."""
+    if not isinstance(config, SuperlinearConfig):
+        raise TypeError(f"config: expected a subquad.SuperlinearConfig, got {type(config).__name__}")
 
 
 def _between(name: str, value: object) -> None:
@@ -134,24 +137,33 @@ def stripe_offsets(
 ) -> torch.Tensor:
     """o_1, o_2, ... up to `max_tokens`, int64 [S]: exact for integer exponents, else of a power in double precision."""
     _checks.size("max_tokens", max_tokens)
+    check_config(config)
     return torch.tensor(_offsets(config.exponent, max_tokens), dtype=torch.int64, device=device)
 
 
 def _offset(i: int, exponent: int | float) -> int:
-    return i**exponent if isinstance(exponent, int) else int(float(i) ** exponent)
+    try:
+        return i**exponent if isinstance(exponent, int) else int(float(i) ** exponent)
+    except OverflowError:  # of a power close to 0
+        return 1 << 62
 
 
 def _offsets(exponent: int | float, limit: int) -> list[int]:
     """All of at most `limit`."""
+    return [o for o in _offsets_of_capacity(exponent, _capacity(limit)) if o <= limit]
+
+
+def _capacity(tokens: int) -> int:
+    """Of a table for so many tokens: a power of two, so that the graph of a growing cache is compiled anew at doublings only."""
     capacity = 1 << 12
-    while capacity < limit:
+    while capacity < tokens:
         capacity *= 2
-    return [o for o in _offsets_of_capacity(exponent, capacity) if o <= limit]
+    return capacity
 
 
 @functools.lru_cache(maxsize=64)
 def _offsets_of_capacity(exponent: int | float, capacity: int) -> tuple[int, ...]:
-    found = []
+    found: list[int] = []
     while (o := _offset(len(found) + 1, exponent)) <= capacity:
         found.append(o)
     return tuple(found)
@@ -199,6 +211,7 @@ torch.library.register_fake("subquad::span_offsets", _fake_offsets, lib=_LIBRARY
 def span_lengths(tokens_seen: torch.Tensor, config: SuperlinearConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys that a span reaches back from its anchor, and ahead: int32, of the shape of `tokens_seen` (int32 or int64, >= 0)."""
     _checks.integers("tokens_seen", tokens_seen)
+    check_config(config)
     if config.length_mode == "ref_f32":
         power = tokens_seen.float() ** config.span_power
         return tuple(torch.ceil(f * power).int() for f in (config.backward_factor, config.forward_factor))  # type: ignore[return-value]
@@ -223,6 +236,7 @@ def coverage_gaps(t: int, config: SuperlinearConfig) -> list[tuple[int, int]]:
     None at any t where span_power >= 1 - power and backward_factor >= 1 / power.
     """
     _checks.size("t", t)
+    check_config(config)
     back, ahead = (int(x) for x in span_lengths(torch.tensor([t]), config))
     window = config.window_len()
     covered = [(max(0, t - window), t)] if window and t else []
@@ -238,18 +252,22 @@ def coverage_gaps(t: int, config: SuperlinearConfig) -> list[tuple[int, int]]:
 
 
 _warned: set[SuperlinearConfig] = set()
-_PROBED = (64, 1000, 4096, 30_000)
+_FARTHEST = 1 << 24
+_PROBED = (64, 1000, 4096, 30_000)  # tokens beyond the window
 
 
 def warn_of_gaps(config: SuperlinearConfig) -> None:
     """Say once for a configuration that some keys can never be seen."""
-    if torch.compiler.is_compiling() or config in _warned:
+    if torch.compiler.is_compiling() or config in _warned:  # a graph must not depend on who was warned
         return
     _warned.add(config)
     enough = config.span_power >= 1 - 1 / config.exponent and config.backward_factor >= config.exponent
     if enough:
         return
-    for t in _PROBED:
+    for beyond in _PROBED:
+        # Just before a stripe comes into reach, when the farthest one leaves most to be reached backwards.
+        least = config.window_len() + beyond
+        t = min(_offset(len(_offsets(config.exponent, least - 1)) + 1, config.exponent) - 1, _FARTHEST)
         gaps = coverage_gaps(t, config)
         if gaps:
             keys = sum(end - begin for begin, end in gaps)

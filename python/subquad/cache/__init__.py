@@ -6,5 +6,6 @@ from .frames import FrameSinkCache
 from .lawcat import LawcatCache, LawcatState
 from .sink import SinkKVCache
 from .state import State
+from .superlinear import SuperlinearKVCache
 
-__all__ = ["FrameSinkCache", "LawcatCache", "LawcatState", "SinkKVCache", "State"]
+__all__ = ["FrameSinkCache", "LawcatCache", "LawcatState", "SinkKVCache", "State", "SuperlinearKVCache"]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import causal_conv1d, fla
+from . import causal_conv1d, fla, superlinear
 
-__all__ = ["causal_conv1d", "fla"]
+__all__ = ["causal_conv1d", "fla", "superlinear"]

@@ -98,7 +98,6 @@ def reach(
         TypeError: positions that are no integers.
         ValueError: positions of another shape, or that are no keys; `cu_seqlens` with positions or a mask, or with T unlike N.
     """
-    zero = torch.zeros((1, 1), dtype=torch.int32, device=device)
     if cu_seqlens is not None:
         if cache_position is not None or mask is not None:
             raise ValueError("cu_seqlens: expected neither cache_position nor attention_mask beside it")
@@ -107,10 +106,20 @@ def reach(
         assert like is not None
         packed = Packed.of(cu_seqlens, like)
         position = torch.arange(tokens, dtype=torch.int32, device=device)[None]
-        first = packed.int32[packed.sequence.long()][None]
-    else:
-        position = _positions(cache_position, batch, tokens, keys, device)
-        first = zero if mask is None or keys == 0 else mask.int().argmax(1, keepdim=True).int()
+        return reach_from(config, position, packed.int32[packed.sequence.long()][None], keys)
+    position = _positions(cache_position, batch, tokens, keys, device)
+    return reach_from(config, position, first_key(mask, device), keys)
+
+
+def first_key(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """int32 [B or 1, 1]: the first token of each row."""
+    if mask is None or mask.shape[1] == 0:
+        return torch.zeros((1, 1), dtype=torch.int32, device=device)
+    return mask.int().argmax(1, keepdim=True).int()
+
+
+def reach_from(config: SuperlinearConfig, position: torch.Tensor, first: torch.Tensor, keys: int) -> Reach:
+    """Of queries at int32 positions [B or 1, T], -1 for one that sees nothing, whose sequences begin at `first`."""
     position, first = torch.broadcast_tensors(position, first)
     back, ahead = span_lengths((position + 1 - first).clamp(min=0), config)
     last = (position - config.window_len()).clamp(max=keys - 1)

@@ -88,7 +88,7 @@ def span_attention(
     mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
     base_out = base_lse = None
     if config is not None and config_of(config).window_len():
-        reached = _spans.reach(config, *q.shape[:2], keys, q.device, cache_position, mask)
+        reached = _spans.reach(config, q.shape[0], q.shape[1], keys, q.device, cache_position, mask)
         base_out, base_lse = window(q, k, v, config, reached, keys, mask, scale, backend)
     if gate is None and not joint:  # a head for every slot
         q = q.repeat_interleave(spans, 2)
@@ -119,6 +119,24 @@ def window(
     result = interval_attention(q, k, v, seen, scale=scale, return_lse=True, backend=backend)
     assert isinstance(result, tuple)
     return result
+
+
+def span_window(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: SuperlinearConfig,
+    reached: _spans.Reach,
+    mask: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    scale: float,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as one span of every query, which pages need; for few queries, as it makes no mask and splits long spans."""
+    start = torch.maximum(reached.position - (config.window_len() - 1), reached.first)
+    start, end = (x[..., None, None].expand(*q.shape[:3], 1) for x in (start, reached.position))
+    out, lse = attend(q, k, v, start, end, None, None, None, mask, block_table, scale, backend)
+    return out, lse[..., 0]
 
 
 def attend(

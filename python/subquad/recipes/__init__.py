@@ -3,7 +3,7 @@
 from .pine import pine_attention, pine_importance, pine_shift, segment_lse
 from .sink import sink_attention
 from .soft_causal import soft_causal_attention
-from .superlinear import SuperlinearAux, combine_spans, superlinear_attention
+from .superlinear import SuperlinearAux, combine_spans, superlinear_attention, superlinear_attention_step
 
 __all__ = [
     "SuperlinearAux",
@@ -15,4 +15,5 @@ __all__ = [
     "sink_attention",
     "soft_causal_attention",
     "superlinear_attention",
+    "superlinear_attention_step",
 ]

@@ -8,8 +8,10 @@ import torch
 
 from .. import _checks
 from .._packing import Packed
+from ..cache.superlinear import SuperlinearKVCache
+from ..contract import CONTRACTS
 from ..ops import _call, _spans
-from ..ops.span_attention import attend, check_attention, window
+from ..ops.span_attention import attend, check_attention, span_window, window
 from ..ops.span_search import SpanSearch, config_of, search
 from ..reference.span_attention import mix
 from ..superlinear import SuperlinearConfig, scale_of, warn_of_gaps
@@ -47,7 +49,9 @@ def superlinear_attention(
 
     out = sum_s g_s softmax(sm_scale * q k^T over span s and the window) v, with g the softmax of the search scores of the
     chosen anchors. Work grows as T ** (1 + max(power, span_power)). Differentiable in q_search, q, k, v and search_keys: the
-    search learns through g. A row is the same, but for rounding, whether it comes alone, in a chunk or in a whole prompt.
+    search learns through g. A row is the same, but for rounding, whether it comes alone, in a chunk or in a whole prompt: a chunk
+    is a call with its queries, the keys of all tokens so far and, where k is longer than that, `cache_position`;
+    `superlinear_attention_step` does so with a cache.
 
     Args:
         q_search: queries of the search [B, T, H, D], rotated like q where k is.
@@ -83,7 +87,7 @@ def superlinear_attention(
     keys = check_attention(q, k, v)
     search_keys = _checked_search(q_search, search_keys, q, k)
     mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
-    reached = _spans.reach(config, *q.shape[:2], keys, q.device, cache_position, mask, cu_seqlens, q)
+    reached = _spans.reach(config, q.shape[0], q.shape[1], keys, q.device, cache_position, mask, cu_seqlens, q)
     warn_of_gaps(config)
     scale = scale_of(config, q.shape[3])
     found = search(q_search, search_keys, config, reached, keys, mask, None, backend)
@@ -93,6 +97,67 @@ def superlinear_attention(
     gate = gates(found)
     out, lse = attend(q, k, v, found.start, found.end, gate, *base, mask, None, scale, backend)
     return (out, SuperlinearAux(found, gate, lse)) if return_aux else out
+
+
+def superlinear_attention_step(
+    q_search: torch.Tensor,
+    q: torch.Tensor,
+    cache: SuperlinearKVCache | tuple[torch.Tensor, ...],
+    positions: torch.Tensor,
+    *,
+    config: SuperlinearConfig | None = None,
+    attention_mask: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    r"""`superlinear_attention` for decoding: queries at positions of their own in every row, keys from a cache that has them.
+
+    One token or a chunk of a prompt. A row sees the stripes, spans and window of the same row of a whole prompt, to the bit, and
+    nothing behind its position, whatever lies there. No value is read from a GPU and shapes do not depend on positions, so
+    that a step can be captured and compiled.
+
+    Args:
+        q_search, q: [B, T, H, D], as in `superlinear_attention`.
+        cache: a `SuperlinearKVCache` to which the keys of these tokens have been appended; or (k, v) or (k, v, search_keys) as in
+            `superlinear_attention`, whose N may be any capacity.
+        positions: int32 or int64 [B], the key of each row's first query, which the others follow; or [B, T]. A query at -1 sees
+            nothing. On a GPU the values are checked under SUBQUAD_DEBUG=1 only.
+        config: see `SuperlinearConfig`; None for its defaults.
+        attention_mask: bool [B, >= N], True for tokens, where the keys have padding. A `SuperlinearKVCache` has none.
+        backend: "native", "triton", "reference", or None to choose.
+
+    Returns:
+        out [B, T, H, Dv] in q's dtype. Rows that see nothing are 0.
+
+    Raises:
+        TypeError: wrong type or dtype of an argument.
+        ValueError: shapes or devices that do not fit, positions that are not in the cache, a gradient through pages, a backend
+            that cannot run.
+
+    Example:
+        >>> import torch, subquad
+        >>> k, v = torch.randn(2, 100, 2, 8), torch.randn(2, 100, 2, 8)
+        >>> q_search, q = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 4, 8)
+        >>> subquad.superlinear_attention_step(q_search, q, (k, v), torch.tensor([60, 99])).shape
+        torch.Size([2, 1, 4, 8])
+    """
+    config = config_of(config)
+    k, v, search_keys, block_table, lens = _stored(cache)
+    q_search, q = _call.autocast(q_search, q, to=k)
+    keys = check_attention(q, k, v, block_table)
+    search_keys = _checked_search(q_search, search_keys, q, k, block_table)
+    mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
+    position = _step_positions(positions, q, keys, lens)
+    reached = _spans.reach_from(config, position, _spans.first_key(mask, q.device), keys)
+    warn_of_gaps(config)
+    scale = scale_of(config, q.shape[3])
+    found = search(q_search, search_keys, config, reached, keys, mask, block_table, backend)
+    base: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if config.window_len():
+        if block_table is not None or q.shape[1] <= CONTRACTS["span_attention"].few:
+            base = span_window(q, k, v, config, reached, mask, block_table, scale, backend)
+        else:
+            base = window(q, k, v, config, reached, keys, mask, scale, backend)
+    return attend(q, k, v, found.start, found.end, gates(found), *base, mask, block_table, scale, backend)[0]
 
 
 def gates(found: SpanSearch) -> torch.Tensor:
@@ -172,3 +237,39 @@ def _checked_search(
         expected = f"[{', '.join(map(str, k.shape[:3]))}, D]"
         raise ValueError(f"search_keys: expected shape {expected} as k has, got {list(search_keys.shape)}")
     return search_keys
+
+
+_Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def _stored(cache: object) -> _Stored:
+    """k, v, search_keys, block_table and the lengths of a cache."""
+    if isinstance(cache, SuperlinearKVCache):
+        return cache.k, cache.v, cache.search_keys, cache.block_table, cache.seq_lens
+    if not isinstance(cache, (tuple, list)):
+        got = type(cache).__name__
+        raise TypeError(f"cache: expected a SuperlinearKVCache, (k, v) or (k, v, search_keys), got {got}")
+    if len(cache) not in (2, 3):
+        raise ValueError(f"cache: expected (k, v) or (k, v, search_keys), got {len(cache)} of them")
+    k, v, search_keys = (*cache, None)[:3]
+    _checks.tensor("k", k)
+    return k, v, search_keys, None, None
+
+
+def _step_positions(positions: object, q: torch.Tensor, keys: int, lens: torch.Tensor | None) -> torch.Tensor:
+    """int32 [B, T]."""
+    given = _checks.integers("positions", positions)
+    _checks.same_device("positions", given, q.device, "q")
+    batch, tokens = q.shape[:2]
+    if given.shape not in ((batch,), (batch, tokens)):
+        raise ValueError(f"positions: expected shape [{batch}] or [{batch}, {tokens}], got {list(given.shape)}")
+    if given.dim() == 1:
+        given = given[:, None] + torch.arange(tokens, device=q.device)
+    if _checks.readable(given) and given.numel():
+        low, beyond = int(given.min()), given >= (keys if lens is None else lens[:, None])
+        if low < -1 or bool(beyond.any()):
+            where = f"0..{keys - 1}, the keys" if lens is None else f"below the cache's seq_lens, {lens.tolist()}"
+            raise ValueError(
+                f"positions: expected -1 or numbers {where}, got {_checks.shown(given.flatten().tolist())}"
+            )
+    return given.int()
