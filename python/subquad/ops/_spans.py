@@ -91,8 +91,11 @@ def reach(
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | Packed | None = None,
     like: torch.Tensor | None = None,
+    first: torch.Tensor | None = None,
 ) -> Reach:
     """Of T queries and N keys. `mask` as `key_mask` returns it, `like` a tensor [B, T, ...] for `cu_seqlens`.
+
+    `first`: int32 [B or 1, T], the first key of each query's sequence; None: the first key that `mask` shows.
 
     Raises:
         TypeError: positions that are no integers.
@@ -110,7 +113,8 @@ def reach(
         first = packed.int32[packed.sequence.long()][None]
     else:
         position = _positions(cache_position, batch, tokens, keys, device)
-        first = zero if mask is None or keys == 0 else mask.int().argmax(1, keepdim=True).int()
+        if first is None:
+            first = zero if mask is None or keys == 0 else mask.int().argmax(1, keepdim=True).int()
     position, first = torch.broadcast_tensors(position, first)
     back, ahead = span_lengths((position + 1 - first).clamp(min=0), config)
     last = (position - config.window_len()).clamp(max=keys - 1)
