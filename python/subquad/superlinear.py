@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -59,6 +59,7 @@ class SuperlinearConfig:
     search_scale: float = 1.0
     route_per: str = "head"
     length_mode: str = "exact"
+    _stripes: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _checks.size("sw_index", self.sw_index)
@@ -84,6 +85,7 @@ class SuperlinearConfig:
         _checks.number("search_scale", self.search_scale)
         _checks.choice("route_per", self.route_per, ("head", "group"))
         _checks.choice("length_mode", self.length_mode, ("exact", "ref_f32"))
+        object.__setattr__(self, "_stripes", f"{self.exponent!r} {self.sw_index}")
 
     @property
     def exponent(self) -> int | float:
@@ -96,7 +98,7 @@ class SuperlinearConfig:
 
     def window_len(self) -> int:
         """W, the keys of the window, the query's own among them; 0 for none."""
-        return _offset(self.sw_index + 1, self.exponent) - 1
+        return _window(self._stripes)
 
     def num_anchors(self, t: int) -> int:
         """Stripes that the last of t tokens chooses among."""
@@ -113,9 +115,7 @@ class SuperlinearConfig:
         capacity = 1 << 12
         while capacity < tokens:  # so that a graph of a growing cache is compiled anew at every doubling only
             capacity *= 2
-        return _searched_offsets(
-            self.exponent, self.sw_index, capacity, torch.device("cpu" if device is None else device)
-        )
+        return _searched_offsets(self._stripes, capacity, torch.device("cpu" if device is None else device))
 
 
 def _between(name: str, value: object) -> None:
@@ -154,13 +154,28 @@ def _offsets_of_capacity(exponent: int | float, capacity: int) -> tuple[int, ...
     return tuple(found)
 
 
-_tables: dict[tuple[int | float, int, int, torch.device], torch.Tensor] = {}
+# torch.compile may take the numbers of an object for variables, so that what tables depend on is a string to it.
+
+
+def _parsed(stripes: str) -> tuple[int | float, int]:
+    exponent, sw_index = stripes.split()
+    return int(exponent) if exponent.isdigit() else float(exponent), int(sw_index)
 
 
 @torch.compiler.assume_constant_result
-def _searched_offsets(exponent: int | float, sw_index: int, capacity: int, device: torch.device) -> torch.Tensor:
-    key = (exponent, sw_index, capacity, device)
+def _window(stripes: str) -> int:
+    exponent, sw_index = _parsed(stripes)
+    return _offset(sw_index + 1, exponent) - 1
+
+
+_tables: dict[tuple[str, int, torch.device], torch.Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def _searched_offsets(stripes: str, capacity: int, device: torch.device) -> torch.Tensor:
+    key = (stripes, capacity, device)
     if key not in _tables:
+        exponent, sw_index = _parsed(stripes)
         numbers = _offsets_of_capacity(exponent, capacity)[sw_index:]
         _tables[key] = torch.tensor(numbers, dtype=torch.int32, device=device)
     return _tables[key]
@@ -216,7 +231,7 @@ _PROBED = (64, 1000, 4096, 30_000)
 
 def warn_of_gaps(config: SuperlinearConfig) -> None:
     """Say once for a configuration that some keys can never be seen."""
-    if config in _warned or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or config in _warned:
         return
     _warned.add(config)
     enough = config.span_power >= 1 - 1 / config.exponent and config.backward_factor >= config.exponent

@@ -18,12 +18,19 @@ RELEASED = SuperlinearConfig(
 )
 
 
-def oracle(q_search: torch.Tensor, k: torch.Tensor, **options: Any) -> subquad.SpanSearch:
+def search(q_search: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The public function with all its results in one tensor of floats: scores, finite where there is none, and places."""
+    found = subquad.span_search(q_search, k, **options)
+    score = found.score.masked_fill(found.score == -torch.inf, -64.0)
+    return torch.cat([score, *(x.to(score.dtype) / 16 for x in (found.start, found.anchor, found.end))], -1)
+
+
+def oracle(q_search: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
     """The reference with the arguments of the public function."""
-    return subquad.span_search(q_search, k, **options, backend="reference")
+    return search(q_search, k, **options, backend="reference")
 
 
-def eighths(sampler: Sampler, *shape: int) -> torch.Tensor:
+def quarters(sampler: Sampler, *shape: int) -> torch.Tensor:
     """Multiples of 1/4 that 16 bits hold and whose products float32 sums exactly: all backends choose the same, ties included."""
     return (sampler.normal(*shape) * 4).round().clamp(-16, 16) / 4
 
@@ -34,8 +41,8 @@ def draw(
     """Random tensors for one call."""
     batch = batch if sampler.tokens is None else sampler.tokens
     args: dict[str, torch.Tensor | None] = {
-        "q_search": eighths(sampler, batch, tokens, heads, d),
-        "k": eighths(sampler, batch, keys, kv_heads, d),
+        "q_search": quarters(sampler, batch, tokens, heads, d),
+        "k": quarters(sampler, batch, keys, kv_heads, d),
     }
     shared = all(x is None or x.dim() == 1 or x.shape[0] == 1 for x in map(options.get, ("cache_position",)))
     alone = shared and "attention_mask" not in options and "cu_seqlens" not in options
@@ -140,16 +147,21 @@ def _torch_topk(sample: Sample) -> Callable[[], Any] | None:
 SPEC = OpSpec(
     name="span_search",
     stem="span_search",
-    fn=subquad.span_search,
+    fn=search,
     reference=oracle,
     samples=samples,
     random=random,
     grad_args=("q_search", "k"),
+    autocast="cast",
     rows=("q_search", "k"),
     bench=tuple(_bench_cases()),
     bench_sample=bench_sample,
     flops=lambda case: 2.0 * case.params["heads"] * case.params["d"] * anchors(case),
     peers={"torch": _torch_topk},
-    missing={"nn": "a part of SuperlinearAttention"},
+    missing={
+        "nn": "a part of SuperlinearAttention",
+        "check:nan": "a score that is NaN is never chosen; tests/ops checks that",
+        "check:gradcheck": "the samples have ties, where the choice jumps; tests/ops checks it away from them",
+    },
 )
 SPECS = (SPEC,)

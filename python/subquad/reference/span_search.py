@@ -58,9 +58,8 @@ def span_search(
     if per_group:
         rank = rank.sum(3, keepdim=True).expand_as(rank)
     rank = rank.masked_fill(~possible[:, :, None, None] | rank.isnan(), -torch.inf)
-    missing = max(0, num_spans - rank.shape[-1])
-    rank, scores = (torch.nn.functional.pad(x.flatten(2, 3), (0, missing), value=-torch.inf) for x in (rank, scores))
-    stripes = torch.nn.functional.pad(stripes, (0, missing), value=-1)
+    rank, scores = (torch.nn.functional.pad(x.flatten(2, 3), (0, num_spans), value=-torch.inf) for x in (rank, scores))
+    stripes = torch.nn.functional.pad(stripes, (0, num_spans), value=-1)
     best, order = (x[..., :num_spans] for x in torch.sort(rank, dim=-1, descending=True, stable=True))
     chosen = best > -torch.inf
     score = torch.where(chosen, scores.gather(-1, order), -torch.inf)

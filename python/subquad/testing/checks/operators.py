@@ -108,15 +108,24 @@ def vmap(case: Case) -> None:
         for a, b in zip(batched, looped, strict=True):
             assert_close(a[k], b, case.spec.tol.forward[b.dtype], f"sample {k} of vmap")
 
-    def loss(tensors: tuple[torch.Tensor, ...], weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        outputs = case.call(base, **dict(zip(rows, tensors, strict=True)), **weights)
+    floats = tuple(n for n in rows if base[n].is_floating_point())
+    places = {n: x for n, x in zip(rows, stacked, strict=True) if n not in floats}
+
+    def loss(
+        tensors: tuple[torch.Tensor, ...], weights: dict[str, torch.Tensor], given: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        outputs = case.call(base, **dict(zip(floats, tensors, strict=True)), **weights, **given)
         return sum((y.float().square().sum() for y in outputs), torch.zeros(()))
 
-    per_sample = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))(
-        stacked, {n: w.detach() for n, w in shared.items()}
+    per_sample = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None, 0))(
+        tuple(x for n, x in zip(rows, stacked, strict=True) if n in floats),
+        {n: w.detach() for n, w in shared.items()},
+        places,
     )
     for k, sample in enumerate(samples):
-        tensors = tuple(sample[n].detach().requires_grad_() for n in rows)
-        expected = torch.autograd.grad(loss(tensors, shared), (*tensors, *shared.values()))
-        for name, a, b in zip((*rows, *shared), tree_leaves(per_sample), expected, strict=True):
+        tensors = tuple(sample[n].detach().requires_grad_() for n in floats)
+        expected = torch.autograd.grad(
+            loss(tensors, shared, {n: sample[n] for n in places}), (*tensors, *shared.values())
+        )
+        for name, a, b in zip((*floats, *shared), tree_leaves(per_sample), expected, strict=True):
             assert_close(a[k], b, case.spec.tol.grad[b.dtype], f"gradient of {name}, sample {k} of vmap(grad)")

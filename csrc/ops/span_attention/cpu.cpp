@@ -1,0 +1,52 @@
+// subquad::span_attention_* on CPU tensors.
+#include "ops/span_attention/cpu.h"
+
+#include <vector>
+
+#include "common/integers.h"
+#include "cpu/threads.h"
+#include "ops/span_attention/arguments.h"
+#include "torch/register.h"
+
+namespace subquad::cpu {
+namespace {
+
+constexpr int64_t kSmallProducts = 1 << 18;  // waking other threads would take as long as the work
+
+struct Cpu {
+  static void forward(const SpanAttentionParams& p, DType dtype, const Tensor& q, const auto&...) {
+    const int64_t rows = p.batch * p.tokens * p.heads;
+    if (rows == 0) return;
+    const SpanAttentionForward kernels = SQ_DISPATCH_ISA(span_attention_forward_kernels, dtype);
+    if (kernels.is_few(p)) return forward_of_few(p, kernels, q);
+    const bool small = rows * p.spans * p.keys * (p.d + p.dv) < kSmallProducts;
+    parallel_items_with_scratch(kernels.items(p), small, kernels.scratch(p),
+                                [&](int64_t item, void* scratch) { kernels.run(p, item, scratch); });
+  }
+
+ private:
+  static void forward_of_few(const SpanAttentionParams& p, const SpanAttentionForward& kernels, const Tensor& q) {
+    const int64_t rows = p.batch * p.tokens * p.heads, slots = rows * p.spans, floats = kernels.part_floats(p);
+    std::vector<int64_t> first_piece(static_cast<size_t>(slots) + 1), slot_of;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      first_piece[slot] = static_cast<int64_t>(slot_of.size());
+      slot_of.insert(slot_of.end(), static_cast<size_t>(kernels.piece_count(p, slot)), slot);
+    }
+    const auto pieces = static_cast<int64_t>(slot_of.size());
+    first_piece[slots] = pieces;
+    const Tensor memory = empty_on(q, {pieces * floats}, ScalarType::Float);
+    float* parts = floats_in(memory);
+    constexpr int64_t kPieceKeys = 512;
+    const bool small = pieces * smaller(kPieceKeys, p.keys) * (p.d + p.dv) < kSmallProducts;
+    parallel_items(pieces, small, [&](int64_t i) {
+      kernels.run_piece(p, slot_of[i], i - first_piece[slot_of[i]], parts + i * floats);
+    });
+    parallel_items(rows, small, [&](int64_t row) { kernels.merge_pieces(p, first_piece.data(), parts, row); });
+  }
+};
+
+}  // namespace
+
+SQ_REGISTER_OPS(m) { m.impl("span_attention_fwd", TORCH_BOX(&span_attention_fwd<Cpu>)); }
+
+}  // namespace subquad::cpu

@@ -1,0 +1,32 @@
+// Attention to spans on a CPU, forward and backward. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/isa.h"
+#include "ops/span_attention/params.h"
+
+namespace subquad::cpu {
+
+/// Work is cut into items that touch no memory of each other. The bits of a row do not depend on the cuts. `scratch` is
+/// private to the caller, 64-byte aligned, of the size asked for.
+struct SpanAttentionForward {
+  /// Many rows per key head: an item is some consecutive queries with the heads that share a key head.
+  int64_t (*items)(const SpanAttentionParams&);
+  int64_t (*scratch)(const SpanAttentionParams&);
+  void (*run)(const SpanAttentionParams&, int64_t item, void* scratch);
+
+  /// Few rows: every span is cut into pieces, from `begin` on, whose sums are left in `parts` and merged in their
+  /// order. `is_few`: which of the two. `piece_count` of a slot (of all B * T * H * spans), whose pieces follow those
+  /// of the slots before it: `first_piece` has where each begins, and at its end how many there are.
+  bool (*is_few)(const SpanAttentionParams&);
+  int64_t (*piece_count)(const SpanAttentionParams&, int64_t slot);
+  int64_t (*part_floats)(const SpanAttentionParams&);
+  void (*run_piece)(const SpanAttentionParams&, int64_t slot, int64_t piece, float* part);
+  void (*merge_pieces)(const SpanAttentionParams&, const int64_t* first_piece, const float* parts, int64_t row);
+};
+
+SQ_KERNELS_BY_ISA(SpanAttentionForward, span_attention_forward_kernels, DType dtype)
+
+}  // namespace subquad::cpu
