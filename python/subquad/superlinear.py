@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from . import _checks
 from ._backends import SubquadWarning
 
+T = TypeVar("T")
 MAX_SPANS = 8
 _INTEGER_POWERS = (2, 3, 4, 5, 6)
 
@@ -126,6 +129,12 @@ def _between(name: str, value: object) -> None:
 # --- stripes ----------------------------------------
 
 
+def _constant(function: Callable[..., T]) -> Callable[..., T]:
+    """What `torch.compiler.assume_constant_result` says of a function, without the import of all that compiles."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def stripe_offsets(
     max_tokens: int, config: SuperlinearConfig, device: torch.device | str | None = None
 ) -> torch.Tensor:
@@ -162,7 +171,7 @@ def _parsed(stripes: str) -> tuple[int | float, int]:
     return int(exponent) if exponent.isdigit() else float(exponent), int(sw_index)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _window(stripes: str) -> int:
     exponent, sw_index = _parsed(stripes)
     return _offset(sw_index + 1, exponent) - 1
@@ -171,7 +180,7 @@ def _window(stripes: str) -> int:
 _tables: dict[tuple[str, int, torch.device], torch.Tensor] = {}
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _searched_offsets(stripes: str, capacity: int, device: torch.device) -> torch.Tensor:
     key = (stripes, capacity, device)
     if key not in _tables:

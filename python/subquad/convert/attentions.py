@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from operator import methodcaller
 from typing import Any
 
@@ -81,7 +81,7 @@ def _superlinear(attention: nn.Module, **options: Any) -> SuperlinearAttention:
 
 
 def _superlinear_options(attention: SuperlinearAttention) -> dict[str, Any]:
-    return asdict(attention.config)
+    return {field.name: getattr(attention.config, field.name) for field in fields(SuperlinearConfig) if field.init}
 
 
 SUPERLINEAR = register(

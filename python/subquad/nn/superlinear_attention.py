@@ -22,7 +22,7 @@ from ._scores import LLAMA, normed, scores_of
 from ._tokens import Tokens, firsts_of, keys_of, read, sliding_window
 
 SEARCHES = ("copy_q", "random")
-_OPTIONS = tuple(field.name for field in dataclasses.fields(SuperlinearConfig))
+_OPTIONS = tuple(field.name for field in dataclasses.fields(SuperlinearConfig) if field.init)
 
 
 class SuperlinearAttention(nn.Module):

@@ -80,7 +80,7 @@ def _conversion(kind: str, value: Any, options: dict[str, Any]) -> tuple[Replace
     names, configs = list(known), " or ".join(f"a {replacement.config.__name__}" for replacement in known.values())
     if isinstance(value, str) and value in known:
         config = known[value].config
-        fields_of = [field.name for field in fields(config)]
+        fields_of = [field.name for field in fields(config) if field.init]
         unknown = [option for option in options if option not in fields_of]
         if unknown:
             raise TypeError(f"{unknown[0]}: unknown option; expected some of {', '.join(fields_of)}")
