@@ -24,6 +24,25 @@ struct Cpu {
                                 [&](int64_t item, void* scratch) { kernels.run(p, item, scratch); });
   }
 
+  static void backward(const SpanAttentionParams& p, const SpanAttentionGrads& grads, DType dtype, const Tensor& q,
+                       const auto&...) {
+    const int64_t rows = p.batch * p.tokens * p.heads, heads = p.batch * p.kv_heads;
+    STD_TORCH_CHECK(heads == 0 || rows / heads * p.spans < (int64_t{1} << 31),
+                    "start: expected fewer than 2^31 spans for each head of k, got ", rows / heads * p.spans);
+    const SpanAttentionBackward kernels = SQ_DISPATCH_ISA(span_attention_backward_kernels, dtype);
+    const bool small = rows * p.spans * p.keys * (p.d + p.dv) < kSmallProducts;
+    const Tensor memory = empty_on(q, {rows * p.softmaxes}, ScalarType::Float);
+    const Tensor pairs = empty_on(q, {heads * kernels.list_ints(p)}, ScalarType::Int);
+    float* c = floats_in(memory);
+    auto* lists = static_cast<int32_t*>(pairs.mutable_data_ptr());
+    parallel_items_with_scratch(kernels.query_items(p), small, kernels.query_scratch(p),
+                                [&](int64_t item, void* scratch) { kernels.run_queries(p, grads, c, item, scratch); });
+    parallel_items(heads, small, [&](int64_t head) { kernels.fill_list(p, lists, head); });
+    parallel_items_with_scratch(
+        kernels.key_items(p), small, kernels.key_scratch(p, lists),
+        [&](int64_t item, void* scratch) { kernels.run_keys(p, grads, c, lists, item, scratch); });
+  }
+
  private:
   static void forward_of_few(const SpanAttentionParams& p, const SpanAttentionForward& kernels, const Tensor& q) {
     const int64_t rows = p.batch * p.tokens * p.heads, slots = rows * p.spans, floats = kernels.part_floats(p);
@@ -47,6 +66,9 @@ struct Cpu {
 
 }  // namespace
 
-SQ_REGISTER_OPS(m) { m.impl("span_attention_fwd", TORCH_BOX(&span_attention_fwd<Cpu>)); }
+SQ_REGISTER_OPS(m) {
+  m.impl("span_attention_fwd", TORCH_BOX(&span_attention_fwd<Cpu>));
+  m.impl("span_attention_bwd", TORCH_BOX(&span_attention_bwd<Cpu>));
+}
 
 }  // namespace subquad::cpu

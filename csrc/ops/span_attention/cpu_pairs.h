@@ -50,6 +50,7 @@ class PairSweep {
   /// Starts over with the pairs of `queries` that see any of keys [begin, end), cut to those keys.
   void start(const SpanAttentionParams& p, const Queries& queries, int64_t begin, int64_t end) {
     count_ = taken_ = active_count_ = 0;
+    from_ = begin / kKeys * kKeys;
     Pair* found = full_;
     for (int64_t row = 0, id = 0; row < queries.rows(); ++row) {
       for (int64_t s = 0; s < p.spans; ++s, ++id) {
@@ -60,13 +61,21 @@ class PairSweep {
       }
     }
     sort(found);
+    pairs_ = sorted_;
+  }
+
+  /// Starts over with pairs that are sorted by the tile in which each begins, from the tile at `key` on. No more than
+  /// the capacity see the same tile.
+  void start(const Pairs& sorted, int64_t key) {
+    taken_ = active_count_ = 0;
+    pairs_ = sorted.pairs, count_ = sorted.count, from_ = key;
   }
 
   /// Goes on to the next tile that some pair sees; false after the last.
   bool next() {
     if (active_count_ == 0) {
       if (taken_ == count_) return false;
-      key_ = sorted_[taken_].begin / kKeys * kKeys;
+      key_ = larger(from_, pairs_[taken_].begin / kKeys * kKeys);
     } else {
       key_ += kKeys;
     }
@@ -81,7 +90,8 @@ class PairSweep {
       }
     };
     for (int64_t i = 0; i < active_count_; ++i) meet(active_[i]);
-    for (; taken_ < count_ && sorted_[taken_].begin < key_ + kKeys; ++taken_) meet(sorted_[taken_]);
+    for (; taken_ < count_ && pairs_[taken_].begin < key_ + kKeys; ++taken_)
+      if (pairs_[taken_].end > key_) meet(pairs_[taken_]);
     active_count_ = kept;
     return true;
   }
@@ -122,7 +132,8 @@ class PairSweep {
   }
 
   Pair *const sorted_, *const active_, *const full_, *const edges_;
-  int64_t count_ = 0, taken_ = 0, active_count_ = 0, full_count_ = 0, edge_count_ = 0, key_ = 0;
+  const Pair* pairs_ = nullptr;
+  int64_t from_ = 0, count_ = 0, taken_ = 0, active_count_ = 0, full_count_ = 0, edge_count_ = 0, key_ = 0;
 };
 
 // --------------------------------------------------------------------------------------------------------------- tiles

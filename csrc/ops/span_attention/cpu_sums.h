@@ -65,9 +65,13 @@ class RowResult {
     const float top = base_lse_ > keys.top ? base_lse_ : keys.top, shift = shift_of(top);
     const float base = based_ ? exp_of(base_lse_ - shift) : 0.0f;
     const float own = keys.sum == 0.0f ? 0.0f : exp_of(keys.top - shift), total = keys.sum * own + base;
-    const float gate = p_.gate[at_ * p_.spans + slot], factor = total == 0.0f ? 0.0f : gate / total;
-    if (keys.sum != 0.0f) add_row(values_, keys.out, cols_, factor * own);
-    add_row(values_, base_, cols_, total == 0.0f ? gate : factor * base);  // of zeros, without a base
+    const Vec gate = vec_set(p_.gate[at_ * p_.spans + slot]);
+    const Vec of_keys = vec_set(own / total), of_base = vec_set(total == 0.0f ? 0.0f : base / total);
+    for (int64_t c = 0; c < cols_; c += kLanes) {
+      Vec mixed = vec_mul(vec_load(base_ + c), of_base);
+      if (keys.sum != 0.0f) mixed = vec_fma(vec_load(keys.out + c), of_keys, mixed);
+      vec_store(values_ + c, vec_fma(mixed, gate, vec_load(values_ + c)));
+    }
     p_.lse[at_ * p_.softmaxes + slot] = total == 0.0f ? kNothing : shift + logf(total);
   }
 
