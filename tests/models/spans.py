@@ -1,4 +1,4 @@
-"""Superlinear attention by hand, in plain PyTorch, with a dense mask for every slot: what models that are converted are judged by."""
+"""Superlinear attention by hand, in plain PyTorch, with a dense mask for every slot: what converted models are judged by."""
 
 from __future__ import annotations
 

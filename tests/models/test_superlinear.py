@@ -15,7 +15,7 @@ from subquad.integrations.transformers import CatsConfig, SuperlinearConfig, con
 from subquad.nn import SuperlinearAttention
 from subquad.testing import backend_params
 
-from .matrix.kinds import KINDS, VOCABULARY, Kind, adapt
+from .matrix.kinds import KINDS, Kind, adapt
 from .spans import ByHand
 from .test_sink import Graphs, gradients, told
 from .test_sink_generate import CACHE, LOOKUP, OLD, greedy, on, prompt
@@ -105,6 +105,8 @@ def logits_by_hand(hand: Any, row: torch.Tensor, places: torch.Tensor | None = N
 def test_a_window_that_holds_all_is_the_model(name: str) -> None:
     """Logits, greedy text, beams and rows with padding; the search may be anything."""
     model, stock, ids = converted(name, sw_index=9), plain(name), prompt(20, 2)
+    for one in (model, stock):
+        one.set_attn_implementation("sdpa")  # eager attention has NaN in rows of padding, in float64
     torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-5, atol=1e-5)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -175,8 +177,6 @@ def test_padding(where: str, way: str, cached: bool) -> None:
         logits = torch.cat([logits, more], 1)
     for row, real in enumerate(torch.cat(whole, 1).bool()):
         tokens, places = torch.cat(ids, 1)[row, real], real.nonzero()[:, 0]
-        position_ids = (mask.cumsum(1) - 1).clamp_min(0) if way == "x" else None
-        assert position_ids is None
         torch.testing.assert_close(logits[row, real], _placed(hand, tokens, places), **CLOSE)
 
 
@@ -360,8 +360,6 @@ def test_calls_that_are_refused() -> None:
     layer, x = model.model.layers[0].self_attn, torch.randn(2, 6, 32, dtype=torch.float64)
     angles = torch.randn(2, 1, 6, 8, dtype=torch.float64).unbind(0)
     slides = transformers.DynamicCache(config=KINDS["mistral"].model().config)
-    small = transformers.SinkCache if hasattr(transformers, "SinkCache") else None
-    assert small is None  # transformers has none any more; ours is refused
     for arguments, error, message in (
         ({"output_attentions": True}, ValueError, "output_attentions: there is no matrix of weights"),
         ({"attention_mask": torch.rand(2, 1, 6, 6) < 0.5}, ValueError, "attention_mask: expected a causal mask"),
@@ -370,7 +368,7 @@ def test_calls_that_are_refused() -> None:
         (
             {"cache": subquad.nn.LawcatCache()},
             ValueError,
-            "past_key_values: expected a Cache of transformers, got a LawcatC",
+            "past_key_values: expected a Cache of transformers, got LawcatC",
         ),
         (
             {"cache": slides},
@@ -591,7 +589,3 @@ def test_compiled_models_without_a_cache(padded: bool, graphs: Graphs) -> None:
         found, want = (m(ids, use_cache=False, **given).logits for m in (compiled, model))
         torch.testing.assert_close(found[mask.bool()], want[mask.bool()], **CLOSE)
     assert graphs.count <= 2
-
-
-def test_vocabulary_of_the_draft() -> None:
-    assert LOOKUP["eos_token_id"] == VOCABULARY
