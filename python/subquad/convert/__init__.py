@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from .attentions import LawcatConfig, SinkConfig, convert_attentions, find_attentions, revert_attentions
+from .attentions import (
+    LawcatConfig,
+    SinkConfig,
+    SuperlinearConfig,
+    convert_attentions,
+    find_attentions,
+    revert_attentions,
+)
 from .mlps import CatsConfig, convert_mlps, find_mlps, revert_mlps
 from .replace import ConversionReport, Kind, Replacement, find, match_layer, named, register, replace, restore
 
@@ -13,6 +20,7 @@ __all__ = [
     "LawcatConfig",
     "Replacement",
     "SinkConfig",
+    "SuperlinearConfig",
     "convert_attentions",
     "convert_mlps",
     "find",

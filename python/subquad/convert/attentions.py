@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from operator import methodcaller
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 from ..nn._options import LawcatConfig, SinkConfig
 from ..nn.lawcat import LawcatAttention
 from ..nn.sink_attention import SinkAttention
+from ..nn.superlinear_attention import SuperlinearAttention
+from ..superlinear import SuperlinearConfig
 from .replace import ConversionReport, Kind, Replacement, find, register, replace, restore
 
 
@@ -70,6 +72,29 @@ SINK = register(
         restore=methodcaller("to_attention"),
         new_parameters=methodcaller("new_parameters"),
         options=_sink_options,
+    )
+)
+
+
+def _superlinear(attention: nn.Module, **options: Any) -> SuperlinearAttention:
+    return SuperlinearAttention.from_attention(attention, SuperlinearConfig(**options))
+
+
+def _superlinear_options(attention: SuperlinearAttention) -> dict[str, Any]:
+    return {field.name: getattr(attention.config, field.name) for field in fields(SuperlinearConfig) if field.init}
+
+
+SUPERLINEAR = register(
+    Replacement(
+        kind=ATTENTION,
+        name="superlinear",
+        layer=SuperlinearAttention,
+        config=SuperlinearConfig,
+        constructor="SuperlinearAttention.from_attention",
+        make=_superlinear,
+        restore=methodcaller("to_attention"),
+        new_parameters=methodcaller("new_parameters"),
+        options=_superlinear_options,
     )
 )
 

@@ -229,7 +229,7 @@ def _found(model: nn.Module, by: Replacement, layers: list[int | str] | None) ->
 
 def _made(by: Replacement, config: Any, chosen: dict[str, nn.Module]) -> list[_Exchange]:
     """New modules, beside a model that has not changed."""
-    options = {field.name: getattr(config, field.name) for field in fields(by.config)}
+    options = {field.name: getattr(config, field.name) for field in fields(by.config) if field.init}
     made: dict[int, nn.Module] = {}
     exchanges = []
     for name, old in chosen.items():

@@ -8,6 +8,7 @@ from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 from .lawcat import GateProjection, LawcatAttention
 from .sink_attention import SinkAttention
+from .superlinear_attention import SuperlinearAttention
 
 __all__ = [
     "CATSMLP",
@@ -17,5 +18,6 @@ __all__ = [
     "LearnedFeatureMap",
     "ShortConvolution",
     "SinkAttention",
+    "SuperlinearAttention",
     "dense_state_dict",
 ]

@@ -21,7 +21,8 @@ from ..masks.model_mask import ModelMask
 
 # What says where packed sequences begin: the package's own name and that of transformers' collators for flash attention.
 BOUNDS = ("cu_seqlens", "cu_seq_lens_q")
-_RESTARTS = Derived()  # of positions, which all layers of a model are given: the device is asked once
+# Of positions and masks, which all layers of a model are given: the device is asked once.
+_RESTARTS, _SEEN = Derived(), Derived()
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,59 @@ def chunk_size(attention: nn.Module) -> int | None:
     size: int | None = getattr(config, "attention_chunk_size", None)
     kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
     return size if kinds is None or index is None or kinds[index] == "chunked_attention" else None
+
+
+def keys_of(
+    mask: Any, tokens: Tokens, length: int, keys: int, seen: int | torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Which of the keys, those of earlier calls among them, are tokens by the mask of a call: bool [B|1, keys]; None: all.
+
+    Args:
+        mask: see `read`, which has checked it; keys that it has no columns for are no tokens.
+        tokens: what `read` made of it.
+        length, keys: T and N, the columns of a preallocated cache among them.
+        seen: positions before these; None without a cache.
+
+    Raises:
+        ValueError: a mask without columns for what a cache has seen.
+    """
+    mask = _of_one_kind(mask)
+    if mask is None or (isinstance(mask, ModelMask) and mask.padded_causal and mask.padding is None):
+        return None
+    if isinstance(mask, ModelMask) and mask.padded_causal:
+        assert mask.padding is not None
+        columns = mask.padding
+    elif isinstance(mask, IntervalMask):
+        columns = _seen_by(mask.to_dense(), tokens)
+    elif mask.dim() == 2:
+        columns = mask.bool()
+    else:
+        columns = _SEEN.get(mask, (), lambda: _seen_by(mask, tokens))
+    least = length + (seen if isinstance(seen, int) else 0)
+    if columns.shape[1] < least:
+        raise ValueError(f"attention_mask: expected a column for each of {least} keys, got {columns.shape[1]}")
+    if seen is None:
+        return columns[:, columns.shape[1] - keys :]
+    missing = keys - columns.shape[1]
+    return nn.functional.pad(columns, (0, missing)) if missing > 0 else columns[:, :keys]
+
+
+def _seen_by(mask: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Columns that some token sees, bool [B|1, >= T], of a mask in four dimensions."""
+    visible = _visible(mask)[:, 0]
+    return (visible if tokens.real is None else visible & tokens.real[..., None]).any(1)
+
+
+def firsts_of(tokens: Tokens, length: int) -> torch.Tensor | None:
+    """The column in which the sequence of every token begins, int32 [B or 1, T]; None where each row is one sequence."""
+    if tokens.packed is not None:
+        return tokens.packed.int32[tokens.packed.sequence.long()][None]
+    if tokens.begins is None:
+        return None
+    place = torch.arange(length, device=tokens.begins.device)
+    begun = torch.where(tokens.begins, place, -1).cummax(1).values
+    earliest = 0 if tokens.real is None else tokens.real.int().argmax(1, keepdim=True)
+    return torch.where(begun < 0, earliest, begun).int()
 
 
 def tokens_of(

@@ -91,8 +91,11 @@ def reach(
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | Packed | None = None,
     like: torch.Tensor | None = None,
+    first: torch.Tensor | None = None,
 ) -> Reach:
     """Of T queries and N keys. `mask` as `key_mask` returns it, `like` a tensor [B, T, ...] for `cu_seqlens`.
+
+    `first`: int32 [B or 1, T], the first key of each query's sequence; None: the first key that `mask` shows.
 
     Raises:
         TypeError: positions that are no integers.
@@ -108,7 +111,7 @@ def reach(
         position = torch.arange(tokens, dtype=torch.int32, device=device)[None]
         return reach_from(config, position, packed.int32[packed.sequence.long()][None], keys)
     position = _positions(cache_position, batch, tokens, keys, device)
-    return reach_from(config, position, first_key(mask, device), keys)
+    return reach_from(config, position, first_key(mask, device) if first is None else first, keys)
 
 
 def first_key(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:

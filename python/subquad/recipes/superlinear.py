@@ -89,14 +89,30 @@ def superlinear_attention(
     mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
     reached = _spans.reach(config, q.shape[0], q.shape[1], keys, q.device, cache_position, mask, cu_seqlens, q)
     warn_of_gaps(config)
-    scale = scale_of(config, q.shape[3])
+    out, aux = attended(q_search, q, k, v, search_keys, config, reached, mask, backend)
+    return (out, aux) if return_aux else out
+
+
+def attended(
+    q_search: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    search_keys: torch.Tensor,
+    config: SuperlinearConfig,
+    reached: _spans.Reach,
+    mask: torch.Tensor | None,
+    backend: str | None,
+) -> tuple[torch.Tensor, SuperlinearAux]:
+    """The same with arguments that have been checked and what every query may reach."""
+    keys, scale = k.shape[1], scale_of(config, q.shape[3])
     found = search(q_search, search_keys, config, reached, keys, mask, None, backend)
     base: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if config.window_len():
         base = window(q, k, v, config, reached, keys, mask, scale, backend)
     gate = gates(found)
     out, lse = attend(q, k, v, found.start, found.end, gate, *base, mask, None, scale, backend)
-    return (out, SuperlinearAux(found, gate, lse)) if return_aux else out
+    return out, SuperlinearAux(found, gate, lse)
 
 
 def superlinear_attention_step(

@@ -27,6 +27,9 @@ CONVERSIONS = {
         Conversion("lawcat_window", lawcat={"window_size": 4}),
         Conversion("first", lawcat={}, layers=(0,)),
         Conversion("last_window", lawcat={"window_size": 3, "linear_covers_window": False}, layers=(-1,)),
+        Conversion(
+            "superlinear", superlinear={"sw_index": 1, "num_spans": 2, "backward_factor": 0.9, "forward_factor": 0.4}
+        ),
         Conversion("rest_lolcats_cats", cats=True, lawcat=LOLCATS, layers=(1, -1)),
     )
 }
@@ -63,8 +66,12 @@ class Case:
         return CONVERSIONS[self.conversion].cats
 
     @property
-    def lawcat(self) -> bool:
-        return CONVERSIONS[self.conversion].lawcat is not None
+    def superlinear(self) -> bool:
+        return CONVERSIONS[self.conversion].superlinear is not None
+
+    @property
+    def attends(self) -> bool:
+        return CONVERSIONS[self.conversion].attends
 
     @property
     def softmax(self) -> bool:
@@ -109,15 +116,21 @@ REFUSALS = (  # in the order in which they are met
     ),
     Refusal(
         "sinks",
-        "linear attention has no softmax that a sink could belong to",
+        "linear attention has no softmax that a sink could belong to, and the gate of spans no place for one",
         r"layers\.\d+\.self_attn: attention: expected none with sinks",
-        lambda case: case.kind == "gpt-oss" and case.lawcat,
+        lambda case: case.kind == "gpt-oss" and case.attends,
     ),
     Refusal(
         "fused projections",
-        "LAWCAT needs q, k and v apart, and Phi-3 has one projection of all",
+        "conversions need q, k and v apart, and Phi-3 has one projection of all",
         r"layers\.\d+\.self_attn: attention: expected q_proj, k_proj, v_proj, o_proj and head_dim, got a Phi3Attention",
-        lambda case: case.kind == "phi3" and case.lawcat,
+        lambda case: case.kind == "phi3" and case.attends,
+    ),
+    Refusal(
+        "sliding",
+        "layers that slide are linear as they are, and keep no keys for spans",
+        r"layers\.\d+\.self_attn: attention: expected one that sees every key before it, got one with a sliding window of \d",
+        lambda case: case.superlinear and any(window is not None for window in KINDS[case.kind].windows),
     ),
     Refusal(
         "capped scores",

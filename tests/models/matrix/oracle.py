@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..spans import ByHand
 from . import kinds
 from .kinds import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, Kind
 
@@ -31,22 +32,38 @@ class Conversion:
     Attributes:
         name: in the ids of tests.
         cats: whether the MLPs are.
-        lawcat: options of the attention layers that are; None where none is.
+        lawcat, superlinear: options of the attention layers that are; None where none is.
         layers: their numbers, from the end if negative; None for all.
     """
 
     name: str
     cats: bool = False
     lawcat: dict[str, Any] | None = None
+    superlinear: dict[str, Any] | None = None
     layers: tuple[int, ...] | None = None
 
     def converts(self, layer: int, count: int) -> bool:
         """Whether the attention of this layer is converted in a model of `count` layers."""
-        return self.lawcat is not None and (self.layers is None or layer in {n % count for n in self.layers})
+        return self.attends and (self.layers is None or layer in {n % count for n in self.layers})
+
+    @property
+    def attends(self) -> bool:
+        """Whether any attention layer is converted."""
+        return self.lawcat is not None or self.superlinear is not None
+
+    def new_parameters(self, layer: int) -> dict[str, torch.Tensor]:
+        """What a converted attention layer adds, by name: random values of the shapes that docs imply."""
+        shapes = (
+            _of_lawcat(self.lawcat) if self.lawcat is not None else {"q_search_proj.weight": (HEADS * HEAD_DIM, HIDDEN)}
+        )
+        found = {}
+        for name, shape in shapes.items():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{layer}.{name}".encode()))
+            found[name] = 0.5 * torch.randn(shape, generator=generator)
+        return found
 
 
-def new_parameters(layer: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What a converted attention layer adds, by name: random values of the shapes that docs/lawcat.md implies."""
+def _of_lawcat(options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     taps, rank, features = options.get("conv_size", 4), 16, HEAD_DIM // 2
     shapes: dict[str, tuple[int, ...]] = {f"conv_{name}.weight": (HEADS * HEAD_DIM, 1, taps) for name in "qk"}
     maps = ("feature_map",) if options.get("tie_qk_feature_map", True) else ("feature_map", "feature_map_k")
@@ -56,11 +73,7 @@ def new_parameters(layer: int, options: dict[str, Any]) -> dict[str, torch.Tenso
         shapes |= {"gate.0.weight": (rank, HIDDEN), "gate.1.weight": (gates, rank), "gate.1.bias": (gates,)}
     if options.get("window_size"):
         shapes["window_factor"] = (HEADS,)
-    found = {}
-    for name, shape in shapes.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{layer}.{name}".encode()))
-        found[name] = 0.5 * torch.randn(shape, generator=generator)
-    return found
+    return shapes
 
 
 # --- layers ----------------------------------------
@@ -69,10 +82,9 @@ def new_parameters(layer: int, options: dict[str, Any]) -> dict[str, torch.Tenso
 class Lawcat(nn.Module):
     """LAWCAT (arXiv 2509.18467) of one sequence at once: weights [T, T] of every head, and one denominator."""
 
-    def __init__(self, attention: nn.Module, layer: int, options: dict[str, Any]) -> None:
+    def __init__(self, attention: nn.Module, new: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
         super().__init__()
-        self.attention, self.options = attention, options
-        self.new = {name: value.double() for name, value in new_parameters(layer, options).items()}
+        self.attention, self.options, self.new = attention, options, new
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Any, **kwargs: Any
@@ -173,7 +185,7 @@ class Truth:
 def truth(
     kind: Kind, conversion: Conversion, adapted: bool, rows: list[torch.Tensor], columns: list[torch.Tensor]
 ) -> Truth:
-    """Of rows of token ids [T_r], which stand in these columns of a batch: softmax with a window counts those."""
+    """Of rows of token ids [T_r], which stand in these columns of a batch: softmax with a window, or by spans, counts those."""
     model = kind.model()
     if adapted:
         kinds.adapt(model)
@@ -182,7 +194,12 @@ def truth(
     masks: dict[str, Any] = {}
     for number, layer in enumerate(model.model.layers):
         if conversion.converts(number, count):
-            layer.self_attn = Lawcat(layer.self_attn, number, conversion.lawcat or {})
+            new = {name: value.double() for name, value in conversion.new_parameters(number).items()}
+            if conversion.lawcat is not None:
+                layer.self_attn = Lawcat(layer.self_attn, new, conversion.lawcat)
+            else:
+                search = (new["q_search_proj.weight"], None)
+                layer.self_attn = ByHand(layer.self_attn, search, conversion.superlinear or {}, masks)
         else:
             layer.self_attn.register_forward_pre_hook(_masked(masks, kind.windows[number]), with_kwargs=True)
         if conversion.cats:

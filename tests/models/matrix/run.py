@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from subquad.demo.model import cache_name
-from subquad.integrations.transformers import CatsConfig, LawcatConfig, convert, register, revert
-from subquad.nn import CATSMLP, LawcatAttention
+from subquad.integrations.transformers import CatsConfig, LawcatConfig, SuperlinearConfig, convert, register, revert
+from subquad.nn import CATSMLP, LawcatAttention, SuperlinearAttention
 
 from . import kinds, oracle
 from .axes import CONVERSIONS, Case
@@ -76,6 +76,8 @@ def model_of(case: Case, adapt: Callable[[Any], None]) -> Any:
         convert(model, mlp=CatsConfig())
     if conversion.lawcat is not None:
         convert(model, attention=LawcatConfig(**conversion.lawcat), layers=conversion.layers)
+    if conversion.superlinear is not None:
+        convert(model, attention=SuperlinearConfig(**conversion.superlinear), layers=conversion.layers)
     if case.variant == "lora_after":
         adapt(model)
     return model
@@ -86,11 +88,12 @@ def align(model: Any, case: Case, thresholds: list[float]) -> None:
     conversion, count = CONVERSIONS[case.conversion], len(model.model.layers)
     for number, layer in enumerate(model.model.layers):
         assert isinstance(layer.mlp, CATSMLP) == conversion.cats, number
-        assert isinstance(layer.self_attn, LawcatAttention) == conversion.converts(number, count), number
+        converted = isinstance(layer.self_attn, SuperlinearAttention if case.superlinear else LawcatAttention)
+        assert converted == conversion.converts(number, count), number
         if conversion.cats:
             layer.mlp.set_threshold(thresholds[number])
         if conversion.converts(number, count):
-            values = oracle.new_parameters(number, conversion.lawcat or {})
+            values = conversion.new_parameters(number)
             found = {n: p for n, p in layer.self_attn.new_parameters().items() if "lora_" not in n}
             assert {n: p.shape for n, p in found.items()} == {n: v.shape for n, v in values.items()}
             with torch.no_grad():

@@ -5,7 +5,7 @@ Converting recognises modules by their attributes and never imports the library;
 
 from __future__ import annotations
 
-from ...convert import CatsConfig, ConversionReport, LawcatConfig, SinkConfig
+from ...convert import CatsConfig, ConversionReport, LawcatConfig, SinkConfig, SuperlinearConfig
 from ...nn.cats_mlp import dense_state_dict
 from .attention import attention_forward, register
 from .convert import convert, revert
@@ -17,6 +17,7 @@ __all__ = [
     "ConversionReport",
     "LawcatConfig",
     "SinkConfig",
+    "SuperlinearConfig",
     "attention_forward",
     "attention_mask",
     "convert",

@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from ...convert import CatsConfig, ConversionReport, LawcatConfig, Replacement, SinkConfig, named, replace, restore
+from ...convert import (
+    CatsConfig,
+    ConversionReport,
+    LawcatConfig,
+    Replacement,
+    SinkConfig,
+    SuperlinearConfig,
+    named,
+    replace,
+    restore,
+)
 
 KINDS = ("attention", "mlp")  # in the order in which a report lists them
 
@@ -17,7 +27,7 @@ def convert(
     model: nn.Module,
     *,
     mlp: str | CatsConfig | None = None,
-    attention: str | LawcatConfig | SinkConfig | None = None,
+    attention: str | LawcatConfig | SinkConfig | SuperlinearConfig | None = None,
     layers: Iterable[int | str] | None = None,
     **options: Any,
 ) -> ConversionReport:
@@ -25,13 +35,14 @@ def convert(
 
     A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. LAWCAT must learn
     first: see `subquad.attention_transfer`. Attention with sinks and a window learns nothing, and is the model's own as long as
-    nothing is forgotten. Layers that are converted already stay as they are; `revert` first to change their options.
+    nothing is forgotten. Superlinear attention is the model's own while texts fit its window; its search then starts from the
+    queries, and learns. Layers that are converted already stay as they are; `revert` first to change their options.
 
     Args:
         model: a model with gated MLPs named `mlp` or `feed_forward`, or attention named `self_attn` with separate projections:
             Llama, Mistral, Qwen, SmolLM and others like them.
         mlp: "cats", or a `CatsConfig`.
-        attention: "lawcat" or "sink", or a `LawcatConfig` or `SinkConfig`.
+        attention: "lawcat", "sink" or "superlinear", or a `LawcatConfig`, `SinkConfig` or `SuperlinearConfig`.
         layers: decoder layer numbers (negative from the end) or qualified module names; None for all. Attention that is not
             listed stays softmax: a hybrid model.
         options: fields of the config that a name stands for. With both kinds, give config objects.
@@ -49,10 +60,12 @@ def convert(
         ['model.layers.0.mlp', 'model.layers.1.mlp']
         >>> convert(model, attention="lawcat", layers=range(1, 30))  # doctest: +SKIP
         >>> convert(model, attention="sink", sink_tokens=4, window=1020)  # doctest: +SKIP
+        >>> convert(model, attention="superlinear", sw_index=31, backward_factor=3.0)  # doctest: +SKIP
     """
     if mlp is None and attention is None:
         raise ValueError(
-            "mlp: expected 'cats' or a CatsConfig, or attention 'lawcat', 'sink' or a config of theirs, got None for both"
+            "mlp: expected 'cats' or a CatsConfig, or attention 'lawcat', 'sink', 'superlinear' or a config of theirs, got None "
+            "for both"
         )
     if mlp is not None and attention is not None and options:
         raise TypeError(f"{next(iter(options))}: with mlp and attention, options belong into config objects")
@@ -67,7 +80,7 @@ def _conversion(kind: str, value: Any, options: dict[str, Any]) -> tuple[Replace
     names, configs = list(known), " or ".join(f"a {replacement.config.__name__}" for replacement in known.values())
     if isinstance(value, str) and value in known:
         config = known[value].config
-        fields_of = [field.name for field in fields(config)]
+        fields_of = [field.name for field in fields(config) if field.init]
         unknown = [option for option in options if option not in fields_of]
         if unknown:
             raise TypeError(f"{unknown[0]}: unknown option; expected some of {', '.join(fields_of)}")
