@@ -100,10 +100,19 @@ class FrameSinkCache:
         device: torch.device | str | None = None,
     ) -> None:
         for name, size, least in (
-            ("layers", layers, 1), ("frame_tokens", frame_tokens, 1), ("sink_frames", sink_frames, 0),
-            ("block_frames", block_frames, 1), ("local_frames", local_frames, 1),
+            ("layers", layers, 1), ("batch", batch, 0), ("heads", heads, 1), ("head_dim", head_dim, 1),
+            ("frame_tokens", frame_tokens, 1), ("sink_frames", sink_frames, 0), ("block_frames", block_frames, 1),
+            ("local_frames", local_frames, 1),
         ):  # fmt: skip
             _checks.size(name, size, least)
+        _checks.elements(
+            layers=layers,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            frame_tokens=frame_tokens,
+            local_frames=local_frames,
+        )
         if local_frames < sink_frames + block_frames:
             least = sink_frames + block_frames
             raise ValueError(f"local_frames: expected at least {least}, sinks and a block, got {local_frames}")
@@ -168,7 +177,8 @@ class FrameSinkCache:
         _checks.size("layer", layer)
         if layer >= len(self.states):
             raise ValueError(f"layer: expected one of {len(self.states)}, got {layer}")
-        _checks.tensor("k", k)
+        for name, x in (("k", k), ("q", q)):
+            _checks.tensor(name, x)
         self._check_block(k.shape[1] if k.dim() == 4 else 0, layer)
         state, seen, width = self.states[layer], self._seen[layer], k.shape[1]
         out, lse = state.step(q, k, v, together=True, commit=commit, scale=scale)

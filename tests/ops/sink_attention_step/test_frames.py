@@ -248,7 +248,17 @@ def test_bad_input_is_named() -> None:
         cache_of(local_frames=3)
     with pytest.raises(ValueError, match=r"^frame_tokens: expected at least 1"):
         cache_of(frame_tokens=0)
+    for name in ("frame_tokens", "local_frames"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected sizes of a tensor below 2\^60 elements"):
+            cache_of(**{name: 2**62})
+    with pytest.raises(ValueError, match=r"^heads: expected at least 1, got 0"):
+        FrameSinkCache(1, 1, 0, 8)
+    with pytest.raises(ValueError, match=r"^device: expected a torch\.device"):
+        cache_of(device="nope")
     cache = cache_of()
+    with pytest.raises(TypeError, match=r"^q: expected a torch\.Tensor, got NoneType"):
+        cache.attend(0, None, *block()[0][1:])  # type: ignore[arg-type]
+    assert not any(int(x.count_nonzero()) for x in tensors(cache)[:4])
     with pytest.raises(ValueError, match=r"^layer: expected one of 2"):
         cache.attend(2, *block()[0])
     for frames in (0, 3):
