@@ -396,6 +396,12 @@ class SinkKVCache(TensorState):
             TypeError: no mapping.
             ValueError: names that are missing or not known, a cache of another configuration. Nothing has changed then.
         """
+        self.check_state(state)
+        for name, value in self.tensors().items():
+            self.put(name, state[name].to(value.device, copy=True))
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """What `load_state_dict` raises, without loading."""
         _checks.mapping("state", state)
         own = self.state_dict()
         for name in sorted(own.keys() ^ state.keys()):
@@ -412,8 +418,6 @@ class SinkKVCache(TensorState):
                 raise ValueError(f"{name}: expected shape {shape}, got {list(state[name].shape)}")
         if places < max(1, self.window):
             raise ValueError(f"ring_k: expected at least the {self.window} places of the window, got {places}")
-        for name, value in self.tensors().items():
-            self.put(name, state[name].to(value.device, copy=True))
 
     def _configuration(self) -> dict[str, Any]:
         rope = self.rope
