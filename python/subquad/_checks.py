@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,43 @@ def size(name: str, value: object, least: int = 0) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def hidden(value: object, width: int) -> None:
+    """`hidden_states` of a layer: [B, T, width]."""
+    tensor("hidden_states", value)
+    assert isinstance(value, torch.Tensor)
+    if value.dim() != 3 or value.shape[2] != width:
+        raise ValueError(f"hidden_states: expected shape [B, T, {width}], got {list(value.shape)}")
+
+
+def some_seen(sink_tokens: int, window: int) -> None:
+    """A token sees something: there are sinks or a window."""
+    if not sink_tokens and not window:
+        raise ValueError("window: expected at least 1 without sinks, for a token to see itself, got 0")
+
+
+def elements(**sizes: int) -> None:
+    """A tensor of these sizes can be asked for: their product, in elements, has bytes that 64 bits count. Names the largest."""
+    if math.prod(max(1, n) for n in sizes.values()) >= 2**60:
+        name = max(sizes, key=lambda size: sizes[size])
+        raise ValueError(f"{name}: expected sizes of a tensor below 2^60 elements, got {sizes[name]}")
+
+
+def device(name: str, value: torch.device | str | int | None) -> torch.device | None:
+    """The device that is meant, or None."""
+    if value is None or isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}: expected a torch.device or the name of one, got {value!r}") from error
+
+
+def mapping(name: str, value: object) -> None:
+    """`value` has names, as a state dict has."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected a mapping of names, got {type(value).__name__}")
 
 
 def integers(

@@ -136,6 +136,26 @@ class RopeSpec:
             )
         return cls(inv_freq, dim, attention_scaling=scaling, max_positions=limit)
 
+    def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the angles at `positions`, of exact phases.
+
+        Args:
+            positions: integers [...], negative ones too.
+
+        Returns:
+            (cos, sin), float64 [..., rotary_dim / 2] on the device of the positions.
+
+        Raises:
+            TypeError: positions that are not integers.
+        """
+        if not isinstance(positions, torch.Tensor):
+            raise TypeError(f"positions: expected a torch.Tensor, got {type(positions).__name__}")
+        if positions.is_floating_point() or positions.dtype is torch.bool:
+            raise TypeError(f"positions: expected integers, got {positions.dtype}")
+        phase = positions.long()[..., None] * self.turns(positions.device)  # wraps modulo one turn
+        angle = (phase >> 11).double() * (2 * math.pi / 2.0**53)
+        return angle.cos(), angle.sin()
+
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         """x with its first `rotary_dim` elements rotated by `positions`; differentiable in x.
 
@@ -149,18 +169,13 @@ class RopeSpec:
             ValueError: D below rotary_dim.
         """
         _checks.tensor("x", x)
-        if not isinstance(positions, torch.Tensor):
-            raise TypeError(f"positions: expected a torch.Tensor, got {type(positions).__name__}")
-        if positions.is_floating_point() or positions.dtype is torch.bool:
-            raise TypeError(f"positions: expected integers, got {positions.dtype}")
+        cos, sin = self.cos_sin(positions)
         if x.shape[-1] < self.rotary_dim:
             raise ValueError(
                 f"x: expected at least {self.rotary_dim} elements in the last dimension, got {x.shape[-1]}"
             )
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        phase = positions.long()[..., None] * self.turns(x.device)  # wraps modulo one turn
-        angle = (phase >> 11).double() * (2 * math.pi / 2.0**53)
-        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        cos, sin = cos.to(wide), sin.to(wide)
         turned = x[..., : self.rotary_dim].to(wide)
         if factor != 1.0:
             turned = turned * factor

@@ -96,7 +96,7 @@ def counted(function: Callable[..., Any], number: int, error: type[BaseException
 
 
 STAGES = {
-    "make attention": (LawcatAttention, "from_attention", 2),
+    "make attention": (LawcatAttention, "__init__", 2),
     "make mlp": (CATSMLP, "from_llama_mlp", 2),
     "count": (LawcatAttention, "new_parameters", 2),
     "settle": (CATSMLP, "lay_out", 2),
@@ -340,6 +340,43 @@ def test_what_was_exchanged_since_goes_back_with_the_original() -> None:
     assert all(module.training for module in model.modules())
 
 
+OTHERWISE: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    (
+        "attention",
+        {"attention": "lawcat"},
+        {"gate": "scalar"},
+        "gate: expected 'vector', as it was converted with, got",
+    ),
+    ("attention", {"attention": "lawcat", "keep": 3}, {"keep": 0}, "keep: expected 3, as it was converted with, got 0"),
+    (
+        "mlp",
+        {"mlp": "cats"},
+        {"mask_mode": "union"},
+        "mask_mode: expected 'token', as it was converted with, got 'union'",
+    ),
+    ("mlp", {"mlp": "cats"}, {"threshold": 0.1}, "threshold: expected None, or that of the layer, got another"),
+    ("mlp", {"mlp": "cats", "threshold": torch.ones(12)}, {"threshold": 1.0}, "threshold: expected None, or that of"),
+]
+
+
+@pytest.mark.parametrize(("kind", "first", "then", "message"), OTHERWISE)
+def test_other_options_for_a_converted_layer_are_refused(
+    kind: str, first: dict[str, Any], then: dict[str, Any], message: str
+) -> None:
+    """Whether it is named or one of all; the same options change nothing."""
+    model = mixed_model()
+    convert(model, **first, layers=[1])
+    before = snapshot(model)
+    for layers in (None, [1]):
+        with pytest.raises(
+            ValueError, match=rf"^layers\.1\.{'self_attn' if kind == 'attention' else 'mlp'}: {message}"
+        ):
+            convert(model, **(first | then), layers=layers)
+        assert snapshot(model) == before
+    assert convert(model, **first, layers=[1]) == [] and snapshot(model) == before
+    assert len(convert(model, **first)) == 1
+
+
 # --- registry ----------------------------------------
 
 
@@ -382,6 +419,10 @@ def test_a_new_replacement_is_known_everywhere(silent: Replacement) -> None:
     assert model.layers[0].self_attn.value == 2.0
     report = convert(model, attention="lawcat", mlp=CatsConfig())  # the first layer is converted already
     assert report == ["layers.1.self_attn", *NAMES[2:]] and isinstance(report, ConversionReport)
+    with pytest.raises(
+        ValueError, match=r"^layers.0.self_attn: expected a layer that is not converted, got one of 'silent'"
+    ):
+        convert(model, attention="lawcat", layers=[1, 0])
     assert list(find_attentions(model)) == NAMES[:2]
     assert revert(model) == NAMES and snapshot(model) == before
     assert replace(model, [(silent, SilentConfig(3.0)), (named("mlp")["cats"], CatsConfig())]) == NAMES

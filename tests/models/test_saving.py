@@ -203,7 +203,7 @@ def test_the_record_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     config = model.config
     convert(model.model, mlp="cats", layers=[0])  # a part with the same config
     assert [group["layers"] for group in config.subquad["converted"]] == [["layers.0.mlp"]]
-    convert_mlps(model, CatsConfig(prefill="dense"))
+    convert_mlps(model, CatsConfig(prefill="dense"), layers=[1, 2])
     groups = config.subquad["converted"]
     assert [group["layers"] for group in groups] == [
         ["model.layers.0.mlp"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,13 @@ def test_beside_other_conversions(tmp_path: Path) -> None:
         p.normal_()
     model.save_pretrained(tmp_path)
     again = load_converted(tmp_path)
+    assert convert(again, attention=options, layers=[0, 2]) == []
+    for other, message in (
+        (replace(options, window=WINDOW + 1), "window: expected 9, as it was converted with, got 10"),
+        (replace(options, kv_dtype=None), "kv_dtype: expected 'int8', as it was converted with, got None"),
+    ):
+        with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn: " + message):
+            convert(again, attention=other)
     again.set_attn_implementation("eager")
     layers = [layer.self_attn for layer in again.model.layers]
     assert [isinstance(layer, SinkAttention) for layer in layers] == [True, False, True]

@@ -130,3 +130,18 @@ def test_phases_are_exact(position: int) -> None:
     torch.testing.assert_close(
         rope.rotate(x, torch.tensor(position)), expected, atol=1e-15 * abs(position) + 1e-12, rtol=0
     )
+
+
+def test_cosines_and_sines() -> None:
+    """Of any whole numbers, one pair of every frequency, as `rotate` applies them; of nothing else."""
+    rope = RopeSpec(torch.tensor([1.0, 0.01]), 4)
+    positions = torch.tensor([[0, 7], [-7, 2**40 + 3]])
+    cos, sin = rope.cos_sin(positions)
+    assert cos.shape == sin.shape == (2, 2, 2) and cos.dtype is sin.dtype is torch.float64
+    turned = rope.rotate(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(2, 2, 4), positions)
+    assert torch.equal(turned, torch.cat([cos, sin], -1))
+    torch.testing.assert_close(cos[0, 1], (7 * rope.inv_freq.double()).cos(), rtol=0, atol=1e-12)
+    torch.testing.assert_close((cos[1, 0], sin[1, 0]), (cos[0, 1], -sin[0, 1]), rtol=0, atol=1e-12)
+    for wrong in (positions.double(), positions > 0, [1, 2]):
+        with pytest.raises(TypeError, match=r"^positions: expected"):
+            rope.cos_sin(wrong)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from .. import _checks
 from ..masks import IntervalMask
 from ..ops import _call
 from ..ops._autograd import without_autocast
+from ..ops._sink_checks import check_states, check_tokens, count_of
 from ..ops.interval_attention import interval_attention
-from ..ops.sink_attention_step import _check_states, _check_tokens, _count
 from . import _sink_moves as moves
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def attend(
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("v", v), ("sink_logits", cache.sink_logits)):
             _checks.no_gradient(name, x, "call it under torch.no_grad(), or train with sink_attention")
-    _check_tokens(q, k, v)
-    _check_states(k, v, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, cache.k_scale, cache.v_scale)
-    m = None if m is None else _count(m, k)
+    check_tokens(q, k, v)
+    check_states(k, v, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, cache.k_scale, cache.v_scale)
+    m = None if m is None else count_of(m, k)
     sinks, window, width, seen = cache.sink_tokens, cache.window, k.shape[1], cache.seen[:, None]
     before, column = sinks + window, torch.arange(width, device=k.device)
     place = torch.arange(before, device=k.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,15 @@ class RecachePlan:
     def frames(self) -> slice:
         """Of the video's latent frames."""
         return slice(self.start_frame, self.start_frame + self.num_frames)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """Tokens that are to be written anew, from token `start` on, of every layer; `causal`: blocks see no later ones."""
+
+    start: int
+    width: int
+    causal: bool
 
 
 @dataclass
@@ -100,10 +109,19 @@ class FrameSinkCache:
         device: torch.device | str | None = None,
     ) -> None:
         for name, size, least in (
-            ("layers", layers, 1), ("frame_tokens", frame_tokens, 1), ("sink_frames", sink_frames, 0),
-            ("block_frames", block_frames, 1), ("local_frames", local_frames, 1),
+            ("layers", layers, 1), ("batch", batch, 0), ("heads", heads, 1), ("head_dim", head_dim, 1),
+            ("frame_tokens", frame_tokens, 1), ("sink_frames", sink_frames, 0), ("block_frames", block_frames, 1),
+            ("local_frames", local_frames, 1),
         ):  # fmt: skip
             _checks.size(name, size, least)
+        _checks.elements(
+            layers=layers,
+            batch=batch,
+            heads=heads,
+            head_dim=head_dim,
+            frame_tokens=frame_tokens,
+            local_frames=local_frames,
+        )
         if local_frames < sink_frames + block_frames:
             least = sink_frames + block_frames
             raise ValueError(f"local_frames: expected at least {least}, sinks and a block, got {local_frames}")
@@ -125,7 +143,7 @@ class FrameSinkCache:
         self._seen = [0] * len(self.states)  # tokens of every layer, as its state counts them
         self._pending: list[int | None] = [None] * len(self.states)  # tokens of the block that is not committed
         self._dropped = 0  # tokens of the video before the first that the states count
-        self._replay: int | None = None  # tokens that a recache waits for
+        self._replay: _Replay | None = None  # what a recache waits for
         self._pin: _Pin | None = None
 
     @property
@@ -168,14 +186,38 @@ class FrameSinkCache:
         _checks.size("layer", layer)
         if layer >= len(self.states):
             raise ValueError(f"layer: expected one of {len(self.states)}, got {layer}")
-        _checks.tensor("k", k)
+        for name, x in (("k", k), ("q", q)):
+            _checks.tensor(name, x)
         self._check_block(k.shape[1] if k.dim() == 4 else 0, layer)
         state, seen, width = self.states[layer], self._seen[layer], k.shape[1]
-        out, lse = state.step(q, k, v, together=True, commit=commit, scale=scale)
+        step = self._blocks if self._replay is not None and self._replay.causal else self._block
+        out, lse = step(state, q, k, v, commit, scale)
         if self._pin is not None:
             out = self._with_pinned(layer, q, out, lse, seen + width - state.window, scale)
         self._seen[layer], self._pending[layer] = (seen + width, None) if commit else (seen, width)
         return out
+
+    def _block(
+        self, state: SinkKVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, commit: bool, scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return state.step(q, k, v, together=True, commit=commit, scale=scale)
+
+    def _blocks(
+        self, state: SinkKVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, commit: bool, scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block after block, each of which sees those before it."""
+        assert self._replay is not None
+        sizes = self.block_frames * self.frame_tokens
+        _checks.flag("commit", commit)
+        _checks.like("q", q, (*k.shape[:2], *q.shape[2:]), k, "k")
+        _checks.like("v", v, (*k.shape[:2], *v.shape[2:]), k, "k")
+        state.first.copy_(state.first.clamp_min(self._replay.start + self._replay.width - state.window))
+        parts = zip(*(x.split(sizes, 1) for x in (q, k, v)), strict=True)
+        done = [self._block(state, *part, True, scale) for part in parts]
+        if not commit:
+            state.seen.sub_(k.shape[1])
+        out, lse = (torch.cat(side, 1) for side in zip(*done, strict=True))
+        return out, lse
 
     def commit(self) -> None:
         """Advance all layers by the block that was attended last.
@@ -198,8 +240,8 @@ class FrameSinkCache:
     def _check_block(self, width: int, layer: int) -> None:
         before = self._pending[layer]
         if self._replay is not None:
-            if width != self._replay:
-                raise ValueError(f"k: expected the {self._replay} tokens of the plan, got {width}")
+            if width != self._replay.width:
+                raise ValueError(f"k: expected the {self._replay.width} tokens of the plan, got {width}")
         elif not 0 < width <= self.block_frames * self.frame_tokens or width % self.frame_tokens:
             most = f"at most {self.block_frames} frames of {self.frame_tokens} tokens"
             raise ValueError(f"k: expected {most}, got {width} tokens")
@@ -209,22 +251,27 @@ class FrameSinkCache:
     # --- other prompts ----------------------------------------
 
     @contextmanager
-    def recache(self, start_frame: int | None = None, keep_sink: bool = True) -> Iterator[RecachePlan]:
+    def recache(
+        self, start_frame: int | None = None, keep_sink: bool = True, mask: str = "full"
+    ) -> Iterator[RecachePlan]:
         """Write the last frames anew, for example under another prompt (LongLive's KV-recache).
 
-        The body runs the model on the frames of the plan: every layer attends to all of them in one call of `attend`, in both
-        directions, as often as it likes; the last counts. They are committed at the end. It takes memory for a copy of the cache.
+        The body runs the model on the frames of the plan: every layer attends to all of them in one call of `attend`, as often as
+        it likes; the last counts. They are committed at the end. It takes memory for a copy of the cache.
 
         Args:
             start_frame: the first frame to write anew, in the numbering of the video; None for all that are in the window
                 (with keep_sink=False: in the window and the sinks).
             keep_sink: True leaves the sinks as they are; False makes the first of these frames the sinks and forgets the old.
+            mask: "full": all frames see each other, as in LongLive; "block_causal": blocks of `block_frames`, from the first of
+                these frames on, see none of the later ones, as when they were generated.
 
         Raises:
             ValueError: frames that are not there or, with `keep_sink`, are sinks; layers that are not at the same frame, or have
                 not attended at the end. After any error, one of the body too, the cache is as it was before.
         """
         _checks.flag("keep_sink", keep_sink)
+        causal = _checks.choice("mask", mask, ("full", "block_causal")) == 1
         if self._replay is not None:
             raise ValueError("recache: expected none within another")
         if len(set(self._seen)) > 1:
@@ -250,7 +297,8 @@ class FrameSinkCache:
         if not keep_sink:
             self._dropped += start
         self._seen = [start if keep_sink else 0] * len(self.states)
-        self._pending, self._replay = [None] * len(self.states), seen - start
+        self._pending = [None] * len(self.states)
+        self._replay = _Replay(self._seen[0], seen - start, causal)
         try:
             yield plan
             if set(self._seen) != {seen if keep_sink else seen - start}:
@@ -265,6 +313,51 @@ class FrameSinkCache:
             self._pending = [None] * len(self.states)
         finally:
             self._replay = None
+
+    # --- as a state ----------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, pins and the block that is not committed included, from which a cache made alike goes on bit by bit.
+
+        Tensors as they are, not copies, and plain numbers.
+
+        Raises:
+            ValueError: within `recache`.
+        """
+        if self._replay is not None:
+            raise ValueError("state_dict: expected no recache under way, got one")
+        found: dict[str, Any] = {name: getattr(self, name) for name in ("frame_tokens", "block_frames")}
+        found |= {"seen": list(self._seen), "pending": list(self._pending), "dropped": self._dropped}
+        pin = self._pin
+        found["pin"] = None if pin is None else {"token": pin.token, "position": pin.position, "kv": list(pin.kv)}
+        return found | {f"layers.{i}": state.state_dict() for i, state in enumerate(self.states)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over copies of what `state_dict` gave, of a cache with the same options.
+
+        Raises:
+            TypeError: no mapping.
+            ValueError: names that are missing or not known, a cache of another configuration. Nothing has changed then.
+        """
+        _checks.mapping("state", state)
+        own = self.state_dict()
+        for name in sorted(own.keys() ^ state.keys()):
+            wanted = f"expected {name!r}" if name in own else "expected names of this FrameSinkCache"
+            raise ValueError(f"state: {wanted}, got {sorted(state)}")
+        for name in ("frame_tokens", "block_frames"):
+            if own[name] != state[name]:
+                raise ValueError(f"{name}: expected {own[name]} as this cache has, got {state[name]}")
+        for i, layer in enumerate(self.states):
+            try:
+                layer.check_state(state[f"layers.{i}"])
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layers.{i}: {error}") from error
+        device, pin = self.states[0].seen.device, state["pin"]
+        for i, layer in enumerate(self.states):
+            layer.load_state_dict(state[f"layers.{i}"])
+        self._seen, self._pending, self._dropped = list(state["seen"]), list(state["pending"]), state["dropped"]
+        copies = [] if pin is None else [(k.to(device, copy=True), v.to(device, copy=True)) for k, v in pin["kv"]]
+        self._pin = None if pin is None else _Pin(pin["token"], pin["position"], copies)
 
     # --- pinned frames ----------------------------------------
 

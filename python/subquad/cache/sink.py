@@ -34,7 +34,7 @@ class SinkKVCache(TensorState):
         num_kv_heads, head_dim: Hkv and D, of the keys.
         v_head_dim: Dv, of the values; None for D.
         sink_tokens: S, first tokens of every sequence, which stay.
-        window: W, tokens up to the query's own, which counts.
+        window: W, tokens up to the query's own, which counts; with neither it nor sinks, nothing would be seen.
         slack: places of the ring beyond the window: `rollback` takes back up to slack + 1 tokens at any time.
         dtype: of the tokens and of the sinks; None for torch's default.
         kv_dtype: of the ring: None for `dtype`, torch.int8 or torch.float8_e4m3fn, with a float32 scale per token and head.
@@ -103,6 +103,11 @@ class SinkKVCache(TensorState):
             _checks.size(name, size, least)
             if "head_dim" in name and size > MAX_HEAD_DIM:
                 raise ValueError(f"{name}: expected at most {MAX_HEAD_DIM}, got {size}")
+        _checks.some_seen(sink_tokens, window)
+        for name, size in (("sink_tokens", sink_tokens), ("window", window), ("slack", slack)):
+            sizes = {name: size, "batch": batch, "num_kv_heads": num_kv_heads, "head_dim": max(head_dim, v_head_dim)}
+            _checks.elements(**sizes)
+        device = _checks.device("device", device)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
@@ -169,6 +174,8 @@ class SinkKVCache(TensorState):
             TypeError, ValueError: as `sink_attention_step`; more tokens without `commit` than the ring has places for beyond the
                 window. Nothing has changed then.
         """
+        if q is None:
+            raise TypeError("q: expected a torch.Tensor, got None; append() writes without attention")
         new = k.shape[1] if isinstance(k, torch.Tensor) and k.dim() == 4 else 0
         spare = self.ring_k.shape[2] - self.window + 1
         if not commit and not together and new > spare:
@@ -203,6 +210,7 @@ class SinkKVCache(TensorState):
         """
         if pad is None:
             return self.step(q, k, v)
+        _checks.integers("pad", pad, 1)
         for name, x in (("k", k), ("q", q), ("v", v)):
             _checks.tensor(name, x)
             _checks.same_device(name, x, self.seen.device, "the cache")
@@ -385,8 +393,16 @@ class SinkKVCache(TensorState):
         """Take over copies of the tensors that `state_dict` gave, of any number of sequences and places.
 
         Raises:
+            TypeError: no mapping.
             ValueError: names that are missing or not known, a cache of another configuration. Nothing has changed then.
         """
+        self.check_state(state)
+        for name, value in self.tensors().items():
+            self.put(name, state[name].to(value.device, copy=True))
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """What `load_state_dict` raises, without loading."""
+        _checks.mapping("state", state)
         own = self.state_dict()
         for name in sorted(own.keys() ^ state.keys()):
             wanted = f"expected {name!r}" if name in own else "expected names of this SinkKVCache"
@@ -402,8 +418,6 @@ class SinkKVCache(TensorState):
                 raise ValueError(f"{name}: expected shape {shape}, got {list(state[name].shape)}")
         if places < max(1, self.window):
             raise ValueError(f"ring_k: expected at least the {self.window} places of the window, got {places}")
-        for name, value in self.tensors().items():
-            self.put(name, state[name].to(value.device, copy=True))
 
     def _configuration(self) -> dict[str, Any]:
         rope = self.rope

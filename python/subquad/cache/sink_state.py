@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import _checks
 from .sink import SinkKVCache
 from .state import TensorState, adapter_for, check_rollback
 
@@ -133,10 +134,14 @@ class SinkState(TensorState):
             self.late = self.late.to(device, non_blocking=non_blocking)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        _checks.mapping("state", state)
         held = {n.removeprefix("cache."): x for n, x in state.items() if n.startswith("cache.")}
         others = set(state) - {f"cache.{name}" for name in held} - {"late", *self.counters}
         if others:
             raise ValueError(f"state: expected names of a SinkState, got {sorted(others)[0]!r}")
+        for name in ("seen", *(("cache.sink_k",) if held else ())):
+            if name not in state:
+                raise ValueError(f"state: expected {name!r}, got {sorted(state)}")
         cache = None
         if held:
             k = held["sink_k"]

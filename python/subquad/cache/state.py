@@ -86,6 +86,7 @@ class State(Protocol):
         """Take over copies of what `state_dict` gave, dtypes unchanged.
 
         Raises:
+            TypeError: no mapping.
             ValueError: a name that this state does not have.
         """
         ...
@@ -141,6 +142,7 @@ class TensorState(ABC):
         return {name: getattr(self, name) for name in self.counters} | self.tensors()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        _checks.mapping("state", state)
         fresh = type(self)()
         for name, value in state.items():
             if name in self.counters:

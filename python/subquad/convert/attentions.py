@@ -14,7 +14,7 @@ from ..nn.lawcat import LawcatAttention
 from ..nn.sink_attention import SinkAttention
 from ..nn.superlinear_attention import SuperlinearAttention
 from ..superlinear import SuperlinearConfig
-from .replace import ConversionReport, Kind, Replacement, find, register, replace, restore
+from .replace import ConversionReport, Kind, Replacement, find, plain, register, replace, restore
 
 
 def _looks(module: nn.Module) -> bool:
@@ -29,12 +29,10 @@ ATTENTION = Kind(
 )
 
 
-def _lawcat(attention: nn.Module, **options: Any) -> LawcatAttention:
-    return LawcatAttention.from_attention(attention, **options)
-
-
-def _options(attention: LawcatAttention) -> dict[str, Any]:
-    return asdict(attention.config) | {"keep": attention.keep}
+def _options(attention: LawcatAttention | SinkAttention) -> dict[str, Any]:
+    """What it was made with; `keep` may have been set since."""
+    own = {name: getattr(attention, name) for name in ("keep",) if hasattr(attention, name)}
+    return {name: plain(value) for name, value in asdict(attention.config).items()} | own
 
 
 LAWCAT = register(
@@ -44,21 +42,12 @@ LAWCAT = register(
         layer=LawcatAttention,
         config=LawcatConfig,
         constructor="LawcatAttention.from_attention",
-        make=_lawcat,
+        make=LawcatAttention.from_attention,
         restore=methodcaller("to_attention"),
         new_parameters=methodcaller("new_parameters"),
         options=_options,
     )
 )
-
-
-def _sink(attention: nn.Module, **options: Any) -> SinkAttention:
-    return SinkAttention.from_attention(attention, **options)
-
-
-def _sink_options(attention: SinkAttention) -> dict[str, Any]:
-    ring = attention.config.ring_dtype()
-    return asdict(attention.config) | {"kv_dtype": None if ring is None else str(ring).removeprefix("torch.")}
 
 
 SINK = register(
@@ -68,10 +57,10 @@ SINK = register(
         layer=SinkAttention,
         config=SinkConfig,
         constructor="SinkAttention.from_attention",
-        make=_sink,
+        make=SinkAttention.from_attention,
         restore=methodcaller("to_attention"),
         new_parameters=methodcaller("new_parameters"),
-        options=_sink_options,
+        options=_options,
     )
 )
 

@@ -7,8 +7,10 @@ from dataclasses import fields
 from operator import methodcaller
 from typing import Any
 
+import torch
 from torch import nn
 
+from .. import _checks
 from ..nn._gated import looks_gated
 from ..nn._options import CatsConfig
 from ..nn.cats_mlp import CATSMLP
@@ -31,6 +33,15 @@ def _options(mlp: CATSMLP) -> dict[str, Any]:
     return {field.name: getattr(mlp, field.name) for field in fields(CatsConfig) if field.name != "threshold"}
 
 
+def _check_threshold(mlp: CATSMLP, config: CatsConfig) -> None:
+    """None asks for none in particular."""
+    if config.threshold is None or _checks.traced(mlp.threshold):
+        return
+    held, wanted = mlp.threshold, torch.as_tensor(config.threshold, dtype=torch.float32, device=mlp.threshold.device)
+    if held.shape != wanted.shape or not bool((held == wanted).all()):
+        raise ValueError("threshold: expected None, or that of the layer, got another; set_threshold changes it")
+
+
 CATS = register(
     Replacement(
         kind=MLP,
@@ -43,6 +54,7 @@ CATS = register(
         settle=methodcaller("lay_out"),
         unsettle=methodcaller("restore_layout"),
         options=_options,
+        check=_check_threshold,
     )
 )
 

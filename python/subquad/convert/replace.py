@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import _checks
@@ -25,6 +26,15 @@ def _no_parameters(module: Any) -> dict[str, nn.Parameter]:
 
 def _no_options(module: Any) -> dict[str, Any]:
     return {}
+
+
+def _agrees(module: Any, config: Any) -> None:
+    pass
+
+
+def plain(value: Any) -> Any:
+    """A value of an option as JSON says it."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Replacement:
         unsettle: undoes that, also when it was interrupted.
         new_parameters: those that the model had not, by name.
         options: of a new module as it is now, for another config: what JSON can say.
+        check: ValueError for a new module and another config that differ in what `options` leaves out.
     """
 
     kind: Kind
@@ -72,6 +83,7 @@ class Replacement:
     unsettle: Callable[[Any], None] = _nothing
     new_parameters: Callable[[Any], dict[str, nn.Parameter]] = _no_parameters
     options: Callable[[Any], dict[str, Any]] = _no_options
+    check: Callable[[Any, Any], None] = _agrees
 
 
 _REGISTRY: dict[tuple[str, str], Replacement] = {}
@@ -186,8 +198,8 @@ def replace(
 ) -> ConversionReport:
     """Exchange layers of a model for new ones that share their weights, in place.
 
-    Layers that are converted already stay as they are. All or nothing: whatever is raised, and wherever, the model has its very
-    modules again, with their weights laid out as they were.
+    Layers that are converted already, with the same options, stay as they are. All or nothing: whatever is raised, and wherever,
+    the model has its very modules again, with their weights laid out as they were.
 
     Args:
         model: any module.
@@ -198,12 +210,12 @@ def replace(
         Names of the modules converted by this call, and counts of their parameters.
 
     Raises:
-        ValueError: see `find`; or a layer cannot be converted, lies in another or is offloaded with another, and the message
-            names it.
+        ValueError: see `find`; or a layer cannot be converted, lies in another, is offloaded with another, or is converted
+            already, with other options or, where `layers` names it, to something else; the message names it.
         TypeError: an option of a wrong type.
     """
     wanted = None if layers is None else listed(layers)
-    found = [(replacement, config, _found(model, replacement, wanted)) for replacement, config in conversions]
+    found = [(replacement, config, _found(model, replacement, config, wanted)) for replacement, config in conversions]
     names = [name for _, _, chosen in found for name in chosen]
     _check_apart(names)
     _check_places(model, names)
@@ -219,12 +231,34 @@ def replace(
     return report
 
 
-def _found(model: nn.Module, by: Replacement, layers: list[int | str] | None) -> dict[str, nn.Module]:
-    """The layers that are not converted yet."""
-    chosen = {n: old for n, old in find(model, by.kind, layers).items() if not _replacement_of(old, by.kind.name)}
+def _found(model: nn.Module, by: Replacement, config: Any, layers: list[int | str] | None) -> dict[str, nn.Module]:
+    """The layers that are not converted yet. Of all layers, those that are something else are not meant."""
+    chosen = {}
+    for name, module in find(model, by.kind, layers).items():
+        made = _replacement_of(module, by.kind.name)
+        if made is None:
+            chosen[name] = module
+        elif made is by:
+            _check_options(name, module, by, config)
+        elif layers is not None:
+            raise ValueError(f"{name}: expected a layer that is not converted, got one of {made.name!r}; revert first")
     if "" in chosen:
         raise ValueError(f"model: it is itself one of the layers ({by.kind.name}); use {by.constructor}")
     return chosen
+
+
+def _check_options(name: str, module: nn.Module, by: Replacement, config: Any) -> None:
+    """A layer keeps its options, and nobody who asks for others is left to believe that it has those."""
+    for option, own in by.options(module).items():
+        wanted = plain(getattr(config, option))
+        if own != wanted:
+            raise ValueError(
+                f"{name}: {option}: expected {own!r}, as it was converted with, got {wanted!r}; revert first"
+            )
+    try:
+        by.check(module, config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _made(by: Replacement, config: Any, chosen: dict[str, nn.Module]) -> list[_Exchange]:

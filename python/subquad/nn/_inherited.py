@@ -11,10 +11,8 @@ from torch import nn
 
 from ..cache.state import adapter_for
 from ._children import placement, set_mode
+from ._sizes import NORMS, PROJECTIONS
 from ._tokens import chunk_size
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NORMS = ("q_norm", "k_norm")
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,10 @@ class SinkConfig:
     backend: str | None = None
 
     def check(self) -> None:
-        """Refuse values that do not exist."""
+        """Refuse values that do not exist, or not together."""
         for name in ("sink_tokens", "window", "slack"):
             _checks.size(name, getattr(self, name))
+        _checks.some_seen(self.sink_tokens, self.window)
         _checks.choice("positions", self.positions, POSITIONS)
         _checks.choice("key_rope", self.key_rope, KEY_ROPES)
         for name in ("learned_sink", "sinks_in_sliding"):

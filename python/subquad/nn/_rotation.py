@@ -69,19 +69,19 @@ def check_positions(
     places, scaling = positions[:1, :_PLACES].long(), spec.attention_scaling
     if spec.max_positions is not None and int(places.max()) >= spec.max_positions:
         return  # the model uses other frequencies there, and what it does is no stream
-    angle = (places[..., None] * spec.turns(places.device) >> 11).double() * (2 * torch.pi / 2.0**53)
+    own = spec.cos_sin(places)
     # Angles in float32; and after model.to(torch.bfloat16) frequencies are rounded, too.
     eps = torch.finfo(given[0].dtype).eps
     off = places[..., None].abs() * spec.inv_freq.to(places.device).double() * max(eps, 2.0**-21)
     if scores.rotation == "interleaved":
-        angle, off = (x.repeat_interleave(2, -1) for x in (angle, off))
+        *own, off = (x.repeat_interleave(2, -1) for x in (*own, off))
     elif scores.rotation != "once":
-        angle, off = (torch.cat([x, x], -1) for x in (angle, off))
-    if angle.shape[-1] != given[0].shape[-1]:
-        expected = f"{angle.shape[-1]} channels, as the config says"
+        *own, off = (torch.cat([x, x], -1) for x in (*own, off))
+    if off.shape[-1] != given[0].shape[-1]:
+        expected = f"{off.shape[-1]} channels, as the config says"
         raise ValueError(f"position_embeddings: expected {expected}, got {given[0].shape[-1]}")
-    for x, own in zip(given, (angle.cos(), angle.sin()), strict=True):
-        far = (x[:1, :_PLACES].double() - own * scaling).abs()
+    for x, wanted in zip(given, own, strict=True):
+        far = (x[:1, :_PLACES].double() - wanted * scaling).abs()
         if bool((far > TOLERANCE + scaling * (2 * eps + off)).any()):
             raise ValueError(
                 "position_embeddings: expected the rotation of the config, got one that differs by "

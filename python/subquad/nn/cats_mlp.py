@@ -18,6 +18,7 @@ from ..reference.cats_activation import activate, active_mask, cats_glu
 from ._children import placement, plain, set_mode
 from ._gated import activation_name, gated_parts
 from ._options import CatsConfig
+from ._sizes import check_sizes
 
 DOWN_LAYOUTS = ("auto", "strided", "keep")
 DENSE = -1.0  # a threshold below every magnitude
@@ -96,8 +97,9 @@ class CATSMLP(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        _checks.size("hidden_size", hidden_size)
-        _checks.size("intermediate_size", intermediate_size)
+        check_sizes(0, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        _checks.flag("bias", bias)
+        device = _checks.device("device", device)
         self._remember(None)
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias, device, dtype)

@@ -17,11 +17,12 @@ from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
 from ..ops.lawcat_decode_step import MAX_DIM
 from ._children import plain
-from ._inherited import NORMS, PROJECTIONS, Inherited, give_back, remember
+from ._inherited import Inherited, give_back, remember
 from ._lawcat_steps import step
 from ._options import LawcatConfig
 from ._scores import LLAMA, normed, scores_of
 from ._sequences import Sequences
+from ._sizes import NORMS, PROJECTIONS, add_projections, attention_sizes, check_sizes
 from ._tied import tie, tied_again
 from ._tokens import Tokens, read, sliding_window
 from ._tokens import tokens_of as tokens_of
@@ -161,17 +162,9 @@ class LawcatAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = LawcatConfig(**options)
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        head_dim = hidden_size // max(num_heads, 1) if head_dim is None else head_dim
+        num_kv_heads, head_dim = attention_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
         feature_dim = max(head_dim // 2, 1) if config.feature_dim is None else config.feature_dim
-        for name, size in (sizes | {"head_dim": head_dim, "feature_dim": feature_dim}).items():
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
+        check_sizes(feature_dim=feature_dim)
         config.check(num_heads == num_kv_heads)
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.feature_dim, self.layer_idx = head_dim, feature_dim, layer_idx
@@ -180,21 +173,11 @@ class LawcatAttention(nn.Module):
         self.linear_covers_window, self.share_kv_features = config.linear_covers_window, config.share_kv_features
         self.linear_scale = None if config.linear_scale is None else _checks.number("linear_scale", config.linear_scale)
         self.gate_kind, self.backend, self.keep = config.gate, config.backend, config.keep
-        self._inherit(dict(parts or {}), proj_bias, qk_norm, {"device": device, "dtype": dtype})
-        self._add(config, {"device": device, "dtype": dtype})
+        made: dict[str, Any] = {"device": _checks.device("device", device), "dtype": dtype}
+        add_projections(self, parts, bias=proj_bias, qk_norm=qk_norm, **made)
+        self._add(config, made)
         self._transfer: Callable[..., tuple[torch.Tensor, None]] | None = None
         remember(self, None)
-
-    def _inherit(self, parts: dict[str, nn.Module], bias: bool, qk_norm: bool, options: dict[str, Any]) -> None:
-        """Projections and norms, of which those in `parts` are there already."""
-        inner, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        sizes = {"q_proj": (self.hidden_size, inner), "k_proj": (self.hidden_size, keys)}
-        sizes |= {"v_proj": (self.hidden_size, keys), "o_proj": (inner, self.hidden_size)}
-        for name, size in sizes.items():
-            self.add_module(name, parts[name] if name in parts else nn.Linear(*size, bias=bias, **options))
-        for name in ("q_norm", "k_norm"):
-            norm = nn.RMSNorm(self.head_dim, eps=1e-6, **options) if qk_norm and name not in parts else None
-            self.add_module(name, parts.get(name, norm))
 
     def _add(self, config: LawcatConfig, options: dict[str, Any]) -> None:
         """What softmax attention has not: convolutions, feature maps, gates."""
@@ -323,6 +306,7 @@ class LawcatAttention(nn.Module):
             raise ValueError("output_attentions: linear attention has no matrix of weights; expected False, got True")
         if position_embeddings is None and self._positioned() and self.scores.positions_needed:
             raise ValueError("position_embeddings: expected (cos, sin), for rope or a window, got None")
+        _checks.hidden(hidden_states, self.hidden_size)
         b, t, _ = hidden_states.shape
         window = None if self.original is None else sliding_window(self.original)
         state = state_of(past_key_values, self.layer_idx, self.keep)

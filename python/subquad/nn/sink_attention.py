@@ -16,11 +16,12 @@ from ..masks import IntervalMask
 from ..recipes.sink import sink_attention
 from ..rope import RopeSpec
 from ._children import placement
-from ._inherited import NORMS, PROJECTIONS, Inherited, give_back, remember
+from ._inherited import Inherited, give_back, remember
 from ._options import SinkConfig
 from ._rotation import check_positions, rope_of
 from ._scores import LLAMA, normed, scores_of
 from ._sequences import Sequences
+from ._sizes import NORMS, PROJECTIONS, add_projections, attention_sizes
 from ._tokens import Tokens, read, sliding_window
 
 
@@ -100,37 +101,31 @@ class SinkAttention(nn.Module):
         super().__init__()
         self.config = config = SinkConfig(**options)
         config.check()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            _checks.size(name, size, 1)
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        _checks.size("head_dim", head_dim, 1)
+        num_kv_heads, head_dim = attention_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
         for name, value in (("qk_norm", qk_norm), ("bias", bias)):
             _checks.flag(name, value)
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
-        self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = (
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-        )
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.rope, self.layer_idx = rope, layer_idx
         self.scale = None if scale is None else _checks.number("scale", scale)
         self.sink_tokens, self.window, self.slides = config.sink_tokens, config.window, False
-        inner, keys, given = num_heads * head_dim, num_kv_heads * head_dim, dict(parts or {})
-        sizes = {"q_proj": (hidden_size, inner), "k_proj": (hidden_size, keys), "v_proj": (hidden_size, keys)}
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name, (width, out) in (sizes | {"o_proj": (inner, hidden_size)}).items():
-            self.add_module(name, given[name] if name in given else nn.Linear(width, out, bias=bias, **made))
-        for name in NORMS:
-            norm = nn.RMSNorm(head_dim, eps=1e-6, **made) if qk_norm and name not in given else None
-            self.add_module(name, given.get(name, norm))
-        learned = nn.Parameter(torch.zeros(num_heads, **made)) if config.learned_sink else None
-        self.register_parameter("sinks", given.get("sinks", learned))
+        made: dict[str, Any] = {"device": _checks.device("device", device), "dtype": dtype}
+        add_projections(self, parts, bias=bias, qk_norm=qk_norm, also=("sinks",), **made)
+        self.register_parameter("sinks", self._sinks(parts or {}, made))
         self._compared = True  # whether positions given by a model have been looked at
         remember(self, None)
         self.new_cache(0)  # which checks the rest
+
+    def _sinks(self, parts: Mapping[str, Any], made: dict[str, Any]) -> nn.Parameter | None:
+        """Those given, or new ones where they are learned."""
+        if "sinks" not in parts:
+            return nn.Parameter(torch.zeros(self.num_heads, **made)) if self.config.learned_sink else None
+        sinks = parts["sinks"]
+        if not isinstance(sinks, nn.Parameter):
+            raise TypeError(f"parts['sinks']: expected a torch.nn.Parameter, got {type(sinks).__name__}")
+        if sinks.numel() and sinks.shape != (self.num_heads,):
+            raise ValueError(f"parts['sinks']: expected shape [{self.num_heads}], got {list(sinks.shape)}")
+        return sinks
 
     @classmethod
     def from_attention(cls, attention: nn.Module, **options: Any) -> SinkAttention:
@@ -223,6 +218,7 @@ class SinkAttention(nn.Module):
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: there is no matrix of weights; expected False, got True")
+        _checks.hidden(hidden_states, self.hidden_size)
         b, t, _ = hidden_states.shape
         if pad is not None:
             attention_mask = self._after(pad, attention_mask, hidden_states)
@@ -306,7 +302,8 @@ class SinkAttention(nn.Module):
     ) -> SinkKVCache:
         """A cache for this layer alone, of `batch` sequences, in the dtype and on the device of the projections unless given."""
         own_device, own_dtype = placement(self.k_proj)
-        device = own_device if device is None else torch.device(device)
+        device = own_device if device is None else _checks.device("device", device)
+        assert device is not None
         cache = self._state().made(batch, own_dtype if dtype is None else dtype, device)
         self._give_sinks(cache)
         return cache

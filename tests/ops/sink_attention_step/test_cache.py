@@ -99,7 +99,7 @@ CONFIGURATIONS: list[dict[str, Any]] = [
     {"sink_logits": torch.linspace(-10, 10, HEADS).double(), "ring": 7},
     {"sink_logits": torch.linspace(-1.0, 2.0, HEADS, dtype=torch.float64), "ring": 9, "sink_tokens": 5},
     {"window": 0, "sink_tokens": 4},
-    {"window": 0, "sink_tokens": 0, "sink_logits": torch.zeros(HEADS)},
+    {"window": 1, "sink_tokens": 0, "sink_logits": torch.zeros(HEADS)},
     {"window": 1, "ring": 1},
     {"sink_tokens": 8, "window": 40},
 ]

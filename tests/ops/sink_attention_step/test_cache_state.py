@@ -326,6 +326,12 @@ def test_compiled_prompts() -> None:
         (ValueError, {"window": -1}, "window: expected at least 0"),
         (TypeError, {"window": None}, "window: expected an int, got NoneType"),
         (ValueError, {"slack": -1}, "slack: expected at least 0"),
+        (ValueError, {"sink_tokens": 0, "window": 0}, "window: expected at least 1 without sinks"),
+        *(
+            (ValueError, {name: 2**62}, f"{name}: expected sizes of a tensor below 2.60 elements, got {2**62}")
+            for name in ("batch", "num_kv_heads", "sink_tokens", "window", "slack")
+        ),
+        (ValueError, {"device": "nope"}, "device: expected a torch.device or the name of one, got 'nope'"),
         (TypeError, {"dtype": torch.int8}, "dtype: expected float32"),
         (TypeError, {"kv_dtype": torch.bfloat16}, "kv_dtype: expected torch.float32 as dtype, int8 or float8_e4m3fn"),
         (TypeError, {"kv_dtype": torch.uint8}, "kv_dtype: expected"),
@@ -373,6 +379,10 @@ def test_bad_calls_change_nothing() -> None:
         (TypeError, "m: expected", lambda: cache.step(*wide, rows([0.5, 1.0]))),
         (TypeError, "scale: expected a float", lambda: cache.step(*wide, scale="1")),
         (ValueError, "commit: expected True for more than 58 tokens", lambda: cache.step(*wide, commit=False)),
+        (TypeError, r"q: expected a torch\.Tensor, got None", lambda: cache.step(None, k, v)),  # type: ignore[arg-type]
+        (TypeError, r"q: expected a torch\.Tensor, got None", lambda: cache.prefill(None, k, v)),  # type: ignore[arg-type]
+        (TypeError, r"pad: expected a torch\.Tensor, got int", lambda: cache.prefill(q, k, v, 3)),  # type: ignore[arg-type]
+        (TypeError, "state: expected a mapping of names, got NoneType", lambda: cache.load_state_dict(None)),  # type: ignore[arg-type]
         (ValueError, r"pad: expected numbers in 0\.\.3", lambda: cache.prefill(q, k, v, rows([4, 0]))),
         (ValueError, r"pad: expected shape \[2\]", lambda: cache.prefill(q, k, v, rows([1]))),
         (

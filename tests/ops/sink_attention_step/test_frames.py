@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -147,6 +148,35 @@ def test_part_of_the_window_is_written_anew() -> None:
     film.attend(cache, block(), commit=True)
 
 
+@each_option
+@pytest.mark.parametrize("keep_sink", [True, False])
+@pytest.mark.parametrize(("blocks", "start"), [(1, None), (2, None), (6, None), (6, 9), (7, 11)])
+def test_blocks_written_anew_see_no_later_ones(
+    options: dict[str, Any], keep_sink: bool, blocks: int, start: int | None
+) -> None:
+    """As when they were generated; before them is what the window of the last of them has."""
+    cache = cache_of(**options)
+    film = Film(cache)
+    for _ in range(blocks):
+        film.attend(cache, block(), commit=True)
+    with cache.recache(start, keep_sink, mask="block_causal") as plan:
+        if plan.num_frames:
+            film.replay(cache, plan.start_frame, keep_sink)
+        for commit in (False, True) if plan.num_frames else ():
+            for layer, (q, k, v) in enumerate(block(plan.num_frames)):
+                out = cache.attend(layer, q, k, v)
+                for row, stream in enumerate(film.rows[layer]):
+                    stream.forget_before((2 * blocks - film.base - LOCAL + SINK) * F)
+                    parts = zip(*(x[row].split(BLOCK * F) for x in (q, k, v)), strict=True)
+                    found = [stream.step(*part, together=True)[0] for part in parts]
+                    torch.testing.assert_close(out[row], torch.cat(found), **CLOSE)
+                    if not commit:
+                        del stream.tokens[-k.shape[1] :]
+    assert cache.frames == 2 * blocks
+    for _ in range(5):
+        film.attend(cache, block(), commit=True)
+
+
 @pytest.mark.parametrize("keep_sink", [True, False])
 def test_a_failed_recache_changes_nothing(keep_sink: bool) -> None:
     cache = cache_of()
@@ -240,6 +270,65 @@ def test_pinned_frames(options: dict[str, Any], recached: bool) -> None:
     film.attend(cache, block(), commit=True)
 
 
+# --- as a state ----------------------------------------
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("recached", [False, True])
+def test_a_saved_cache_goes_on(recached: bool, kv_dtype: torch.dtype | None) -> None:
+    """In the middle of a block, with pinned frames, behind another numbering; copies, not the same tensors."""
+    cache, other = cache_of(kv_dtype=kv_dtype), cache_of(kv_dtype=kv_dtype)
+    feed = lambda c, x: [c.attend(layer, *x[layer]) for layer in range(LAYERS)]  # noqa: E731
+    for _ in range(4):
+        feed(cache, block())
+        cache.commit()
+    cache.pin(5, 1)
+    if recached:
+        with cache.recache(keep_sink=False) as plan:
+            feed(cache, block(plan.num_frames))
+    feed(cache, block(1))
+    feed(other, block())
+    file = io.BytesIO()
+    torch.save(cache.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    third = cache_of(kv_dtype=kv_dtype)
+    third.load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match=r"^k: expected 3 tokens, as the block has"):
+        other.attend(0, *block(2)[0])
+    for c in (cache, other, third):
+        c.commit()
+    for _ in range(5):
+        x = block()
+        wanted = feed(cache, x)
+        for c in (other, third):
+            assert all(torch.equal(a, b) for a, b in zip(wanted, feed(c, x), strict=True))
+        for c in (cache, other, third):
+            c.commit()
+    assert cache.frames == other.frames == third.frames == 19 and other.nbytes == cache.nbytes
+
+
+def test_states_of_other_caches() -> None:
+    cache = cache_of()
+    cache.attend(0, *block()[0])
+    before, state = tensors(cache), cache.state_dict()
+    for wrong, error, message in (
+        (None, TypeError, "state: expected a mapping of names, got NoneType"),
+        ({}, ValueError, "state: expected 'block_frames', got"),
+        (state | {"more": 1}, ValueError, "state: expected names of this FrameSinkCache, got"),
+        (cache_of(block_frames=1).state_dict(), ValueError, "block_frames: expected 2 as this cache has, got 1"),
+        (cache_of(key_rope="post").state_dict(), ValueError, "layers.0: key_rope: expected 'pre'"),
+        (state | {"layers.1": cache_of(sink_frames=1).states[0].state_dict()}, ValueError, "layers.1: .*: expected"),
+        (state | {"layers.1": None}, TypeError, "layers.1: state: expected a mapping"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            cache.load_state_dict(wrong)  # type: ignore[arg-type]
+        assert all(torch.equal(a, b) for a, b in zip(tensors(cache), before, strict=True))
+    held = cache_of()
+    with held.recache(), pytest.raises(ValueError, match=r"^state_dict: expected no recache under way"):
+        held.state_dict()
+
+
 # --- bad input ----------------------------------------
 
 
@@ -248,7 +337,17 @@ def test_bad_input_is_named() -> None:
         cache_of(local_frames=3)
     with pytest.raises(ValueError, match=r"^frame_tokens: expected at least 1"):
         cache_of(frame_tokens=0)
+    for name in ("frame_tokens", "local_frames"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected sizes of a tensor below 2\^60 elements"):
+            cache_of(**{name: 2**62})
+    with pytest.raises(ValueError, match=r"^heads: expected at least 1, got 0"):
+        FrameSinkCache(1, 1, 0, 8)
+    with pytest.raises(ValueError, match=r"^device: expected a torch\.device"):
+        cache_of(device="nope")
     cache = cache_of()
+    with pytest.raises(TypeError, match=r"^q: expected a torch\.Tensor, got NoneType"):
+        cache.attend(0, None, *block()[0][1:])  # type: ignore[arg-type]
+    assert not any(int(x.count_nonzero()) for x in tensors(cache)[:4])
     with pytest.raises(ValueError, match=r"^layer: expected one of 2"):
         cache.attend(2, *block()[0])
     for frames in (0, 3):
@@ -276,6 +375,11 @@ def test_bad_input_is_named() -> None:
     with cache.recache(), pytest.raises(ValueError, match=r"^recache: expected none within another"), cache.recache():
         pass
     with pytest.raises(TypeError, match=r"^keep_sink: expected a bool, got str"), cache.recache(keep_sink="no"):  # type: ignore[arg-type]
+        pass
+    with (
+        pytest.raises(ValueError, match=r"^mask: expected one of 'full', 'block_causal'"),
+        cache.recache(mask="causal"),
+    ):
         pass
     cache.reset()
     assert cache.frames == 0 and all(int(state.seen.sum()) == 0 for state in cache.states)

@@ -19,7 +19,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"rope": ROPE, "learned_sink": True, "qk_norm": True, "bias": True},
     {"rope": INTERLEAVED, "positions": "absolute", "num_kv_heads": 4},
-    {"rope": ROPE, "window": 0, "sink_tokens": 0, "learned_sink": True},
+    {"rope": ROPE, "window": 0, "sink_tokens": 2, "learned_sink": True},
 ]
 
 
@@ -100,6 +100,7 @@ def test_bad_input_is_named() -> None:
         ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of 4, got 3"),
         ({"window": -1}, "window: expected at least 0, got -1"),
         ({"sink_tokens": -1}, "sink_tokens: expected at least 0"),
+        ({"sink_tokens": 0, "window": 0}, "window: expected at least 1 without sinks"),
         ({"positions": "here"}, "positions: expected one of 'cache', 'absolute'"),
         ({"backend": "fast"}, "backend: expected one of"),
         ({"head_dim": 300}, "head_dim: expected at most 256"),

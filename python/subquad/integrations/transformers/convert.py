@@ -36,7 +36,8 @@ def convert(
     A converted MLP is dense until it has a threshold: see `subquad.CatsCalibrator`, or pass `threshold=`. LAWCAT must learn
     first: see `subquad.attention_transfer`. Attention with sinks and a window learns nothing, and is the model's own as long as
     nothing is forgotten. Superlinear attention is the model's own while texts fit its window; its search then starts from the
-    queries, and learns. Layers that are converted already stay as they are; `revert` first to change their options.
+    queries, and learns. Layers that are converted already stay as they are; other options for them are refused: `revert`
+    first.
 
     Args:
         model: a model with gated MLPs named `mlp` or `feed_forward`, or attention named `self_attn` with separate projections:
@@ -51,8 +52,8 @@ def convert(
         Qualified names of the modules converted, a list that also counts their new and shared parameters.
 
     Raises:
-        ValueError: for an unknown conversion, an unknown entry of `layers`, a model without such layers, or a layer that
-            cannot be converted (named in the message).
+        ValueError: for an unknown conversion, an unknown entry of `layers`, a model without such layers, a layer that cannot be
+            converted (named in the message), or one that is converted with other options or, named in `layers`, otherwise.
         TypeError: for an unknown option.
 
     Example:

@@ -74,8 +74,6 @@ class SinkCache(Cache):
         _checks.flag("allow_approx", allow_approx)
         if rope is not None and not isinstance(rope, RopeSpec):
             raise TypeError(f"rope: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
-        if sink_tokens + window < 1:
-            raise ValueError("window: expected at least 1 without sinks, for a token to see itself, got 0")
         model = config if isinstance(config, nn.Module) else None
         config = config if model is None else getattr(model, "config", None)
         if not hasattr(config, "get_text_config"):

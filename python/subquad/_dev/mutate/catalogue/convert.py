@@ -33,7 +33,7 @@ FAULTS = (
         "pass",
     ),
     Fault("convert-shared-twice", "state", _REPLACE, "if id(old) not in made:", "if True:"),
-    Fault("convert-again", "dispatch", _REPLACE, " if not _replacement_of(old, by.kind.name)}", "}"),
+    Fault("convert-again", "dispatch", _REPLACE, "        if made is None:", "        if True:"),
     Fault(
         "convert-negative-layer",
         "bounds",
