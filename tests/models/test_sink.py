@@ -444,6 +444,24 @@ def test_300_compiled_steps_of_a_layer(name: str, graphs: Graphs) -> None:
 
 @torch.no_grad()
 @pytest.mark.heavy
+def test_compiled_steps_of_a_model_with_its_sink_cache(graphs: Graphs) -> None:
+    """The first step, then one graph for all others; rings and counters stay where they are."""
+    model, ids = converted("llama"), prompt(40)
+    cache, other = (subquad.SinkCache(model.config, SINKS, WINDOW) for _ in range(2))
+    for held in (cache, other):
+        model(ids[:, :5], **on(held))
+    compiled = torch.compile(model, backend=graphs)
+    kept = [layer.state.cache for layer in cache.layers]
+    addresses = [{n: x.data_ptr() for n, x in state.tensors().items()} for state in kept]
+    for token in ids[:, 5:].split(1, 1):
+        torch.testing.assert_close(compiled(token, **on(cache)).logits, model(token, **on(other)).logits, **CLOSE)
+    assert graphs.count <= 2
+    for layer, state, places in zip(cache.layers, kept, addresses, strict=True):
+        assert layer.state.cache is state and places == {n: x.data_ptr() for n, x in state.tensors().items()}
+
+
+@torch.no_grad()
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_generate_compiles_its_steps_once(family: str, graphs: Graphs) -> None:
     """With a preallocated cache, whose layers become states that count in a tensor."""
