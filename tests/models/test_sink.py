@@ -145,6 +145,27 @@ def test_beside_other_conversions(tmp_path: Path) -> None:
 # --- masks and sequences ----------------------------------------
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sinks_in_sliding", [False, True])
+@pytest.mark.parametrize("layers", [None, [0], []], ids=["all", "one", "none"])
+def test_padding_inside_a_sequence(layers: list[int] | None, sinks_in_sliding: bool) -> None:
+    """Converted layers count tokens. Those of transformers slide over columns, converted neighbours or not."""
+    model, ids = copy.deepcopy(plain("mistral")), prompt(21)
+    options = SinkConfig(SINKS, WINDOW, sinks_in_sliding=sinks_in_sliding)
+    if layers != []:
+        convert(model, attention=options, layers=layers)
+    mask = torch.ones_like(ids)
+    mask[0, 6:9] = 0
+    real, positions = mask[0].bool(), (mask.cumsum(1) - 1).clamp_min(0)
+    found = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[0, real]
+    alone = model(ids[:, real], use_cache=False).logits[0]
+    if layers is None:
+        torch.testing.assert_close(found, alone, **CLOSE)
+    else:
+        off = (found - alone).abs().amax(1) > 0.1
+        assert not off[:6].any() and off[6:10].all()  # tokens whose window of 5 columns has padding in it
+
+
 def told(model: Any, way: str, mask: torch.Tensor) -> Any:
     """A padding mask [B, T] as a model may be given it."""
     if way == "2d":
@@ -419,6 +440,24 @@ def test_300_compiled_steps_of_a_layer(name: str, graphs: Graphs) -> None:
         found, want = (call(token, cache=c)[0] for call, c in ((compiled, cache), (layer, other)))
         torch.testing.assert_close(found, want)
     assert graphs.count == 1 and addresses == {n: t.data_ptr() for n, t in cache.tensors().items()}
+
+
+@torch.no_grad()
+@pytest.mark.heavy
+def test_compiled_steps_of_a_model_with_its_sink_cache(graphs: Graphs) -> None:
+    """The first step, then one graph for all others; rings and counters stay where they are."""
+    model, ids = converted("llama"), prompt(40)
+    cache, other = (subquad.SinkCache(model.config, SINKS, WINDOW) for _ in range(2))
+    for held in (cache, other):
+        model(ids[:, :5], **on(held))
+    compiled = torch.compile(model, backend=graphs)
+    kept = [layer.state.cache for layer in cache.layers]
+    addresses = [{n: x.data_ptr() for n, x in state.tensors().items()} for state in kept]
+    for token in ids[:, 5:].split(1, 1):
+        torch.testing.assert_close(compiled(token, **on(cache)).logits, model(token, **on(other)).logits, **CLOSE)
+    assert graphs.count <= 2
+    for layer, state, places in zip(cache.layers, kept, addresses, strict=True):
+        assert layer.state.cache is state and places == {n: x.data_ptr() for n, x in state.tensors().items()}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import subquad
-from subquad.demo.model import cache_name
+from subquad.demo.model import DemoError, cache_name, chat_prompt, load
 from subquad.integrations.transformers import SinkConfig, convert
 from subquad.testing import backend_params
 
@@ -184,7 +184,7 @@ def test_ways_to_generate(name: str, way: str) -> None:
         return
     subquad.integrations.transformers.register()
     model = copy.deepcopy(plain(name))
-    model.set_attn_implementation("subquad")  # eager attention has NaN in rows of padding, in float64
+    model.set_attn_implementation("subquad")  # findings/transformers_eager_float64_padding.sh
     convert(model, attention="sink", sink_tokens=SINKS, window=WINDOW, layers=[0])
     by_hand = [spans(name)[0], *((0, own or 10**6) for own in KINDS[name].windows[1:])]
     found = greedy(model, ids, 20, **options)
@@ -239,6 +239,26 @@ def test_drafts_in_a_second_turn(attention: str) -> None:
         with fails if attention == "lawcat" and not told else nullcontext():
             texts.append(greedy(model, said, 30, **on(cache), **options)[:, :30])
     assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+@pytest.mark.slow
+@backend_params("sink_attention_step", "native")
+def test_smollm2_is_a_stream(backend: str) -> None:
+    """The real model in float32, token by token, far beyond sinks and window: its text is that of the loop by hand."""
+    try:
+        subject = load("cpu", "float32")
+    except DemoError as reason:
+        pytest.skip(str(reason))
+    model, tokens = subject.model, chat_prompt(subject.tokenizer, "Why is the sky blue?", "cpu")[:, -20:]
+    model.generation_config.eos_token_id = None
+    want = Stream(model, [(4, 32)] * len(model.model.layers)).greedy(tokens[0].tolist(), 80)
+    assert len(set(want)) > 20  # text, no loop
+    every = {"attention_mask": torch.ones_like(tokens)}  # of which some look like padding
+    with subquad.use_backend(backend):
+        alone = subquad.SinkCache(model.config, 4, 32)
+        assert greedy(model, tokens, 80, **every, **on(alone))[0].tolist() == want
+        convert(model, attention="sink", sink_tokens=4, window=32)
+        assert greedy(model, tokens, 80, **every)[0].tolist() == want
 
 
 # --- constant memory ----------------------------------------

@@ -190,17 +190,14 @@ class FrameSinkCache:
             _checks.tensor(name, x)
         self._check_block(k.shape[1] if k.dim() == 4 else 0, layer)
         state, seen, width = self.states[layer], self._seen[layer], k.shape[1]
-        step = self._blocks if self._replay is not None and self._replay.causal else self._block
-        out, lse = step(state, q, k, v, commit, scale)
+        if self._replay is not None and self._replay.causal:
+            out, lse = self._blocks(state, q, k, v, commit, scale)
+        else:
+            out, lse = state.step(q, k, v, together=True, commit=commit, scale=scale)
         if self._pin is not None:
             out = self._with_pinned(layer, q, out, lse, seen + width - state.window, scale)
         self._seen[layer], self._pending[layer] = (seen + width, None) if commit else (seen, width)
         return out
-
-    def _block(
-        self, state: SinkKVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, commit: bool, scale: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return state.step(q, k, v, together=True, commit=commit, scale=scale)
 
     def _blocks(
         self, state: SinkKVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, commit: bool, scale: float | None
@@ -212,8 +209,8 @@ class FrameSinkCache:
         _checks.like("q", q, (*k.shape[:2], *q.shape[2:]), k, "k")
         _checks.like("v", v, (*k.shape[:2], *v.shape[2:]), k, "k")
         state.first.copy_(state.first.clamp_min(self._replay.start + self._replay.width - state.window))
-        parts = zip(*(x.split(sizes, 1) for x in (q, k, v)), strict=True)
-        done = [self._block(state, *part, True, scale) for part in parts]
+        parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
+        done = [state.step(a, b, c, together=True, scale=scale) for a, b, c in parts]
         if not commit:
             state.seen.sub_(k.shape[1])
         out, lse = (torch.cat(side, 1) for side in zip(*done, strict=True))

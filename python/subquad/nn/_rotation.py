@@ -69,7 +69,7 @@ def check_positions(
     places, scaling = positions[:1, :_PLACES].long(), spec.attention_scaling
     if spec.max_positions is not None and int(places.max()) >= spec.max_positions:
         return  # the model uses other frequencies there, and what it does is no stream
-    own = spec.cos_sin(places)
+    own = list(spec.cos_sin(places))
     # Angles in float32; and after model.to(torch.bfloat16) frequencies are rounded, too.
     eps = torch.finfo(given[0].dtype).eps
     off = places[..., None].abs() * spec.inv_freq.to(places.device).double() * max(eps, 2.0**-21)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .compare import assert_close, assert_rounded, assert_same_bits, assert_three_way, relative_l2
-from .runner import Outcome, Task, backend_params, generic_tests, run_all
+from .runner import Outcome, Task, backend_cases, backend_params, generic_tests, run_all
 from .spec import BenchCase, OpSpec, Property, Sample, Sampler, Tolerance
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "assert_rounded",
     "assert_same_bits",
     "assert_three_way",
+    "backend_cases",
     "backend_params",
     "generic_tests",
     "relative_l2",

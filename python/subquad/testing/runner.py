@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,14 +131,21 @@ def backend_params(stem: str, *names: str) -> Any:
 
     On native it has one per level; that of the level in use is called "native" alone.
     """
+    return backend_cases(stem, "", {name: ((),) for name in names or _backends.BACKENDS})
+
+
+def backend_cases(stem: str, arguments: str, cases: Mapping[str, Iterable[tuple[Any, ...]]]) -> Any:
+    """`backend_params` of a test with more arguments, "a, b", of which each backend has values of its own."""
     import pytest
 
     params = []
-    for name in names or _backends.BACKENDS:
+    for name, values in cases.items():
         for level in (None, *levels()[:-1]) if name == "native" else (None,):
             marks = [pytest.mark.backend(stem, name), *_level_marks(level)]
-            params.append(pytest.param(name, id=f"{name}-{level}" if level else name, marks=marks))
-    return pytest.mark.parametrize("backend", params)
+            for case in values:
+                words = (f"{name}-{level}" if level else name, *(str(value).removeprefix("torch.") for value in case))
+                params.append(pytest.param(name, *case, id="-".join(words), marks=marks))
+    return pytest.mark.parametrize(["backend", *arguments.replace(",", " ").split()], params)
 
 
 def _level_marks(level: str | None) -> list[Any]:

@@ -28,13 +28,21 @@ import torch
 
 import subquad
 from subquad import reference
-from subquad.testing import Sampler, assert_close, assert_same_bits, backend_params
+from subquad.testing import Sampler, assert_close, assert_same_bits, backend_cases, backend_params
 from subquad.testing.compare import relative_l2
 from subquad.testing.specs.gated_linear_attention import SPEC, chunked, draw, oracle
 
 STEM = "gated_linear_attention"
+Cases = list[tuple[Any, ...]]
 KERNELS = ("native", "simt", "triton")
 HEADS = ((4, 4, 2, 2), (4, 2, 2, 2), (4, 1, 1, 1), (2, 2, 2, 2), (4, 2, 4, 1), (8, 1, 1, 1), (6, 3, 1, 3))
+
+
+def both(native: Cases, others: Cases) -> dict[str, Cases]:
+    """All cases for the native kernels, and those that are enough for an interpreter for the others."""
+    return {name: native if name == "native" else others for name in KERNELS}
+
+
 # Relative L2 error and largest error beside the largest element, of results and states, dq dk dv, and dg ds0 dz0.
 ACCURACY = {
     torch.float32: ((5e-6, 5e-5), (1e-5, 1e-4), (3e-5, 3e-4)),
@@ -163,11 +171,13 @@ def test_features_that_underflow_in_fp16(backend: str, device: str) -> None:
         assert not bool(grad.isnan().any())  # but 1 / eps does not fit into fp16
 
 
-@backend_params(STEM, *KERNELS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 257])
+EDGES = (1, 2, 16, 31, 32, 33, 65)  # enough for an interpreter
+
+
+@backend_cases(
+    STEM, "tokens", both([(n,) for n in (*EDGES, 3, 4, 15, 17, 63, 64, 127, 129, 257)], [(n,) for n in EDGES])
+)
 def test_lengths(backend: str, device: str, tokens: int) -> None:
-    if backend != "native" and tokens not in (1, 2, 16, 31, 32, 33, 65):
-        pytest.skip("the edges of this kernel are enough for an interpreter")
     sample = draw(
         Sampler(device=device), "length", tokens, (2, 1, 1, 1), 6, 5, mean=0.3, batch=1, normalize=True, state=True
     )
@@ -219,14 +229,14 @@ PACKED = {
 }
 
 
-@backend_params(STEM, *KERNELS, "reference")
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+_WIDE = [(name, torch.int64) for name in PACKED]
+_FEW = [*_WIDE, ("empty", torch.int32)]
+
+
+@backend_cases(STEM, "name, integers", both([*_WIDE, *((n, torch.int32) for n in PACKED)], _FEW) | {"reference": _FEW})
 def test_packed(backend: str, device: str, name: str, integers: torch.dtype) -> None:
     """As the sequences alone, gradients too; an empty one hands its state and its gradient through, to the bit."""
     bounds = PACKED[name]
-    if backend != "native" and integers is torch.int32 and name != "empty":
-        pytest.skip("one of these is enough for an interpreter")
     sample = draw(
         Sampler(device=device),
         name,
@@ -267,13 +277,18 @@ def test_too_wide() -> None:
             subquad.gated_linear_attention(*arguments)
 
 
-@backend_params(STEM, *KERNELS)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("gate", ["channel", "head"])
+_CHANNEL = [(heads, "channel") for heads in HEADS]
+
+
+@backend_cases(
+    STEM, "heads, gate",
+    both(
+        [*_CHANNEL, *((heads, "head") for heads in HEADS)],
+        [*_CHANNEL, *((heads, "head") for heads in ((4, 2, 4, 1), (8, 1, 1, 1)))],
+    ),
+)  # fmt: skip
 def test_shared_heads_are_repeated_ones(backend: str, device: str, heads: tuple[int, ...], gate: str) -> None:
     """Results as if heads were repeated in memory, gradients their sums over the group."""
-    if backend != "native" and gate == "head" and heads not in ((4, 2, 4, 1), (8, 1, 1, 1)):
-        pytest.skip("two of these are enough for an interpreter")
     sample = draw(Sampler(device=device), "heads", 19, heads, 6, 5, gate=gate, batch=1, normalize=True, final=False)
     found = outputs_of(sample, backend)
     wide = {n: x.double().requires_grad_() for n, x in sample.args.items() if x is not None}
