@@ -76,13 +76,13 @@ def test_the_table_of_a_device_is_one_tensor() -> None:
 
 LENGTHS = [
     SuperlinearConfig(), README, RELEASED, SuperlinearConfig(backward_factor=0.3, forward_factor=0.3),
-    SuperlinearConfig(span_power=0.667, backward_factor=1.5),
+    SuperlinearConfig(span_power=0.667, backward_factor=1.5), SuperlinearConfig(backward_factor=1.1, forward_factor=2.2),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", LENGTHS, ids=str)
 def test_lengths(config: SuperlinearConfig) -> None:
-    seen = torch.tensor([0, 1, 2, 25, 100, 121, 225, 400, 10_795, 15_895, 60_102, 67_224, 8_300_000])
+    seen = torch.tensor([0, 1, 2, 25, 100, 121, 225, 400, 625, 2500, 10_795, 15_895, 60_102, 67_224, 8_300_000])
     back, ahead = subquad.span_lengths(seen, config)
     assert back.dtype is ahead.dtype is torch.int32
     assert back.tolist() == [length(t, config.backward_factor, config) for t in seen.tolist()]
