@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..report import machine, versions
+from .variants import SUPERLINEAR
 
 SCHEMA = 1
 _BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9722b", "#777777"
@@ -77,6 +78,16 @@ def _memory(result: dict[str, Any]) -> str:
     return f"Cache after {' and '.join(map(str, lengths))} tokens: {'; '.join(sizes)}."
 
 
+def _routed(result: dict[str, Any]) -> str:
+    """What the row with spans shows: a choice that nobody has trained, for texts that are longer than its window."""
+    row, base = (next(r for r in result["variants"] if r["family"] == f) for f in ("superlinear", "dense"))
+    return (
+        f"Superlinear attention sees the last {SUPERLINEAR.window_len()} tokens and {SUPERLINEAR.num_spans} spans that it chooses, in "
+        f"texts of {result['settings']['window']}: perplexity {row['perplexity']:.2f}, {base['perplexity']:.2f} with all tokens. "
+        "Its choice is that of the queries, and has not been trained; nor do such lengths show what it saves."
+    )
+
+
 def _streamed(result: dict[str, Any]) -> str:
     """One long text through a cache of constant size, through one that holds it all, and by windows computed anew."""
     told = result["stream"]
@@ -116,6 +127,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
             f"[yellow]The native kernels are not in use: {result['native_unavailable']}[/yellow]", soft_wrap=True
         )
     console.print(_memory(result))
+    console.print(_routed(result))
     console.print(_streamed(result))
     console.print(Text(f"\nAnswers to: {result['question']}", style="bold"))
     for row in result["variants"]:

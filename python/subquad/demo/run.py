@@ -77,7 +77,7 @@ def _prepare_native(device: str) -> str | None:
     """Make the native kernels ready, compiling them when they are not there yet. Returns why they cannot be used."""
     reasons = (
         _backends.unavailable(op, "native", device, build=True)
-        for op in ("cats_mlp", "interval_attention", "gated_linear_attention", "sink_attention_step")
+        for op in ("cats_mlp", "interval_attention", "gated_linear_attention", "sink_attention_step", "span_attention")
     )
     return next((reason for reason in reasons if reason is not None), None)
 

@@ -14,10 +14,12 @@ from ..convert import find_attentions, find_mlps, restore
 from ..distillation import attention_transfer, trainable_parameters
 from ..integrations.transformers import convert, register
 from ..nn.cats_mlp import CATSMLP
+from ..superlinear import SuperlinearConfig
 
 CATS_TARGETS = (0.3, 0.5, 0.7)
 LAWCAT_KEEP = 5  # one layer of so many stays softmax in the hybrid
 LAWCAT_PASSES = 4  # over the calibration text
+SUPERLINEAR = SuperlinearConfig(sw_index=19, search_scale=0.125)  # a window of 399 tokens, gates scaled as attention is
 
 
 def _nothing() -> None:
@@ -34,7 +36,8 @@ class Variant:
         model: may be shared with other variants.
         target: target sparsity of the MLPs, None where that means nothing.
         activate: puts the model into this variant's state; called before every use.
-        answers: whether to ask it a question. Linear attention that has seen a few pages of text speaks no sentences yet.
+        answers: whether to ask it a question. Linear attention that has seen a few pages of text speaks no sentences yet, and in
+            a window that holds question and answer Superlinear attention is the model's own.
     """
 
     name: str
@@ -114,11 +117,20 @@ def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[],
     return [Variant(n, "lawcat", m, answers=False) for n, m in (("LAWCAT", linear), ("LAWCAT hybrid", hybrid))]
 
 
+def superlinear(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+    """The very weights, with spans that nothing has trained behind a window."""
+    spans = _sharing(model)
+    convert(spans, attention=SUPERLINEAR)
+    return [Variant("Superlinear", "superlinear", spans, answers=False)]
+
+
 def _sharing(model: nn.Module) -> nn.Module:
     """A copy of the modules around the same parameters."""
     shared = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-FAMILIES: dict[str, Builder] = {"dense": dense, "cats": cats, "lawcat": lawcat, "attention": attention}
+FAMILIES: dict[str, Builder] = {
+    "dense": dense, "cats": cats, "lawcat": lawcat, "superlinear": superlinear, "attention": attention,
+}  # fmt: skip
 PASSES = {"cats": 1, "lawcat": LAWCAT_PASSES}  # how often a family runs every calibration batch
