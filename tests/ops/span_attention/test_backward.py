@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from subquad.ops.span_attention import attend
-from subquad.testing import Sampler, assert_close, assert_same_bits, backend_params
+from subquad.testing import Sampler, assert_close, assert_same_bits, assert_three_way, backend_params
 
 BACKENDS = ("native",)
 BLOCK = 64  # keys that pairs of query and span meet together
@@ -181,6 +181,37 @@ def test_rows_that_see_nothing(gated: bool, backend: str) -> None:
 
 
 @backend_params("span_attention", *BACKENDS)
+@pytest.mark.parametrize("gated", [False, True], ids=["joint", "gated"])
+def test_scores_of_minus_infinity(gated: bool, backend: str) -> None:
+    """A row of nothing else sees nothing."""
+    call = draw(1, 40, 3 * BLOCK, spans=2, gated=gated, based=False)
+    start = torch.where(torch.arange(40) % 3 == 0, BLOCK + 5, torch.tensor([[0], [2 * BLOCK + 3]])).T[None, :, None]
+    k = call.leaves["k"].clone()
+    k[:, BLOCK : 2 * BLOCK] = -torch.inf
+    call = call.spans(start, start + 50).with_leaves(q=call.leaves["q"].abs(), k=k)
+    found = run(call, backend)
+    assert torch.equal(
+        found["lse"] == -torch.inf, (start == BLOCK + 5)[..., : found["lse"].shape[3]].expand(-1, -1, 4, -1)
+    )
+    assert not found["dq"][:, ::3].any()
+    for name in ("dk", "dv"):
+        assert not found[name][:, BLOCK : 2 * BLOCK].any(), name
+    for name in ("dq", "dk", "dv"):
+        assert found[name].isfinite().all(), name
+
+
+@backend_params("span_attention", *BACKENDS)
+@pytest.mark.parametrize("gated", [False, True], ids=["joint", "gated"])
+def test_values_that_are_nearly_equal(gated: bool, backend: str) -> None:
+    """Gradients of scores are small differences of large numbers, found as well as the float32 reference finds them."""
+    call = draw(1, 60, 400, 2, 1, 64, 64, 2, 200, gated=gated)
+    call = call.with_leaves(v=call.leaves["v"] + 100.0)
+    actual, plain = (run(call, b) for b in (backend, "reference"))
+    for name, exact in run(call.double(), "reference").items():
+        assert_three_way(actual[name], plain[name], exact, 3.0, 1e-6, name)
+
+
+@backend_params("span_attention", *BACKENDS)
 @pytest.mark.parametrize("dtype", list(LIMIT))
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_a_span_does_not_hold(bad: float, dtype: torch.dtype, backend: str) -> None:
@@ -255,11 +286,12 @@ def test_any_number_of_threads(gated: bool, backend: str) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["joint", "gated"])
 def test_a_sequence_among_others(gated: bool, backend: str) -> None:
     """Has the bits that it has alone."""
-    call = draw(3, 50, 200, gated=gated, masked=True)
-    upstream = {"out": Sampler(seed=1).normal(3, 50, 4, 24), "lse": Sampler(seed=2).normal(3, 50, 4, 3 if gated else 1)}
+    call = draw(12, 100, 700, gated=gated, masked=True)
+    shapes = {"out": (12, 100, 4, 24), "lse": (12, 100, 4, 3 if gated else 1)}
+    upstream = {name: Sampler(seed=1).normal(*shape) for name, shape in shapes.items()}
     every = run(call, backend, **upstream)
     assert call.key_mask is not None
-    for b in range(3):
+    for b in (0, 7, 11):
         alone = Call(
             {name: x[b : b + 1] for name, x in call.leaves.items()},
             call.start[b : b + 1],
