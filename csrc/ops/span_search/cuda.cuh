@@ -69,7 +69,7 @@ struct Ranked {
 };
 
 /// The best of a list of n that is after `last`, for the whole warp; `entry(i)` is its rank and stripe. -inf and NaN
-/// are not chosen: the stripe is -1.
+/// are not chosen: where nothing is left the stripe is -1.
 template <class Entry>
 __device__ __forceinline__ Ranked best_after(const Ranked& last, int64_t n, const Entry& entry) {
   Ranked best{-INFINITY, -1, 0};
@@ -91,7 +91,7 @@ template <class Entry, class Chosen>
 __device__ __forceinline__ void choose(int64_t spans, int64_t n, const Entry& entry, const Chosen& chosen) {
   Ranked last{INFINITY, INT64_MAX, 0};
   for (int64_t s = 0; s < spans; ++s) {
-    last = best_after(last, last.stripe < 0 ? 0 : n, entry);
+    if (last.stripe >= 0) last = n > 0 ? best_after(last, n, entry) : Ranked{-INFINITY, -1, 0};
     if (threadIdx.x % kWarp == s) chosen(s, last);
   }
 }
