@@ -11,7 +11,11 @@
 namespace subquad::cpu {
 namespace {
 
-constexpr int64_t kSmallProducts = 1 << 18;  // waking other threads would take as long as the work
+/// So many pairs of so many keys: waking other threads would take as long as the work.
+bool is_small(int64_t pairs, int64_t keys, const SpanAttentionParams& p) {
+  constexpr double kSmallProducts = 1 << 18;
+  return static_cast<double>(pairs) * static_cast<double>(keys * (p.d + p.dv)) < kSmallProducts;
+}
 
 struct Cpu {
   static void forward(const SpanAttentionParams& p, DType dtype, const Tensor& q, const auto&...) {
@@ -19,9 +23,10 @@ struct Cpu {
     if (rows == 0) return;
     const SpanAttentionForward kernels = SQ_DISPATCH_ISA(span_attention_forward_kernels, dtype);
     if (kernels.is_few(p)) return forward_of_few(p, kernels, q);
-    const bool small = rows * p.spans * p.keys * (p.d + p.dv) < kSmallProducts;
-    parallel_items_with_scratch(kernels.items(p), small, kernels.scratch(p),
-                                [&](int64_t item, void* scratch) { kernels.run(p, item, scratch); });
+    const bool small = is_small(rows * p.spans, p.keys, p);
+    const int64_t queries = kernels.item_queries(p, small ? 1 : thread_count());
+    parallel_items_with_scratch(p.batch * p.kv_heads * ceil_div(p.tokens, queries), small, kernels.scratch(p, queries),
+                                [&](int64_t item, void* scratch) { kernels.run(p, queries, item, scratch); });
   }
 
   static void backward(const SpanAttentionParams& p, const SpanAttentionGrads& grads, DType dtype, const Tensor& q,
@@ -30,7 +35,7 @@ struct Cpu {
     STD_TORCH_CHECK(heads == 0 || rows / heads * p.spans < (int64_t{1} << 31),
                     "start: expected fewer than 2^31 spans for each head of k, got ", rows / heads * p.spans);
     const SpanAttentionBackward kernels = SQ_DISPATCH_ISA(span_attention_backward_kernels, dtype);
-    const bool small = rows * p.spans * p.keys * (p.d + p.dv) < kSmallProducts;
+    const bool small = is_small(rows * p.spans, p.keys, p);
     const Tensor memory = empty_on(q, {rows * p.softmaxes * 2}, ScalarType::Float);
     const Tensor pairs = empty_on(q, {heads * kernels.list_ints(p)}, ScalarType::Int);
     float* terms = floats_in(memory);
@@ -57,7 +62,7 @@ struct Cpu {
     const Tensor memory = empty_on(q, {pieces * floats}, ScalarType::Float);
     float* parts = floats_in(memory);
     constexpr int64_t kPieceKeys = 512;
-    const bool small = pieces * smaller(kPieceKeys, p.keys) * (p.d + p.dv) < kSmallProducts;
+    const bool small = is_small(pieces, smaller(kPieceKeys, p.keys), p);
     parallel_items(pieces, small, [&](int64_t i) {
       kernels.run_piece(p, slot_of[i], i - first_piece[slot_of[i]], parts + i * floats);
     });

@@ -12,10 +12,11 @@ namespace subquad::cpu {
 /// Work is cut into items that touch no memory of each other. The bits of a row do not depend on the cuts. `scratch` is
 /// private to the caller, 64-byte aligned, of the size asked for.
 struct SpanAttentionForward {
-  /// Many rows per key head: an item is some consecutive queries with the heads that share a key head.
-  int64_t (*items)(const SpanAttentionParams&);
-  int64_t (*scratch)(const SpanAttentionParams&);
-  void (*run)(const SpanAttentionParams&, int64_t item, void* scratch);
+  /// Many rows per key head: an item is `item_queries` consecutive queries with the heads that share a key head, of
+  /// which there are B * Hkv * ceil(T / item_queries).
+  int64_t (*item_queries)(const SpanAttentionParams&, int64_t threads);
+  int64_t (*scratch)(const SpanAttentionParams&, int64_t queries);
+  void (*run)(const SpanAttentionParams&, int64_t queries, int64_t item, void* scratch);
 
   /// Few rows: every span is cut into pieces, from `begin` on, whose sums are left in `parts` and merged in their
   /// order. `is_few`: which of the two. `piece_count` of a slot (of all B * T * H * spans), whose pieces follow those

@@ -9,29 +9,26 @@ namespace {
 
 using namespace spans;
 
-constexpr int64_t kItems = 64;        // as many, where the queries allow it: enough to keep threads busy
-constexpr int64_t kItemPairs = 8192;  // the more pairs meet a tile of keys, the less its loading matters
-constexpr int64_t kFewestQueries = 16;
+constexpr int64_t kItemsPerThread = 4;  // as many, where the queries allow it, so that no thread waits long for another
+constexpr int64_t kItemPairs = 8192;    // the more pairs meet a tile of keys, the less its loading matters
+constexpr int64_t kFewestQueries = 32;
 
-int64_t item_queries(const SpanAttentionParams& p) {
+int64_t item_queries(const SpanAttentionParams& p, int64_t threads) {
   const int64_t most = larger(1, kItemPairs / (p.heads / p.kv_heads * p.spans));
-  const int64_t wanted = larger(kFewestQueries, ceil_div(p.batch * p.kv_heads * p.tokens, kItems));
-  return smaller(smaller(most, wanted), p.tokens);
+  const int64_t wanted = ceil_div(p.batch * p.kv_heads * p.tokens, threads * kItemsPerThread);
+  return smaller(smaller(most, larger(kFewestQueries, wanted)), p.tokens);
 }
 
-int64_t items(const SpanAttentionParams& p) { return p.batch * p.kv_heads * ceil_div(p.tokens, item_queries(p)); }
-
 template <class T>
-int64_t scratch(const SpanAttentionParams& p) {
-  return ForwardPass<T>(p, item_queries(p) * (p.heads / p.kv_heads), Arena(nullptr)).bytes();
+int64_t scratch(const SpanAttentionParams& p, int64_t queries) {
+  return ForwardPass<T>(p, queries * (p.heads / p.kv_heads), Arena(nullptr)).bytes();
 }
 
 /// The last queries, which may see most, come first.
 template <class T>
-void run(const SpanAttentionParams& p, int64_t item, void* memory) {
-  const int64_t queries = item_queries(p), group = p.heads / p.kv_heads, sequences = p.batch * p.kv_heads;
-  const int64_t block = ceil_div(p.tokens, queries) - 1 - item / sequences, sequence = item % sequences;
-  const int64_t first = block * queries;
+void run(const SpanAttentionParams& p, int64_t queries, int64_t item, void* memory) {
+  const int64_t group = p.heads / p.kv_heads, sequences = p.batch * p.kv_heads, sequence = item % sequences;
+  const int64_t first = (ceil_div(p.tokens, queries) - 1 - item / sequences) * queries;
   ForwardPass<T>(p, queries * group, Arena(memory))
       .run({sequence / p.kv_heads, sequence % p.kv_heads, group, first, smaller(queries, p.tokens - first)});
 }
@@ -84,7 +81,7 @@ void merge_pieces(const SpanAttentionParams& p, const int64_t* first_piece, cons
 
 SpanAttentionForward span_attention_forward_kernels(DType dtype) {
   return by_dtype<BFloat16, Half>(dtype, []<class T>(T) -> SpanAttentionForward {
-    return {items, scratch<T>, run<T>, is_few, piece_count, part_floats, run_piece<T>, merge_pieces<T>};
+    return {item_queries, scratch<T>, run<T>, is_few, piece_count, part_floats, run_piece<T>, merge_pieces<T>};
   });
 }
 

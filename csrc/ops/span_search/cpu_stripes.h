@@ -9,7 +9,7 @@
 
 namespace subquad::cpu::SUBQUAD_ISA::stripes {
 
-constexpr int64_t kQueries = 32;  // of an item: a stripe of theirs is so many rows of keys, one after the other
+constexpr int64_t kQueries = 64;  // of an item: a stripe of theirs is so many rows of keys, one after the other
 
 template <class T>
 class StripeSearch {
@@ -112,14 +112,26 @@ class StripeSearch {
   void multiply(const T* const* rows, const X* queries, int64_t g) {
     const X* x[N];
     for (int n = 0; n < N; ++n) x[n] = queries + (g + n) * width_;
-    Vec sums[16];
-    for (Vec& sum : sums) sum = vec_zero();
-    dot_tile<T, kStripes, N>(rows, rows, x, p_.d, sums, N, {-1, 1});
-    float products[16];
-    if constexpr (N * kStripes == 16) {
-      vec_sums(sums, products);
+    Vec sums[kStripes][N] = {};
+    const T* at[kStripes];
+    int64_t c = 0;
+    for (; c + kBlock <= p_.d; c += kBlock) {
+      for (int i = 0; i < kStripes; ++i) at[i] = rows[i] + c;
+      dot_block<T, kStripes, N>(at, x, c, sums);
+    }
+    if (c < p_.d) {
+      T last[kStripes][kBlock] = {};
+      for (int i = 0; i < kStripes; ++i) {
+        std::memcpy(last[i], rows[i] + c, static_cast<size_t>(p_.d - c) * sizeof(T));
+        at[i] = last[i];
+      }
+      dot_block<T, kStripes, N>(at, x, c, sums);
+    }
+    float products[kStripes * N];
+    if constexpr (kStripes * N == 16) {
+      vec_sums(sums[0], products);
     } else {
-      for (int i = 0; i < N * kStripes; ++i) products[i] = vec_sum(sums[i]);
+      for (int i = 0; i < kStripes * N; ++i) products[i] = vec_sum(sums[i / N][i % N]);
     }
     for (int i = 0; i < kStripes; ++i)
       for (int n = 0; n < N; ++n) scores_[i * group_ + g + n] = p_.scale * products[i * N + n];
