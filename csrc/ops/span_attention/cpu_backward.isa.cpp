@@ -33,10 +33,11 @@ int64_t query_scratch(const SpanAttentionParams& p) {
 
 /// The last queries, which may see most, come first.
 template <class T>
-void run_queries(const SpanAttentionParams& p, const SpanAttentionGrads& grads, float* c, int64_t item, void* scratch) {
+void run_queries(const SpanAttentionParams& p, const SpanAttentionGrads& grads, float* terms, int64_t item,
+                 void* scratch) {
   const int64_t queries = item_queries(p), blocks = ceil_div(p.tokens, queries), head = item / blocks;
   const int64_t first = (blocks - 1 - item % blocks) * queries;
-  QueryGradients<T>(p, grads, c, queries, Arena(scratch))
+  QueryGradients<T>(p, grads, terms, queries, Arena(scratch))
       .run({head / p.kv_heads, head % p.kv_heads, p.heads / p.kv_heads, first, smaller(queries, p.tokens - first)});
 }
 
@@ -58,12 +59,12 @@ int64_t key_scratch(const SpanAttentionParams& p, int32_t* lists) {
 }
 
 template <class T>
-void run_keys(const SpanAttentionParams& p, const SpanAttentionGrads& grads, const float* c, int32_t* lists,
+void run_keys(const SpanAttentionParams& p, const SpanAttentionGrads& grads, const float* terms, int32_t* lists,
               int64_t item, void* scratch) {
   const int64_t keys = item_keys(p), ranges = ceil_div(p.keys, keys);
   const int64_t head = item / ranges, first = item % ranges * keys;
   const PairList list = list_of(p, lists, head);
-  KeyGradients<T>(p, grads, c, list.most(), Arena(scratch))
+  KeyGradients<T>(p, grads, terms, list.most(), Arena(scratch))
       .run(all_queries(p, head), list, first, smaller(p.keys, first + keys));
 }
 

@@ -92,10 +92,11 @@ class KeyGradients {
   using Words = typename Tile::Words;
 
  public:
-  KeyGradients(const SpanAttentionParams& p, const SpanAttentionGrads& grads, const float* c, int64_t most, Arena arena)
+  KeyGradients(const SpanAttentionParams& p, const SpanAttentionGrads& grads, const float* terms, int64_t most,
+               Arena arena)
       : p_(p),
         grads_(grads),
-        c_(c),
+        terms_(terms),
         q_cols_(columns(p.d)),
         v_cols_(columns(p.dv)),
         q_(arena.take<float>(kTilePairs * q_cols_)),
@@ -203,7 +204,8 @@ class KeyGradients {
       const int64_t id = pairs[i].id, at = queries_->at(p_, id / p_.spans), s = id % p_.spans;
       const int64_t softmax = at * p_.softmaxes + s % p_.softmaxes;
       const float gate = p_.gate == nullptr ? 1.0f : p_.gate[softmax];
-      tile_.finish(pairs[i], full, hull, {p_.lse[softmax], gate, c_[softmax]}, x, d);
+      const float norm = terms_[2 * softmax], c = terms_[2 * softmax + 1];
+      tile_.finish(pairs[i], full, hull, {p_.lse[softmax], gate * norm, c * norm}, x, d);
       zero_words(x, hull.begin), zero_words(x + hull.end, kKeys - hull.end);
       zero_words(d, hull.begin), zero_words(d + hull.end, kKeys - hull.end);
     }
@@ -238,7 +240,7 @@ class KeyGradients {
 
   const SpanAttentionParams& p_;
   const SpanAttentionGrads& grads_;
-  const float* const c_;
+  const float* const terms_;
   const Queries* queries_ = nullptr;
   const int64_t q_cols_, v_cols_;
   float *const q_, *const grad_, *const q_words_, *const grad_words_, *const x_, *const d_, *const dk_, *const dv_;

@@ -5,7 +5,7 @@
 
 namespace subquad::cpu::SUBQUAD_ISA::spans {
 
-/// dq, dgate, dbase_out, dbase_lse and c of some queries. Where c is not known before all keys are, the sums
+/// dq, dgate, dbase_out, dbase_lse and the terms of some queries. Where c is not known before all keys are, the sums
 /// A = sum P u k and B = sum P k of a pair make its share of dq, gate A - c B.
 template <class T>
 class QueryGradients {
@@ -13,10 +13,11 @@ class QueryGradients {
   using Words = typename Tile::Words;
 
  public:
-  QueryGradients(const SpanAttentionParams& p, const SpanAttentionGrads& grads, float* c, int64_t queries, Arena arena)
+  QueryGradients(const SpanAttentionParams& p, const SpanAttentionGrads& grads, float* terms, int64_t queries,
+                 Arena arena)
       : p_(p),
         grads_(grads),
-        c_(c),
+        terms_(terms),
         mixed_(p.gate != nullptr),
         q_cols_(columns(p.d)),
         q_words_(Tile::words(p.d)),
@@ -27,6 +28,7 @@ class QueryGradients {
         a_(arena.take<float>(rows_ * p.spans * q_cols_)),
         b_(arena.take<float>(mixed_ ? rows_ * p.spans * q_cols_ : 0)),
         e_(arena.take<float>(rows_ * p.spans)),
+        sum_(arena.take<float>(rows_ * p.spans)),
         x_(arena.take<float>(kTilePairs * kKeys)),
         d_(arena.take<float>(kTilePairs * kKeys)),
         dq_(arena.take<float>(q_cols_)),
@@ -43,7 +45,7 @@ class QueryGradients {
     const int64_t pairs = queries.rows() * p_.spans;
     zero_words(a_, pairs * q_cols_);
     if (mixed_) zero_words(b_, pairs * q_cols_);
-    zero_words(e_, pairs);
+    zero_words(e_, pairs), zero_words(sum_, pairs);
     sweep_.start(p_, queries, 0, p_.keys);
     while (sweep_.next()) {
       tile_.load(queries.b, queries.kv_head, sweep_.key(), true);
@@ -62,7 +64,7 @@ class QueryGradients {
       load_row<Words>(grad, p_.dv, grad_ + row * v_words_, v_words_);
       if (mixed_) continue;
       const float delta = dot_of(grad, static_cast<const T*>(p_.out) + at * p_.dv, p_.dv);
-      c_[at] = p_.lse[at] == kNothing ? 0.0f : delta - grads_.grad_lse[at];
+      terms_[2 * at + 1] = delta - grads_.grad_lse[at];
     }
   }
   const T* query_row(int64_t row) const {
@@ -92,10 +94,11 @@ class QueryGradients {
     product_of_rows<Words>(rows, width, Tile::depth(p_.dv), grad, {tile_.vt + hull.begin, kKeys}, d, false);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t pair = pairs[i].id, at = queries_->at(p_, pair / p_.spans);
-      const Terms terms =
-          mixed_ ? Terms{p_.lse[at * p_.spans + pair % p_.spans], 1.0f, 0.0f} : Terms{p_.lse[at], 1.0f, c_[at]};
+      const Terms terms = mixed_ ? Terms{p_.lse[at * p_.spans + pair % p_.spans], 1.0f, 0.0f}
+                                 : Terms{p_.lse[at], 1.0f, terms_[2 * at + 1]};
       tile_.finish(pairs[i], full, hull, terms, x_ + i * kKeys, d_ + i * kKeys);
-      e_[pair] += sum_of(d_ + i * kKeys, hull.begin, hull.end);
+      sum_[pair] += sum_of(x_ + i * kKeys, hull.begin, hull.end);
+      if (mixed_) e_[pair] += sum_of(d_ + i * kKeys, hull.begin, hull.end);
     }
     add_keys(pairs, count, hull, d, a);
     if (mixed_) add_keys(pairs, count, hull, x, b);
@@ -123,25 +126,27 @@ class QueryGradients {
     float base_weight = 0.0f, dbase_lse = 0.0f;
     zero_words(dq_, q_cols_);
     for (int64_t s = 0; s < p_.softmaxes; ++s) {
-      const int64_t softmax = at * p_.softmaxes + s, pair = row * p_.spans + s;
-      const float lse = p_.lse[softmax];
-      if (lse == kNothing) {
-        c_[softmax] = 0.0f;
+      const int64_t softmax = at * p_.softmaxes + s, pair = row * p_.spans + s, pairs = p_.spans / p_.softmaxes;
+      float *norm = terms_ + 2 * softmax, *c = norm + 1;
+      if (p_.lse[softmax] == kNothing) {
+        *norm = *c = 0.0f;
         if (mixed_) grads_.dgate[softmax] = 0.0f;
         continue;
       }
-      const float weight = based ? exp_of(base_lse - lse) : 0.0f, gate = mixed_ ? p_.gate[softmax] : 1.0f;
+      float weight = based ? exp_of(base_lse - p_.lse[softmax]) : 0.0f, sum = weight;
+      for (int64_t i = 0; i < pairs; ++i) sum += sum_[pair + i];
+      *norm = 1.0f / sum;
+      weight *= *norm;
+      const float gate = mixed_ ? p_.gate[softmax] : 1.0f;
       if (mixed_) {
-        const float delta = e_[pair] + weight * to_base;
+        const float delta = e_[pair] * *norm + weight * to_base;
         grads_.dgate[softmax] = delta;
-        c_[softmax] = gate * delta - grads_.grad_lse[softmax];
-        add_row(dq_, a_ + pair * q_cols_, q_cols_, gate);
-        add_row(dq_, b_ + pair * q_cols_, q_cols_, -c_[softmax]);
-      } else {
-        for (int64_t i = 0; i < p_.spans; ++i) add_row(dq_, a_ + (pair + i) * q_cols_, q_cols_, 1.0f);
+        *c = gate * delta - grads_.grad_lse[softmax];
+        add_row(dq_, b_ + pair * q_cols_, q_cols_, -*c * *norm);
       }
+      for (int64_t i = 0; i < pairs; ++i) add_row(dq_, a_ + (pair + i) * q_cols_, q_cols_, gate * *norm);
       base_weight += gate * weight;
-      dbase_lse += weight * (gate * to_base - c_[softmax]);
+      dbase_lse += weight * (gate * to_base - *c);
     }
     T* dq = static_cast<T*>(grads_.dq) + at * p_.d;
     for (int64_t i = 0; i < p_.d; ++i) dq[i] = from_float<T>(dq_[i] * p_.scale);
@@ -153,11 +158,12 @@ class QueryGradients {
 
   const SpanAttentionParams& p_;
   const SpanAttentionGrads& grads_;
-  float* const c_;
+  float* const terms_;
   const Queries* queries_ = nullptr;
   const bool mixed_;
   const int64_t q_cols_, q_words_, v_words_, rows_;
-  float *const q_, *const grad_, *const a_, *const b_, *const e_, *const x_, *const d_, *const dq_, *const unused_;
+  float *const q_, *const grad_, *const a_, *const b_, *const e_, *const sum_, *const x_, *const d_, *const dq_,
+                                                                                                         *const unused_;
   Tile tile_;
   PairSweep sweep_;
   const int64_t bytes_;
