@@ -25,7 +25,7 @@ CONFIG = subquad.SuperlinearConfig(
     sw_index=4, num_spans=3, search_power=0.7, inv_search_power_int=None, span_power=0.3, backward_factor=2.0,
     forward_factor=1.0, search_scale=0.25,
 )  # fmt: skip
-STEPS = 200
+STEPS = 300
 LEARNS, FROZEN = 0.9, 0.5  # accuracies that the two must be above, and below; guessing gives 1 / NUMBERS
 
 
