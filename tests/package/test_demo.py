@@ -85,7 +85,9 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
         assert row["mlp_bytes_ratio"] == pytest.approx(1 - 2 * row["decode_sparsity"] / 3, abs=1e-6)
     for row in rows:
         assert row["perplexity"] > 1 and row["tokens_per_second"] > 0
-        assert ("answer" in row) is (row["family"] not in ("lawcat", "superlinear"))  # training makes no sentences in minutes
+        assert ("answer" in row) is (
+            row["family"] not in ("lawcat", "superlinear")
+        )  # training makes no sentences in minutes
         assert len(row.get("answer", "")) <= SMALL.answer_tokens
         for times in (row["mlp_seconds"], row["decode_step_seconds"]):
             assert 0 < times["p10"] <= times["median"] <= times["p90"]

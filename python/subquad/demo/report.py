@@ -82,8 +82,9 @@ def _routed(result: dict[str, Any]) -> str:
     """What the row with spans shows: a choice that nobody has trained, for texts that are longer than its window."""
     row, base = (next(r for r in result["variants"] if r["family"] == f) for f in ("superlinear", "dense"))
     return (
-        f"Superlinear attention sees the last {SUPERLINEAR.window_len()} tokens and {SUPERLINEAR.num_spans} spans that it chooses, in "
-        f"texts of {result['settings']['window']}: perplexity {row['perplexity']:.2f}, {base['perplexity']:.2f} with all tokens. "
+        f"Superlinear attention sees the last {SUPERLINEAR.window_len()} tokens and {SUPERLINEAR.num_spans} spans that it "
+        f"chooses, in texts of {result['settings']['window']}: perplexity {row['perplexity']:.2f}, {base['perplexity']:.2f} with "
+        "all tokens. "
         "Its choice is that of the queries, and has not been trained; nor do such lengths show what it saves."
     )
 
