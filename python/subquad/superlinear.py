@@ -60,6 +60,7 @@ class SuperlinearConfig:
     route_per: str = "head"
     length_mode: str = "exact"
     _stripes: str = field(init=False, repr=False, compare=False)
+    _window: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _checks.size("sw_index", self.sw_index)
@@ -86,6 +87,7 @@ class SuperlinearConfig:
         _checks.choice("route_per", self.route_per, ("head", "group"))
         _checks.choice("length_mode", self.length_mode, ("exact", "ref_f32"))
         object.__setattr__(self, "_stripes", f"{self.exponent!r} {self.sw_index}")
+        object.__setattr__(self, "_window", _offset(self.sw_index + 1, self.exponent) - 1)
 
     @property
     def exponent(self) -> int | float:
@@ -98,7 +100,7 @@ class SuperlinearConfig:
 
     def window_len(self) -> int:
         """W, the keys of the window, the query's own among them; 0 for none."""
-        return _window(self._stripes)
+        return self._window
 
     def num_anchors(self, t: int) -> int:
         """Stripes that the last of t tokens chooses among."""
@@ -115,7 +117,8 @@ class SuperlinearConfig:
         capacity = 1 << 12
         while capacity < tokens:  # so that a graph of a growing cache is compiled anew at every doubling only
             capacity *= 2
-        return _searched_offsets(self._stripes, capacity, torch.device("cpu" if device is None else device))
+        table = torch.ops.subquad.span_offsets if torch.compiler.is_compiling() else _searched_offsets
+        return table(self._stripes, capacity, torch.device("cpu" if device is None else device))
 
 
 def _between(name: str, value: object) -> None:
@@ -162,16 +165,9 @@ def _parsed(stripes: str) -> tuple[int | float, int]:
     return int(exponent) if exponent.isdigit() else float(exponent), int(sw_index)
 
 
-@torch.compiler.assume_constant_result
-def _window(stripes: str) -> int:
-    exponent, sw_index = _parsed(stripes)
-    return _offset(sw_index + 1, exponent) - 1
-
-
 _tables: dict[tuple[str, int, torch.device], torch.Tensor] = {}
 
 
-@torch.compiler.assume_constant_result
 def _searched_offsets(stripes: str, capacity: int, device: torch.device) -> torch.Tensor:
     key = (stripes, capacity, device)
     if key not in _tables:
@@ -179,6 +175,22 @@ def _searched_offsets(stripes: str, capacity: int, device: torch.device) -> torc
         numbers = _offsets_of_capacity(exponent, capacity)[sw_index:]
         _tables[key] = torch.tensor(numbers, dtype=torch.int32, device=device)
     return _tables[key]
+
+
+def _traced_offsets(stripes: str, capacity: int, device: torch.device) -> torch.Tensor:
+    """The table inside of a graph, which takes a tensor that comes from nowhere for one that may change."""
+    return _searched_offsets(stripes, capacity, device).clone()
+
+
+def _fake_offsets(stripes: str, capacity: int, device: torch.device) -> torch.Tensor:
+    exponent, sw_index = _parsed(stripes)
+    return torch.empty(len(_offsets_of_capacity(exponent, capacity)[sw_index:]), dtype=torch.int32, device=device)
+
+
+_LIBRARY = torch.library.Library("subquad", "FRAGMENT")
+_LIBRARY.define("span_offsets(str stripes, int capacity, Device device) -> Tensor")
+_LIBRARY.impl("span_offsets", _traced_offsets, "CompositeExplicitAutograd")
+torch.library.register_fake("subquad::span_offsets", _fake_offsets, lib=_LIBRARY)
 
 
 # --- spans ----------------------------------------

@@ -13,9 +13,7 @@ from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler
 
 README = SuperlinearConfig(sw_index=3, backward_factor=3.0, forward_factor=1.0)
-RELEASED = SuperlinearConfig(
-    sw_index=65, backward_factor=3.0, forward_factor=1.0, span_power=0.55, search_power=0.55, inv_search_power_int=None
-)
+SETTINGS = {"readme": README}
 
 
 def search(q_search: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -110,12 +108,15 @@ def random(c: Choices) -> Sample:
 def bench_sample(case: BenchCase, device: str) -> Sample:
     p = case.params
     sampler = Sampler(p["dtype"], device)
-    options = {"config": p["config"], "cache_position": torch.arange(p["keys"] - p["t"], p["keys"], device=device)}
+    options = {
+        "config": SETTINGS[p["setting"]],
+        "cache_position": torch.arange(p["keys"] - p["t"], p["keys"], device=device),
+    }
     return draw(sampler, case.id, 1, p["t"], p["keys"], p["heads"], p["kv_heads"], p["d"], **options)
 
 
 def _bench_cases() -> Iterator[BenchCase]:
-    base = {"heads": 4, "kv_heads": 1, "d": 128, "config": README}
+    base = {"heads": 4, "kv_heads": 1, "d": 128, "setting": "readme"}
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
         yield BenchCase(f"prefill-65536-{name}", {**base, "t": 65536, "keys": 65536, "dtype": dtype})
         yield BenchCase(f"decode-1m-{name}", {**base, "t": 1, "keys": 1 << 20, "dtype": dtype})
@@ -125,7 +126,7 @@ def _bench_cases() -> Iterator[BenchCase]:
 def anchors(case: BenchCase) -> int:
     """Stripes that all queries of a head look at."""
     p = case.params
-    return sum(p["config"].num_anchors(t + 1) for t in range(p["keys"] - p["t"], p["keys"]))
+    return sum(SETTINGS[p["setting"]].num_anchors(t + 1) for t in range(p["keys"] - p["t"], p["keys"]))
 
 
 def _torch_topk(sample: Sample) -> Callable[[], Any] | None:

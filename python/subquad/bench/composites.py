@@ -13,6 +13,7 @@ import subquad
 from ..nn._scores import LLAMA
 from ..reference.gated_linear_attention import gated_linear_attention
 from ..testing.spec import BenchCase, OpSpec, Sample, Sampler, Tolerance
+from .superlinear import SUPERLINEAR
 
 _HEADS, _WIDTH, _TAPS = 8, 64, 4
 
@@ -93,4 +94,5 @@ COMPOSITES = (
         bench_oracle=_oracle,
         peers={"rope + sdpa": _rope_and_sdpa},
     ),
+    SUPERLINEAR,
 )

@@ -67,4 +67,4 @@ def span_search(
     start = torch.maximum(anchor - back[..., None, None], first.clamp(min=0)[..., None, None])
     end = torch.minimum(anchor + ahead[..., None, None], last[..., None, None])
     places = (torch.where(chosen, x, -1).int() for x in (anchor, start, end))
-    return (score, *places)
+    return score, next(places), next(places), next(places)
