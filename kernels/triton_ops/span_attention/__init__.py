@@ -135,7 +135,10 @@ TILES = {
     "dq": ((64, 64, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
     "dkdv": ((32, 64, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)),
 }
-FEW = {"fwd": (16, 64, 4, 2), "dq": (16, 32, 4, 1)}  # the same up to a head dimension of 128, where a block has few pairs
+FEW = {
+    "fwd": (16, 64, 4, 2),
+    "dq": (16, 32, 4, 1),
+}  # the same up to a head dimension of 128, where a block has few pairs
 
 
 def _options(kernel: str, width: int, dtype: torch.dtype, pairs: float) -> dict[str, int]:
@@ -292,9 +295,16 @@ def _aot_args(dtype: torch.dtype, d: int, kind: str, tokens: int, backward: bool
     return (meta(*q.shape), lse, meta(*q.shape), lse, *given, 0.125)
 
 
+_SPILL = "both halves of 16 keys and values of width 128 for the three products of tf32, where 255 registers end"
+
 AOT = [
     # What belongs to a pair is read one by one: "options".
-    AotCase(f"{name} D{d} {kind} T{tokens} options", launcher, partial(_aot_args, dtype, d, kind, tokens, backward))
+    AotCase(
+        f"{name} D{d} {kind} T{tokens} options",
+        launcher,
+        partial(_aot_args, dtype, d, kind, tokens, backward),
+        {"span_attention_dkdv_kernel": _SPILL} if (name, d) == ("fp32", 128) else {},
+    )
     for name, dtype, d, kind, tokens in (
         ("bf16", torch.bfloat16, 128, "gated", 16384),
         ("bf16", torch.bfloat16, 64, "joint", 16384),
