@@ -113,6 +113,7 @@ def add_nonfinite(acc, keep, x, row):
 @triton.jit
 def add_infinities(acc, keep, v, FLAGS: tl.constexpr):
     """acc [BM, BDV] plus what is not finite in values v [BN, BDV], where keep says that it is seen: whatever its weight."""
+    v = v.to(tl.float32)
     seen = tl.where(keep, 1.0, 0.0).to(tl.float16)
     up = tl.where((v == float("inf")) | (v != v), 1.0, 0.0).to(tl.float16)
     down = tl.where((v == float("-inf")) | (v != v), 1.0, 0.0).to(tl.float16)

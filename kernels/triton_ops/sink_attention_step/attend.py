@@ -141,7 +141,7 @@ def _walk(
         values, nonfinite = finite_part(v, 0, MASKED)
         acc = acc * rescale[:, None] + _dot(cast(p, dtype), values, FLAGS)
         if nonfinite > 0:
-            acc = add_infinities(acc, keep, v.to(tl.float32), FLAGS)
+            acc = add_infinities(acc, keep, v, FLAGS)
         total = total * rescale + tl.sum(p, 1)
         top = new_top
     return acc, top, total

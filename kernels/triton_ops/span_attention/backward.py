@@ -15,18 +15,20 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .._common.numerics import LOG2E, cast
-from .._common.paged import load_heads
-from ..interval_attention.pairs import add_infinities, dot, finite_part, weights
+from .._common.numerics import LOG2E, cast, is_finite
+from ..interval_attention.pairs import dot, finite_part, weights
 from .pairs import (
     NEVER,
+    add_nonfinite_of,
+    any_nonfinite,
     end_of_run,
+    load_block,
     load_queries,
     load_rows_of_pairs,
     load_tile,
     next_block,
     place_of_program,
-    scores_of_block,
+    seen_of_block,
     unmasked,
 )
 
@@ -84,10 +86,11 @@ def span_attention_delta_kernel(
     while block < NEVER:
         end = end_of_run(tile, block, BN)
         for n in range(block, end):
-            _, scores, keep, cols = scores_of_block(b_q, k, spans, tile, place, n, keys, scale, FLAGS, BN, BD)
-            b_v = load_heads(v, place.b, place.kv_head, cols, cols < keys, BDV)  # [BN, BDV]
-            u = dot(grad, tl.trans(b_v), FLAGS)  # [BM, BN]
-            delta += tl.sum(tl.where(keep, weights(scores, lse[:, None], 0.0) * u, 0.0), 1)
+            cols = n * BN + tl.arange(0, BN)
+            scores = dot(b_q, tl.trans(load_block(k, place, cols, keys, BD)), FLAGS) * scale  # [BM, BN]
+            u = dot(grad, tl.trans(load_block(v, place, cols, keys, BDV)), FLAGS)  # [BM, BN]
+            seen = seen_of_block(spans, tile, place, cols, keys)
+            delta += tl.sum(tl.where(seen, weights(scores, lse[:, None], 0.0) * u, 0.0), 1)
         block = next_block(tile, end, BN)
     tl.store(upstream.c + tile.row * FLAGS.SPANS + tile.slot, delta, tile.live)
 
@@ -133,6 +136,28 @@ def span_attention_rows_kernel(
         tl.store(grads.base_out + row[:, None] * dv + cols[None, :], dbase_out, live[:, None] & (cols < dv)[None, :])
 
 
+@triton.jit
+def _dq_walk(
+    q, grad, lse, c, gate, k, v, spans, tile, place, keys, scale,
+    CAREFUL: tl.constexpr, FLAGS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    dq = tl.zeros([q.shape[0], BD], tl.float32)
+    block = next_block(tile, 0, BN)
+    while block < NEVER:
+        end = end_of_run(tile, block, BN)
+        for n in range(block, end):
+            cols = n * BN + tl.arange(0, BN)
+            b_k = load_block(k, place, cols, keys, BD)  # [BN, BD]
+            scores = dot(q, tl.trans(b_k), FLAGS) * scale  # [BM, BN]
+            u = dot(grad, tl.trans(load_block(v, place, cols, keys, BDV)), FLAGS)  # [BM, BN]
+            ds = weights(scores, lse[:, None], 0.0) * (gate[:, None] * u - c[:, None])
+            ds = tl.where(seen_of_block(spans, tile, place, cols, keys), ds, 0.0)
+            finite, _ = finite_part(b_k, 0, CAREFUL)
+            dq += dot(cast(ds, b_k.dtype), finite, FLAGS)
+        block = next_block(tile, end, BN)
+    return dq
+
+
 @triton.jit(do_not_specialize=["dq_tokens", "first_token", "chunk", "tokens", "keys", "tiles"])
 def span_attention_dq_kernel(
     q, k, v, spans, order_ptr, upstream, dq_ptr, dq_tokens, first_token, chunk, tokens, keys, tiles, heads, scale,
@@ -152,24 +177,93 @@ def span_attention_dq_kernel(
         _of_softmax(upstream.c, tile, FLAGS),
         _gates(spans, tile, FLAGS),
     )
-    dq = tl.zeros([BM, BD], tl.float32)
-    block = next_block(tile, 0, BN)
-    while block < NEVER:
-        end = end_of_run(tile, block, BN)
-        for n in range(block, end):
-            b_k, scores, keep, cols = scores_of_block(b_q, k, spans, tile, place, n, keys, scale, FLAGS, BN, BD)
-            b_v = load_heads(v, place.b, place.kv_head, cols, cols < keys, BDV)  # [BN, BDV]
-            u = dot(grad, tl.trans(b_v), FLAGS)  # [BM, BN]
-            ds = tl.where(keep, weights(scores, lse[:, None], 0.0) * (gate[:, None] * u - c[:, None]), 0.0)
-            values, nonfinite = finite_part(b_k, 0, True)
-            dq += dot(cast(ds, b_k.dtype), values, FLAGS)
-            if nonfinite > 0:
-                dq = add_infinities(dq, keep, b_k.to(tl.float32), FLAGS)
-        block = next_block(tile, end, BN)
+    dq = _dq_walk(b_q, grad, lse, c, gate, k, v, spans, tile, place, keys, scale, False, FLAGS, BN, BD, BDV)
+    if any_nonfinite(dq) > 0:
+        dq = _dq_walk(b_q, grad, lse, c, gate, k, v, spans, tile, place, keys, scale, True, FLAGS, BN, BD, BDV)
+        dq = add_nonfinite_of(dq, k, spans, tile, place, keys, BN)
     to = ((place.b * dq_tokens + tile.token - first_token) * heads + tile.head) * FLAGS.SPANS + tile.slot
     cols = tl.arange(0, BD)
     dq = cast(dq * scale, dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + to[:, None] * q.width + cols[None, :], dq, tile.live[:, None] & (cols < q.width)[None, :])
+
+
+class Keys(NamedTuple):
+    """A block of keys [BN], whether they may be seen, and the part of a list that may see them, from `first` to `stop`."""
+
+    cols: Any
+    some: Any
+    places: Any
+    order: Any
+    first: Any
+    stop: Any
+
+
+@triton.jit
+def _pairs_of_keys(here, first, place, lengths, BM: tl.constexpr):
+    """Places [BM] in the list from `first` on, and which of these pairs reach as far as these keys."""
+    at = first + tl.arange(0, BM)
+    number = tl.load(here.places + at, at < here.stop, other=0)
+    length = number % lengths
+    reaches = (number // lengths - length <= place.first) | (length == lengths - 1)
+    return at, reaches & (at < here.stop)
+
+
+@triton.jit
+def _seen_by(here, tile):
+    """Which keys [BN] are seen by which pairs [BM]."""
+    cols = here.cols[:, None]
+    return (cols >= tile.begin[None, :]) & (cols < tile.stop[None, :]) & here.some[:, None]
+
+
+@triton.jit
+def _dkdv_walk(
+    k, v, q, dv_width, spans, here, upstream, place, lengths, tokens, keys, heads, scale,
+    CAREFUL: tl.constexpr, FLAGS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Keys down and pairs across. CAREFUL: without queries and gradients that are not finite."""
+    dk = tl.zeros([k.shape[0], BD], tl.float32)
+    dv = tl.zeros([k.shape[0], BDV], tl.float32)
+    for first in range(here.first, here.stop, BM):
+        at, reaches = _pairs_of_keys(here, first, place, lengths, BM)
+        if tl.max(reaches.to(tl.int32), 0) > 0:
+            tile = load_tile(spans, here.order, at, reaches, place.b, place.kv_head, 0, tokens, heads, keys, FLAGS)
+            b_q = load_queries(q, place.b, tile, BD)  # [BM, BD]
+            grad = load_rows_of_pairs(upstream.grad_out, tile.row * dv_width, tile.live, dv_width, BDV)  # [BM, BDV]
+            lse, c = _of_softmax(upstream.lse, tile, FLAGS), _of_softmax(upstream.c, tile, FLAGS)
+            gate = _gates(spans, tile, FLAGS)
+            keep = _seen_by(here, tile)
+            scores = dot(k, tl.trans(b_q), FLAGS) * scale  # [BN, BM]
+            p = tl.where(keep, weights(scores, lse[None, :], 0.0), 0.0)
+            u = dot(v, tl.trans(grad), FLAGS)  # [BN, BM]
+            ds = tl.where(keep, p * (gate[None, :] * u - c[None, :]), 0.0)
+            grads, _ = finite_part(grad, 0, CAREFUL)
+            queries, _ = finite_part(b_q, 0, CAREFUL)
+            dv += dot(cast(p * gate[None, :], grad.dtype), grads, FLAGS)
+            dk += dot(cast(ds, b_q.dtype), queries, FLAGS)
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_nonfinite(
+    dk, dv, q, dv_width, spans, here, upstream, place, lengths, tokens, keys, heads, FLAGS: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """dk and dv plus what is not finite in the queries and gradients that see the keys, one by one."""
+    for first in range(here.first, here.stop, BM):
+        at, reaches = _pairs_of_keys(here, first, place, lengths, BM)
+        tile = load_tile(spans, here.order, at, reaches, place.b, place.kv_head, 0, tokens, heads, keys, FLAGS)
+        wrong = any_nonfinite(load_queries(q, place.b, tile, dk.shape[1]))
+        rows = tile.row * dv_width
+        wrong += any_nonfinite(load_rows_of_pairs(upstream.grad_out, rows, tile.live, dv_width, dv.shape[1]))
+        if wrong > 0:
+            for j in range(BM):
+                number, some = _pairs_of_keys(here, first + j, place, lengths, 1)
+                one = load_tile(spans, here.order, number, some, place.b, place.kv_head, 0, tokens, heads, keys, FLAGS)
+                keep = _seen_by(here, one)  # [BN, 1]
+                query = load_queries(q, place.b, one, dk.shape[1]).to(tl.float32)  # [1, BD]
+                grad = load_rows_of_pairs(upstream.grad_out, one.row * dv_width, one.live, dv_width, dv.shape[1])
+                dk = tl.where(keep & (is_finite(query) == 0), dk + query, dk)
+                dv = tl.where(keep & (is_finite(grad.to(tl.float32)) == 0), dv + grad.to(tl.float32), dv)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=["tokens", "keys", "blocks", "lengths"])
@@ -183,42 +277,59 @@ def span_attention_dkdv_kernel(
     block = place.first
     segment = place.b * kv_heads + place.kv_head
     begin_ptr = lists.begin + segment * (blocks + 1)
-    first_pair = tl.load(begin_ptr + block)
-    stop_pair = tl.load(begin_ptr + tl.minimum(block + tl.load(longest_ptr), blocks - 1) + 1)
+    farthest = tl.minimum(block + tl.load(longest_ptr), blocks - 1)
     in_list = segment * tokens * FLAGS.GROUP * FLAGS.SPANS
     cols = block * BN + tl.arange(0, BN)
     inside = cols < keys
-    b_k = load_heads(k, place.b, place.kv_head, cols, inside, BD)  # [BN, BD]
-    b_v = load_heads(v, place.b, place.kv_head, cols, inside, BDV)  # [BN, BDV]
-    may_see = unmasked(spans, place.b, cols, inside, keys)
-    dk = tl.zeros([BN, BD], tl.float32)
-    dv = tl.zeros([BN, BDV], tl.float32)
-    for first in range(first_pair, stop_pair, BM):
-        at = first + tl.arange(0, BM)
-        number = tl.load(lists.places + in_list + at, at < stop_pair, other=0)
-        length = number % lengths
-        reaches = (number // lengths - length <= block) | (length == lengths - 1)
-        reaches = reaches & (at < stop_pair)
-        if tl.max(reaches.to(tl.int32), 0) > 0:
-            tile = load_tile(
-                spans, lists.order + in_list, at, reaches, place.b, place.kv_head, 0, tokens, heads, keys, FLAGS
-            )
-            b_q = load_queries(q, place.b, tile, BD)  # [BM, BD]
-            grad = load_rows_of_pairs(upstream.grad_out, tile.row * v.width, tile.live, v.width, BDV)  # [BM, BDV]
-            lse, c = _of_softmax(upstream.lse, tile, FLAGS), _of_softmax(upstream.c, tile, FLAGS)
-            gate = _gates(spans, tile, FLAGS)
-            keep = (cols[:, None] >= tile.begin[None, :]) & (cols[:, None] < tile.stop[None, :]) & may_see[:, None]
-            scores = dot(b_k, tl.trans(b_q), FLAGS) * scale  # [BN, BM]
-            p = tl.where(keep, weights(scores, lse[None, :], 0.0), 0.0)
-            u = dot(b_v, tl.trans(grad), FLAGS)  # [BN, BM]
-            ds = tl.where(keep, p * (gate[None, :] * u - c[None, :]), 0.0)
-            grads, nonfinite = finite_part(grad, 0, True)
-            queries, nonfinite = finite_part(b_q, nonfinite, True)
-            dv += dot(cast(p * gate[None, :], grad.dtype), grads, FLAGS)
-            dk += dot(cast(ds, b_q.dtype), queries, FLAGS)
-            if nonfinite > 0:
-                dv = add_infinities(dv, keep, grad.to(tl.float32), FLAGS)
-                dk = add_infinities(dk, keep, b_q.to(tl.float32), FLAGS)
+    here = Keys(
+        cols, unmasked(spans, place.b, cols, inside, keys), lists.places + in_list, lists.order + in_list,
+        tl.load(begin_ptr + block), tl.load(begin_ptr + farthest + 1),
+    )  # fmt: skip
+    b_k, b_v = load_block(k, place, cols, keys, BD), load_block(v, place, cols, keys, BDV)
+    dk, dv = _dkdv_walk(
+        b_k,
+        b_v,
+        q,
+        v.width,
+        spans,
+        here,
+        upstream,
+        place,
+        lengths,
+        tokens,
+        keys,
+        heads,
+        scale,
+        False,
+        FLAGS,
+        BM,
+        BD,
+        BDV,
+    )
+    if any_nonfinite(dk) + any_nonfinite(dv) > 0:
+        dk, dv = _dkdv_walk(
+            b_k,
+            b_v,
+            q,
+            v.width,
+            spans,
+            here,
+            upstream,
+            place,
+            lengths,
+            tokens,
+            keys,
+            heads,
+            scale,
+            True,
+            FLAGS,
+            BM,
+            BD,
+            BDV,
+        )
+        dk, dv = _dkdv_nonfinite(
+            dk, dv, q, v.width, spans, here, upstream, place, lengths, tokens, keys, heads, FLAGS, BM
+        )
     key = ((place.b * keys + cols) * kv_heads + place.kv_head)[:, None]
     width, values = tl.arange(0, BD), tl.arange(0, BDV)
     dk = cast(dk * scale, dk_ptr.dtype.element_ty)

@@ -8,9 +8,19 @@ import triton
 import triton.language as tl
 
 from .._common.numerics import LN2, LOG2E, cast
-from .._common.paged import load_heads
-from ..interval_attention.pairs import add_infinities, dot, finite_part, weights
-from .pairs import NEVER, end_of_run, load_queries, load_tile, next_block, place_of_program, scores_of_block
+from ..interval_attention.pairs import dot, finite_part, weights
+from .pairs import (
+    NEVER,
+    add_nonfinite_of,
+    any_nonfinite,
+    end_of_run,
+    load_block,
+    load_queries,
+    load_tile,
+    next_block,
+    place_of_program,
+    seen_of_block,
+)
 
 
 class Results(NamedTuple):
@@ -28,6 +38,35 @@ class Base(NamedTuple):
     lse: Any
 
 
+@triton.jit
+def _walk(
+    q, k, v, spans, tile, place, keys, scale,
+    CAREFUL: tl.constexpr, FLAGS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """The running softmax of a tile: sums of values [BM, BDV], largest scores and sums of weights [BM]. CAREFUL: without values
+    that are not finite."""
+    acc = tl.zeros([q.shape[0], BDV], tl.float32)
+    row_max = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    row_sum = tl.zeros([q.shape[0]], tl.float32)
+    block = next_block(tile, 0, BN)
+    while block < NEVER:
+        end = end_of_run(tile, block, BN)
+        for n in range(block, end):
+            cols = n * BN + tl.arange(0, BN)
+            scores = dot(q, tl.trans(load_block(k, place, cols, keys, BD)), FLAGS) * scale  # [BM, BN]
+            scores = tl.where(seen_of_block(spans, tile, place, cols, keys), scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))  # [BM]
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = weights(scores, shift[:, None], 0.0)  # [BM, BN]
+            rescale = weights(row_max, shift, 0.0)
+            values, _ = finite_part(load_block(v, place, cols, keys, BDV), 0, CAREFUL)  # [BN, BDV]
+            acc = acc * rescale[:, None] + dot(cast(p, values.dtype), values, FLAGS)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            row_max = new_max
+        block = next_block(tile, end, BN)
+    return acc, row_max, row_sum
+
+
 @triton.jit(do_not_specialize=["first_token", "chunk", "tokens", "keys", "tiles"])
 def span_attention_fwd_kernel(
     q, k, v, spans, order_ptr, results, first_token, chunk, tokens, keys, tiles, heads, scale,
@@ -41,31 +80,14 @@ def span_attention_fwd_kernel(
     order_ptr += (place.b * kv_heads + place.kv_head) * pairs
     tile = load_tile(spans, order_ptr, at, at < pairs, place.b, place.kv_head, first_token, tokens, heads, keys, FLAGS)
     b_q = load_queries(q, place.b, tile, BD)  # [BM, BD]
-    acc = tl.zeros([BM, BDV], tl.float32)
-    row_max = tl.full([BM], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BM], tl.float32)
-    block = next_block(tile, 0, BN)
-    while block < NEVER:
-        end = end_of_run(tile, block, BN)
-        for n in range(block, end):
-            _, scores, keep, cols = scores_of_block(b_q, k, spans, tile, place, n, keys, scale, FLAGS, BN, BD)
-            b_v = load_heads(v, place.b, place.kv_head, cols, cols < keys, BDV)  # [BN, BDV]
-            scores = tl.where(keep, scores, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(scores, 1))  # [BM]
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            p = weights(scores, shift[:, None], 0.0)  # [BM, BN]
-            rescale = weights(row_max, shift, 0.0)
-            values, nonfinite = finite_part(b_v, 0, True)
-            acc = acc * rescale[:, None] + dot(cast(p, b_v.dtype), values, FLAGS)
-            if nonfinite > 0:
-                acc = add_infinities(acc, keep, b_v.to(tl.float32), FLAGS)
-            row_sum = row_sum * rescale + tl.sum(p, 1)
-            row_max = new_max
-        block = next_block(tile, end, BN)
+    acc, row_max, row_sum = _walk(b_q, k, v, spans, tile, place, keys, scale, False, FLAGS, BN, BD, BDV)
+    if any_nonfinite(acc) > 0:
+        acc, row_max, row_sum = _walk(b_q, k, v, spans, tile, place, keys, scale, True, FLAGS, BN, BD, BDV)
+        acc = add_nonfinite_of(acc, v, spans, tile, place, keys, BN)
     empty = row_sum == 0.0
     safe_sum = tl.where(empty, 1.0, row_sum)
     to = (place.b * results.tokens + tile.token - first_token) * heads + tile.head
-    to = to * (FLAGS.SPANS) + tile.slot
+    to = to * FLAGS.SPANS + tile.slot
     tl.store(results.lse + to, tl.where(empty, float("-inf"), row_max + tl.log2(safe_sum) * LN2), tile.live)
     cols = tl.arange(0, BDV)
     out = cast(acc / safe_sum[:, None], results.out.dtype.element_ty)

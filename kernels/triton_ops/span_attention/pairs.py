@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .._common.numerics import is_finite
 from .._common.paged import load_heads
-from ..interval_attention.pairs import dot
 
 NEVER = tl.constexpr(2**31 - 1)  # no block
 
@@ -115,14 +115,35 @@ def unmasked(spans, b, cols, inside, keys):
 
 
 @triton.jit
-def scores_of_block(
-    q, k, spans, tile, place, block, keys, scale, FLAGS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
-):
-    """(keys [BN, BD], scores [BM, BN], which pairs of a query and a key are seen, which keys exist)."""
-    cols = block * BN + tl.arange(0, BN)
-    inside = cols < keys
-    b_k = load_heads(k, place.b, place.kv_head, cols, inside, BD)
-    scores = dot(q, tl.trans(b_k), FLAGS) * scale
-    keep = (cols[None, :] >= tile.begin[:, None]) & (cols[None, :] < tile.stop[:, None])
-    keep = keep & unmasked(spans, place.b, cols, inside, keys)[None, :]
-    return b_k, scores, keep, cols
+def seen_of_block(spans, tile, place, cols, keys):
+    """Which pairs [BM] see which keys `cols` [BN]."""
+    inside = unmasked(spans, place.b, cols, cols < keys, keys)
+    return (cols[None, :] >= tile.begin[:, None]) & (cols[None, :] < tile.stop[:, None]) & inside[None, :]
+
+
+@triton.jit
+def load_block(x, place, cols, keys, COLS: tl.constexpr):
+    return load_heads(x, place.b, place.kv_head, cols, cols < keys, COLS)
+
+
+@triton.jit
+def any_nonfinite(x):
+    """1 where a product met what is not finite: then it is repeated with care for what is hidden, whose weight is 0."""
+    return tl.max(tl.max(tl.where(is_finite(x.to(tl.float32)), 0, 1), 1), 0)
+
+
+@triton.jit
+def add_nonfinite_of(acc, x, spans, tile, place, keys, BN: tl.constexpr):
+    """acc [BM, COLS] plus what is not finite in the rows of x that pairs see, one by one."""
+    block = next_block(tile, 0, BN)
+    while block < NEVER:
+        end = end_of_run(tile, block, BN)
+        for n in range(block, end):
+            if any_nonfinite(load_block(x, place, n * BN + tl.arange(0, BN), keys, acc.shape[1])) > 0:
+                for j in range(BN):
+                    key = n * BN + j + tl.arange(0, 1)
+                    row = load_block(x, place, key, keys, acc.shape[1]).to(tl.float32)  # [1, COLS]
+                    poison = seen_of_block(spans, tile, place, key, keys) & (is_finite(row) == 0)
+                    acc = tl.where(poison, acc + row, acc)
+        block = next_block(tile, end, BN)
+    return acc
