@@ -11,6 +11,7 @@ from . import (
     cpu_sink,
     cuda,
     cuda_sink,
+    cuda_span,
     integrations,
     masks,
     nn,
@@ -21,7 +22,7 @@ from . import (
 
 CATALOGUE: dict[str, tuple[Fault, ...]] = {
     "cpu": (*cpu.FAULTS, *cpu_attention.FAULTS, *cpu_sink.FAULTS),
-    "cuda": (*cuda.FAULTS, *cuda_sink.FAULTS),
+    "cuda": (*cuda.FAULTS, *cuda_sink.FAULTS, *cuda_span.FAULTS),
     "triton": (*triton.FAULTS, *triton_sink.FAULTS),
     "ops": ops.FAULTS,
     "nn": nn.FAULTS,
