@@ -121,10 +121,19 @@ inline __attribute__((always_inline)) Vec vec_load(const float* p) {
   std::memcpy(&a, p, sizeof a);
   return a;
 }
+// By name, because the compiler's conversion between these vectors takes four instructions instead of one.
 inline __attribute__((always_inline)) Vec vec_load(const BFloat16* p) {
+#if defined(SQ_AVX512)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(SQ_AVX2)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
   VecHalves bits;
   std::memcpy(&bits, p, sizeof bits);
   return same_bits<Vec>(__builtin_convertvector(bits, VecBits) << 16);
+#endif
 }
 inline __attribute__((always_inline)) Vec vec_load(const Half* p) {
 #if defined(SQ_AVX512)

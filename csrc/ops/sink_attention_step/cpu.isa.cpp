@@ -19,7 +19,7 @@ int64_t shared_floats(const SinkAttentionStepParams& p) {
 void prepare(const SinkAttentionStepParams& p, float* shared) {
   const int64_t half = p.rotary / 2;
   if (table_floats(p) == 0) return;
-  for (int64_t j = 0; j < kTile; ++j) rotation(p.turns, half, j, shared + j * half, shared + (kTile + j) * half);
+  for (int64_t j = 0; j < kTile; ++j) rotation(p.turns, half, j, shared + j * p.rotary, shared + j * p.rotary + half);
 }
 
 int64_t items(const SinkAttentionStepParams& p) { return p.batch * p.kv_heads * blocks_of(p) * ranges_of(p); }

@@ -17,7 +17,7 @@ constexpr int64_t kRange = 512;  // tokens of a range
 constexpr int64_t kRows = 64;    // query rows, (new token, head of the group) pairs, of a block
 constexpr int64_t kSplitRows =
     128;                         // with more rows a block sees all its keys in one range: shares of all would be large
-constexpr int64_t kFewRows = 8;  // up to so many, narrow values are widened where they are used
+constexpr int64_t kFewRows = 8;  // up to so many, keys and values are widened, and keys rotated, where they are used
 
 inline int64_t group_of(const SinkAttentionStepParams& p) { return p.heads / p.kv_heads; }
 inline int64_t rows_of(const SinkAttentionStepParams& p) { return p.width * group_of(p); }
@@ -26,7 +26,7 @@ inline int64_t ranges_of(const SinkAttentionStepParams& p) {
   return rows_of(p) > kSplitRows ? 1 : larger(1, ceil_div(p.window + p.width, kRange));
 }
 
-/// Floats of a table of rotations: cosines, then sines, of R(0), R(1), ... R(kTile - 1).
+/// Floats of a table of rotations R(0), R(1), ... R(kTile - 1): the cosines of one, then its sines.
 inline int64_t table_floats(const SinkAttentionStepParams& p) { return p.rotated ? 0 : kTile * p.rotary; }
 
 /// A share: sums of values of one row over one range, and their softmax behind them.
@@ -64,13 +64,13 @@ void finish_row(const SinkAttentionStepParams& p, int64_t b, int64_t kv_head, in
 template <class E>
 struct Tokens {
   const E *k, *v;
-  int64_t k_stride, v_stride;
+  int64_t k_stride, v_stride, count;
   const float *k_scale, *v_scale;  // or null
-  bool entering;                   // not yet rotated where those of the cache are
+  bool entering;                   // new: apart in memory, and not yet rotated where those of the cache are
 
   Tokens from(int64_t i) const {
     Tokens rest = *this;
-    rest.k += i * k_stride, rest.v += i * v_stride;
+    rest.k += i * k_stride, rest.v += i * v_stride, rest.count -= i;
     if (k_scale != nullptr) rest.k_scale += i, rest.v_scale += i;
     return rest;
   }
@@ -88,9 +88,9 @@ class Attention {
         words_(round_up(p.d, kLanes)),
         columns_(round_up(p.dv, kLanes)),
         rows_(smaller(kRows, rows_of(p))),
-        plain_(arena.take<float>(rows_ * words_)),
-        turned_(arena.take<float>(rows_ * words_)),
-        far_(arena.take<float>(rows_ * words_)),
+        plain_(arena.take<float>(rows_ * kQueryStride)),
+        turned_(arena.take<float>(rows_ * kQueryStride)),
+        far_(arena.take<float>(rows_ * kQueryStride)),
         keys_(arena.take<float>(kTile * words_)),
         values_(arena.take<float>(kTile * columns_)),
         scores_(arena.take<float>(rows_ * kTile)),
@@ -142,9 +142,10 @@ class Attention {
   void load_queries() {
     for (int64_t row = 0; row < count_; ++row) {
       const int64_t h = head_ * group_of(p_) + (first_ + row) % group_of(p_);
-      float* x = plain_ + row * words_;
+      const int64_t at = row * kQueryStride;
+      float* x = plain_ + at;
       if (token(row) >= tokens_) {
-        for (int64_t c = 0; c < words_; ++c) x[c] = turned_[row * words_ + c] = far_[row * words_ + c] = 0.0f;
+        for (int64_t c = 0; c < words_; ++c) x[c] = turned_[at + c] = far_[at + c] = 0.0f;
         continue;
       }
       widen_row(static_cast<const T*>(p_.q) + b_ * p_.q_stride_b + token(row) * p_.q_stride_t + h * p_.q_stride_h, p_.d,
@@ -166,8 +167,8 @@ class Attention {
 
   /// A query rotated by `position` into the same row of `out`.
   void turn(int64_t row, int64_t position, float* out) {
-    float* y = out + row * words_;
-    std::memcpy(y, plain_ + row * words_, static_cast<size_t>(words_) * sizeof(float));
+    float* y = out + row * kQueryStride;
+    std::memcpy(y, plain_ + row * kQueryStride, static_cast<size_t>(words_) * sizeof(float));
     rotation(p_.turns, half_, position, cos_, sin_);
     rotate_row(y, p_.interleaved, cos_, sin_, half_);
   }
@@ -182,8 +183,8 @@ class Attention {
         known = token(row);
         rotation(p_.turns, half_, before_ + known - (sinks ? back(row) : 0) - base, cos_, sin_);
       }
-      const float* x = plain_ + row * words_;
-      float* y = turned_ + row * words_;
+      const float* x = plain_ + row * kQueryStride;
+      float* y = turned_ + row * kQueryStride;
       rotate_halves(x, cos_, sin_, half_, y);
       for (int64_t c = p_.rotary; c < words_; ++c) y[c] = x[c];
     }
@@ -199,16 +200,17 @@ class Attention {
       if (sinks) {
         const int64_t at = head * p_.sinks + token;
         add_run(Tokens<T>{static_cast<const T*>(p_.sink_k) + at * p_.d, static_cast<const T*>(p_.sink_v) + at * p_.dv,
-                          p_.d, p_.dv, nullptr, nullptr, false},
-                token, left, true);
+                          p_.d, p_.dv, left, nullptr, nullptr, false},
+                token, true);
         token += left;
       } else {
         const int64_t place = (token - p_.sinks) % p_.ring, n = smaller(left, p_.ring - place);
         const int64_t at = head * p_.ring + place;
         const bool scaled = p_.k_scale != nullptr;
-        add_run(Tokens<E>{static_cast<const E*>(p_.ring_k) + at * p_.d, static_cast<const E*>(p_.ring_v) + at * p_.dv,
-                          p_.d, p_.dv, scaled ? p_.k_scale + at : nullptr, scaled ? p_.v_scale + at : nullptr, false},
-                token, n, false);
+        add_run(
+            Tokens<E>{static_cast<const E*>(p_.ring_k) + at * p_.d, static_cast<const E*>(p_.ring_v) + at * p_.dv, p_.d,
+                      p_.dv, n, scaled ? p_.k_scale + at : nullptr, scaled ? p_.v_scale + at : nullptr, false},
+            token, false);
         token += n;
       }
     }
@@ -216,28 +218,26 @@ class Attention {
     if (fresh >= end) return;
     add_run(Tokens<T>{static_cast<const T*>(p_.k) + b_ * p_.k_stride_b + t * p_.k_stride_t + head_ * p_.k_stride_h,
                       static_cast<const T*>(p_.v) + b_ * p_.v_stride_b + t * p_.v_stride_t + head_ * p_.v_stride_h,
-                      p_.k_stride_t, p_.v_stride_t, nullptr, nullptr, p_.rotated},
-            fresh, end - fresh, sinks);
+                      p_.k_stride_t, p_.v_stride_t, end - fresh, nullptr, nullptr, true},
+            fresh, sinks);
   }
 
-  /// `n` tokens from `token` on, tile by tile.
+  /// Tokens from `token` on, tile by tile.
   template <class Element>
-  void add_run(const Tokens<Element>& run, int64_t token, int64_t n, bool sinks) {
-    for (int64_t i = 0; i < n; i += kTile) add_tile(run.from(i), token + i, smaller(kTile, n - i), n - i, sinks);
+  void add_run(const Tokens<Element>& run, int64_t token, bool sinks) {
+    if (!run.entering) {
+      fetch(run.k, 0, kAhead<Element>, run.count * p_.d);
+      fetch(run.v, 0, kAhead<Element>, run.count * p_.dv);
+    }
+    for (int64_t i = 0; i < run.count; i += kTile) add_tile(run.from(i), token + i, sinks);
   }
 
-  /// n <= kTile tokens from `base` on, `left` in their run.
+  /// The first tile of tokens, which are `base` and those after it.
   template <class Element>
-  void add_tile(const Tokens<Element>& tokens, int64_t base, int64_t n, int64_t left, bool sinks) {
+  void add_tile(const Tokens<Element>& tokens, int64_t base, bool sinks) {
+    const int64_t n = smaller(kTile, tokens.count);
     const float* q = queries(base, sinks);
-    constexpr int64_t kBytes = sizeof(Element);
-    const Fetch v_rows{reinterpret_cast<const char*>(tokens.v), tokens.v_stride * kBytes, p_.dv * kBytes, n};
-    const Fetch k_rows{reinterpret_cast<const char*>(tokens.k), tokens.k_stride * kBytes, p_.d * kBytes, left};
-    int64_t key_stride = words_;
-    const float* keys = load_keys(tokens, base, n, v_rows, key_stride);
-    by_rows(0, count_, [&]<int R>(int64_t row) {
-      dot_keys<R>(q + row * words_, words_, keys, key_stride, n, words_, scores_ + row * kTile);
-    });
+    score(q, tokens, base, n);
     const int64_t padded = round_up(n, kLanes);
     load_factors(tokens, n);
     for (int64_t row = 0; row < count_; ++row) {
@@ -249,40 +249,55 @@ class Attention {
       for (int64_t j = 0; j < padded; j += kLanes) vec_store(x + j, vec_load(x + j) * vec_load(v_factors_ + j));
     }
     const bool direct = p_.dv % kLanes == 0 && (std::is_same_v<Element, float> || count_ <= kFewRows);
-    if (direct) return add_all_values(tokens.v, tokens.v_stride, base, n, sinks, k_rows);
+    const int64_t left = tokens.entering ? 0 : tokens.count * p_.dv;
+    if (direct) return add_all_values(tokens.v, tokens.v_stride, base, n, sinks, left);
     for (int64_t j = 0; j < n; ++j) widen_row(tokens.v + j * tokens.v_stride, p_.dv, values_ + j * columns_);
-    add_all_values(values_, columns_, base, n, sinks, k_rows);
+    add_all_values(values_, columns_, base, n, sinks, 0);
   }
 
   /// What products with keys, and weights of values, are multiplied with.
   template <class Element>
   void load_factors(const Tokens<Element>& tokens, int64_t n) {
-    for (int64_t j = 0; j < kTile; ++j) {
-      const bool scaled = tokens.k_scale != nullptr && j < n;
-      k_factors_[j] = scaled ? p_.scale * tokens.k_scale[j] : p_.scale;
-      v_factors_[j] = scaled ? tokens.v_scale[j] : 1.0f;
-    }
+    for (int64_t j = 0; j < kTile; ++j) k_factors_[j] = p_.scale, v_factors_[j] = 1.0f;
+    if (tokens.k_scale == nullptr) return;
+    for (int64_t j = 0; j < n; ++j) k_factors_[j] = p_.scale * tokens.k_scale[j], v_factors_[j] = tokens.v_scale[j];
   }
 
-  /// Keys as floats, rotated as their tile wants it, `stride` apart: straight from memory where they are that already.
+  /// scores_ = products of the queries with the keys, which are rotated as their tile wants it: where there are few
+  /// rows as they come from memory, otherwise once for all rows.
   template <class Element>
-  const float* load_keys(const Tokens<Element>& tokens, int64_t base, int64_t n, const Fetch& meanwhile,
-                         int64_t& stride) {
-    const bool by_table = half_ > 0 && !p_.rotated, by_token = half_ > 0 && tokens.entering;
-    if constexpr (std::is_same_v<Element, float>) {
-      if (!by_table && !by_token && p_.d % kLanes == 0) {
-        stride = tokens.k_stride;
-        for (int64_t j = 0; j < n; ++j) meanwhile.row(j);
-        return tokens.k;
-      }
+  void score(const float* q, const Tokens<Element>& tokens, int64_t base, int64_t n) {
+    const bool by_table = half_ > 0 && !p_.rotated, by_token = half_ > 0 && p_.rotated && tokens.entering;
+    const int64_t pairs = half_ % kLanes == 0 ? half_ : 0;
+    const bool direct = p_.d % kLanes == 0 && !by_token && (!by_table || (pairs > 0 && !p_.interleaved)) &&
+                        (count_ <= kFewRows || (std::is_same_v<Element, float> && !by_table));
+    if (!direct) {
+      load_keys(tokens, base, n);
+      return dots<false>(q, Keys<float>{keys_, words_, words_, pairs, nullptr, 0}, n);
     }
+    const int64_t left = tokens.entering ? 0 : tokens.count * p_.d;
+    const Keys<Element> keys{tokens.k, tokens.k_stride, words_, pairs, table_, left};
+    by_table ? dots<true>(q, keys, n) : dots<false>(q, keys, n);
+  }
+
+  template <bool kTurn, class Element>
+  void dots(const float* q, Keys<Element> keys, int64_t n) {
+    by_rows(0, count_, [&]<int R>(int64_t row) {
+      dot_keys<R, kTurn>(q + row * kQueryStride, keys, n, scores_ + row * kTile);
+      keys.left = 0;
+    });
+  }
+
+  /// keys_ = keys as floats, rotated as their tile wants it.
+  template <class Element>
+  void load_keys(const Tokens<Element>& tokens, int64_t base, int64_t n) {
+    const bool by_table = half_ > 0 && !p_.rotated, by_token = half_ > 0 && p_.rotated && tokens.entering;
     for (int64_t j = 0; j < n; ++j) {
       const Element* row = tokens.k + j * tokens.k_stride;
       float* key = keys_ + j * words_;
-      meanwhile.row(j);
       if (by_table) {
-        const float* cos = table_ + j * half_;
-        widen_rotated(row, p_.d, p_.interleaved, cos, cos + kTile * half_, half_, spare_, key);
+        const float* cos = table_ + j * p_.rotary;
+        widen_rotated(row, p_.d, p_.interleaved, cos, cos + half_, half_, spare_, key);
         continue;
       }
       widen_row(row, p_.d, key);
@@ -291,7 +306,6 @@ class Attention {
         rotate_row(key, p_.interleaved, cos_, sin_, half_);
       }
     }
-    return keys_;
   }
 
   struct Range {
@@ -307,7 +321,7 @@ class Attention {
 
   /// Rows that see the same keys together; what a row does not see is not even multiplied by 0.
   template <class Element>
-  void add_all_values(const Element* v, int64_t stride, int64_t base, int64_t n, bool sinks, const Fetch& next) {
+  void add_all_values(const Element* v, int64_t stride, int64_t base, int64_t n, bool sinks, int64_t left) {
     const int64_t floats = share_floats(p_);
     for (int64_t row = 0; row < count_;) {
       const Range seen = range_of(row, base, n, sinks);
@@ -316,11 +330,9 @@ class Attention {
         const Range other = range_of(stop, base, n, sinks);
         if (other.begin != seen.begin || other.end != seen.end) break;
       }
-      const Values<Element> values{v, stride, seen.begin, seen.end, columns_};
       by_rows(row, stop, [&]<int R>(int64_t first) {
-        const bool ahead = first == 0;
-        const Fetch rows{ahead ? next.rows + n * next.stride : nullptr, next.stride, next.bytes, next.count - n};
-        add_values<R>(scores_ + first * kTile, values, out_ + first * floats, floats, rows);
+        const Values<Element> values{v, stride, seen.begin, seen.end, columns_, first == 0 ? left : 0};
+        add_values<R>(scores_ + first * kTile, values, out_ + first * floats, floats);
       });
       row = stop;
     }

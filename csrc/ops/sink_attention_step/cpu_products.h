@@ -9,8 +9,9 @@
 
 namespace subquad::cpu::SUBQUAD_ISA::sink {
 
-constexpr int kSums = kLanes == 16 ? 16 : 8;  // vectors of sums in registers
-constexpr int64_t kTile = 64;                 // keys of a tile
+constexpr int kSums = kLanes == 16 ? 16 : 8;   // vectors of sums in registers
+constexpr int64_t kTile = 128;                 // keys of a tile: for each, queries are rotated anew
+constexpr int64_t kQueryStride = kSinkMaxDim;  // floats from a query to the next
 
 /// fn.template operator()<R>(row) for rows [begin, end), R of them at a time.
 template <class Fn>
@@ -21,21 +22,61 @@ inline void by_rows(int64_t begin, int64_t end, const Fn& fn) {
   if (row < end) fn.template operator()<1>(row);
 }
 
-/// scores[r * kTile + j] = q[r] . keys[j] for R rows of q and n keys, all of `words` floats, a multiple of kLanes.
-template <int R>
-inline void dot_keys(const float* q, int64_t q_stride, const float* keys, int64_t key_stride, int64_t n, int64_t words,
-                     float* scores) {
+/// Elements that are asked for before they are used: so much takes about as long to come as to use.
+template <class E>
+constexpr int64_t kAhead = (6 << 10) / sizeof(E);
+
+/// Asks for elements [begin, end) of the `left` that there are from `rows` on.
+template <class E>
+inline void fetch(const E* rows, int64_t begin, int64_t end, int64_t left) {
+  constexpr int64_t kLine = 64 / sizeof(E);
+  for (const int64_t stop = smaller(end, left); begin < stop; begin += kLine) __builtin_prefetch(rows + begin, 0, 3);
+}
+
+/// Keys of a tile, `stride` elements apart.
+template <class E>
+struct Keys {
+  const E* rows;
+  int64_t stride, words;  // the second is a multiple of kLanes
+  int64_t pairs;          // of elements (f, f + pairs), a multiple of kLanes; they are added pair by pair
+  const float* table;     // the cosines and sines that rotate the pairs of the first key, then the second, ...
+  int64_t left;           // elements to fetch while these are used, theirs among them
+};
+
+/// scores[r * kTile + j] = q[r] . keys[j] for R rows of q and n keys.
+template <int R, bool kTurn, class E>
+inline void dot_keys(const float* q, const Keys<E>& keys, int64_t n, float* scores) {
   constexpr int K = kSums / R;
+  const int64_t pairs = keys.pairs;
   for (int64_t j = 0; j < n; j += K) {
-    const float* at[K];
-    for (int k = 0; k < K; ++k) at[k] = keys + smaller(j + k, n - 1) * key_stride;
+    const E* at[K];
+    const float* turn[K];
+    for (int k = 0; k < K; ++k) {
+      at[k] = keys.rows + smaller(j + k, n - 1) * keys.stride;
+      if constexpr (kTurn) turn[k] = keys.table + (j + k) * 2 * pairs;
+    }
+    fetch(keys.rows, kAhead<E> + j * keys.stride, kAhead<E> + (j + K) * keys.stride, keys.left);
     Vec sums[16] = {};
-    for (int64_t c = 0; c < words; c += kLanes) {
-      Vec row[R];
-      for (int r = 0; r < R; ++r) row[r] = vec_load(q + r * q_stride + c);
+    for (int64_t f = 0; f < pairs; f += kLanes) {
+      Vec x[R], y[R];
+      for (int r = 0; r < R; ++r)
+        x[r] = vec_load(q + r * kQueryStride + f), y[r] = vec_load(q + r * kQueryStride + pairs + f);
       for (int k = 0; k < K; ++k) {
-        const Vec key = vec_load(at[k] + c);
-        for (int r = 0; r < R; ++r) sums[r * K + k] = vec_fma(row[r], key, sums[r * K + k]);
+        Vec a = vec_load(at[k] + f), b = vec_load(at[k] + pairs + f);
+        if constexpr (kTurn) {
+          const Vec c = vec_load(turn[k] + f), s = vec_load(turn[k] + pairs + f), turned = a * c - b * s;
+          b = b * c + a * s, a = turned;
+        }
+        for (int r = 0; r < R; ++r) sums[r * K + k] = vec_fma(x[r], a, sums[r * K + k]);
+        for (int r = 0; r < R; ++r) sums[r * K + k] = vec_fma(y[r], b, sums[r * K + k]);
+      }
+    }
+    for (int64_t c = 2 * pairs; c < keys.words; c += kLanes) {
+      Vec x[R];
+      for (int r = 0; r < R; ++r) x[r] = vec_load(q + r * kQueryStride + c);
+      for (int k = 0; k < K; ++k) {
+        const Vec a = vec_load(at[k] + c);
+        for (int r = 0; r < R; ++r) sums[r * K + k] = vec_fma(x[r], a, sums[r * K + k]);
       }
     }
     float found[16];
@@ -44,37 +85,26 @@ inline void dot_keys(const float* q, int64_t q_stride, const float* keys, int64_
     } else {
       for (int i = 0; i < kSums; ++i) found[i] = vec_sum(sums[i]);
     }
-    for (int r = 0; r < R; ++r)
-      for (int k = 0; k < K; ++k) scores[r * kTile + j + k] = found[r * K + k];
+    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kTile + j, found + r * K, K * sizeof(float));
   }
 }
 
-/// Values [begin, end) of a tile, `stride` elements apart.
+/// Values [begin, stop) of a tile, `stride` elements apart.
 template <class E>
 struct Values {
   const E* rows;
-  int64_t stride, begin, end, columns;  // the last is a multiple of kLanes
-};
-
-/// Rows that are asked for while others are used.
-struct Fetch {
-  const char* rows;  // or null
-  int64_t stride, bytes, count;
-
-  void row(int64_t j) const {
-    if (rows != nullptr && j < count) fetch_row(rows + j * stride, bytes);
-  }
+  int64_t stride, begin, stop, columns;  // the last is a multiple of kLanes
+  int64_t left;                          // elements to fetch while these are used, theirs among them
 };
 
 template <int R, int C, class E>
-inline void add_columns(const float* weights, const Values<E>& v, int64_t column, float* out, int64_t out_stride,
-                        const Fetch& next) {
+inline void add_columns(const float* weights, const Values<E>& v, int64_t column, float* out, int64_t out_stride) {
   for (; column + C * kLanes <= v.columns; column += C * kLanes) {
     Vec sums[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) sums[r][c] = vec_load(out + r * out_stride + column + c * kLanes);
-    for (int64_t j = v.begin; j < v.end; ++j) {
-      if (column == 0) next.row(j);
+    for (int64_t j = v.begin; j < v.stop; ++j) {
+      if (column == 0) fetch(v.rows, kAhead<E> + j * v.stride, kAhead<E> + (j + 1) * v.stride, v.left);
       Vec value[C];
       for (int c = 0; c < C; ++c) value[c] = vec_load(v.rows + j * v.stride + column + c * kLanes);
       for (int r = 0; r < R; ++r) {
@@ -85,14 +115,14 @@ inline void add_columns(const float* weights, const Values<E>& v, int64_t column
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) vec_store(out + r * out_stride + column + c * kLanes, sums[r][c]);
   }
-  if constexpr (C > 1) add_columns<R, C / 2>(weights, v, column, out, out_stride, next);
+  if constexpr (C > 1) add_columns<R, C / 2>(weights, v, column, out, out_stride);
 }
 
 /// out[r] += weights[r * kTile + j] * row j of the values, in the order of j, for R rows.
 template <int R, class E>
-inline void add_values(const float* weights, const Values<E>& v, float* out, int64_t out_stride, const Fetch& next) {
+inline void add_values(const float* weights, const Values<E>& v, float* out, int64_t out_stride) {
   constexpr int C = kSums / R < 8 ? kSums / R : 8;
-  add_columns<R, C>(weights, v, 0, out, out_stride, next);
+  add_columns<R, C>(weights, v, 0, out, out_stride);
 }
 
 /// What is known of one row's softmax besides the weighted sum of values.

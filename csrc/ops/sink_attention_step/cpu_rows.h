@@ -192,10 +192,4 @@ inline void store_row(const float* x, int64_t n, T* row) {
   for (int64_t i = 0; i < n; ++i) row[i] = from_float<T>(x[i]);
 }
 
-/// Ask for a row that is needed soon.
-inline void fetch_row(const void* row, int64_t bytes) {
-  constexpr int64_t kLine = 64;
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
-}
-
 }  // namespace subquad::cpu::SUBQUAD_ISA::sink
