@@ -240,6 +240,8 @@ def test_rows_with_padding_generate_what_they_do_alone(name: str, implementation
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["static", "chunks", "static-chunks", "no-cache"])
 def test_ways_to_generate(way: str) -> None:
+    if OLD and "chunks" in way:
+        pytest.skip("transformers 4.57 gives other text for padded rows in chunks, whatever the model")
     model, ids, mask = converted("llama"), prompt(15, 2), torch.ones(2, 15, dtype=torch.long)
     mask[1, :4] = 0
     options: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True} if "static" in way else {}
@@ -275,6 +277,7 @@ def test_drafts_change_no_greedy_output(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @torch.no_grad()
+@pytest.mark.skipif(OLD, reason="transformers 4.57 counts the keys of a preallocated cache that are not 0")
 def test_keys_beyond_the_position_of_a_preallocated_cache_are_never_read() -> None:
     model, ids = converted("llama"), prompt(30, 2)
     want = model(ids, use_cache=False).logits
@@ -284,8 +287,6 @@ def test_keys_beyond_the_position_of_a_preallocated_cache_are_never_read() -> No
         layer.keys[:, :, 9:], layer.values[:, :, 9:] = float("nan"), float("nan")
     parts += [model(part, **on(cache)).logits for part in ids[:, 9:].split((1, 1, 7, 1, 11), 1)]
     torch.testing.assert_close(torch.cat(parts, 1), want, **CLOSE)
-    if OLD:
-        return
     cache.crop(-8)  # what was taken back stands there still
     wrong = model(prompt(5, 2, seed=8), **on(cache))
     cache.crop(-5)
