@@ -17,7 +17,7 @@ import triton
 
 from .._common.aot import AotCase
 from .._common.checks import check_packed, check_rows, require
-from .._common.device import precision
+from .._common.device import precision, register_limit
 from .._common.lists import Lists, sort_pairs
 from .._common.numerics import INTERPRET
 from .._common.paged import keys_of, paged_heads
@@ -146,10 +146,12 @@ def _options(kernel: str, width: int, dtype: torch.dtype, pairs: float) -> dict[
     if INTERPRET.value:
         return {"BM": 64, "BN": 32}
     small, large, wide = TILES[kernel]
-    tiles = wide if dtype is torch.float32 or width > 128 else small if width <= 64 else large
+    tiles: tuple[int, ...] = wide if dtype is torch.float32 or width > 128 else small if width <= 64 else large
     if pairs < 32 and tiles is not wide:
         tiles = FEW.get(kernel, tiles)
-    return dict(zip(("BM", "BN", "num_warps", "num_stages"), tiles, strict=True))
+    rows, keys, warps, stages, *registers = tiles
+    options = {"BM": rows, "BN": keys, "num_warps": warps, "num_stages": stages}
+    return options | register_limit(registers[0] if registers else None)
 
 
 def span_attention_fwd(
