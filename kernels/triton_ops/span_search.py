@@ -247,7 +247,7 @@ def _flags(q: torch.Tensor, kv_heads: int, spans: int, per_group: bool = False) 
 
 
 def span_search_fwd(
-    q: torch.Tensor,
+    q_search: torch.Tensor,
     k: torch.Tensor,
     position: torch.Tensor,
     first: torch.Tensor,
@@ -266,22 +266,22 @@ def span_search_fwd(
     Raises:
         ValueError: tensors that do not fit.
     """
-    batch, tokens, heads, d = q.shape
+    batch, tokens, heads, d = q_search.shape
     keys, kv_heads = keys_of(k, block_table), k.shape[2]
-    require(heads % kv_heads == 0, "q", f"a multiple of {kv_heads} heads", q)
-    check_rows("q", q, (batch, tokens, heads, d), q)
-    check_rows("k", k, (*(k.shape[:2] if block_table is not None else (batch, keys)), kv_heads, d), q)
+    require(heads % kv_heads == 0, "q_search", f"a multiple of {kv_heads} heads", q_search)
+    check_rows("q_search", q_search, (batch, tokens, heads, d), q_search)
+    check_rows("k", k, (*(k.shape[:2] if block_table is not None else (batch, keys)), kv_heads, d), q_search)
     for name, x in (("position", position), ("first", first), ("last", last), ("back", back), ("ahead", ahead)):
         check_packed(name, x, (batch, tokens), position)
-    flags = _flags(q, kv_heads, num_spans, per_group)
-    score = q.new_empty((batch, tokens, heads, num_spans), dtype=torch.float32)
+    flags = _flags(q_search, kv_heads, num_spans, per_group)
+    score = q_search.new_empty((batch, tokens, heads, num_spans), dtype=torch.float32)
     places = [torch.empty_like(score, dtype=torch.int32) for _ in range(3)]
     if score.numel():
         reach = Reach(position, first, last, back, ahead, None if key_mask is None else key_mask.view(torch.uint8))
-        options = _options(tokens, flags, d, q.dtype)
+        options = _options(tokens, flags, d, q_search.dtype)
         tiles = triton.cdiv(flags.GROUP, options["BH"])
         span_search_fwd_kernel[(batch * kv_heads * tiles * triton.cdiv(tokens, options["BT"]),)](
-            _heads(q), paged_heads(k, block_table), reach, offsets, Found(score, *places), tokens, keys, offsets.shape[0],
+            _heads(q_search), paged_heads(k, block_table), reach, offsets, Found(score, *places), tokens, keys, offsets.shape[0],
             heads, tiles, scale, FLAGS=flags, BD=_padded(d), BK=triton.next_power_of_2(num_spans), **options,
         )  # fmt: skip
     return (score, *places)
@@ -300,22 +300,22 @@ def _options(tokens: int, flags: Flags, d: int, dtype: torch.dtype) -> dict[str,
 
 
 def span_search_bwd(
-    grad_score: torch.Tensor, anchor: torch.Tensor, q: torch.Tensor, k: torch.Tensor, scale: float
+    grad_score: torch.Tensor, anchor: torch.Tensor, q_search: torch.Tensor, k: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`subquad_triton::span_search_bwd`: (dq, dk), contiguous.
 
     Raises:
         ValueError: tensors that do not fit.
     """
-    batch, tokens, heads, d = q.shape
+    batch, tokens, heads, d = q_search.shape
     keys, kv_heads, spans = k.shape[1], k.shape[2], anchor.shape[3]
-    require(heads % kv_heads == 0, "q", f"a multiple of {kv_heads} heads", q)
-    check_rows("q", q, (batch, tokens, heads, d), q)
-    check_rows("k", k, (batch, keys, kv_heads, d), q)
+    require(heads % kv_heads == 0, "q_search", f"a multiple of {kv_heads} heads", q_search)
+    check_rows("q_search", q_search, (batch, tokens, heads, d), q_search)
+    check_rows("k", k, (batch, keys, kv_heads, d), q_search)
     check_packed("anchor", anchor, (batch, tokens, heads, spans), anchor)
     check_packed("grad_score", grad_score, (batch, tokens, heads, spans), grad_score)
-    flags = _flags(q, kv_heads, spans)
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    flags = _flags(q_search, kv_heads, spans)
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_search, k))
     width = _padded(d)
     if dq.numel():
         rows = 16
@@ -331,7 +331,7 @@ def span_search_bwd(
         span_search_dk_kernel[(batch * kv_heads * blocks,)](
             grad_score,
             anchor,
-            _heads(q),
+            _heads(q_search),
             lists,
             dk,
             tokens,

@@ -11,7 +11,7 @@ from ._contract import Contract, Operator, new_like
 MAX_HEAD_DIM = 256
 
 _ARGS = (
-    "Tensor q, Tensor k, Tensor position, Tensor first, Tensor last, Tensor back, Tensor ahead, Tensor offsets, "
+    "Tensor q_search, Tensor k, Tensor position, Tensor first, Tensor last, Tensor back, Tensor ahead, Tensor offsets, "
     "Tensor? key_mask, Tensor? block_table, int num_spans, float scale, bool per_group"
 )
 
@@ -35,13 +35,13 @@ CONTRACT = Contract(
             _forward,
             outputs=("score", "anchor", "start", "end"),
             backward="span_search_bwd",
-            differentiable=("q", "k"),
-            strided=("q", "k"),
+            differentiable=("q_search", "k"),
+            strided=("q_search", "k"),
         ),
         "span_search_bwd": Operator(
-            "(Tensor grad_score, Tensor anchor, Tensor q, Tensor k, float scale) -> (Tensor, Tensor)",
+            "(Tensor grad_score, Tensor anchor, Tensor q_search, Tensor k, float scale) -> (Tensor, Tensor)",
             _backward,
-            strided=("q", "k"),
+            strided=("q_search", "k"),
             cuda=False,
         ),
     },
