@@ -80,11 +80,10 @@ def draw(
 def run(call: Call, backend: str, *wanted: str, **upstream: torch.Tensor) -> dict[str, torch.Tensor]:
     """out, lse and the gradients of the leaves (or those wanted), from random gradients of both, or given ones."""
     leaves = {name: x.clone().requires_grad_(not wanted or name in wanted) for name, x in call.leaves.items()}
-    more = (leaves.get(name) for name in ("gate", "base_out", "base_lse"))
-    spans = (x.int() for x in (call.start, call.end))
-    out, lse = attend(
-        leaves["q"], leaves["k"], leaves["v"], *spans, *more, call.key_mask, None, SCALE, backend
-    )  # fmt: skip
+    q, k, v = (leaves[name] for name in "qkv")
+    gate, base_out, base_lse = (leaves.get(name) for name in ("gate", "base_out", "base_lse"))
+    start, end = call.start.int(), call.end.int()
+    out, lse = attend(q, k, v, start, end, gate, base_out, base_lse, call.key_mask, None, SCALE, backend)
     sampler = Sampler(seed=7)
     for name, x in (("out", out), ("lse", lse)):
         upstream.setdefault(name, sampler.normal(*x.shape).bfloat16())  # which every dtype holds
@@ -93,6 +92,12 @@ def run(call: Call, backend: str, *wanted: str, **upstream: torch.Tensor) -> dic
     names = [name for name in leaves if not wanted or name in wanted]
     found = torch.autograd.grad((out, seen), [leaves[name] for name in names], grads)
     return {"out": out, "lse": lse, **{f"d{name}": x for name, x in zip(names, found, strict=True)}}
+
+
+def holds(start: torch.Tensor, end: torch.Tensor, keys: int) -> torch.Tensor:
+    """Which keys are in which spans, [..., keys]."""
+    key = torch.arange(keys)
+    return (start[..., None] <= key) & (key <= end[..., None])
 
 
 def assert_is_reference(call: Call, backend: str, what: str = "", **upstream: torch.Tensor) -> None:
@@ -220,13 +225,9 @@ def test_what_a_span_does_not_hold(bad: float, dtype: torch.dtype, backend: str)
     """Keys, values, queries and gradients that are not finite reach what sees them and nothing else."""
     call = draw(2, 40, 3 * BLOCK, masked=True, dtype=dtype)
     key, row = BLOCK + 9, 11
-    clean = run(call, backend)
-    inside = (call.start <= key) & (key <= call.end)  # [B, T, H, S]
-    sees = inside.any(-1)
-    hidden = call.key_mask
-    assert hidden is not None
-    hidden[1, key] = False  # in one batch entry the key is masked
-    hidden[0, key] = True
+    sees = ((call.start <= key) & (key <= call.end)).any(-1)  # [B, T, H]
+    assert call.key_mask is not None
+    call.key_mask[:, key] = torch.tensor([True, False])  # in one batch entry it is masked
     clean = run(call, backend)
     for name in ("k", "v"):
         x = call.leaves[name].clone()
@@ -236,9 +237,7 @@ def test_what_a_span_does_not_hold(bad: float, dtype: torch.dtype, backend: str)
             assert actual[result][1].isfinite().all(), f"{name}: {result} of a masked key"
             assert_close(actual[result][0][~sees[0]], clean[result][0][~sees[0]], LIMIT[dtype], f"{name}: {result}")
         assert not actual["dq"][0][sees[0]].isfinite().all(-1).any()
-        seen_with = (call.start[0, ..., None] <= torch.arange(3 * BLOCK)) & (
-            torch.arange(3 * BLOCK) <= call.end[0, ..., None]
-        )
+        seen_with = holds(call.start[0], call.end[0], 3 * BLOCK)
         touched = (seen_with & sees[0][..., None, None]).flatten(0, 2).any(0)
         for result in ("dk", "dv"):
             assert_close(actual[result][1], clean[result][1], LIMIT[dtype], f"{name}: {result} of a masked key")
@@ -247,10 +246,8 @@ def test_what_a_span_does_not_hold(bad: float, dtype: torch.dtype, backend: str)
     upstream[0, row] = bad
     q = call.leaves["q"].clone()
     q[0, row] = bad
-    seen = (call.start[0, row, ..., None] <= torch.arange(3 * BLOCK)) & (
-        torch.arange(3 * BLOCK) <= call.end[0, row, ..., None]
-    )
-    by_head = (seen.any(1) & hidden[0]).unflatten(0, (2, 2)).any(1)  # [Hkv, N]
+    seen = holds(call.start[0, row], call.end[0, row], 3 * BLOCK)
+    by_head = (seen.any(1) & call.key_mask[0]).unflatten(0, (2, 2)).any(1)  # [Hkv, N]
     for actual in (run(call, backend, out=upstream), run(call.with_leaves(q=q), backend)):
         for result in ("dk", "dv"):
             apart = ~by_head.T
@@ -330,8 +327,8 @@ print(train(16384, 16))
 def test_memory_of_training(backend: str) -> None:
     """Bytes for every query row of 16384, 64 elements wide, with 16 spans.
 
-    out and its gradient, dq, dk and dv take 5 * 256 bytes; lse, its gradient, gates' gradients, c and the lists of pairs
-    7 * 64. One tensor of all slots would take 16 * 256 by itself.
+    out and its gradient, dq, dk and dv take 5 * 256 bytes; lse, its gradient, gates' gradients, two terms of a softmax
+    and the lists of pairs 8 * 64. One tensor of all slots would take 16 * 256 by itself.
     """
     result = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
