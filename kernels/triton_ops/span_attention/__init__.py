@@ -132,13 +132,12 @@ def _sorted(start: torch.Tensor, end: torch.Tensor, kv_heads: int, keys: int, si
 TILES = {
     "fwd": ((64, 64, 4, 2), (64, 64, 8, 1), (16, 32, 4, 1)),
     "delta": ((64, 64, 4, 2), (64, 64, 8, 1), (16, 32, 4, 1)),
-    "dq": ((64, 64, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
-    "dkdv": ((32, 64, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)),
+    "dq": ((64, 32, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
+    "dkdv": ((16, 64, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)),
 }
-FEW = {
-    "fwd": (16, 64, 4, 2),
-    "dq": (16, 32, 4, 1),
-}  # the same up to a head dimension of 128, where a block has few pairs
+# The same up to a head dimension of 128, where a block has few pairs, with a limit of registers above the need: without one,
+# ptxas spills to fit another block.
+FEW = {"fwd": (16, 64, 4, 2, 232), "dq": (16, 32, 4, 1, 232)}
 
 
 def _options(kernel: str, width: int, dtype: torch.dtype, pairs: float) -> dict[str, int]:
