@@ -145,7 +145,7 @@ def _positions(value: object, batch: int, tokens: int, keys: int, device: torch.
         low, high = (int(x) for x in positions.aminmax())
         if low < 0 or high >= keys:
             raise ValueError(f"cache_position: expected numbers in 0..{keys - 1}, the keys, got {low}..{high}")
-    return positions.to(torch.int32).view(-1, tokens)
+    return torch.atleast_2d(positions.to(torch.int32))
 
 
 def window_mask(config: SuperlinearConfig, reached: Reach, keys: int, mask: torch.Tensor | None) -> IntervalMask:
