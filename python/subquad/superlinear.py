@@ -13,6 +13,7 @@ from . import _checks
 from ._backends import SubquadWarning
 
 MAX_SPANS = 8
+_INT32 = torch.iinfo(torch.int32).max
 _INTEGER_POWERS = (2, 3, 4, 5, 6)
 
 
@@ -87,7 +88,7 @@ class SuperlinearConfig:
         _checks.choice("route_per", self.route_per, ("head", "group"))
         _checks.choice("length_mode", self.length_mode, ("exact", "ref_f32"))
         object.__setattr__(self, "_stripes", f"{self.exponent!r} {self.sw_index}")
-        object.__setattr__(self, "_window", _offset(self.sw_index + 1, self.exponent) - 1)
+        object.__setattr__(self, "_window", min(_offset(self.sw_index + 1, self.exponent) - 1, _INT32))
 
     @property
     def exponent(self) -> int | float:
@@ -99,7 +100,7 @@ class SuperlinearConfig:
         return int(inverse) if inverse in _INTEGER_POWERS else inverse
 
     def window_len(self) -> int:
-        """W, the keys of the window, the query's own among them; 0 for none."""
+        """W, the keys of the window, the query's own among them; 0 for none. At most 2^31 - 1, more than any sequence has."""
         return self._window
 
     def num_anchors(self, t: int) -> int:
@@ -214,7 +215,7 @@ def span_lengths(tokens_seen: torch.Tensor, config: SuperlinearConfig) -> tuple[
     check_config(config)
     if config.length_mode == "ref_f32":
         power = tokens_seen.float() ** config.span_power
-        return tuple(torch.ceil(f * power).int() for f in (config.backward_factor, config.forward_factor))  # type: ignore[return-value]
+        return tuple(_int32(torch.ceil(f * power)) for f in (config.backward_factor, config.forward_factor))  # type: ignore[return-value]
     wide = tokens_seen.double()
     power = wide.sqrt() if config.span_power == 0.5 else wide.pow(config.span_power)
     return _ceil(config.backward_factor * power), _ceil(config.forward_factor * power)
@@ -224,7 +225,12 @@ def _ceil(x: torch.Tensor) -> torch.Tensor:
     """Numbers that are whole but for rounding are whole."""
     nearest = x.round()
     whole = (x - nearest).abs() <= 1e-9 * x.clamp(min=1.0)
-    return torch.where(whole, nearest, x.ceil()).int()
+    return _int32(torch.where(whole, nearest, x.ceil()))
+
+
+def _int32(x: torch.Tensor) -> torch.Tensor:
+    """Of whole numbers from 0 on, the largest where they are larger; float32 has no number between it and 2^31 to clamp to."""
+    return x.double().clamp(max=_INT32).int()
 
 
 # --- coverage ----------------------------------------

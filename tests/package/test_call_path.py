@@ -181,6 +181,16 @@ def test_meta_tensors_have_shapes() -> None:
             subquad.cats_activation(q, 0.1, backend="native")
 
 
+@backend_params("interval_attention", "native", "reference")
+def test_no_tokens_with_strides_of_another_layout(backend: str) -> None:
+    """A tensor without elements is contiguous to PyTorch whatever its strides are."""
+    q, k, v = (torch.rand(1, t, 8, 2).transpose(2, 3).requires_grad_() for t in (0, 5, 5))
+    out = subquad.interval_attention(q, k, v, subquad.IntervalMask.full(0, 5), backend=backend)
+    grads = torch.autograd.grad(out, (q, k, v), torch.empty(1, 0, 2, 8))
+    assert out.shape == (1, 0, 2, 8) and [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    assert not any(g.any() for g in grads)
+
+
 @backend_params("gated_linear_attention", "native", "reference")
 def test_gradients_of_no_sequences(backend: str) -> None:
     q, s, z = (torch.rand(shape, requires_grad=True) for shape in ((0, 5, 2, 8), (0, 2, 8, 8), (0, 2, 8)))

@@ -143,7 +143,7 @@ def _laid_out(arguments: Sequence[Any], signature: Signature) -> list[Any]:
 
 def _dense(name: str, x: torch.Tensor) -> torch.Tensor:
     _checks.memory(name, x)
-    return x.contiguous()
+    return x.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves what has no elements as it is
 
 
 # --- gradients ----------------------------------------

@@ -124,7 +124,8 @@ def first_key(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
 def reach_from(config: SuperlinearConfig, position: torch.Tensor, first: torch.Tensor, keys: int) -> Reach:
     """Of queries at int32 positions [B or 1, T], -1 for one that sees nothing, whose sequences begin at `first`."""
     position, first = torch.broadcast_tensors(position, first)
-    back, ahead = span_lengths((position + 1 - first).clamp(min=0), config)
+    seen = (position + 1 - first).clamp(min=0)
+    back, ahead = (torch.minimum(x, seen) for x in span_lengths(seen, config))  # longer ones see no more, and overflow
     last = (position - config.window_len()).clamp(max=keys - 1)
     return Reach(position, first, last, back, ahead)
 
@@ -144,7 +145,7 @@ def _positions(value: object, batch: int, tokens: int, keys: int, device: torch.
         low, high = (int(x) for x in positions.aminmax())
         if low < 0 or high >= keys:
             raise ValueError(f"cache_position: expected numbers in 0..{keys - 1}, the keys, got {low}..{high}")
-    return positions.to(torch.int32).view(-1, tokens)
+    return torch.atleast_2d(positions.to(torch.int32))
 
 
 def window_mask(config: SuperlinearConfig, reached: Reach, keys: int, mask: torch.Tensor | None) -> IntervalMask:

@@ -58,7 +58,7 @@ def superlinear(
     found = search(q_search, k if search_keys is None else search_keys, config, positions, keep, firsts)
     anchor, start, end, score = (stacked(found, name) for name in ("anchor", "start", "end", "score"))
     at, j = positions[:, :, None, None, None], torch.arange(keys)
-    near = (j <= at) & (j > at - window(config))
+    near = (j <= at) & (j > at - min(window(config), keys))
     seen = near | ((j >= start[..., None]) & (j <= end[..., None]))
     if keep is not None:
         seen = seen & keep[:, None, None, None, :keys]

@@ -91,6 +91,23 @@ def test_a_window_over_everything_is_causal_attention(backend: str) -> None:
 
 
 @with_backends()
+@pytest.mark.parametrize(
+    "config",
+    [
+        SuperlinearConfig(sw_index=46340),  # a window beyond 2^31
+        SuperlinearConfig(sw_index=65535),  # of 2^32 - 1
+        SuperlinearConfig(sw_index=2, search_power=0.01, inv_search_power_int=None),  # of 3^100
+        SuperlinearConfig(sw_index=1, backward_factor=1e10),
+        SuperlinearConfig(sw_index=1, forward_factor=3e8),  # a sum with the anchor beyond 2^31
+        SuperlinearConfig(backward_factor=1e30, forward_factor=1e30, length_mode="ref_f32"),
+    ],
+    ids=range(6),
+)
+def test_sizes_beyond_32_bits(config: SuperlinearConfig, backend: str) -> None:
+    compared(drawn(1, 50, 50, 2, 1, 8), config, backend)
+
+
+@with_backends()
 def test_anchors_beside_the_window(backend: str) -> None:
     """Spans that reach ahead are cut off: no key counts twice, and the slots' log-sum-exps say so."""
     config = SuperlinearConfig(sw_index=2, forward_factor=4.0)

@@ -163,8 +163,9 @@ def test_strides_and_no_queries(backend: str) -> None:
     transposed = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
     for a, b in zip(subquad.span_search(*transposed, config=README, backend=backend), expected, strict=True):
         assert_same_bits(a, b)
-    none = subquad.span_search(q[:, :0], k, config=README, backend=backend)
-    assert none.anchor.shape == (2, 0, 4, 3)
+    for positions in (None, torch.zeros(0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int32)):
+        none = subquad.span_search(q[:, :0], k, config=README, cache_position=positions, backend=backend)
+        assert none.anchor.shape == (2, 0, 4, 3)
 
 
 # --- 10: shapes, packed rows, pages, offsets ----------------------------------------
