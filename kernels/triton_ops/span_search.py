@@ -284,7 +284,7 @@ def span_search_fwd(
             _heads(q_search), paged_heads(k, block_table), reach, offsets, Found(score, *places), tokens, keys, offsets.shape[0],
             heads, tiles, scale, FLAGS=flags, BD=_padded(d), BK=triton.next_power_of_2(num_spans), **options,
         )  # fmt: skip
-    return (score, *places)
+    return score, places[0], places[1], places[2]
 
 
 def _options(tokens: int, flags: Flags, d: int, dtype: torch.dtype) -> dict[str, int]:

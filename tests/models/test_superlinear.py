@@ -472,7 +472,9 @@ def test_everything_is_shared_and_given_back(name: str) -> None:
     assert all(".q_search_proj." in n for n in after.keys() - before.keys())
     assert report.new_parameters == sum(p.numel() for n, p in model.named_parameters() if ".q_search_proj." in n)
     assert not torch.equal(model(ids).logits, want)
-    assert convert(model, attention="superlinear") == []
+    assert convert(model, attention="superlinear", **NARROW) == []
+    with pytest.raises(ValueError, match="sw_index: expected"):
+        convert(model, attention="superlinear")
     assert revert(model) == report
     assert [layer.self_attn for layer in model.model.layers] == originals and torch.equal(model(ids).logits, want)
     assert {n: id(p) for n, p in model.named_parameters()} == before

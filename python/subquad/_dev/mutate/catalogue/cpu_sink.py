@@ -31,7 +31,13 @@ FAULTS = (
     Fault("cpu-sink-range", "bounds", _ATTEND, "oldest + (range + 1) * kRange)", "oldest + (range + 1) * kRange - 1)"),
     Fault("cpu-sink-back", "formula", _ATTEND, "return p_.absolute ? 0 : views_[row].forgotten;", "return 0;"),
     Fault("cpu-sink-base", "formula", _ATTEND, "(sinks ? back(row) : 0) - base", "(sinks ? back(row) : 0) - base + 1"),
-    Fault("cpu-sink-entering", "formula", _ATTEND, "half_ > 0 && tokens.entering;", "false;"),
+    Fault(
+        "cpu-sink-entering",
+        "formula",
+        _ATTEND,
+        "half_ > 0 && p_.rotated && tokens.entering;\n    const int64_t pairs",
+        "false;\n    const int64_t pairs",
+    ),
     Fault(
         "cpu-sink-unseen",
         "nan",
