@@ -74,10 +74,10 @@ class SuperlinearKVCache(TensorState):
         num_kv_heads: int,
         max_len: int,
         head_dim: int,
-        *,
-        v_head_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        *,
+        v_head_dim: int | None = None,
         page_size: int | None = None,
         num_pages: int | None = None,
         separate_search_keys: bool = False,
@@ -129,8 +129,8 @@ class SuperlinearKVCache(TensorState):
         self,
         k: torch.Tensor,
         v: torch.Tensor,
-        *,
         positions: torch.Tensor | None = None,
+        *,
         search_keys: torch.Tensor | None = None,
     ) -> None:
         """New tokens enter behind the last ones, any number of them.
