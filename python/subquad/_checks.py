@@ -35,6 +35,13 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+    _dense(name, value)
+
+
+def _dense(name: str, value: torch.Tensor) -> None:
+    """`value` has strides: it is not sparse, nested or of a library's own layout."""
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
 
 
 def module(name: str, value: object) -> None:
@@ -62,6 +69,7 @@ def like(name: str, value: object, shape: tuple[int, ...] | None, of: torch.Tens
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
     if value.dtype is not of.dtype:
         raise TypeError(f"{name}: expected {of.dtype} as {of_name} has, got {value.dtype}")
+    _dense(name, value)
     same_device(name, value, of.device, of_name)
 
 

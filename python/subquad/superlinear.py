@@ -105,16 +105,18 @@ class SuperlinearConfig:
 
     def num_anchors(self, t: int) -> int:
         """Stripes that the last of t tokens chooses among."""
-        _checks.size("t", t)
+        _tokens("t", t)
         return max(0, len(_offsets(self.exponent, t)) - self.sw_index)
 
     def max_keys(self, t: int) -> int:
         """Keys that the last of t tokens sees at most, each as often as it is in a span or the window."""
+        _tokens("t", t)
         back, ahead = (int(x) for x in span_lengths(torch.tensor([t]), self))
         return min(self.num_spans, self.num_anchors(t)) * (back + ahead + 1) + min(t, self.window_len())
 
     def offsets(self, tokens: int, device: torch.device | str | None = None) -> torch.Tensor:
         """int32: o_i with i > sw_index, ascending, all of those up to `tokens` and perhaps more. The same tensor every time."""
+        _tokens("tokens", tokens)
         table = torch.ops.subquad.span_offsets if torch.compiler.is_compiling() else _searched_offsets
         return table(self._stripes, _capacity(tokens), torch.device("cpu" if device is None else device))
 
@@ -130,6 +132,13 @@ def _between(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
 
 
+def _tokens(name: str, value: int) -> None:
+    """A number of tokens that a sequence may have."""
+    _checks.size(name, value)
+    if value > _INT32:
+        raise ValueError(f"{name}: expected at most {_INT32}, got {value}")
+
+
 # --- stripes ----------------------------------------
 
 
@@ -137,7 +146,7 @@ def stripe_offsets(
     max_tokens: int, config: SuperlinearConfig, device: torch.device | str | None = None
 ) -> torch.Tensor:
     """o_1, o_2, ... up to `max_tokens`, int64 [S]: exact for integer exponents, else of a power in double precision."""
-    _checks.size("max_tokens", max_tokens)
+    _tokens("max_tokens", max_tokens)
     check_config(config)
     return torch.tensor(_offsets(config.exponent, max_tokens), dtype=torch.int64, device=device)
 
@@ -241,7 +250,7 @@ def coverage_gaps(t: int, config: SuperlinearConfig) -> list[tuple[int, int]]:
 
     None at any t where span_power >= 1 - power and backward_factor >= 1 / power.
     """
-    _checks.size("t", t)
+    _tokens("t", t)
     check_config(config)
     back, ahead = (int(x) for x in span_lengths(torch.tensor([t]), config))
     window = config.window_len()

@@ -94,7 +94,7 @@ class SuperlinearKVCache(TensorState):
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
         _checks.flag("separate_search_keys", separate_search_keys)
-        rows, places = batch, max_len
+        device, rows, places = _checks.device("device", device), batch, max_len
         self.max_len, self.page_size = max_len, page_size
         self.block_table, self._pages = None, None
         if page_size is not None:
@@ -104,10 +104,14 @@ class SuperlinearKVCache(TensorState):
             columns = -(-max_len // page_size)
             rows, places = max(1, batch * columns) if num_pages is None else num_pages, page_size
             _checks.size("num_pages", rows, 1)
-            self.block_table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
-            self._pages = Pages(rows, device)
         elif num_pages is not None:
             raise ValueError(f"num_pages: expected None without page_size, got {num_pages}")
+        first, second = "batch" if num_pages is None else "num_pages", "max_len" if page_size is None else "page_size"
+        sizes = {first: rows, second: places, "num_kv_heads": num_kv_heads, "head_dim": max(head_dim, v_head_dim)}
+        _checks.elements(**sizes)
+        if page_size is not None:
+            self.block_table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
+            self._pages = Pages(rows, device)
         widths = {"k": head_dim, "v": v_head_dim} | ({"search_keys": head_dim} if separate_search_keys else {})
         self.search_keys = None
         for name, width in widths.items():

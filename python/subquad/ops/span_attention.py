@@ -87,9 +87,12 @@ def span_attention(
         scale = float(q.shape[3] ** -0.5)
     mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
     base_out = base_lse = None
-    if config is not None and config_of(config).window_len():
-        reached = _spans.reach(config, q.shape[0], q.shape[1], keys, q.device, cache_position, mask)
-        base_out, base_lse = window(q, k, v, config, reached, keys, mask, scale, backend)
+    windowed = config is not None and config.window_len() > 0
+    if windowed or cache_position is not None:
+        used = config_of(config)
+        reached = _spans.reach(used, q.shape[0], q.shape[1], keys, q.device, cache_position, mask)
+    if windowed:
+        base_out, base_lse = window(q, k, v, used, reached, keys, mask, scale, backend)
     if gate is None and not joint:  # a head for every slot
         q = q.repeat_interleave(spans, 2)
         start, end = (x.flatten(2)[..., None] for x in (start, end))

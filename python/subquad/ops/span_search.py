@@ -74,6 +74,10 @@ def span_search(
     q_search, k = _call.autocast(q_search, k)
     _spans.check_heads("q_search", q_search, limit=MAX_HEAD_DIM)
     keys = _spans.check_keys("k", k, q_search, "q_search", block_table, MAX_HEAD_DIM)
+    if block_table is not None and _checks.readable(block_table) and block_table.numel():
+        low, high = (int(x) for x in block_table.aminmax())
+        if low < -1 or high >= k.shape[0]:
+            raise ValueError(f"block_table: expected numbers in -1..{k.shape[0] - 1}, the pages, got {low}..{high}")
     mask = _spans.key_mask(attention_mask, q_search.shape[0], keys, q_search.device)
     batch, tokens = q_search.shape[:2]
     reached = _spans.reach(config, batch, tokens, keys, q_search.device, cache_position, mask, cu_seqlens, q_search)

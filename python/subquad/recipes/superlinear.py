@@ -208,7 +208,7 @@ def combine_spans(
 
     Raises:
         TypeError: what is no float tensor.
-        ValueError: shapes that do not fit.
+        ValueError: shapes or devices that do not fit.
     """
     _checks.tensor("out", out)
     if out.dim() != 5:
@@ -229,6 +229,7 @@ def combine_spans(
         assert isinstance(x, torch.Tensor)
         if x.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)} to fit out, got {list(x.shape)}")
+        _checks.same_device(name, x, out.device, "out")
     wide = torch.promote_types(out.dtype, torch.float32)
     return mix(out.to(wide), lse.to(wide), gate, base_out, base_lse)[0].to(out.dtype)
 

@@ -340,6 +340,11 @@ MADE: list[tuple[dict[str, Any], str, type[Exception]]] = [
     ({"page_size": 16.0}, "page_size", TypeError),
     ({"num_pages": 3}, "num_pages", ValueError),
     ({"page_size": 16, "num_pages": 0}, "num_pages", ValueError),
+    ({"page_size": 16, "num_pages": 2**70}, "num_pages", ValueError),
+    ({"batch": 2**70}, "batch", ValueError),
+    ({"page_size": 2**70}, "page_size", ValueError),
+    ({"device": "x"}, "device", ValueError),
+    ({"device": 1.5}, "device", ValueError),
     ({"separate_search_keys": 1}, "separate_search_keys", TypeError),
 ]
 

@@ -166,6 +166,10 @@ SPAN: Wrong = {
     "joint as a number": ({"joint": 1}, "joint", TypeError),
     "scale as a string": ({"scale": "1"}, "scale", TypeError),
     "an infinite scale": ({"scale": float("inf")}, "scale", ValueError),
+    "positions without a window": ({"cache_position": torch.arange(5.0)}, "cache_position", TypeError),
+    "positions that are no keys": ({"cache_position": torch.arange(5) + 5}, "cache_position", ValueError),
+    "sparse queries": ({"q": Q.to_sparse()}, "q", TypeError),
+    "sparse keys": ({"k": K.to_sparse()}, "k", TypeError),
 }
 WHOLE: Wrong = {
     **ATTENTION,
@@ -190,6 +194,8 @@ COMBINE: Wrong = {
     "lse of other spans": ({"lse": torch.zeros(2, 5, 4, 2)}, "lse", ValueError),
     "lse of integers": ({"lse": SPANS}, "lse", TypeError),
     "a gate of other spans": ({"gate": torch.zeros(2, 5, 4, 2)}, "gate", ValueError),
+    "lse of another device": ({"lse": torch.zeros(2, 5, 4, 3, device="meta")}, "lse", ValueError),
+    "a gate of another device": ({"gate": torch.zeros(2, 5, 4, 3, device="meta")}, "gate", ValueError),
     "half a base": ({"base_out": torch.zeros(2, 5, 4, 6)}, "base_lse", ValueError),
     "a base of other heads": (
         {"base_out": torch.zeros(2, 5, 4, 6), "base_lse": torch.zeros(2, 5, 3)}, "base_lse", ValueError,

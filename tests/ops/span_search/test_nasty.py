@@ -273,6 +273,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "pages as a list": ({**PAGED, "block_table": [[0]]}, "block_table", TypeError),
     "pages of int64": ({**PAGED, "block_table": torch.zeros(2, 2).long()}, "block_table", TypeError),
     "pages of another batch": ({**PAGED, "block_table": torch.zeros(3, 2).int()}, "block_table", ValueError),
+    "pages that are not there": ({**PAGED, "block_table": torch.full((2, 2), 99).int()}, "block_table", ValueError),
+    "pages below -1": ({**PAGED, "block_table": torch.full((2, 2), -2).int()}, "block_table", ValueError),
     "pages of 12": ({**PAGED, "k": torch.zeros(4, 12, 2, 8)}, "k", ValueError),
     "pages with gradients": ({**PAGED, "q_search": torch.zeros(2, 5, 4, 8, requires_grad=True)}, "q_search", ValueError),
     "an unknown backend": ({"backend": "fast"}, "backend", ValueError),

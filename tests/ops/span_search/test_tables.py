@@ -46,7 +46,7 @@ def test_a_power_that_is_whole_takes_the_exact_path() -> None:
 
 def test_a_power_close_to_0_has_one_stripe() -> None:
     for power in (0.01, 0.0005):
-        assert subquad.stripe_offsets(1 << 40, fractional(power)).tolist() == [1]
+        assert subquad.stripe_offsets((1 << 31) - 1, fractional(power)).tolist() == [1]
         with pytest.warns(SubquadWarning, match="reached by no span"):
             module.warn_of_gaps(fractional(power))
 
@@ -208,6 +208,12 @@ def test_wrong_arguments_of_the_tables() -> None:
             call(-1, README)
         with pytest.raises(TypeError, match=r"^config: expected a subquad\.SuperlinearConfig, got int"):
             call(3, 3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"^\w+: expected at most 2147483647, got 2147483648"):
+            call(2**31, README)
+    for method in (README.num_anchors, README.max_keys, README.offsets):
+        for wrong, kind in ((None, TypeError), (float("inf"), TypeError), (-1, ValueError), (2**70, ValueError)):
+            with pytest.raises(kind, match=r"^t(okens)?: expected"):
+                method(wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^tokens_seen: expected int32 or int64, got torch\.float32"):
         subquad.span_lengths(torch.ones(3), README)
     with pytest.raises(TypeError, match=r"^tokens_seen: expected a torch\.Tensor, got int"):
