@@ -275,16 +275,16 @@ def span_search_fwd(
         check_packed(name, x, (batch, tokens), position)
     flags = _flags(q_search, kv_heads, num_spans, per_group)
     score = q_search.new_empty((batch, tokens, heads, num_spans), dtype=torch.float32)
-    places = [torch.empty_like(score, dtype=torch.int32) for _ in range(3)]
+    anchor, start, end = (torch.empty_like(score, dtype=torch.int32) for _ in range(3))
     if score.numel():
         reach = Reach(position, first, last, back, ahead, None if key_mask is None else key_mask.view(torch.uint8))
         options = _options(tokens, flags, d, q_search.dtype)
         tiles = triton.cdiv(flags.GROUP, options["BH"])
         span_search_fwd_kernel[(batch * kv_heads * tiles * triton.cdiv(tokens, options["BT"]),)](
-            _heads(q_search), paged_heads(k, block_table), reach, offsets, Found(score, *places), tokens, keys, offsets.shape[0],
-            heads, tiles, scale, FLAGS=flags, BD=_padded(d), BK=triton.next_power_of_2(num_spans), **options,
+            _heads(q_search), paged_heads(k, block_table), reach, offsets, Found(score, anchor, start, end), tokens, keys,
+            offsets.shape[0], heads, tiles, scale, FLAGS=flags, BD=_padded(d), BK=triton.next_power_of_2(num_spans), **options,
         )  # fmt: skip
-    return score, places[0], places[1], places[2]
+    return score, anchor, start, end
 
 
 def _options(tokens: int, flags: Flags, d: int, dtype: torch.dtype) -> dict[str, int]:

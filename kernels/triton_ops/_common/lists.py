@@ -26,7 +26,7 @@ def sort_pairs(places: torch.Tensor, kv_heads: int, blocks: int, size: int = 1) 
     batch, tokens, heads, slots = places.shape
     shape = (batch, tokens, kv_heads, heads // kv_heads * slots)
     flat = places.view(shape).transpose(1, 2).reshape(batch * kv_heads, tokens * shape[3])
-    found, order = torch.sort(flat, dim=1, stable=True)
+    found, order = torch.sort(flat.contiguous(), dim=1, stable=True)
     bounds = torch.arange(blocks + 1, dtype=torch.int32, device=places.device) * size
     begin = torch.searchsorted(found, bounds.expand(flat.shape[0], -1).contiguous(), out_int32=True)
     return Lists(found, order, begin)

@@ -133,7 +133,7 @@ TILES = {
     "fwd": ((64, 64, 4, 2), (64, 64, 8, 1), (16, 32, 4, 1)),
     "delta": ((64, 64, 4, 2), (64, 64, 8, 1), (16, 32, 4, 1)),
     "dq": ((64, 32, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
-    "dkdv": ((16, 64, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)),
+    "dkdv": ((16, 64, 8, 1, 168), (16, 64, 8, 1), (16, 32, 4, 1)),
 }
 # The same up to a head dimension of 128, where a block has few pairs, with a limit of registers above the need: without one,
 # ptxas spills to fit another block.

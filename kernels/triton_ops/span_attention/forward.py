@@ -122,7 +122,6 @@ def span_attention_mix_kernel(
     acc = tl.zeros([BM, BDV], tl.float32)
     part = number * FLAGS.SPANS
     if FLAGS.GATED:
-        of_base = tl.zeros([BM], tl.float32)
         for slot in range(FLAGS.SPANS):
             lse = tl.load(parts.lse + part + slot, live, other=float("-inf"))
             gate = tl.load(spans.gate + row * FLAGS.SPANS + slot, live, other=0.0)
@@ -133,12 +132,10 @@ def span_attention_mix_kernel(
             empty = total == 0.0
             safe = tl.where(empty, 1.0, total)
             out = tl.load(parts.out + (part + slot)[:, None] * dv + cols[None, :], inside, other=0.0)
-            acc += (gate * (weight / safe))[:, None] * out
-            of_base += gate * (rest / safe)
+            acc += gate[:, None] * ((weight / safe)[:, None] * out + (rest / safe)[:, None] * base_out)
             tl.store(
                 lse_ptr + row * FLAGS.SPANS + slot, tl.where(empty, float("-inf"), shift + tl.log2(safe) * LN2), live
             )
-        acc += of_base[:, None] * base_out
     else:
         top = base_lse
         for slot in range(FLAGS.SPANS):
