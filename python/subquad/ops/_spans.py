@@ -63,10 +63,10 @@ def check_keys(
             )
         if k.shape[1] & (k.shape[1] - 1):
             raise ValueError(f"{name}: expected a page that is a power of two, got {k.shape[1]}")
-        return int(table.shape[1] * k.shape[1])
+        return table.shape[1] * k.shape[1]
     if k.shape[0] != batch:
         raise ValueError(f"{name}: expected a batch of {batch} as {q_name} has, got {list(k.shape)}")
-    return int(k.shape[1])
+    return k.shape[1]  # which `int` would fix for good in an exported program
 
 
 def key_mask(mask: object, batch: int, keys: int, device: torch.device) -> torch.Tensor | None:
