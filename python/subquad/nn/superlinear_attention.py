@@ -11,7 +11,6 @@ from torch import nn
 
 from .. import _checks
 from .._packing import Packed
-from ..contract.span_attention import MAX_HEAD_DIM
 from ..masks import IntervalMask
 from ..ops import _call, _spans
 from ..recipes.superlinear import attended
@@ -97,8 +96,8 @@ class SuperlinearAttention(nn.Module):
         super().__init__()
         self.config = config = _config(config, options)
         num_kv_heads, head_dim = attention_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
-        if head_dim > MAX_HEAD_DIM:
-            raise ValueError(f"head_dim: expected at most {MAX_HEAD_DIM}, got {head_dim}")
+        if head_dim > _spans.MAX_HEAD_DIM:
+            raise ValueError(f"head_dim: expected at most {_spans.MAX_HEAD_DIM}, got {head_dim}")
         for name, value in (("qk_norm", qk_norm), ("qkv_bias", qkv_bias), ("o_bias", o_bias)):
             _checks.flag(name, value)
         if rope is not None and not isinstance(rope, RopeSpec):

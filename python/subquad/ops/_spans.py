@@ -8,6 +8,7 @@ import torch
 
 from .. import _checks
 from .._packing import Packed
+from ..contract.span_attention import MAX_HEAD_DIM as MAX_HEAD_DIM
 from ..masks import IntervalMask
 from ..superlinear import SuperlinearConfig, span_lengths
 
@@ -31,7 +32,7 @@ class Reach(NamedTuple):
     ahead: torch.Tensor
 
 
-def check_heads(name: str, x: object, of: torch.Tensor | None = None, of_name: str = "", limit: int = 256) -> None:
+def check_heads(name: str, x: object, of: torch.Tensor | None = None, of_name: str = "", limit: int = MAX_HEAD_DIM) -> None:
     """`x` is [B, T, H, D], of the dtype and device of `of`, D in 1..limit."""
     _checks.tensor(name, x)
     assert isinstance(x, torch.Tensor)
@@ -42,7 +43,7 @@ def check_heads(name: str, x: object, of: torch.Tensor | None = None, of_name: s
 
 
 def check_keys(
-    name: str, k: object, q: torch.Tensor, q_name: str, block_table: torch.Tensor | None = None, limit: int = 256
+    name: str, k: object, q: torch.Tensor, q_name: str, block_table: torch.Tensor | None = None, limit: int = MAX_HEAD_DIM
 ) -> int:
     """`k` is keys [B, N, Hkv, D] that fit `q`, or pages [P, page, Hkv, D] with a `block_table`; N."""
     check_heads(name, k, q, q_name, limit)
