@@ -304,6 +304,8 @@ def _config(config: object, options: dict[str, Any]) -> SuperlinearConfig:
 def _search(given: Inherited, init: str, made: dict[str, Any]) -> nn.Linear:
     """A new projection of the search, which computes what q_proj does, or something else."""
     projection, inner = given.parts["q_proj"], given.heads * given.head_dim
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     if plain(projection, nn.Linear):
         weight, bias = projection.weight, projection.bias
     else:
