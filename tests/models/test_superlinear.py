@@ -427,6 +427,12 @@ def test_constructors_refuse_by_name() -> None:
         (lambda: SuperlinearAttention(32, 4, config=SuperlinearConfig(), sw_index=1), ValueError, "sw_index: expected to be"),
         (lambda: SuperlinearAttention(32, 4, rope="llama"), TypeError, "rope: expected a subquad.RopeSpec"),
         (lambda: SuperlinearAttention(32, 4, qkv_bias=1), TypeError, "qkv_bias: expected a bool"),
+        (lambda: SuperlinearAttention(32, 4, head_dim=300), ValueError, "head_dim: expected at most 256"),
+        (lambda: SuperlinearAttention(32, 4, layer_idx="1"), TypeError, "layer_idx: expected an int"),
+        (lambda: SuperlinearAttention(32, 4, device="chip"), ValueError, "device: expected a torch.device"),
+        (lambda: SuperlinearAttention(32, 4, parts={"r_proj": torch.nn.Identity()}), ValueError, "parts: expected names of"),
+        (lambda: SuperlinearAttention(32, 4)(None), TypeError, "hidden_states: expected a torch.Tensor"),
+        (lambda: SuperlinearAttention(32, 4)(torch.ones(2, 5, 31)), ValueError, "hidden_states: expected shape"),
         (
             lambda: SuperlinearAttention.from_attention(attention, init_search="zero"), ValueError,
             "init_search: expected one of 'copy_q', 'random', got 'zero'",

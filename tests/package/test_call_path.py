@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import subquad
 from subquad import _backends
@@ -143,13 +144,16 @@ def test_compiled_training_under_autocast(backend: str) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("op", ["gated_linear_attention", "interval_attention"])
+@pytest.mark.parametrize("op", ["gated_linear_attention", "interval_attention", "superlinear_attention"])
 def test_any_number_of_tokens_compiles_once_and_is_exported(op: str) -> None:
     """Without a backend asked for, and what tracing saw does not stay behind for eager calls."""
+    config = subquad.SuperlinearConfig(sw_index=1)
 
     def call(q: torch.Tensor) -> torch.Tensor:
         if op == "gated_linear_attention":
             return subquad.gated_linear_attention(q, q, q)[0]
+        if op == "superlinear_attention":
+            return subquad.superlinear_attention(q, q, q, q, config=config)  # type: ignore[return-value]
         out = subquad.interval_attention(q, q, q, subquad.IntervalMask.causal(q.shape[1]))
         assert isinstance(out, torch.Tensor)
         return out

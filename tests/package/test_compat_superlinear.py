@@ -214,6 +214,12 @@ def test_gradients_reach_everything() -> None:
         (lambda x, at: compat.decode_attention(*x, 3), "cache_position: expected a torch.Tensor", TypeError),
         (lambda x, at: compat.get_search_scores(x[0], x[2], at), "qend: expected 4 dimensions", ValueError),
         (
+            lambda x, at: compat.get_search_scores(x[0], x[2], at.expand(2, x[0].shape[1], 1, 40).transpose(2, 3) + 1),
+            r"qend: expected numbers below 40, the keys, got 40",
+            ValueError,
+        ),
+        (lambda x, at: compat.get_search_mask(at, "chip"), "device: expected a torch.device", ValueError),
+        (
             lambda x, at: compat.fused_prefill_with_swtriton(*x, at, None, 0, 3, key_cache_position=at),
             "key_cache_position: expected None",
             ValueError,

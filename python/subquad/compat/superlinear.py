@@ -124,7 +124,7 @@ def get_search_mask(
         kv_length: N; None for the last position + 1.
     """
     config = SuperlinearConfig(sw_index=sw_index, search_power=search_power, inv_search_power_int=inv_search_power_int)
-    position = _checks.integers("cache_position", cache_position, 1).to(device)
+    position = _checks.integers("cache_position", cache_position, 1).to(_checks.device("device", device))
     _checks.size("batch_size", batch_size)
     if kv_length is None:
         kv_length = int(position[-1]) + 1 if position.numel() else 0
@@ -152,6 +152,8 @@ def get_search_scores(Q: torch.Tensor, K: torch.Tensor, qend: torch.Tensor) -> t
     _spans.check_keys("K", k, q, "Q")
     if anchor.shape[:3] != Q.shape[:3]:
         raise ValueError(f"qend: expected shape [{', '.join(map(str, Q.shape[:3]))}, k], got {list(anchor.shape)}")
+    if _checks.readable(anchor) and anchor.numel() and int(anchor.max()) >= K.shape[2]:
+        raise ValueError(f"qend: expected numbers below {K.shape[2]}, the keys, got {int(anchor.max())}")
     heads, kv_heads = Q.shape[1], K.shape[1]
     batch = torch.arange(Q.shape[0], device=Q.device)[:, None, None, None]
     head = (torch.arange(heads, device=Q.device) // (heads // kv_heads))[:, None, None]

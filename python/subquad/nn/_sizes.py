@@ -39,7 +39,15 @@ def attention_sizes(
 
 
 def add_projections(
-    layer: Any, parts: Mapping[str, Any] | None, *, bias: bool, qk_norm: bool, also: tuple[str, ...] = (), **made: Any
+    layer: Any,
+    parts: Mapping[str, Any] | None,
+    *,
+    bias: bool,
+    qk_norm: bool,
+    o_bias: bool | None = None,
+    queries: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
+    **made: Any,
 ) -> None:
     """Projections and norms of an attention with its sizes: those in `parts`, new ones for the others.
 
@@ -47,20 +55,24 @@ def add_projections(
         layer: with hidden_size, num_heads, num_kv_heads and head_dim.
         parts: modules by name.
         bias, qk_norm: of new projections; whether there are new norms.
+        o_bias: of o_proj; None for that of the others.
+        queries: names of more projections of the size of q_proj, which follow it.
         also: names that `parts` may have besides.
         made: device and dtype of new parameters.
     """
     given = {} if parts is None else parts
     _checks.mapping("parts", given)
     inner, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    sizes = {"q_proj": (layer.hidden_size, inner)} | dict.fromkeys(("k_proj", "v_proj"), (layer.hidden_size, keys))
+    sizes = dict.fromkeys(("q_proj", *queries), (layer.hidden_size, inner))
+    sizes |= dict.fromkeys(("k_proj", "v_proj"), (layer.hidden_size, keys))
     sizes |= {"o_proj": (inner, layer.hidden_size)}
     known = (*sizes, *NORMS, *also)
     for name in given:
         if name not in known:
             raise ValueError(f"parts: expected names of {', '.join(known)}, got {name!r}")
     for name, size in sizes.items():
-        part = given[name] if name in given else nn.Linear(*size, bias=bias, **made)
+        biased = o_bias if name == "o_proj" and o_bias is not None else bias
+        part = given[name] if name in given else nn.Linear(*size, bias=biased, **made)
         _checks.module(f"parts[{name!r}]", part)
         if (features(part) or size) != size:
             raise ValueError(f"parts[{name!r}]: expected a map of {size[0]} to {size[1]}, got {features(part)}")

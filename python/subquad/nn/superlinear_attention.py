@@ -17,8 +17,9 @@ from ..recipes.superlinear import attended
 from ..rope import RopeSpec
 from ..superlinear import SuperlinearConfig, warn_of_gaps
 from ._children import plain
-from ._inherited import NORMS, Inherited, give_back, remember
+from ._inherited import Inherited, give_back, remember
 from ._scores import LLAMA, normed, scores_of
+from ._sizes import add_projections, attention_sizes
 from ._tokens import Tokens, firsts_of, keys_of, read, sliding_window
 
 SEARCHES = ("copy_q", "random")
@@ -94,28 +95,18 @@ class SuperlinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = _config(config, options)
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            _checks.size(name, size, 1)
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        _checks.size("head_dim", head_dim, 1)
+        num_kv_heads, head_dim = attention_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
+        if head_dim > _spans.MAX_HEAD_DIM:
+            raise ValueError(f"head_dim: expected at most {_spans.MAX_HEAD_DIM}, got {head_dim}")
         for name, value in (("qk_norm", qk_norm), ("qkv_bias", qkv_bias), ("o_bias", o_bias)):
             _checks.flag(name, value)
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
         if rope is not None and not isinstance(rope, RopeSpec):
             raise TypeError(f"rope: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.rope, self.layer_idx, self.backend = head_dim, rope, layer_idx, backend
-        inner, keys, given = num_heads * head_dim, num_kv_heads * head_dim, dict(parts or {})
-        sizes = {name: (hidden_size, inner, qkv_bias) for name in ("q_proj", "q_search_proj")}
-        sizes |= {name: (hidden_size, keys, qkv_bias) for name in ("k_proj", "v_proj")}
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        for name, (width, out, bias) in (sizes | {"o_proj": (inner, hidden_size, o_bias)}).items():
-            self.add_module(name, given[name] if name in given else nn.Linear(width, out, bias=bias, **made))
-        for name in NORMS:
-            norm = nn.RMSNorm(head_dim, eps=1e-6, **made) if qk_norm and name not in given else None
-            self.add_module(name, given.get(name, norm))
+        made: dict[str, Any] = {"device": _checks.device("device", device), "dtype": dtype}
+        queries = ("q_search_proj",)
+        add_projections(self, parts, bias=qkv_bias, qk_norm=qk_norm, o_bias=o_bias, queries=queries, **made)
         self._used = config  # with the scale of an original
         warn_of_gaps(config)
         remember(self, None)
@@ -213,14 +204,15 @@ class SuperlinearAttention(nn.Module):
             (output [B, T, hidden_size], None). Rows of padding mean nothing, but are finite.
 
         Raises:
-            TypeError: a mask that is none.
-            ValueError: a mask that is not causal with padding or packed sequences; packed sequences with a cache; a cache that
-                forgets keys, or holds something else.
+            TypeError: a mask that is none; hidden states that are no float tensor.
+            ValueError: hidden states of another shape; a mask that is not causal with padding or packed sequences; packed
+                sequences with a cache; a cache that forgets keys, or holds something else.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: there is no matrix of weights; expected False, got True")
         if position_embeddings is None and self.original is not None and self.scores.positions_needed:
             raise ValueError("position_embeddings: expected (cos, sin), which the original rotates by, got None")
+        _checks.hidden(hidden_states, self.hidden_size)
         b, t, _ = hidden_states.shape
         cache = cache if past_key_values is None else past_key_values
         seen = None if cache is None else _seen(cache, self.layer_idx)

@@ -8,6 +8,7 @@ import torch
 
 from .. import _checks
 from .._packing import Packed
+from ..contract.span_attention import MAX_HEAD_DIM as MAX_HEAD_DIM
 from ..masks import IntervalMask
 from ..superlinear import SuperlinearConfig, span_lengths
 
@@ -31,7 +32,7 @@ class Reach(NamedTuple):
     ahead: torch.Tensor
 
 
-def check_heads(name: str, x: object, of: torch.Tensor | None = None, of_name: str = "", limit: int = 256) -> None:
+def check_heads(name: str, x: object, of: torch.Tensor | None = None, of_name: str = "", limit: int = MAX_HEAD_DIM) -> None:
     """`x` is [B, T, H, D], of the dtype and device of `of`, D in 1..limit."""
     _checks.tensor(name, x)
     assert isinstance(x, torch.Tensor)
@@ -42,7 +43,7 @@ def check_heads(name: str, x: object, of: torch.Tensor | None = None, of_name: s
 
 
 def check_keys(
-    name: str, k: object, q: torch.Tensor, q_name: str, block_table: torch.Tensor | None = None, limit: int = 256
+    name: str, k: object, q: torch.Tensor, q_name: str, block_table: torch.Tensor | None = None, limit: int = MAX_HEAD_DIM
 ) -> int:
     """`k` is keys [B, N, Hkv, D] that fit `q`, or pages [P, page, Hkv, D] with a `block_table`; N."""
     check_heads(name, k, q, q_name, limit)
@@ -63,10 +64,10 @@ def check_keys(
             )
         if k.shape[1] & (k.shape[1] - 1):
             raise ValueError(f"{name}: expected a page that is a power of two, got {k.shape[1]}")
-        return int(table.shape[1] * k.shape[1])
+        return table.shape[1] * k.shape[1]
     if k.shape[0] != batch:
         raise ValueError(f"{name}: expected a batch of {batch} as {q_name} has, got {list(k.shape)}")
-    return int(k.shape[1])
+    return k.shape[1]  # which `int` would fix for good in an exported program
 
 
 def key_mask(mask: object, batch: int, keys: int, device: torch.device) -> torch.Tensor | None:
