@@ -32,7 +32,9 @@ class Reach(NamedTuple):
     ahead: torch.Tensor
 
 
-def check_heads(name: str, x: object, of: torch.Tensor | None = None, of_name: str = "", limit: int = MAX_HEAD_DIM) -> None:
+def check_heads(
+    name: str, x: object, of: torch.Tensor | None = None, of_name: str = "", limit: int = MAX_HEAD_DIM
+) -> None:
     """`x` is [B, T, H, D], of the dtype and device of `of`, D in 1..limit."""
     _checks.tensor(name, x)
     assert isinstance(x, torch.Tensor)
@@ -43,7 +45,12 @@ def check_heads(name: str, x: object, of: torch.Tensor | None = None, of_name: s
 
 
 def check_keys(
-    name: str, k: object, q: torch.Tensor, q_name: str, block_table: torch.Tensor | None = None, limit: int = MAX_HEAD_DIM
+    name: str,
+    k: object,
+    q: torch.Tensor,
+    q_name: str,
+    block_table: torch.Tensor | None = None,
+    limit: int = MAX_HEAD_DIM,
 ) -> int:
     """`k` is keys [B, N, Hkv, D] that fit `q`, or pages [P, page, Hkv, D] with a `block_table`; N."""
     check_heads(name, k, q, q_name, limit)
