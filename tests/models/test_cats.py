@@ -212,7 +212,12 @@ def tensor_parallel(model: nn.Module) -> None:
         (None, {"mlp": CatsConfig(), "prefill": "dense"}, TypeError, "prefill: options come with"),
         (None, {"mlp": "relu"}, ValueError, "mlp: expected one of 'cats' .* got 'relu'"),
         (None, {}, ValueError, "mlp: expected 'cats' .* got None"),
-        (None, {"attention": "span"}, ValueError, "attention: expected one of 'lawcat', 'sink', 'superlinear' .* got 'span'"),
+        (
+            None,
+            {"attention": "span"},
+            ValueError,
+            "attention: expected one of 'lawcat', 'sink', 'superlinear' .* got 'span'",
+        ),
         (
             None,
             {"mlp": "cats", "attention": "span"},
