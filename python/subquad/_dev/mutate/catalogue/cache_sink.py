@@ -1,0 +1,134 @@
+"""Faults of the streaming cache above its step: what it forgets, moves and takes back, many tokens, frames, checks."""
+
+from __future__ import annotations
+
+from ..fault import Fault, Where
+
+_K = "not triton and not simt"
+
+
+def _of(file: str, *tests: str) -> Where:
+    return Where(f"python/subquad/{file}", tests or ("tests/ops/sink_attention_step",), _K, ("test_cache",))
+
+
+_CACHE = _of("cache/sink.py")
+_MOVES = _of("cache/_sink_moves.py")
+_PREFILL = _of("cache/_sink_prefill.py")
+_FRAMES = _of("cache/frames.py", "tests/ops/sink_attention_step/test_frames.py")
+_STATE = _of("cache/sink_state.py", "tests/models/test_sink.py", "tests/models/test_sink_generate.py")
+_CHECKS = _of("ops/_sink_checks.py")
+
+FAULTS = (
+    Fault("cache-sink-oldest", "bounds", _CACHE, "torch.maximum(least, self.written - self.ring_k.shape[2])", "least"),
+    Fault(
+        "cache-sink-floor",
+        "bounds",
+        _CACHE,
+        "self.written - (places - self.window + 1)",
+        "self.written - (places - self.window + 2)",
+    ),
+    Fault(
+        "cache-sink-back-to-sinks",
+        "state",
+        _CACHE,
+        "self.written.copy_(torch.where(left <= sinks, left, self.written))",
+        "pass",
+    ),
+    Fault("cache-sink-for-space", "bounds", _CACHE, "self.seen + coming - self.window", "self.seen - self.window"),
+    Fault(
+        "cache-sink-keep",
+        "bounds",
+        _CACHE,
+        "if self.window + tokens - 1 > self.ring_k",
+        "if self.window + tokens - 2 > self.ring_k",
+    ),
+    Fault(
+        "cache-sink-spare",
+        "guard",
+        _CACHE,
+        "spare = self.ring_k.shape[2] - self.window + 1",
+        "spare = self.ring_k.shape[2] - self.window + 2",
+    ),
+    Fault("cache-sink-pad", "mask", _CACHE, "self.step(q, k, v, width - pad[:, 0])", "self.step(q, k, v)"),
+    Fault("cache-sink-pad-lse", "mask", _CACHE, "lse.masked_fill(padding[..., None], -torch.inf)", "lse"),
+    Fault("cache-sink-gather", "mask", _CACHE, "torch.where(token < seen, token, -1)", "token"),
+    Fault("cache-sink-load-alias", "stale", _CACHE, "state[name].to(value.device, copy=True)", "state[name]"),
+    Fault("cache-sink-enlarged", "state", _MOVES, "cache.written.add_(more)", "pass"),
+    Fault("cache-sink-evict-turn", "formula", _MOVES, 'side == "k" and cache.key_rope == "post"', "False"),
+    Fault(
+        "cache-sink-evict-last", "bounds", _MOVES, "number < (lo - oldest)[:, None]", "number <= (lo - oldest)[:, None]"
+    ),
+    Fault("cache-sink-evict-rise", "state", _MOVES, "torch.minimum(sinks - stay, left)", "torch.zeros_like(left)"),
+    Fault("cache-sink-evict-bits", "rounding", _MOVES, "moves = (by != 0)[:, None]", "moves = (by == by)[:, None]"),
+    Fault("cache-sink-evict-others", "state", _MOVES, "touched = gone > 0", "touched = gone >= gone.amin()"),
+    Fault(
+        "cache-sink-prompt-forgotten",
+        "mask",
+        _PREFILL,
+        "torch.maximum(last + 1 - window, cache.first[:, None])",
+        "(last + 1 - window)",
+    ),
+    Fault("cache-sink-prompt-turn", "formula", _PREFILL, "torch.stack([base - gone,", "torch.stack([gone - base,"),
+    Fault("cache-sink-prompt-base", "formula", _PREFILL, "base * turned, 0)", "0 * base, 0)"),
+    Fault(
+        "cache-sink-prompt-lse", "mask", _PREFILL, "result[1].masked_fill(~real[..., None], -torch.inf)", "result[1]"
+    ),
+    Fault(
+        "cache-sink-prompt-gone",
+        "bounds",
+        _PREFILL,
+        "torch.maximum(last + 1 - sinks - window, cache.first[:, None] - sinks)",
+        "(last + 1 - sinks - window)",
+    ),
+    Fault("cache-sink-prompt-padding", "mask", _PREFILL, "real & (a < b)", "(a < b)"),
+    Fault(
+        "cache-frames-commit",
+        "state",
+        _FRAMES,
+        "self._pending = [None] * len(self.states)\n\n    def _check_block",
+        "pass\n\n    def _check_block",
+    ),
+    Fault(
+        "cache-frames-pinned-window",
+        "bounds",
+        _FRAMES,
+        "seen + width - state.window, scale",
+        "seen - state.window, scale",
+    ),
+    Fault("cache-frames-pinned-gap", "formula", _FRAMES, "max(0, begin - first - count) if", "0 if"),
+    Fault(
+        "cache-frames-pinned-sum", "formula", _FRAMES, "torch.logaddexp(lse, other[1])", "torch.maximum(lse, other[1])"
+    ),
+    Fault(
+        "cache-frames-replay-window",
+        "mask",
+        _FRAMES,
+        "state.first.copy_(state.first.clamp_min(self._replay.start + self._replay.width - state.window))",
+        "pass",
+    ),
+    Fault("cache-frames-failed", "state", _FRAMES, "x.copy_(tensors[name])", "pass"),
+    Fault("cache-frames-dropped", "state", _FRAMES, "self._dropped += start", "pass"),
+    Fault(
+        "cache-columns-of-padding",
+        "mask",
+        _STATE,
+        "return columns if self.late is None else self.late[:, self.late.shape[1] - columns :].sum(1)",
+        "return columns",
+    ),
+    Fault("cache-columns-late", "bounds", _STATE, "[:, -self.slack - 1 :].clone()", "[:, -self.slack + 1 :].clone()"),
+    Fault("cache-columns-back", "state", _STATE, "self.late = self.late[:, :-tokens].clone()", "pass"),
+    Fault(
+        "cache-columns-reset", "state", _STATE, "self.late = self.late & ~mask.to(self.late.device)[:, None]", "pass"
+    ),
+    Fault("cache-columns-keep", "state", _STATE, "self.cache.keep(self.slack)", "pass"),
+    Fault("ops-sink-heads", "guard", _CHECKS, "if q.shape[2] < 1 or q.shape[2] % heads:", "if q.shape[2] < 1:"),
+    Fault("ops-sink-count", "guard", _CHECKS, "any(not 0 <= n <= k.shape[1]", "any(not 0 <= n"),
+    Fault("ops-sink-ring", "guard", _CHECKS, "if ring < 1:", "if ring < 0:"),
+    Fault(
+        "ops-sink-scales",
+        "guard",
+        _CHECKS,
+        "if (scale is None) is not (of_ring.dtype is k.dtype):",
+        "if of_ring is None:",
+    ),
+)
