@@ -43,6 +43,7 @@ def wide(args: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: x.double() if x.is_floating_point() else x for n, x in args.items()}
 
 
+@pytest.mark.quick
 @backend_params("span_attention", "triton")
 @pytest.mark.parametrize("gated", [True, False])
 def test_chunks_of_queries(gated: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +68,7 @@ def test_chunks_of_queries(gated: bool, backend: str, monkeypatch: pytest.Monkey
     close(in_chunks, at_once)
 
 
+@pytest.mark.quick
 @backend_params("span_attention", "triton")
 def test_tiles_jump_over_blocks_that_no_row_needs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two far groups of spans in one tile: four of 32 blocks are loaded."""
@@ -87,6 +89,7 @@ def test_tiles_jump_over_blocks_that_no_row_needs(backend: str, monkeypatch: pyt
     assert visited == [block for block in (0, 32, 896, 928) for _ in "kv"]
 
 
+@pytest.mark.quick
 @backend_params("span_attention", "triton")
 @pytest.mark.parametrize("gated", [True, False])
 def test_pages_that_lie_anywhere(gated: bool, backend: str) -> None:
@@ -100,7 +103,7 @@ def test_pages_that_lie_anywhere(gated: bool, backend: str) -> None:
     start = sampler.integers(0, 48, 2, 3, 4, 2).int()
     rest = (
         start, start + 20, torch.rand(2, 3, 4, 2) if gated else None, sampler.normal(2, 3, 4, 12), sampler.normal(2, 3, 4),
-        torch.arange(48)[None].expand(2, -1) % 5 != 0,
+        torch.arange(48) % torch.tensor([[5], [7]]) != 0,
     )  # fmt: skip
     with torch.no_grad():
         found = attend(q, *pools, *rest, table, 0.5, backend)
@@ -109,6 +112,22 @@ def test_pages_that_lie_anywhere(gated: bool, backend: str) -> None:
         torch.testing.assert_close(actual, right, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.quick
+@backend_params("span_attention", "native", "triton")
+def test_pages_that_are_not_there(backend: str) -> None:
+    """They count as the nearest that are."""
+    sampler = Sampler()
+    q, k, v = sampler.normal(2, 3, 2, 8), sampler.normal(4, 16, 1, 8), sampler.normal(4, 16, 1, 8)
+    table = torch.tensor([[1, 3], [-7, 2**31 - 1]], dtype=torch.int32)
+    start = sampler.integers(0, 32, 2, 3, 2, 2).int()
+    rest = (start, start + 9, None, None, None, None, table, 0.5)
+    with torch.no_grad():
+        found, expected = attend(q, k, v, *rest, backend), reference.span_attention(q, k, v, *rest)
+    for actual, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.quick
 @backend_params("span_attention", "triton")
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_reaches_what_sees_it_alone(where: str, backend: str) -> None:
@@ -127,12 +146,13 @@ def test_nan_reaches_what_sees_it_alone(where: str, backend: str) -> None:
     assert not grads[1][0, hidden].isnan().any() and not grads[2][0, hidden].isnan().any()
 
 
+@pytest.mark.quick
 @backend_params("span_attention", "triton")
 def test_spans_of_very_different_lengths(backend: str) -> None:
-    """Gradients of a key that many spans see which end far behind it, next to short ones."""
+    """Gradients of a key that many spans see which end far behind it, or behind the last key, next to short ones."""
     sampler = Sampler()
-    args = draw(40, 300, 2, 2, torch.zeros(1, 1, 1, 1), 1)
-    args["start"] = sampler.integers(-3, 290, 1, 40, 2, 2).int()
-    args["end"] = torch.where(args["start"] % 3 == 0, args["start"] + 3, 299).int()
+    args = draw(40, 320, 2, 2, torch.zeros(1, 1, 1, 1), 1)  # the last block is full
+    args["start"] = sampler.integers(-3, 310, 1, 40, 2, 2).int()
+    args["end"] = torch.where(args["start"] % 3 == 0, args["start"] + 3, 319 + args["start"] % 2 * 9).int()
     gate = torch.rand(1, 40, 2, 2)
     close(results(backend, args | {"gate": gate}), results("reference", wide(args | {"gate": gate})))
