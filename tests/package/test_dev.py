@@ -166,11 +166,15 @@ def test_everything_stays_in_the_denominator(tmp_path: Path) -> None:
     where = Where("f.py", ())
     faults = tuple(Fault(name, "bounds", where, name, "") for name in ("a", "b", "c", "d"))
     file = tmp_path / "results.json"
-    results.add(file, {"a": results.Verdict("judged", "failed: t", "failed: t", 1)}, {"date": "today"})
+    killed = results.Verdict("judged", "failed: t", "failed: t", 1)
+    results.add(file, {"a": killed, "gone": killed}, {"date": "today"}, ("a", "gone"))
     results.add(
-        file, {"b": results.Verdict("judged", "", "crash: t", 9), "c": results.Verdict("dead")}, {"date": "today"}
+        file,
+        {"b": results.Verdict("judged", "", "crash: t", 9), "c": results.Verdict("dead")},
+        {"date": "today"},
+        "abcd",
     )
-    assert results.about(file) == {"date": "today"}
+    assert results.about(file) == {"date": "today"} and set(results.load(file)) == set("abc")
     lines = results.table({"ops": faults}, results.load(file)).splitlines()
     assert lines[2] == "| ops | 4 | 1 | 25% | 2 | 50% | 1 | 1 |" and lines[3].startswith("| **all** | 4 |")
     survivors = results.survivors({"ops": faults}, results.load(file)).splitlines()[2:]

@@ -55,12 +55,13 @@ def _run(args: argparse.Namespace) -> int:
         "commit": _git("rev-parse", "--short", "HEAD"),
         "torch": torch.__version__,
     }
+    known = {fault.name for _, fault in selected([])}
     with Server(tree) as server:
         judge = Judge(tree, server, LANES[:1] if args.quick else LANES, args.every)
         for area, fault in chosen:
             start = time.monotonic()
             verdict = judge.judge(fault)
-            add(args.results, {fault.name: verdict}, told)
+            add(args.results, {fault.name: verdict}, told, known)
             line = f"quick: {verdict.quick or '-'}" + ("" if verdict.quick else f"; whole: {verdict.whole or '-'}")
             print(f"{time.monotonic() - start:5.0f} s  {area} {fault.name}: {verdict.state}; {line}", flush=True)
     for test in judge.broken:

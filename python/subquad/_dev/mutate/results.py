@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,12 +35,12 @@ def load(path: Path) -> dict[str, Verdict]:
     return {name: Verdict(**entry) for name, entry in json.loads(path.read_text())["faults"].items()}
 
 
-def add(path: Path, verdicts: Mapping[str, Verdict], about: Mapping[str, str]) -> None:
-    """Into the file, which several runs may write to; a line for each fault."""
+def add(path: Path, verdicts: Mapping[str, Verdict], about: Mapping[str, str], known: Container[str]) -> None:
+    """Into the file, which several runs may write to; a line for each fault. Those whose name is not `known` any more go."""
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = {**load(path), **verdicts}
-        lines = [f"{json.dumps(name)}: {json.dumps(asdict(found[name]))}" for name in sorted(found)]
+        lines = [f"{json.dumps(name)}: {json.dumps(asdict(found[name]))}" for name in sorted(found) if name in known]
         head = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
         partial = path.with_suffix(".partial")
         partial.write_text("{" + head + ', "faults": {\n' + ",\n".join(lines) + "\n}}\n")

@@ -14,6 +14,8 @@ _REACH = _of("ops/_spans.py", *_BOTH)
 _SPANS = _of("ops/span_attention.py", "tests/ops/span_attention")
 _RECIPE = _of("recipes/superlinear.py", "tests/ops/span_attention")
 _CONFIG = _of("superlinear.py", *_BOTH)
+_SEARCH_ORACLE = _of("reference/span_search.py", *_BOTH)
+_SPANS_ORACLE = _of("reference/span_attention.py", "tests/ops/span_attention")
 
 FAULTS = (
     # --- what a query may reach
@@ -164,5 +166,23 @@ FAULTS = (
         _CONFIG,
         "config.span_power >= 1 - 1 / config.exponent and",
         "config.span_power > 0 and",
+    ),
+    # --- what all of them are compared with
+    Fault("reference-search-nearer", "formula", _SEARCH_ORACLE, "offsets.long().flip(0)  #", "offsets.long()  #"),
+    Fault("reference-search-nan", "nan", _SEARCH_ORACLE, "| rank.isnan(), -torch.inf)", ", -torch.inf)"),
+    Fault("reference-spans-last-key", "bounds", _SPANS_ORACLE, "(start, end.long() + 1)", "(start, end.long())"),
+    Fault(
+        "reference-spans-base-unread",
+        "nan",
+        _SPANS_ORACLE,
+        "torch.where((base_lse > -torch.inf)[..., None], base_out, 0.0)",
+        "base_out",
+    ),
+    Fault(
+        "reference-spans-joint-base",
+        "formula",
+        _SPANS_ORACLE,
+        "weight.sum(-1, keepdim=True)) + base",
+        "weight.sum(-1, keepdim=True) - base) + base",
     ),
 )
