@@ -210,8 +210,10 @@ def test_forks_share_full_pages() -> None:
 
 def test_beams_share_their_prompt() -> None:
     cache = filled(16, (40,), num_pages=6)
+    prompt = cache.block_table[0].clone()  # type: ignore[index]
     cache.select(torch.tensor([0, 0, 0]))
-    assert cache.block_table is not None and (cache.block_table[:, :2] == cache.block_table[0, :2]).all()
+    assert cache.block_table is not None and (cache.block_table[:, :2] == prompt[:2]).all()
+    assert cache.block_table[0, 2] == prompt[2]  # one of them goes on in the page that is not full
     append(cache, [[1.0], [2.0], [3.0]])
     assert [stored(cache, i)[-1] for i in range(3)] == [1.0, 2.0, 3.0]
     counted(cache)
@@ -222,6 +224,17 @@ def test_beams_share_their_prompt() -> None:
         cache.select(torch.tensor([0, 1, 2, 0, 1]))
     assert same(cache, before)
     counted(cache)
+
+
+def test_a_cache_that_is_loaded_leaves_its_pool_to_the_fork() -> None:
+    cache = filled(16, num_pages=12)
+    state, rows = copy.deepcopy(cache.state_dict()), [stored(cache, i) for i in range(3)]
+    fork = cache.fork()
+    cache.load_state_dict(state)
+    counted(fork), counted(cache)
+    append(fork, [[float(i) for i in range(17)]] * 3)
+    holds(cache, rows)
+    counted(fork)
 
 
 def test_without_pages_a_fork_is_a_copy() -> None:
@@ -275,11 +288,16 @@ def test_copies_and_files(page: int | None, search: bool) -> None:
     torch.save(cache.state_dict(), file)
     file.seek(0)
     loaded.load_state_dict(torch.load(file, weights_only=True))
-    for other in (loaded, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+    beside = cache_of(3, page, separate_search_keys=search)
+    beside.load_state_dict(cache.state_dict())
+    for other in (loaded, beside, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert same(other, cache)
+        rows = [stored(cache, i) for i in range(3)]
         append(other, [[1.0]] * 3)
-        assert other.seq_lens.tolist() == [21, 34, 6]
+        holds(other, [[*row, 1.0] for row in rows])
         counted(other)
+        other.k.zero_()
+        assert [stored(cache, i) for i in range(3)] == rows
     assert cache.seq_lens.tolist() == [20, 33, 5]
 
 

@@ -115,6 +115,7 @@ COMPLETE = [
 GAPS = [
     SuperlinearConfig(backward_factor=1.0, forward_factor=1.0), SuperlinearConfig(backward_factor=1.5, forward_factor=0.5),
     SuperlinearConfig(backward_factor=0.1, sw_index=1), SuperlinearConfig(inv_search_power_int=3),
+    SuperlinearConfig(inv_search_power_int=3, backward_factor=3.0),
 ]  # fmt: skip
 
 
@@ -138,6 +139,13 @@ def test_coverage(config: SuperlinearConfig) -> None:
         assert found == unreachable(t, config)
         holes += len(found)
     assert (holes > 0) == (config in GAPS)
+
+
+@pytest.mark.parametrize("config", GAPS, ids=str)
+def test_gaps_of_every_kind_are_told(config: SuperlinearConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_warned", set())
+    with pytest.warns(SubquadWarning, match="reached by no span"):
+        module.warn_of_gaps(config)
 
 
 def test_gaps_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

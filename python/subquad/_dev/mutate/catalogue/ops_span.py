@@ -149,9 +149,7 @@ FAULTS = (
         "tokens_seen.double() ** config.span_power",
     ),
     Fault("superlinear-max-keys", "bounds", _CONFIG, "+ min(t, self.window_len())", "+ self.window_len()"),
-    Fault(
-        "superlinear-gaps-window", "bounds", _CONFIG, "min(anchor + ahead, t - 1 - window) + 1", "anchor + ahead + 1"
-    ),
+    Fault("superlinear-gaps-back", "bounds", _CONFIG, "(max(0, anchor - back),", "(max(0, anchor - back + 1),"),
     Fault(
         "superlinear-gaps-end",
         "bounds",
