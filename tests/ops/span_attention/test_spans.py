@@ -83,6 +83,16 @@ def test_bare_spans_are_combined_by_hand(backend: str) -> None:
 
 
 @every_backend
+def test_ends_that_32_bits_do_not_hold(backend: str) -> None:
+    q, k, v, start, end = drawn()
+    far = torch.where(start > 3, 3, -(2**40)), torch.where(end < 50, 50, 2**40)
+    found = subquad.span_attention(q, k, v, far[0], far[1], joint=True, backend=backend)
+    wanted = subquad.span_attention(q, k, v, far[0].clamp(min=0), far[1].clamp(max=49), joint=True, backend=backend)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_backend
 @pytest.mark.parametrize("page", [1, 2, 16, 64])
 def test_spans_across_pages(page: int, backend: str) -> None:
     """In any order, some of nobody; a table that ends before the spans do, and numbers of no page, are not an access."""
