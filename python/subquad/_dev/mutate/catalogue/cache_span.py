@@ -57,6 +57,7 @@ FAULTS = (
         _CACHE,
         "users[last.clamp(min=0)] == same.sum(1)",
         "users[last.clamp(min=0)] == 1",
+        "a page that nobody keeps is free at once: one more copy, which the same pool always has room for",
     ),
     Fault("cache-spans-copy", "state", _CACHE, "write(x, (page,), x[last.clamp(min=0)], copied)", "pass"),
     Fault(

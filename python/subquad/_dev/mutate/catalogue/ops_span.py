@@ -27,7 +27,14 @@ FAULTS = (
         "(position - config.window_len()).clamp",
         "(position - config.window_len() + 1).clamp",
     ),
-    Fault("ops-reach-overflow", "index width", _REACH, "(torch.minimum(x, seen) for x in", "(x for x in"),
+    Fault(
+        "ops-reach-overflow",
+        "index width",
+        _REACH,
+        "(torch.minimum(x, seen) for x in",
+        "(x for x in",
+        "every search adds lengths to places in 64 bits, and cuts spans to the first key and the window",
+    ),
     Fault(
         "ops-reach-packed", "mask", _REACH, "packed.int32[packed.sequence.long()][None]", "torch.zeros_like(position)"
     ),
@@ -68,6 +75,7 @@ FAULTS = (
         _SPANS,
         "(config.window_len() - 1), reached.first)",
         "(config.window_len() - 1), 0 * reached.first)",
+        "keys before the first of a row are masked",
     ),
     Fault("ops-span-pages", "guard", _SPANS, '_checks.no_gradient(name, x, "pages are for decoding")', "pass"),
     Fault("ops-span-narrow", "index width", _SPANS, "x.clamp(-1, limit).int()", "x.int()"),
