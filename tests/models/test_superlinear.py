@@ -395,7 +395,7 @@ def test_calls_that_are_refused() -> None:
 @torch.no_grad()
 def test_a_layer_alone() -> None:
     """Rotated by its own frequencies, with norms and biases; rows and chunks of a cache are those of one call."""
-    rope = subquad.RopeSpec(1.0 / 100.0 ** (torch.arange(0, 8, 2) / 8), 8)
+    rope = subquad.RopeSpec(1.0 / 100.0 ** (torch.arange(0, 8, 2) / 8), 8, attention_scaling=1.3)
     layer = SuperlinearAttention(
         32, 4, 2, 8, config=SuperlinearConfig(**NARROW), rope=rope, qk_norm=True, qkv_bias=True, o_bias=True, layer_idx=0,
         dtype=torch.float64,
@@ -411,7 +411,7 @@ def test_a_layer_alone() -> None:
     mask[0, :9] = False
     torch.testing.assert_close(layer(x, attention_mask=mask)[0][0, 9:], layer(x[:1, 9:])[0][0])
     angle = torch.arange(30)[:, None] * rope.inv_freq.double()
-    given = (torch.cat([angle, angle], -1).cos()[None], torch.cat([angle, angle], -1).sin()[None])
+    given = tuple(1.3 * turn(torch.cat([angle, angle], -1))[None] for turn in (torch.cos, torch.sin))
     torch.testing.assert_close(layer(x, given)[0], whole)
     layer.rope = None
     assert not torch.allclose(layer(x)[0], whole)
