@@ -457,10 +457,14 @@ def test_the_search_starts_from_the_queries() -> None:
     assert not torch.allclose(other.q_search_proj.weight, attention.q_proj.weight, atol=0.1)
     adapted = plain("qwen2").train()
     adapt(adapted)
+    for layer in adapted.model.layers:  # adapters have dropout, which is nothing that a layer computes
+        layer.self_attn.q_proj.register_forward_hook(
+            lambda module, _, y: torch.nn.functional.dropout(y, 0.5, module.training)
+        )
     convert(adapted, attention="superlinear", **NARROW)
     layer, x = adapted.model.layers[0].self_attn, torch.randn(3, 32, dtype=torch.float64)
     assert type(layer.q_search_proj) is torch.nn.Linear and layer.q_proj.training
-    torch.testing.assert_close(layer.q_search_proj(x), layer.q_proj(x))
+    torch.testing.assert_close(layer.q_search_proj(x), layer.q_proj.eval()(x))
 
 
 # --- converting, saving, training ----------------------------------------
@@ -558,6 +562,18 @@ def test_a_cache_goes_from_mode_to_mode(early: Any, late: Any) -> None:
         model(ids[:, :15], **on(cache))
     with late():
         found = torch.cat([model(part, **on(cache)).logits.float() for part in ids[:, 15:].split(1, 1)], 1)
+    assert (found - want[:, 15:]).abs().max() / want.abs().max() < 5e-2
+
+
+@torch.no_grad()
+def test_a_cache_of_another_dtype() -> None:
+    """A prompt in float32, and tokens of a model that has become one of 16 bits."""
+    model, ids = converted("llama", sw_index=4).float(), prompt(20)
+    cache = transformers.DynamicCache(config=model.config)
+    want = model(ids, use_cache=False).logits
+    model(ids[:, :15], **on(cache))
+    model.bfloat16()
+    found = torch.cat([model(part, **on(cache)).logits.float() for part in ids[:, 15:].split(1, 1)], 1)
     assert (found - want[:, 15:]).abs().max() / want.abs().max() < 5e-2
 
 
