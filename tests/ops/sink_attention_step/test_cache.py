@@ -248,8 +248,11 @@ def test_room_for_longer_drafts(fed_before: int, kv_dtype: torch.dtype | None) -
     cache.append(k, v)
     cache.rollback(min(2, cache.kept))
     before, kept = cache.gather(), cache.kept
-    cache.keep(1)  # there is room for that
+    room = 8 - cache.window + 1
+    cache.keep(room)
     assert cache.ring_k.shape[2] == 8
+    cache.keep(room + 1)
+    assert cache.ring_k.shape[2] == 64
     cache.keep(100)
     assert cache.ring_k.shape[2] == 128
     assert all(torch.equal(x, y) for x, y in zip(cache.gather(), before, strict=True))
