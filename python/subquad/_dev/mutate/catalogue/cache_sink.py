@@ -7,16 +7,20 @@ from ..fault import Fault, Where
 _K = "not triton and not simt"
 
 
+_STEP = "tests/ops/sink_attention_step"
+
+
 def _of(file: str, *tests: str) -> Where:
-    return Where(f"python/subquad/{file}", tests or ("tests/ops/sink_attention_step",), _K, ("test_cache",))
+    return Where(f"python/subquad/{file}", tests, _K, ("test_cache",))
 
 
-_CACHE = _of("cache/sink.py")
-_MOVES = _of("cache/_sink_moves.py")
-_PREFILL = _of("cache/_sink_prefill.py")
-_FRAMES = _of("cache/frames.py", "tests/ops/sink_attention_step/test_frames.py")
+_TESTS = tuple(f"{_STEP}/test_{name}.py" for name in ("cache", "cache_state", "frames"))
+_CACHE = _of("cache/sink.py", *_TESTS)
+_MOVES = _of("cache/_sink_moves.py", *_TESTS)
+_PREFILL = _of("cache/_sink_prefill.py", *_TESTS)
+_FRAMES = _of("cache/frames.py", f"{_STEP}/test_frames.py")
 _STATE = _of("cache/sink_state.py", "tests/models/test_sink.py", "tests/models/test_sink_generate.py")
-_CHECKS = _of("ops/_sink_checks.py")
+_CHECKS = _of("ops/_sink_checks.py", *_TESTS, f"{_STEP}/test_errors.py")
 
 FAULTS = (
     Fault("cache-sink-oldest", "bounds", _CACHE, "torch.maximum(least, self.written - self.ring_k.shape[2])", "least"),
