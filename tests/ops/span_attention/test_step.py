@@ -301,3 +301,5 @@ def test_gradients_through_pages() -> None:
         assert out.requires_grad
         with pytest.raises(ValueError, match=r"^q_search: expected a tensor without requires_grad.*pages"):
             subquad.superlinear_attention_step(row, row, cached(16), torch.tensor([9, 9]), backend="reference")
+        with pytest.raises(ValueError, match=r"^q: expected a tensor without requires_grad.*pages"):
+            subquad.superlinear_attention_step(ROW, row, cached(16), torch.tensor([9, 9]), backend="reference")
