@@ -27,6 +27,7 @@ MODELS = {
     "mistral": Kind("mistral", "Mistral", more={"sliding_window": None}),
     "qwen2": Kind("qwen2", "Qwen2"),  # which has biases
 }
+MODES: list[Any] = [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
 NARROW = {"sw_index": 1, "num_spans": 2, "backward_factor": 1.0, "forward_factor": 0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
     "narrow": NARROW,
@@ -35,13 +36,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eight": {"sw_index": 1, "num_spans": 8, "span_power": 0.3},
     "group": NARROW | {"route_per": "group", "search_scale": 0.3},
     "power": {
-        "search_power": 0.6,
-        "inv_search_power_int": None,
-        "sw_index": 1,
-        "span_power": 0.4,
-        "forward_factor": 1.0,
+        "search_power": 0.6, "inv_search_power_int": None, "sw_index": 1, "span_power": 0.4, "forward_factor": 1.0,
     },
-}
+}  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:subquad. SuperlinearConfig")  # keys that are never reached, on purpose
 
 
@@ -457,10 +454,8 @@ def test_the_search_starts_from_the_queries() -> None:
     assert not torch.allclose(other.q_search_proj.weight, attention.q_proj.weight, atol=0.1)
     adapted = plain("qwen2").train()
     adapt(adapted)
-    for layer in adapted.model.layers:  # adapters have dropout, which is nothing that a layer computes
-        layer.self_attn.q_proj.register_forward_hook(
-            lambda module, _, y: torch.nn.functional.dropout(y, 0.5, module.training)
-        )
+    for layer in adapted.model.layers:  # the dropout of adapters is nothing that a layer computes
+        layer.self_attn.q_proj.register_forward_hook(lambda m, _, y: torch.nn.functional.dropout(y, 0.5, m.training))
     convert(adapted, attention="superlinear", **NARROW)
     layer, x = adapted.model.layers[0].self_attn, torch.randn(3, 32, dtype=torch.float64)
     assert type(layer.q_search_proj) is torch.nn.Linear and layer.q_proj.training
@@ -551,8 +546,8 @@ def test_the_search_learns_alone() -> None:
         assert all(p.grad is None for n, p in model.named_parameters() if ".q_search_proj." not in n)
 
 
-@pytest.mark.parametrize("late", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
-@pytest.mark.parametrize("early", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("late", [*MODES, torch.bfloat16])  # which the model has become by then
+@pytest.mark.parametrize("early", MODES)
 def test_a_cache_goes_from_mode_to_mode(early: Any, late: Any) -> None:
     """A window that holds all, for 16 bits choose other spans."""
     model, ids = converted("llama", sw_index=4).float().requires_grad_(False), prompt(20)
@@ -560,20 +555,9 @@ def test_a_cache_goes_from_mode_to_mode(early: Any, late: Any) -> None:
     want = model(ids, use_cache=False).logits
     with early():
         model(ids[:, :15], **on(cache))
-    with late():
+    model.to(late if late is torch.bfloat16 else torch.float32)
+    with torch.no_grad() if late is torch.bfloat16 else late():
         found = torch.cat([model(part, **on(cache)).logits.float() for part in ids[:, 15:].split(1, 1)], 1)
-    assert (found - want[:, 15:]).abs().max() / want.abs().max() < 5e-2
-
-
-@torch.no_grad()
-def test_a_cache_of_another_dtype() -> None:
-    """A prompt in float32, and tokens of a model that has become one of 16 bits."""
-    model, ids = converted("llama", sw_index=4).float(), prompt(20)
-    cache = transformers.DynamicCache(config=model.config)
-    want = model(ids, use_cache=False).logits
-    model(ids[:, :15], **on(cache))
-    model.bfloat16()
-    found = torch.cat([model(part, **on(cache)).logits.float() for part in ids[:, 15:].split(1, 1)], 1)
     assert (found - want[:, 15:]).abs().max() / want.abs().max() < 5e-2
 
 
