@@ -181,6 +181,7 @@ def test_empty() -> None:
         ({"window": -1}, ValueError, "window: expected at least 0"),
         ({"block": 0}, ValueError, "block: expected at least 1"),
         ({"q_shift": 3}, TypeError, "q_shift: expected a subquad.RopeSpec"),
+        ({"q_shift": subquad.RopeSpec(torch.ones(5), 10)}, ValueError, "q_shift: expected rotary_dim <= 8"),
         ({"pad": torch.tensor([0, 1, 2])}, ValueError, r"pad: expected shape \[2\]"),
         ({"pad": torch.tensor([0, 10])}, ValueError, r"pad: expected numbers in 0..9, got \[0, 10\]"),
         ({"pad": torch.tensor([-1, 1])}, ValueError, "pad: expected numbers in 0..9"),
