@@ -173,6 +173,15 @@ def test_empty() -> None:
         assert subquad.sink_attention(*tensors(b, t)).shape == (b, t, 4, 8)
 
 
+@backend_params("interval_attention", *BOTH)
+def test_no_queries_beside_keys(backend: str) -> None:
+    """Also where they would be rotated for the sinks."""
+    q, k, v = tensors(2, 20)
+    for rope in (None, ROPE):
+        out = subquad.sink_attention(q[:, :0], k, v, sink_tokens=2, window=3, q_shift=rope, backend=backend)
+        assert out.shape == (2, 0, 4, 8)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
