@@ -10,14 +10,15 @@ from torch import nn
 
 from subquad.cache.lawcat import LawcatState
 from subquad.cache.sink_state import SinkState
-from subquad.nn import CATSMLP, LawcatAttention, SinkAttention
+from subquad.nn import CATSMLP, LawcatAttention, SinkAttention, SuperlinearAttention
 
 HUGE = 2**62
-BOTH = pytest.mark.parametrize("layer", [LawcatAttention, SinkAttention])
+ALL = pytest.mark.parametrize("layer", [LawcatAttention, SinkAttention, SuperlinearAttention])
 OPTIONS: list[tuple[type[Exception], dict[str, Any], str]] = [
     (TypeError, {"hidden_size": "64"}, "hidden_size: expected an int, got str"),
     (TypeError, {"num_heads": 4.0}, "num_heads: expected an int, got float"),
     (ValueError, {"num_heads": 0}, "num_heads: expected at least 1, got 0"),
+    (ValueError, {"num_heads": 6}, "num_heads: expected a divisor of hidden_size 64 without head_dim, got 6"),
     (ValueError, {"num_kv_heads": 3}, "num_kv_heads: expected a divisor of 4, got 3"),
     (ValueError, {"head_dim": 0}, "head_dim: expected at least 1, got 0"),
     (ValueError, {"hidden_size": HUGE}, r"hidden_size: expected sizes of a tensor below 2\^60 elements, got 46116860"),
@@ -37,7 +38,7 @@ OPTIONS: list[tuple[type[Exception], dict[str, Any], str]] = [
 ]
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     ("error", "options", "message"), OPTIONS, ids=[f"{i}-{o[2][:12]}" for i, o in enumerate(OPTIONS)]
 )
@@ -57,14 +58,14 @@ def test_sink_logits_of_others() -> None:
         LawcatAttention(64, 4, parts={"sinks": nn.Parameter(torch.zeros(4))})  # type: ignore[dict-item]
 
 
-@BOTH
+@ALL
 def test_parts_that_fit_are_used(layer: Any) -> None:
     parts = {"v_proj": nn.Linear(64, 32), "k_norm": nn.RMSNorm(16), "o_proj": nn.Sequential(nn.Linear(64, 64))}
     made = layer(64, 4, 2, parts=parts)
     assert all(getattr(made, name) is part for name, part in parts.items()) and made.q_norm is None
 
 
-@BOTH
+@ALL
 def test_inputs(layer: Any) -> None:
     made, x = layer(64, 4, 2), torch.zeros(2, 5, 64)
     for given, error, message in (
@@ -75,6 +76,24 @@ def test_inputs(layer: Any) -> None:
     ):
         with pytest.raises(error, match=r"^hidden_states: " + message):
             made(given)
+
+
+@pytest.mark.parametrize("layer", [LawcatAttention, SuperlinearAttention])
+def test_rotations(layer: Any) -> None:
+    """Of layers that rotate by what the model gives them."""
+    made, x = layer(64, 4, 2, **({"rope": "linear"} if layer is LawcatAttention else {})), torch.zeros(2, 5, 64)
+    angles = torch.zeros(2, 5, 16)
+    assert made(x, (angles[:1], angles[:1]))[0].shape == made(x, (angles, angles))[0].shape == x.shape
+    for given, error, message in (
+        (3, TypeError, r"expected \(cos, sin\), two tensors, got int"),
+        ((angles,), TypeError, r"expected \(cos, sin\), two tensors, got tuple"),
+        ((angles, None), TypeError, r"expected \(cos, sin\), two tensors, got tuple"),
+        ((angles[:, :4], angles[:, :4]), ValueError, r".* shape \[1 or 2, 5, at most 16\], got \[2, 4, 16\]"),
+        ((angles[0], angles[0]), ValueError, r".* shape \[1 or 2, 5, at most 16\], got \[5, 16\]"),
+        ((torch.zeros(1, 5, 20),) * 2, ValueError, r".* shape \[1 or 2, 5, at most 16\], got \[1, 5, 20\]"),
+    ):
+        with pytest.raises(error, match="^position_embeddings: " + message):
+            made(x, given)
 
 
 def test_mlps() -> None:

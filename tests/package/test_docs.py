@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import subquad
 from subquad import _env, cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,16 @@ def test_every_variable_is_documented() -> None:
     assert set(re.findall(r"^\| `(SUBQUAD_\w+)` \|", text, re.MULTILINE)) == set(_env.VARIABLES)
     for document in DOCUMENTS:
         assert set(re.findall(r"SUBQUAD_[A-Z_]+[A-Z]", document.read_text())) <= set(_env.VARIABLES) | {"SUBQUAD_SIMT"}
+
+
+def test_the_reference_has_every_public_name() -> None:
+    listed = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    public = {f"subquad.{name}" for name in subquad.__all__ if not name.startswith("_")}
+    public |= {f"subquad.nn.{name}" for name in subquad.nn.__all__ if isinstance(getattr(subquad.nn, name), type)}
+    assert public - listed == {"subquad.SubquadWarning"}
+    assert "subquad.compat.superlinear" in listed
+    for path in listed:
+        pkgutil.resolve_name(path)
 
 
 def test_navigation_lists_every_page() -> None:

@@ -85,7 +85,7 @@ inline IntervalAttentionParams interval_arguments(const Tensor& q, const Tensor&
                   ", got ", p.kv_heads);
   check_shape(k, "k", {p.batch, m.tk, p.kv_heads, p.d});
   check_shape(v, "v", {p.batch, m.tk, p.kv_heads, p.dv});
-  STD_TORCH_CHECK(p.slots == 1 || (m.starts != nullptr && p.slots == m.intervals),
+  STD_TORCH_CHECK(p.slots == 1 || (starts.has_value() && p.slots == m.intervals),
                   "q: expected one slot, or one for each of ", m.intervals, " intervals of starts, got ", p.slots);
   if (key_bias.has_value()) {
     std::tie(p.bias_stride_b, p.bias_stride_h) = broadcast_strides(*key_bias, "key_bias", 3, ScalarType::Float, like_q);

@@ -352,15 +352,15 @@ class SinkKVCache(TensorState):
             _checks.size("tokens", tokens)
         back, floor, sinks = self._per_row("tokens", tokens), self._floor(), self.sink_tokens
         left = self.seen - back
-        legal = (left >= floor) | ((left <= sinks) & (self.first <= sinks))
-        legal = legal & (left >= 0) & (back >= 0)
+        legal = ((left >= floor) | (left <= sinks)) & (left >= 0) & (back >= 0)
         if _checks.readable(legal) and not bool(legal.all()):
             raise ValueError(
                 f"tokens: expected at most the {self.kept} that are kept for a rollback, got "
                 f"{tokens if isinstance(tokens, int) else _checks.shown(back.tolist())}"
             )
         left = torch.where(legal, left, torch.minimum(torch.maximum(left, floor), self.seen))
-        self.written.copy_(torch.where(left <= sinks, left, self.written))  # then the ring holds nothing to be kept
+        self.written.copy_(torch.where(left <= sinks, left, self.written))  # then the ring holds nothing to be kept,
+        self.first.masked_fill_(left <= sinks, 0)  # nor is anything of it forgotten
         self.seen.copy_(left)
 
     def _floor(self) -> torch.Tensor:

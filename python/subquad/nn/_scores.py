@@ -42,7 +42,7 @@ class Scores:
         """x [B, T, H, d], whose first channels are rotated by cos and sin [B|1, T, <= d]."""
         if positions is None or self.rotation == "none":
             return x
-        cos, sin = (p.unsqueeze(2) for p in positions)
+        cos, sin = (p.unsqueeze(2) for p in _angles(positions, x))
         if self.rotation == "once":
             cos, sin = (torch.cat([p, p], -1) for p in (cos, sin))
         turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
@@ -55,6 +55,19 @@ class Scores:
             a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
             across = torch.stack([-b, a], -1).flatten(-2)
         return torch.cat([turned * cos + across * sin, rest], -1).to(x.dtype)
+
+
+def _angles(given: object, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) as a model gives them, of tokens as x [B, T, H, d] has."""
+    if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(p, torch.Tensor) for p in given):
+        raise TypeError(f"position_embeddings: expected (cos, sin), two tensors, got {type(given).__name__}")
+    batch, tokens, _, width = x.shape
+    for p in given:
+        if p.dim() != 3 or p.shape[0] not in (1, batch) or p.shape[1] != tokens or p.shape[2] > width:
+            expected = f"cos and sin of shape [1 or {batch}, {tokens}, at most {width}]"
+            raise ValueError(f"position_embeddings: expected {expected}, got {list(p.shape)}")
+    cos, sin = given
+    return cos, sin
 
 
 LLAMA = Scores()

@@ -81,6 +81,8 @@ def sink_attention(
         raise ValueError(f"k: expected at least {tq} keys, as many as queries, got {tk}")
     if q_shift is not None and not isinstance(q_shift, RopeSpec):
         raise TypeError(f"q_shift: expected a subquad.RopeSpec or None, got {type(q_shift).__name__}")
+    if q_shift is not None and q_shift.rotary_dim > q.shape[3]:
+        raise ValueError(f"q_shift: expected rotary_dim <= {q.shape[3]}, the head dimension, got {q_shift.rotary_dim}")
     sinks, width = min(sink_tokens, tk), tk if window is None else min(window, tk)
     turned = q_shift is not None and sinks > 0 and sinks + width < tk
     if block == 1 and pad is None and cu_seqlens is None and not turned:

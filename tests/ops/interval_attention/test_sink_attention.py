@@ -173,6 +173,15 @@ def test_empty() -> None:
         assert subquad.sink_attention(*tensors(b, t)).shape == (b, t, 4, 8)
 
 
+@backend_params("interval_attention", *BOTH)
+def test_no_queries_beside_keys(backend: str) -> None:
+    """Also where they would be rotated for the sinks."""
+    q, k, v = tensors(2, 20)
+    for rope in (None, ROPE):
+        out = subquad.sink_attention(q[:, :0], k, v, sink_tokens=2, window=3, q_shift=rope, backend=backend)
+        assert out.shape == (2, 0, 4, 8)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
@@ -181,6 +190,7 @@ def test_empty() -> None:
         ({"window": -1}, ValueError, "window: expected at least 0"),
         ({"block": 0}, ValueError, "block: expected at least 1"),
         ({"q_shift": 3}, TypeError, "q_shift: expected a subquad.RopeSpec"),
+        ({"q_shift": subquad.RopeSpec(torch.ones(5), 10)}, ValueError, "q_shift: expected rotary_dim <= 8"),
         ({"pad": torch.tensor([0, 1, 2])}, ValueError, r"pad: expected shape \[2\]"),
         ({"pad": torch.tensor([0, 10])}, ValueError, r"pad: expected numbers in 0..9, got \[0, 10\]"),
         ({"pad": torch.tensor([-1, 1])}, ValueError, "pad: expected numbers in 0..9"),

@@ -224,6 +224,26 @@ def test_what_may_go_is_what_was_not_overwritten(s: int, w: int, ring: int, seed
 
 
 @pytest.mark.parametrize("key_rope", ["pre", "post"])
+def test_back_to_the_sinks(key_rope: str) -> None:
+    """To what is no more than sinks, also behind tokens of the ring that were forgotten; what comes then is not."""
+    torch.manual_seed(0)
+    cache = cache_of(key_rope=key_rope)
+    sinks = cache.sink_tokens
+    for left in (sinks, sinks - 1, 0):
+        for forget in (lambda: cache.evict(20, 22), lambda: cache.evict_for_space(cache.window)):
+            cache.reset()
+            streams = streams_of(cache)
+            fed(cache, streams, 30)
+            forget()
+            cache.rollback(cache.seen - left)
+            for stream in streams:
+                del stream.tokens[left:]
+            fed(cache, streams, 3)
+            fed(cache, streams, 12)
+            gathered(cache, streams)
+
+
+@pytest.mark.parametrize("key_rope", ["pre", "post"])
 def test_drafts(key_rope: str) -> None:
     """Two hundred drafts of five tokens, of which every row accepts some: as if the accepted ones had come alone."""
     torch.manual_seed(1)
