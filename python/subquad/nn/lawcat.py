@@ -311,7 +311,7 @@ class LawcatAttention(nn.Module):
         window = None if self.original is None else sliding_window(self.original)
         state = state_of(past_key_values, self.layer_idx, self.keep)
         seen = None if state is None else state.seen
-        tokens = read(attention_mask, b, t, window, seen, **kwargs, cu_seqlens=cu_seqlens)
+        tokens = read(attention_mask, b, t, window, seen, position_embeddings, **kwargs, cu_seqlens=cu_seqlens)
         mixed = self._advance(hidden_states, position_embeddings, tokens, state)
         if state is not None:
             seen = state.seen  # not in place: whoever was told it goes on to hold the old number

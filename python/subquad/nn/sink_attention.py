@@ -229,7 +229,7 @@ class SinkAttention(nn.Module):
         seen = state.seen if isinstance(state, SinkState) else None
         window = None if self.original is None else sliding_window(self.original)
         kwargs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-        tokens = read(attention_mask, b, t, window, seen, **kwargs)
+        tokens = read(attention_mask, b, t, window, seen, position_embeddings, **kwargs)
         self._compare(position_embeddings, kwargs.get("position_ids"))
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = normed(self.q_norm, q), normed(self.k_norm, k)
@@ -320,7 +320,7 @@ class SinkAttention(nn.Module):
         cache = state.of(k) if isinstance(state, SinkState) else state
         _check_alone(tokens, cache)
         self._give_sinks(cache)
-        order, count = _compact(tokens.real)
+        order, count = tokens.once("compact", lambda: _compact(tokens.real))
         dtype = cache.sink_k.dtype
         fed, keys, values = (x.to(dtype) if order is None else _taken(x.to(dtype), order) for x in (q, k, v))
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, self.sinks))

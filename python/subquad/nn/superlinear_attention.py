@@ -217,9 +217,10 @@ class SuperlinearAttention(nn.Module):
         cache = cache if past_key_values is None else past_key_values
         seen = None if cache is None else _seen(cache, self.layer_idx)
         kwargs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-        tokens = read(attention_mask, b, t, None, seen, **kwargs)
-        place = torch.arange(t, dtype=torch.int32, device=hidden_states.device)
-        place = place if seen is None else place + seen  # before the cache counts on, which it may do in place
+        tokens = read(attention_mask, b, t, None, seen, position_embeddings, **kwargs)
+        device = hidden_states.device
+        # Before the cache counts on, which it may do in place.
+        place = tokens.once(("place", device), lambda: _places(t, seen, device))
         q, k, v, search = (
             p(hidden_states).unflatten(-1, (-1, self.head_dim))
             for p in (self.q_proj, self.k_proj, self.v_proj, self.q_search_proj)
@@ -227,7 +228,7 @@ class SuperlinearAttention(nn.Module):
         q, k, search = normed(self.q_norm, q), normed(self.k_norm, k), normed(self.q_norm, search)
         q, k, search = self._rotated(q, k, search, position_embeddings, place)
         if cache is not None:
-            _check_alone(tokens)
+            tokens.once("alone", lambda: _check_alone(tokens))
             k, v = self._kept(cache, k, v, kwargs)
         mixed = self._attend(search, q, k, v, place, attention_mask, tokens, seen)
         return self.o_proj(mixed.flatten(2)), None
@@ -271,13 +272,17 @@ class SuperlinearAttention(nn.Module):
         (b, t), keys = q.shape[:2], k.shape[1]
         search, q, k, v = _call.autocast(search, q, k, v)
         k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may have been filled under autocast, or without
-        shown = keys_of(mask, tokens, t, keys, seen)
-        shown = None if shown is None else shown.to(q.device).expand(b, -1)
-        reached = _spans.reach(
-            self._used, b, t, keys, q.device, cache_position=place, mask=shown, first=firsts_of(tokens, t)
-        )
-        out, _ = attended(search, q, k, v, k, self._used, reached, shown, self.backend)
-        return out
+
+        def reach() -> tuple[_spans.Reach, IntervalMask | None, torch.Tensor | None]:
+            """What every query may reach, its window, and which keys there are."""
+            shown = keys_of(mask, tokens, t, keys, seen)
+            shown = None if shown is None else shown.to(q.device).expand(b, -1)
+            first = firsts_of(tokens, t)
+            reached = _spans.reach(self._used, b, t, keys, q.device, cache_position=place, mask=shown, first=first)
+            return reached, _spans.window_mask(self._used, reached, keys, shown), shown
+
+        reached, window, shown = tokens.once((self._used, keys, q.device), reach)
+        return attended(search, q, k, v, k, self._used, reached, window, shown, self.backend)[0]
 
     def extra_repr(self) -> str:
         text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}"
@@ -335,6 +340,12 @@ def _answers(projection: nn.Module, width: int, made: dict[str, Any]) -> tuple[t
 
 
 # --- caches ----------------------------------------
+
+
+def _places(length: int, seen: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Columns of the tokens, int32 [T]."""
+    place = torch.arange(length, dtype=torch.int32, device=device)
+    return place if seen is None else place + seen
 
 
 def _seen(cache: Any, layer_idx: int | None) -> int | torch.Tensor:
