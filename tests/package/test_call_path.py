@@ -14,7 +14,6 @@ import torch._dynamo.testing
 import subquad
 from subquad import _backends
 from subquad._checks import unshared
-from subquad._derived import Derived
 from subquad.contract import CONTRACTS, HANDLES, OPERATORS
 from subquad.ops import _call
 from subquad.testing import assert_same_bits, backend_params
@@ -503,15 +502,6 @@ def test_bounds_that_were_looked_at_are_not_kept_alive() -> None:
         del cu
     gc.collect()
     assert [ref() for ref in seen] == [None] * 5
-
-
-def test_what_is_derived_of_a_tensor_and_itself_does_not_keep_it() -> None:
-    derived, tensor = Derived(), torch.tensor([0])
-    assert derived.get(tensor, (tensor,), lambda: 1) == derived.get(tensor, (tensor,), lambda: 2) == 1
-    assert derived.get(tensor, (torch.tensor([0]),), lambda: 3) == 3
-    seen = weakref.ref(tensor)
-    del tensor
-    assert seen() is None
 
 
 def test_bounds_in_inference_mode() -> None:

@@ -15,7 +15,7 @@ _LAWCAT = Where("python/subquad/cache/lawcat.py", _TESTS, "", ())
 _STATE = Where("python/subquad/cache/state.py", _TESTS, "", ())
 _DERIVED = Where(
     "python/subquad/_derived.py",
-    ("tests/package/test_call_path.py", "tests/models/test_masks.py", "tests/models/test_once.py"),
+    ("tests/package/test_kept.py", "tests/models/test_masks.py", "tests/models/test_once.py"),
     "",
     (),
 )
