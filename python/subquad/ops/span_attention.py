@@ -173,6 +173,9 @@ def attend(
 def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_table: torch.Tensor | None = None) -> int:
     """q, k and v fit each other; the number of keys."""
     _spans.check_heads("q", q, limit=MAX_HEAD_DIM)
+    dtypes = [getattr(x, "dtype", None) for x in (k, v)]
+    if dtypes[0] is dtypes[1] in _checks.FLOAT_DTYPES and q.dtype is not dtypes[0]:
+        raise TypeError(f"q: expected {dtypes[0]} as k and v have, got {q.dtype}")
     keys = _spans.check_keys("k", k, q, "q", block_table, MAX_HEAD_DIM)
     _spans.check_heads("v", v, q, "q", MAX_HEAD_DIM)
     if v.shape[:3] != k.shape[:3]:
