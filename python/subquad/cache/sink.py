@@ -11,7 +11,7 @@ from .. import _checks
 from .._backends import BACKENDS
 from ..contract.sink_attention_step import MAX_HEAD_DIM, RING_DTYPES
 from ..ops.sink_attention_step import sink_attention_step
-from ..rope import RopeSpec
+from ..rope import RopeSpec, check_rope
 from . import _sink_moves as moves
 from ._sink_prefill import attend
 from .state import TensorState, preallocated
@@ -461,11 +461,10 @@ def _columns(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.take_along_dim(index, 1) if x.shape[1] else x
 
 
-def _check_rope(rope: object, head_dim: int, capacity: int, positions: str) -> None:
+def _check_rope(rope: RopeSpec | None, head_dim: int, capacity: int, positions: str) -> None:
+    check_rope("rope", rope)
     if rope is None:
         return
-    if not isinstance(rope, RopeSpec):
-        raise TypeError(f"rope: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
     if rope.rotary_dim > head_dim:
         raise ValueError(f"rope: expected at most {head_dim} rotated elements of a head, got {rope.rotary_dim}")
     if rope.max_positions is not None and positions == "absolute":

@@ -14,7 +14,7 @@ from .._packing import Packed
 from ..masks import IntervalMask
 from ..ops import _call, _spans
 from ..recipes.superlinear import attended
-from ..rope import RopeSpec
+from ..rope import RopeSpec, check_rope
 from ..superlinear import SuperlinearConfig, warn_of_gaps
 from ._children import plain
 from ._inherited import Inherited, give_back, remember
@@ -100,8 +100,7 @@ class SuperlinearAttention(nn.Module):
             raise ValueError(f"head_dim: expected at most {_spans.MAX_HEAD_DIM}, got {head_dim}")
         for name, value in (("qk_norm", qk_norm), ("qkv_bias", qkv_bias), ("o_bias", o_bias)):
             _checks.flag(name, value)
-        if rope is not None and not isinstance(rope, RopeSpec):
-            raise TypeError(f"rope: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
+        check_rope("rope", rope)
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.rope, self.layer_idx, self.backend = head_dim, rope, layer_idx, backend
         made: dict[str, Any] = {"device": _checks.device("device", device), "dtype": dtype}

@@ -10,7 +10,7 @@ from .. import _checks
 from ..contract.interval_attention import MAX_HEAD_DIM
 from ..masks import IntervalMask
 from ..reference import interval_attention as reference
-from ..rope import RopeSpec
+from ..rope import RopeSpec, check_rope
 from . import _call
 
 
@@ -183,8 +183,7 @@ def _rotated(q: torch.Tensor, mask: IntervalMask, rope: RopeSpec | None) -> torc
         if mask.shift is not None:
             raise ValueError("q_shift: expected a RopeSpec because mask.shift is given, got None")
         return q.unsqueeze(3)
-    if not isinstance(rope, RopeSpec):
-        raise TypeError(f"q_shift: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
+    check_rope("q_shift", rope)
     if mask.shift is None:
         raise ValueError("q_shift: expected a mask with `shift`, got one without")
     if rope.rotary_dim > q.shape[3]:
