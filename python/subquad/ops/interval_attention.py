@@ -190,4 +190,4 @@ def _rotated(q: torch.Tensor, mask: IntervalMask, rope: RopeSpec | None) -> torc
         raise ValueError(f"q_shift: expected rotary_dim <= {q.shape[3]}, the head dimension, got {rope.rotary_dim}")
     shift = mask.shift.transpose(1, 2)  # [B|1, Tq, Hq|1, m]
     repeated = q.unsqueeze(3).expand(*q.shape[:3], shift.shape[-1], q.shape[3])
-    return rope.rotate(repeated, shift.expand(repeated.shape[:-1]))
+    return rope.rotate(repeated, shift)
