@@ -133,6 +133,20 @@ def firsts_of(tokens: Tokens, length: int) -> torch.Tensor | None:
     return torch.where(begun < 0, earliest, begun).int()
 
 
+def refuse_packed(tokens: Tokens, fresh: torch.Tensor | None = None) -> None:
+    """ValueError for sequences that begin behind others in a row, which a cache would take for one.
+
+    `fresh`: bool [B], rows without a past; None: that is not to be looked at.
+    """
+    packed, begins = tokens.packed is not None and tokens.packed.sequences > 1, tokens.begins
+    if begins is not None:
+        real = torch.ones_like(begins) if tokens.real is None else tokens.real
+        first = real.cumsum(1) == 1
+        packed = bool((begins & ~(first if fresh is None else first & fresh[:, None])).any())
+    if packed:
+        raise ValueError("past_key_values: expected None with packed sequences, which a cache cannot tell apart")
+
+
 def tokens_of(
     mask: Any, batch: int, length: int, window: int | None = None, seen: int | torch.Tensor | None = None
 ) -> torch.Tensor | None:
@@ -174,7 +188,7 @@ def read(
         seen: positions before these; None without a cache. A preallocated cache has columns for later ones, a sliding one lacks
             those of the first.
         position_embeddings: (cos, sin) as the model has them, or None.
-        told: what else a model tells its layers, of which `BOUNDS`, `seq_idx` and `position_ids` are read. As in transformers,
+        told: what else a model tells its layers, of which `TOLD` are read; `output_attentions` is refused. As in transformers,
             positions that do not go on begin a sequence where there is neither a mask nor a cache; otherwise those that start
             from 0 do, where there is no padding.
 
@@ -182,6 +196,8 @@ def read(
         TypeError: something that is no mask.
         ValueError: a mask of another shape, or that is not causal with padding or packed sequences.
     """
+    if told.get("output_attentions"):
+        raise ValueError("output_attentions: there is no matrix of weights; expected False, got True")
     mask = _of_one_kind(mask)
     if position_embeddings is None or torch.compiler.is_compiling():
         return _read(mask, batch, length, window, seen, told)
