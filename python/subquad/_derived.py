@@ -34,7 +34,8 @@ class Derived:
         """
         if _checks.traced(tensor) or tensor.is_inference():
             return make()
-        key = tuple(_ITSELF if part is tensor else part for part in key)  # a reference would keep it alive
+        # A reference to the tensor would keep it alive; what is made in inference mode is of no use outside.
+        key = (torch.is_inference_mode_enabled(), *(_ITSELF if part is tensor else part for part in key))
         version, kept = self._kept.get(tensor, (None, []))
         kept = kept if version == tensor._version else []
         for known, result in kept:

@@ -137,6 +137,22 @@ def test_every_mask_has_its_own(kind: str, made: Counter[str]) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_one_rotation_for_two_chunks(kind: str) -> None:
+    """Of equal length, with one mask for all columns: what tells them apart is what the cache has seen."""
+    model, half, mask = converted(kind), LENGTH // 2, padded(7, LENGTH // 2 - 1)
+    hidden = model.model.embed_tokens(prompt(LENGTH, 2)).split(half, 1)
+    rotation = model.model.rotary_emb(hidden[0], torch.arange(half)[None])
+    found = []
+    for given in ([rotation, rotation], [rotation, tuple(x.clone() for x in rotation)]):
+        layer, cache = model.model.layers[0].self_attn, transformers.DynamicCache(config=model.config)
+        calls = zip(hidden, given, strict=True)
+        found.append([layer(x, position_embeddings=r, attention_mask=mask, past_key_values=cache)[0] for x, r in calls])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_models_in_turn(kind: str, made: Counter[str]) -> None:
     """Two models, layer by layer, one of them with chosen layers of another kind beside its own."""
     ids, mask = prompt(LENGTH, 2), padded(7, 0)

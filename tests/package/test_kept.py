@@ -43,6 +43,9 @@ def test_what_is_derived_of_a_tensor_and_itself_does_not_keep_it() -> None:
     derived, tensor = Derived(), torch.tensor([0])
     assert derived.get(tensor, (tensor,), lambda: 1) == derived.get(tensor, (tensor,), lambda: 2) == 1
     assert derived.get(tensor, (torch.tensor([0]),), lambda: 3) == 3
+    with torch.inference_mode():
+        assert derived.get(tensor, (tensor,), lambda: 4) == 4
+    assert derived.get(tensor, (tensor,), lambda: 5) == 1
     seen = weakref.ref(tensor)
     del tensor
     assert seen() is None
