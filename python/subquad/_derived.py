@@ -11,12 +11,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import _checks
 
 T = TypeVar("T")
+_ITSELF = object()
+_KEPT = 4  # results of one tensor: a model has layers of a few kinds, in turn
 
 
 class Derived:
-    """One result for each tensor, kept while the tensor lives.
+    """A few results for each tensor, kept while the tensor lives, which they must not refer to.
 
-    It is made anew when the tensor has been written to, by its version counter, or when the key is another.
+    They are made anew when the tensor has been written to, by its version counter, or when the key is another.
     """
 
     def __init__(self) -> None:
@@ -32,14 +34,31 @@ class Derived:
         """
         if _checks.traced(tensor) or tensor.is_inference():
             return make()
-        state = (tensor._version, *key)
-        kept = self._kept.get(tensor)
-        if kept is None or not _same(kept[0], state):
-            kept = (state, make())
-            self._kept[tensor] = kept
-        result: T = kept[1]
-        return result
+        # A reference to the tensor would keep it alive; what is made in inference mode is of no use outside.
+        key = (torch.is_inference_mode_enabled(), *(_ITSELF if part is tensor else part for part in key))
+        version, kept = self._kept.get(tensor, (None, []))
+        kept = kept if version == tensor._version else []
+        for known, result in kept:
+            if _same(known, key):
+                return result
+        made = make()
+        self._kept[tensor] = (tensor._version, [(key, made), *kept[: _KEPT - 1]])
+        return made
+
+
+def versioned(*parts: Any) -> tuple[Any, ...] | None:
+    """A key for `get` of these, tensors together with their counters; None where one is traced or has none."""
+    key: list[Any] = []
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            if _checks.traced(part) or part.is_inference():
+                return None
+            key.append(part._version)
+        key.append(part)
+    return tuple(key)
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return all(x is y or (isinstance(x, int) and x == y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        x is y or (type(x) is type(y) and isinstance(x, int) and x == y) for x, y in zip(a, b, strict=True)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from . import _native
 
@@ -29,11 +30,25 @@ def run_from_args(args: argparse.Namespace) -> int:
             return 2
         reason = _native.load(LIBRARIES[name], build=True)
         if reason is None:
-            print(f"{name}: {_native.loaded()[LIBRARIES[name]]}")
+            path = _native.loaded()[LIBRARIES[name]]
+            print(f"{name}: {path}{_as_it_is(path)}")
         else:
             print(f"{name}: {reason}", file=sys.stderr)
             failed = True
     return int(failed)
+
+
+def _as_it_is(path: Path) -> str:
+    """What to know of a library in the package itself, which no build replaces."""
+    if path.parent != _native.PACKAGE:
+        return ""
+    sources = [source for source in _native.SOURCES.resolve().rglob("*") if source.is_file()]
+    newest = max(sources, key=lambda source: source.stat().st_mtime, default=path)
+    # An installation writes sources and libraries within seconds, in any order.
+    older = newest.stat().st_mtime > path.stat().st_mtime + 60
+    return (
+        f" (in the package, not built now{f': older than {newest}' if older else ''}; remove it to build the sources)"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class RopeSpec:
         attention_scaling: factor of queries and keys in models that have one (YaRN). Kept for their owner: `rotate` applies it
             where it is given as `factor`, since it belongs to the first rotation, not to a correction.
         max_positions: positions these frequencies hold for, of models that have others beyond; None for any.
+        axes: of tokens with several positions each, such as frame, line and column of a video: how many of the frequencies, in
+            their order, belong to each. `FrameSinkCache` takes such rotations; what counts tokens refuses them.
 
     Raises:
         TypeError: wrong type of an argument; `inv_freq` is not a float tensor.
@@ -37,6 +40,7 @@ class RopeSpec:
         interleaved: bool = False,
         attention_scaling: float = 1.0,
         max_positions: int | None = None,
+        axes: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(inv_freq, torch.Tensor) or not inv_freq.is_floating_point():
             raise TypeError(
@@ -54,6 +58,11 @@ class RopeSpec:
         self.inv_freq = inv_freq.detach()
         self.rotary_dim, self.interleaved, self.attention_scaling = rotary_dim, interleaved, float(attention_scaling)
         self.max_positions = max_positions
+        self.axes = None if axes is None else tuple(axes)
+        for pairs in self.axes or ():
+            _checks.size("axes", pairs)
+        if self.axes is not None and sum(self.axes) != rotary_dim // 2:
+            raise ValueError(f"axes: expected {rotary_dim // 2} frequencies in all, got {list(self.axes)}")
         turns = inv_freq.detach().double().cpu() / (2 * math.pi)
         if not turns.isfinite().all():
             raise ValueError(f"inv_freq: expected finite numbers, got {inv_freq.tolist()}")
@@ -70,12 +79,13 @@ class RopeSpec:
 
     def same_as(self, other: RopeSpec) -> bool:
         """Whether both are the same rotation. Waits for a GPU."""
-        kinds = ((x.interleaved, x.attention_scaling) for x in (self, other))
+        kinds = ((x.interleaved, x.attention_scaling, x.axes) for x in (self, other))
         return len(set(kinds)) == 1 and torch.equal(self._step.cpu(), other._step.cpu())
 
     def __repr__(self) -> str:
         more = ", interleaved=True" if self.interleaved else ""
         more += f", attention_scaling={self.attention_scaling:g}" if self.attention_scaling != 1.0 else ""
+        more += "" if self.axes is None else f", axes={self.axes}"
         return f"RopeSpec(rotary_dim={self.rotary_dim}{more})"
 
     @classmethod
@@ -140,19 +150,27 @@ class RopeSpec:
         """Cosines and sines of the angles at `positions`, of exact phases.
 
         Args:
-            positions: integers [...], negative ones too.
+            positions: integers [...], negative ones too; with `axes` [..., len(axes)].
 
         Returns:
             (cos, sin), float64 [..., rotary_dim / 2] on the device of the positions.
 
         Raises:
             TypeError: positions that are not integers.
+            ValueError: another number of positions than `axes` has.
         """
         if not isinstance(positions, torch.Tensor):
             raise TypeError(f"positions: expected a torch.Tensor, got {type(positions).__name__}")
         if positions.is_floating_point() or positions.dtype is torch.bool:
             raise TypeError(f"positions: expected integers, got {positions.dtype}")
-        phase = positions.long()[..., None] * self.turns(positions.device)  # wraps modulo one turn
+        each = positions.long()[..., None]
+        if self.axes is not None:
+            if positions.dim() < 1 or positions.shape[-1] != len(self.axes):
+                expected = f"[..., {len(self.axes)}], one of each axis"
+                raise ValueError(f"positions: expected shape {expected}, got {list(positions.shape)}")
+            pairs = (n.expand(*n.shape[:-1], count) for n, count in zip(each.unbind(-2), self.axes, strict=True))
+            each = torch.cat(list(pairs), -1)
+        phase = each * self.turns(positions.device)  # wraps modulo one turn
         angle = (phase >> 11).double() * (2 * math.pi / 2.0**53)
         return angle.cos(), angle.sin()
 
@@ -161,15 +179,19 @@ class RopeSpec:
 
         Args:
             x: [..., D], any float dtype; computed in float32 (float64 in float64).
-            positions: integers that broadcast to x.shape[:-1], negative ones too.
+            positions: integers that broadcast to x.shape[:-1], negative ones too; with `axes` to [*x.shape[:-1], len(axes)].
             factor: of the rotated elements.
 
         Raises:
             TypeError: positions that are not integers.
-            ValueError: D below rotary_dim.
+            ValueError: D below rotary_dim; another number of positions than `axes` has.
         """
+        return self.turned(x, self.cos_sin(positions), factor)
+
+    def turned(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], factor: float = 1.0) -> torch.Tensor:
+        """`rotate` by cosines and sines as `cos_sin` returns them."""
         _checks.tensor("x", x)
-        cos, sin = self.cos_sin(positions)
+        cos, sin = cos_sin
         if x.shape[-1] < self.rotary_dim:
             raise ValueError(
                 f"x: expected at least {self.rotary_dim} elements in the last dimension, got {x.shape[-1]}"
@@ -186,6 +208,16 @@ class RopeSpec:
             a, b = turned.chunk(2, -1)
             rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
         return torch.cat([rotated.to(x.dtype), x[..., self.rotary_dim :]], -1)
+
+
+def check_rope(name: str, value: object) -> None:
+    """`value` is a `RopeSpec` of one position for each token, or None."""
+    if value is None:
+        return
+    if not isinstance(value, RopeSpec):
+        raise TypeError(f"{name}: expected a subquad.RopeSpec or None, got {type(value).__name__}")
+    if value.axes is not None:
+        raise ValueError(f"{name}: expected a rotation by the number of a token, got one with axes={value.axes}")
 
 
 _CHANGING = ("dynamic", "longrope")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from subquad.contract import HANDLES
+from subquad.testing import instruments
 
 HIDDEN, INTERMEDIATE = 512, 512
 WEIGHT = HIDDEN * INTERMEDIATE * 4  # bytes of one fp32 matrix
@@ -25,11 +26,9 @@ def traffic(emulator: ctypes.CDLL, live: float, neuron_major: bool = True) -> tu
     threshold = torch.full((INTERMEDIATE,), torch.inf)
     threshold[order[: round(live * INTERMEDIATE)]] = -1.0
     w_down = down.T if neuron_major else down.T.contiguous()
-    emulator.subquad_simt_reset_stats()
-    HANDLES["simt"]["cats_mlp_fwd"](x, gate, up, w_down, threshold, None, None, None, 0, False, False)
-    counters = (ctypes.c_uint64 * 4)()
-    emulator.subquad_simt_stats(counters)
-    return counters[0] / WEIGHT, counters[1] / WEIGHT
+    arguments = (x, gate, up, w_down, threshold, None, None, None, 0, False, False)
+    found = instruments.traffic(emulator, lambda: HANDLES["simt"]["cats_mlp_fwd"](*arguments))
+    return found.loaded / WEIGHT, found.stored / WEIGHT
 
 
 def test_dense_reads_each_weight_once(emulator: ctypes.CDLL) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from subquad.integrations.transformers import attention_mask, convert, register
 
+from .compiled import Graphs
 from .test_masks import IDS, overlaid
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -27,20 +28,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 4},
     "Qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
 }
-
-
-class Graphs:
-    """A backend of torch.compile that runs a graph as it is, and counts."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        self.count += 1
-        return graph.forward
-
-    def __deepcopy__(self, memo: Any) -> Graphs:
-        return self  # `generate` copies its configuration
 
 
 @pytest.fixture(autouse=True)

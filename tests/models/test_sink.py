@@ -18,6 +18,7 @@ from subquad.cache.sink_state import SinkState
 from subquad.integrations.transformers import CatsConfig, SinkConfig, convert, load_converted, revert
 from subquad.nn import SinkAttention
 
+from .compiled import Graphs
 from .matrix.kinds import KINDS, Kind
 from .test_sink_generate import CACHE, OLD, SINKS, WINDOW, converted, greedy, on, plain, prompt
 
@@ -406,20 +407,6 @@ def test_int8_rings() -> None:
 # --- compiled ----------------------------------------
 
 
-class Graphs:
-    """A backend of torch.compile that runs a graph as it is, and counts."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        self.count += 1
-        return graph.forward
-
-    def __deepcopy__(self, memo: Any) -> Graphs:
-        return self  # `generate` copies its configuration
-
-
 @pytest.fixture
 def graphs() -> Any:
     torch._dynamo.reset()
@@ -458,33 +445,3 @@ def test_compiled_steps_of_a_model_with_its_sink_cache(graphs: Graphs) -> None:
     assert graphs.count <= 2
     for layer, state, places in zip(cache.layers, kept, addresses, strict=True):
         assert layer.state.cache is state and places == {n: x.data_ptr() for n, x in state.tensors().items()}
-
-
-@torch.no_grad()
-@pytest.mark.heavy
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_generate_compiles_its_steps_once(family: str, graphs: Graphs) -> None:
-    """With a preallocated cache, whose layers become states that count in a tensor."""
-    model, ids, mask = converted(family), prompt(9, 2), torch.ones(2, 9, dtype=torch.long)
-    mask[0, :4] = 0
-    want = greedy(model, ids, 40, attention_mask=mask)
-    config = transformers.CompileConfig(backend=graphs, mode=None, fullgraph=True)
-    config._compile_all_devices = True  # a CPU is left out otherwise
-    options: dict[str, Any] = {"cache_implementation": "static", "compile_config": config, "attention_mask": mask}
-    assert torch.equal(greedy(model, ids, 40, **options), want)
-    assert 1 <= graphs.count <= 2
-
-
-@torch.no_grad()
-@pytest.mark.heavy
-@pytest.mark.parametrize("padded", [False, True])
-def test_compiled_models_without_a_cache(padded: bool, graphs: Graphs) -> None:
-    model = converted("llama")
-    compiled = torch.compile(model, fullgraph=True, backend=graphs)
-    for length in (20, 27, 33):
-        ids, mask = prompt(length, 2), torch.ones(2, length, dtype=torch.long)
-        mask[0, :5] = 0 if padded else 1
-        given = {"attention_mask": mask} if padded else {}
-        found, want = (m(ids, use_cache=False, **given).logits for m in (compiled, model))
-        torch.testing.assert_close(found[mask.bool()], want[mask.bool()], **CLOSE)
-    assert graphs.count <= 2

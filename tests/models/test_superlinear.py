@@ -17,7 +17,7 @@ from subquad.testing import backend_params
 
 from .matrix.kinds import KINDS, Kind, adapt
 from .spans import ByHand
-from .test_sink import Graphs, gradients, told
+from .test_sink import gradients, told
 from .test_sink_generate import CACHE, LOOKUP, OLD, greedy, on, prompt
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
@@ -559,42 +559,3 @@ def test_a_cache_goes_from_mode_to_mode(early: Any, late: Any) -> None:
     with torch.no_grad() if late is torch.bfloat16 else late():
         found = torch.cat([model(part, **on(cache)).logits.float() for part in ids[:, 15:].split(1, 1)], 1)
     assert (found - want[:, 15:]).abs().max() / want.abs().max() < 5e-2
-
-
-# --- compiled ----------------------------------------
-
-
-@pytest.fixture
-def graphs() -> Any:
-    torch._dynamo.reset()
-    yield Graphs()
-    torch._dynamo.reset()
-
-
-@torch.no_grad()
-@pytest.mark.heavy
-def test_generate_compiles_its_steps_once(graphs: Graphs) -> None:
-    """With a preallocated cache."""
-    model, ids, mask = converted("llama"), prompt(9, 2), torch.ones(2, 9, dtype=torch.long)
-    mask[0, :4] = 0
-    want = greedy(model, ids, 40, attention_mask=mask)
-    config = transformers.CompileConfig(backend=graphs, mode=None, fullgraph=True)
-    config._compile_all_devices = True  # a CPU is left out otherwise
-    options: dict[str, Any] = {"cache_implementation": "static", "compile_config": config, "attention_mask": mask}
-    assert torch.equal(greedy(model, ids, 40, **options), want)
-    assert 1 <= graphs.count <= 2
-
-
-@torch.no_grad()
-@pytest.mark.heavy
-@pytest.mark.parametrize("padded", [False, True])
-def test_compiled_models_without_a_cache(padded: bool, graphs: Graphs) -> None:
-    model = converted("llama")
-    compiled = torch.compile(model, fullgraph=True, backend=graphs)
-    for length in (20, 27, 33):
-        ids, mask = prompt(length, 2), torch.ones(2, length, dtype=torch.long)
-        mask[0, :5] = 0 if padded else 1
-        given = {"attention_mask": mask} if padded else {}
-        found, want = (m(ids, use_cache=False, **given).logits for m in (compiled, model))
-        torch.testing.assert_close(found[mask.bool()], want[mask.bool()], **CLOSE)
-    assert graphs.count <= 2

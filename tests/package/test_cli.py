@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -169,6 +170,24 @@ def test_support_table_states_what_is_missing(monkeypatch: pytest.MonkeyPatch) -
 def test_build_rejects_an_unknown_library(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["build", "fpga"]) == 2
     assert "'fpga'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("age", [-600, 600])
+def test_build_tells_that_a_library_in_the_package_was_not_built(
+    age: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    library, source = tmp_path / "_C.so", tmp_path / "csrc" / "ops" / "one.cpp"
+    source.parent.mkdir(parents=True)
+    for file, seconds in ((source, 1e9), (library, 1e9 + age)):
+        file.touch()
+        os.utime(file, (seconds, seconds))
+    monkeypatch.setattr(_native, "load", lambda name, build: None)
+    monkeypatch.setattr(_native, "loaded", lambda: {"_C": library})
+    for name, path in (("PACKAGE", tmp_path), ("SOURCES", source.parents[1])):
+        monkeypatch.setattr(_native, name, path)
+    assert cli.main(["build"]) == 0
+    out = capsys.readouterr().out
+    assert "in the package, not built now" in out and (f"older than {source}" in out) == (age < 0)
 
 
 def test_build_reports_each_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

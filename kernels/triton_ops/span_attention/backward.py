@@ -287,46 +287,14 @@ def span_attention_dkdv_kernel(
     )  # fmt: skip
     b_k, b_v = load_block(k, place, cols, keys, BD), load_block(v, place, cols, keys, BDV)
     dk, dv = _dkdv_walk(
-        b_k,
-        b_v,
-        q,
-        v.width,
-        spans,
-        here,
-        upstream,
-        place,
-        lengths,
-        tokens,
-        keys,
-        heads,
-        scale,
-        False,
-        FLAGS,
-        BM,
-        BD,
-        BDV,
-    )
+        b_k, b_v, q, v.width, spans, here, upstream, place, lengths, tokens, keys, heads, scale, False, FLAGS,
+        BM, BD, BDV,
+    )  # fmt: skip
     if any_nonfinite(dk) + any_nonfinite(dv) > 0:
         dk, dv = _dkdv_walk(
-            b_k,
-            b_v,
-            q,
-            v.width,
-            spans,
-            here,
-            upstream,
-            place,
-            lengths,
-            tokens,
-            keys,
-            heads,
-            scale,
-            True,
-            FLAGS,
-            BM,
-            BD,
-            BDV,
-        )
+            b_k, b_v, q, v.width, spans, here, upstream, place, lengths, tokens, keys, heads, scale, True, FLAGS,
+            BM, BD, BDV,
+        )  # fmt: skip
         dk, dv = _dkdv_nonfinite(
             dk, dv, q, v.width, spans, here, upstream, place, lengths, tokens, keys, heads, FLAGS, BM
         )

@@ -14,6 +14,7 @@ from ..masks import IntervalMask
 from ..ops._autograd import without_autocast
 from ..ops.interval_attention import interval_attention
 from ..rope import RopeSpec
+from ._frame_rotation import frame_rotation
 from ._sink_moves import rows
 from .sink import SinkKVCache
 
@@ -59,7 +60,7 @@ class FrameSinkCache:
     A block of frames is generated in several passes, each of which sees the block itself in both directions: `attend` writes it
     without advancing, as often as there are passes, and `commit` advances all layers by what came last. Nothing is moved,
     concatenated or cleared; what is valid follows from counters. All rows of the batch are at the same frame. A token's position
-    is its number in its row; models that rotate by frame, line and column do so themselves, and give no `rope`.
+    is its number in its row or, with `grid`, its frame, line and column, of which only the frame changes.
 
     Args:
         layers, batch, heads, head_dim: of the model; heads are those of keys and values.
@@ -67,7 +68,9 @@ class FrameSinkCache:
         sink_frames: first frames, which stay.
         local_frames: frames that a block sees, sinks and itself included.
         block_frames: most frames of a block.
-        positions, key_rope, rope: as in `SinkKVCache`.
+        positions, key_rope, rope: as in `SinkKVCache`; `rope` may have `axes` of frame, line and column. What is the same
+            in every frame is then turned in float32 where q and k enter, and rounded to their dtype.
+        grid: (lines, columns) of a frame, beside a `rope` with axes.
         dtype, kv_dtype, backend, device: as in `SinkKVCache`.
 
     Attributes:
@@ -103,6 +106,7 @@ class FrameSinkCache:
         positions: str = "cache",
         key_rope: str = "pre",
         rope: RopeSpec | None = None,
+        grid: tuple[int, int] | None = None,
         dtype: torch.dtype | None = None,
         kv_dtype: torch.dtype | None = None,
         backend: str | None = None,
@@ -126,6 +130,8 @@ class FrameSinkCache:
             least = sink_frames + block_frames
             raise ValueError(f"local_frames: expected at least {least}, sinks and a block, got {local_frames}")
         self.frame_tokens, self.block_frames = frame_tokens, block_frames
+        self._rotation = frame_rotation(rope, grid, frame_tokens, _checks.device("device", device))
+        rope = rope if self._rotation is None else self._rotation.rope
         self.states = [
             SinkKVCache(
                 batch, heads, head_dim, sink_tokens=sink_frames * frame_tokens,
@@ -189,6 +195,8 @@ class FrameSinkCache:
         for name, x in (("k", k), ("q", q)):
             _checks.tensor(name, x)
         self._check_block(k.shape[1] if k.dim() == 4 else 0, layer)
+        if self._rotation is not None:
+            q, k = self._rotation.placed(q), self._rotation.placed(k)
         state, seen, width = self.states[layer], self._seen[layer], k.shape[1]
         if self._replay is not None and self._replay.causal:
             out, lse = self._blocks(state, q, k, v, commit, scale)
@@ -324,6 +332,12 @@ class FrameSinkCache:
         if self._replay is not None:
             raise ValueError("state_dict: expected no recache under way, got one")
         found: dict[str, Any] = {name: getattr(self, name) for name in ("frame_tokens", "block_frames")}
+        rotation = self._rotation
+        found |= (
+            {"grid": None, "turns": None}
+            if rotation is None
+            else {"grid": rotation.grid, "turns": rotation.whole.turns()}
+        )
         found |= {"seen": list(self._seen), "pending": list(self._pending), "dropped": self._dropped}
         pin = self._pin
         found["pin"] = None if pin is None else {"token": pin.token, "position": pin.position, "kv": list(pin.kv)}
@@ -341,9 +355,14 @@ class FrameSinkCache:
         for name in sorted(own.keys() ^ state.keys()):
             wanted = f"expected {name!r}" if name in own else "expected names of this FrameSinkCache"
             raise ValueError(f"state: {wanted}, got {sorted(state)}")
-        for name in ("frame_tokens", "block_frames"):
+        for name in ("frame_tokens", "block_frames", "grid"):
             if own[name] != state[name]:
                 raise ValueError(f"{name}: expected {own[name]} as this cache has, got {state[name]}")
+        turns = own["turns"], state["turns"]
+        if turns[0] is not turns[1] and not all(isinstance(x, torch.Tensor) for x in turns):
+            raise ValueError(f"turns: expected a tensor or None as this cache has, got {type(turns[1]).__name__}")
+        if turns[0] is not None and not torch.equal(*(x.cpu() for x in turns)):
+            raise ValueError("turns: expected the frequencies of this cache's rope, got others")
         for i, layer in enumerate(self.states):
             try:
                 layer.check_state(state[f"layers.{i}"])

@@ -11,10 +11,10 @@ from .. import _checks
 from .._backends import BACKENDS
 from ..contract.sink_attention_step import MAX_HEAD_DIM, RING_DTYPES
 from ..ops.sink_attention_step import sink_attention_step
-from ..rope import RopeSpec
+from ..rope import RopeSpec, check_rope
 from . import _sink_moves as moves
 from ._sink_prefill import attend
-from .state import TensorState
+from .state import TensorState, preallocated
 
 # Queries per key head up to which the operator for steps is called: it walks the whole ring for every tile of them, while
 # attention over intervals visits only what is seen, but first puts the cache in order, a copy worth about as many queries.
@@ -135,8 +135,9 @@ class SinkKVCache(TensorState):
             for side, width in (("k", head_dim), ("v", v_head_dim)):
                 self.put(f"{name}_{side}", torch.zeros(batch, heads, count, width, dtype=of, device=device))
         for side in ("k", "v"):
-            scale = torch.ones(batch, num_kv_heads, places, device=device) if kv_dtype in RING_DTYPES else None
-            setattr(self, f"{side}_scale", scale)
+            setattr(self, f"{side}_scale", None)
+            if kv_dtype in RING_DTYPES:
+                self.put(f"{side}_scale", torch.ones(batch, num_kv_heads, places, device=device))
         for name in COUNTERS:
             self.put(name, torch.zeros(batch, dtype=torch.int64, device=device))
 
@@ -378,7 +379,7 @@ class SinkKVCache(TensorState):
     def put(self, name: str, value: torch.Tensor) -> None:
         if name not in NAMES:
             raise ValueError(f"state: expected names of a SinkKVCache, got {name!r}")
-        setattr(self, name, value)
+        setattr(self, name, preallocated(value))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> None:
         super().to(device, non_blocking)
@@ -460,11 +461,10 @@ def _columns(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.take_along_dim(index, 1) if x.shape[1] else x
 
 
-def _check_rope(rope: object, head_dim: int, capacity: int, positions: str) -> None:
+def _check_rope(rope: RopeSpec | None, head_dim: int, capacity: int, positions: str) -> None:
+    check_rope("rope", rope)
     if rope is None:
         return
-    if not isinstance(rope, RopeSpec):
-        raise TypeError(f"rope: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
     if rope.rotary_dim > head_dim:
         raise ValueError(f"rope: expected at most {head_dim} rotated elements of a head, got {rope.rotary_dim}")
     if rope.max_positions is not None and positions == "absolute":

@@ -152,6 +152,16 @@ class TensorState(ABC):
         vars(self).update(vars(fresh))
 
 
+def preallocated(x: torch.Tensor) -> torch.Tensor:
+    """x, whose address will not change: graphs of torch.compile then write to it where it is, on a GPU too.
+
+    As `torch._dynamo.mark_static_address` has it, which takes a second to import.
+    """
+    if not torch.compiler.is_compiling():
+        x._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return x
+
+
 def check_rollback(tokens: int, kept: int) -> None:
     """ValueError unless 0 <= tokens <= kept."""
     if isinstance(tokens, bool) or not isinstance(tokens, int):

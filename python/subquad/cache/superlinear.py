@@ -12,7 +12,7 @@ from .. import _checks
 from ..contract.span_attention import MAX_HEAD_DIM
 from ..ops import _call
 from ._pages import Pages, counts, write
-from .state import TensorState
+from .state import TensorState, preallocated
 
 
 class SuperlinearKVCache(TensorState):
@@ -110,13 +110,13 @@ class SuperlinearKVCache(TensorState):
         sizes = {first: rows, second: places, "num_kv_heads": num_kv_heads, "head_dim": max(head_dim, v_head_dim)}
         _checks.elements(**sizes)
         if page_size is not None:
-            self.block_table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
+            self.put("block_table", torch.full((batch, columns), -1, dtype=torch.int32, device=device))
             self._pages = Pages(rows, device)
         widths = {"k": head_dim, "v": v_head_dim} | ({"search_keys": head_dim} if separate_search_keys else {})
         self.search_keys = None
         for name, width in widths.items():
-            setattr(self, name, torch.zeros(rows, places, num_kv_heads, width, dtype=dtype, device=device))
-        self.seq_lens = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.put(name, torch.zeros(rows, places, num_kv_heads, width, dtype=dtype, device=device))
+        self.put("seq_lens", torch.zeros(batch, dtype=torch.int64, device=device))
 
     def __repr__(self) -> str:
         shape = f"batch={self.seq_lens.shape[0]}, num_kv_heads={self.k.shape[2]}, max_len={self.max_len}"
@@ -281,7 +281,7 @@ class SuperlinearKVCache(TensorState):
             if own.shape == value.shape:
                 own.copy_(value)
             else:
-                setattr(self, name, value)
+                self.put(name, value)
 
     # --- going back ----------------------------------------
 
@@ -372,7 +372,8 @@ class SuperlinearKVCache(TensorState):
             for name, x in self.tensors().items():
                 other.put(name, x.clone())
             return other
-        other.block_table, other.seq_lens = torch.full_like(self.block_table, -1), torch.zeros_like(self.seq_lens)
+        other.put("block_table", torch.full_like(self.block_table, -1))
+        other.put("seq_lens", torch.zeros_like(self.seq_lens))
         other._adopt(self.block_table, self.seq_lens)
         return other
 
@@ -407,7 +408,7 @@ class SuperlinearKVCache(TensorState):
     def put(self, name: str, value: torch.Tensor) -> None:
         if name not in NAMES:
             raise ValueError(f"state: expected names of a SuperlinearKVCache, got {name!r}")
-        setattr(self, name, value)
+        setattr(self, name, preallocated(value))
 
     @property
     def nbytes(self) -> int:

@@ -40,6 +40,10 @@ class Sequences:
     @classmethod
     def of(cls, tokens: Tokens, batch: int, length: int) -> Sequences | None:
         """None: the batch as it is, every row one sequence that goes on."""
+        return tokens.once((cls, batch, length), lambda: cls._of(tokens, batch, length))
+
+    @classmethod
+    def _of(cls, tokens: Tokens, batch: int, length: int) -> Sequences | None:
         compiling, count = torch.compiler.is_compiling(), batch * length
         real, begins, shape = tokens.real, tokens.begins, (batch, length)
         if tokens.packed is not None:

@@ -22,26 +22,6 @@ def check_sizes(least: int = 1, **sizes: int) -> None:
     _checks.elements(**sizes)
 
 
-def attention_sizes(
-    hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None, layer_idx: int | None
-) -> tuple[int, int]:
-    """(num_kv_heads, head_dim) of an attention, where they are None: as many heads, which the width is divided by."""
-    check_sizes(hidden_size=hidden_size, num_heads=num_heads)
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if head_dim is None and hidden_size % num_heads:
-        raise ValueError(
-            f"num_heads: expected a divisor of hidden_size {hidden_size} without head_dim, got {num_heads}"
-        )
-    head_dim = hidden_size // num_heads if head_dim is None else head_dim
-    check_sizes(num_kv_heads=num_kv_heads, head_dim=head_dim)
-    _checks.elements(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim)
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
-    if layer_idx is not None:
-        _checks.size("layer_idx", layer_idx)
-    return num_kv_heads, head_dim
-
-
 def add_projections(
     layer: Any,
     parts: Mapping[str, Any] | None,

@@ -6,14 +6,16 @@ packed sequences and positions that start again; caches that grow, that are prea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .._derived import Derived
+from .. import _checks
+from .._derived import Derived, versioned
 from .._packing import Packed
 from ..masks import IntervalMask
 from ..masks.additive import shown
@@ -21,13 +23,15 @@ from ..masks.model_mask import ModelMask
 
 # What says where packed sequences begin: the package's own name and that of transformers' collators for flash attention.
 BOUNDS = ("cu_seqlens", "cu_seq_lens_q")
-# Of positions and masks, which all layers of a model are given: the device is asked once.
-_RESTARTS, _SEEN = Derived(), Derived()
+TOLD = (*BOUNDS, "cu_seq_lens_k", "seq_idx", "position_ids")
+# Of rotations and positions, which all layers of a model are given: the device is asked once.
+_TOKENS, _RESTARTS = Derived(), Derived()
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
-    """The tokens of a call [B, T].
+    """The tokens of a call [B, T], the same object for all layers of a model that are told the same.
 
     Attributes:
         real: bool [B, T], False at padding; None: all are.
@@ -38,6 +42,21 @@ class Tokens:
     real: torch.Tensor | None = None
     begins: torch.Tensor | None = None
     packed: Packed | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, from the first layer that asks for this key; a graph, which has no repetitions, asks every time.
+
+        Args:
+            key: what the result depends on beside the tokens.
+            make: computes it; it must not refer to the rotation that `read` was given.
+        """
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        result: T = self._made[key]
+        return result
 
     def __getitem__(self, columns: slice) -> Tokens:
         real, begins = (None if x is None else x[:, columns] for x in (self.real, self.begins))
@@ -86,7 +105,7 @@ def keys_of(
     elif mask.dim() == 2:
         columns = mask.bool()
     else:
-        columns = _SEEN.get(mask, (), lambda: _seen_by(mask, tokens))
+        columns = _seen_by(mask, tokens)
     least = length + (seen if isinstance(seen, int) else 0)
     if columns.shape[1] < least:
         raise ValueError(f"attention_mask: expected a column for each of {least} keys, got {columns.shape[1]}")
@@ -114,6 +133,20 @@ def firsts_of(tokens: Tokens, length: int) -> torch.Tensor | None:
     return torch.where(begun < 0, earliest, begun).int()
 
 
+def refuse_packed(tokens: Tokens, fresh: torch.Tensor | None = None) -> None:
+    """ValueError for sequences that begin behind others in a row, which a cache would take for one.
+
+    `fresh`: bool [B], rows without a past; None: that is not to be looked at.
+    """
+    packed, begins = tokens.packed is not None and tokens.packed.sequences > 1, tokens.begins
+    if begins is not None:
+        real = torch.ones_like(begins) if tokens.real is None else tokens.real
+        first = real.cumsum(1) == 1
+        packed = bool((begins & ~(first if fresh is None else first & fresh[:, None])).any())
+    if packed:
+        raise ValueError("past_key_values: expected None with packed sequences, which a cache cannot tell apart")
+
+
 def tokens_of(
     mask: Any, batch: int, length: int, window: int | None = None, seen: int | torch.Tensor | None = None
 ) -> torch.Tensor | None:
@@ -139,9 +172,14 @@ def read(
     length: int,
     window: int | None = None,
     seen: int | torch.Tensor | None = None,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **told: Any,
 ) -> Tokens:
     """The tokens of the current `length` positions, from any mask that a causal model is given.
+
+    The rotation stands for the call of a model, which makes one for all layers: what the first layer finds serves those after it.
+    It is kept no longer than the rotation, and used where all arguments are the same and nothing has been written to; not for
+    tensors of inference mode, which do not tell, and on a GPU not beside a `seen` that is a tensor, of which each layer has one.
 
     Args:
         mask: see `LawcatAttention.forward`.
@@ -149,7 +187,8 @@ def read(
         window: of the sliding window that the mask may have, since linear attention does not need it.
         seen: positions before these; None without a cache. A preallocated cache has columns for later ones, a sliding one lacks
             those of the first.
-        told: what else a model tells its layers, of which `BOUNDS`, `seq_idx` and `position_ids` are read. As in transformers,
+        position_embeddings: (cos, sin) as the model has them, or None.
+        told: what else a model tells its layers, of which `TOLD` are read; `output_attentions` is refused. As in transformers,
             positions that do not go on begin a sequence where there is neither a mask nor a cache; otherwise those that start
             from 0 do, where there is no padding.
 
@@ -157,7 +196,21 @@ def read(
         TypeError: something that is no mask.
         ValueError: a mask of another shape, or that is not causal with padding or packed sequences.
     """
+    if told.get("output_attentions"):
+        raise ValueError("output_attentions: there is no matrix of weights; expected False, got True")
     mask = _of_one_kind(mask)
+    if position_embeddings is None or torch.compiler.is_compiling():
+        return _read(mask, batch, length, window, seen, told)
+    parts = vars(mask).values() if isinstance(mask, IntervalMask) else ()
+    known = int(seen) if isinstance(seen, torch.Tensor) and _checks.readable(seen) else seen
+    key = versioned(batch, length, window, known, *(told.get(name) for name in TOLD), mask, *parts)
+    make = partial(_read, mask, batch, length, window, seen, told)
+    return make() if key is None else _TOKENS.get(position_embeddings[0], key, make)
+
+
+def _read(
+    mask: Any, batch: int, length: int, window: int | None, seen: int | torch.Tensor | None, told: dict[str, Any]
+) -> Tokens:
     if isinstance(mask, IntervalMask):
         tokens = _of_intervals(mask, batch, length, window, seen)
     elif mask is None:

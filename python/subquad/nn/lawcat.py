@@ -16,13 +16,14 @@ from ..masks import IntervalMask
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
 from ..ops.lawcat_decode_step import MAX_DIM
+from ._attention import AttentionLayer
 from ._children import plain
-from ._inherited import Inherited, give_back, remember
+from ._inherited import Inherited, remember
 from ._lawcat_steps import step
 from ._options import LawcatConfig
-from ._scores import LLAMA, normed, scores_of
+from ._scores import normed, scores_of
 from ._sequences import Sequences
-from ._sizes import NORMS, PROJECTIONS, add_projections, attention_sizes, check_sizes
+from ._sizes import NORMS, PROJECTIONS, add_projections, check_sizes
 from ._tied import tie, tied_again
 from ._tokens import Tokens, read, sliding_window
 from ._tokens import tokens_of as tokens_of
@@ -78,7 +79,7 @@ class GateProjection(nn.Sequential):
         return super().forward(x)
 
 
-class LawcatAttention(nn.Module):
+class LawcatAttention(AttentionLayer):
     r"""Linear attention with convolved, learned features in place of softmax attention (LAWCAT, arXiv 2509.18467).
 
     q and k go through a depthwise causal convolution and a feature map, phi = [softmax(y), softmax(-y)]; then
@@ -136,14 +137,6 @@ class LawcatAttention(nn.Module):
     """
 
     keep: int = 0
-    scores = LLAMA
-    original: nn.Module | None
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
 
     def __init__(
         self,
@@ -162,12 +155,10 @@ class LawcatAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = LawcatConfig(**options)
-        num_kv_heads, head_dim = attention_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
-        feature_dim = max(head_dim // 2, 1) if config.feature_dim is None else config.feature_dim
-        check_sizes(feature_dim=feature_dim)
-        config.check(num_heads == num_kv_heads)
-        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.head_dim, self.feature_dim, self.layer_idx = head_dim, feature_dim, layer_idx
+        self._set_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
+        self.feature_dim = max(self.head_dim // 2, 1) if config.feature_dim is None else config.feature_dim
+        check_sizes(feature_dim=self.feature_dim)
+        config.check(num_heads == self.num_kv_heads)
         self.normalize, self.eps, self.rope = config.normalize, config.eps, config.rope
         self.window_size, self.affine_window = config.window_size, config.affine_window
         self.linear_covers_window, self.share_kv_features = config.linear_covers_window, config.share_kv_features
@@ -227,14 +218,6 @@ class LawcatAttention(nn.Module):
         layer.window_size = min(layer.window_size, sliding_window(attention) or layer.window_size)
         remember(layer, attention)
         return layer
-
-    def to_attention(self) -> nn.Module:
-        """The attention this layer was made from, with the projections and norms that this layer has now.
-
-        Raises:
-            ValueError: it was not made from one.
-        """
-        return give_back(self)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LawcatAttention:
         with tied_again(self):
@@ -302,8 +285,6 @@ class LawcatAttention(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The output before `o_proj`, [B, T, HQ d]; arguments of `forward`."""
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions: linear attention has no matrix of weights; expected False, got True")
         if position_embeddings is None and self._positioned() and self.scores.positions_needed:
             raise ValueError("position_embeddings: expected (cos, sin), for rope or a window, got None")
         _checks.hidden(hidden_states, self.hidden_size)
@@ -311,7 +292,7 @@ class LawcatAttention(nn.Module):
         window = None if self.original is None else sliding_window(self.original)
         state = state_of(past_key_values, self.layer_idx, self.keep)
         seen = None if state is None else state.seen
-        tokens = read(attention_mask, b, t, window, seen, **kwargs, cu_seqlens=cu_seqlens)
+        tokens = read(attention_mask, b, t, window, seen, position_embeddings, **kwargs, cu_seqlens=cu_seqlens)
         mixed = self._advance(hidden_states, position_embeddings, tokens, state)
         if state is not None:
             seen = state.seen  # not in place: whoever was told it goes on to hold the old number
@@ -521,7 +502,7 @@ class LawcatAttention(nn.Module):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}, gate={self.gate_kind!r}"
+        text = f"{super().extra_repr()}, gate={self.gate_kind!r}"
         return text + (f", window_size={self.window_size}" if self.window_size else "")
 
 

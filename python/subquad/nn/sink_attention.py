@@ -15,17 +15,18 @@ from ..cache.sink_state import SinkState, state_of
 from ..masks import IntervalMask
 from ..recipes.sink import sink_attention
 from ..rope import RopeSpec
+from ._attention import AttentionLayer
 from ._children import placement
 from ._inherited import Inherited, give_back, remember
 from ._options import SinkConfig
 from ._rotation import check_positions, rope_of
-from ._scores import LLAMA, normed, scores_of
+from ._scores import normed, scores_of
 from ._sequences import Sequences
-from ._sizes import NORMS, PROJECTIONS, add_projections, attention_sizes
-from ._tokens import Tokens, read, sliding_window
+from ._sizes import NORMS, PROJECTIONS, add_projections
+from ._tokens import Tokens, read, refuse_packed, sliding_window
 
 
-class SinkAttention(nn.Module):
+class SinkAttention(AttentionLayer):
     """Softmax attention to the first tokens of a sequence and to a window (StreamingLLM, arXiv 2309.17453).
 
     Token i sees token j if j <= i and (j < sink_tokens or i - j < window). Time is linear in T; with a cache, memory and time per
@@ -71,14 +72,6 @@ class SinkAttention(nn.Module):
         torch.Size([2, 10, 64])
     """
 
-    scores = LLAMA
-    original: nn.Module | None
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
     sinks: nn.Parameter | None
 
     def __init__(
@@ -101,12 +94,10 @@ class SinkAttention(nn.Module):
         super().__init__()
         self.config = config = SinkConfig(**options)
         config.check()
-        num_kv_heads, head_dim = attention_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
+        self._set_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
         for name, value in (("qk_norm", qk_norm), ("bias", bias)):
             _checks.flag(name, value)
-        self.hidden_size, self.num_heads = hidden_size, num_heads
-        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        self.rope, self.layer_idx = rope, layer_idx
+        self.rope = rope
         self.scale = None if scale is None else _checks.number("scale", scale)
         self.sink_tokens, self.window, self.slides = config.sink_tokens, config.window, False
         made: dict[str, Any] = {"device": _checks.device("device", device), "dtype": dtype}
@@ -216,8 +207,6 @@ class SinkAttention(nn.Module):
             ValueError: a mask that is not causal with padding or packed sequences; packed sequences with a cache, or a cache of
                 another layer's options; a gradient through a cache; another rotation than that of the config.
         """
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions: there is no matrix of weights; expected False, got True")
         _checks.hidden(hidden_states, self.hidden_size)
         b, t, _ = hidden_states.shape
         if pad is not None:
@@ -228,8 +217,7 @@ class SinkAttention(nn.Module):
             self._check(state)
         seen = state.seen if isinstance(state, SinkState) else None
         window = None if self.original is None else sliding_window(self.original)
-        kwargs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-        tokens = read(attention_mask, b, t, window, seen, **kwargs)
+        tokens = read(attention_mask, b, t, window, seen, position_embeddings, cu_seqlens=cu_seqlens, **kwargs)
         self._compare(position_embeddings, kwargs.get("position_ids"))
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = normed(self.q_norm, q), normed(self.k_norm, k)
@@ -318,9 +306,9 @@ class SinkAttention(nn.Module):
     ) -> torch.Tensor:
         """Attention to a cache, which is advanced, [B, T, Hq, D]."""
         cache = state.of(k) if isinstance(state, SinkState) else state
-        _check_alone(tokens, cache)
+        refuse_packed(tokens, cache.seen == 0)
         self._give_sinks(cache)
-        order, count = _compact(tokens.real)
+        order, count = tokens.once("compact", lambda: _compact(tokens.real))
         dtype = cache.sink_k.dtype
         fed, keys, values = (x.to(dtype) if order is None else _taken(x.to(dtype), order) for x in (q, k, v))
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, self.sinks))
@@ -337,19 +325,7 @@ class SinkAttention(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}"
-        return f"{text}, sink_tokens={self.sink_tokens}, window={self.window}"
-
-
-def _check_alone(tokens: Tokens, cache: SinkKVCache) -> None:
-    """ValueError for sequences that begin behind others in a row, which would have to be forgotten."""
-    packed, begins = tokens.packed is not None and tokens.packed.sequences > 1, tokens.begins
-    if begins is not None:
-        real = torch.ones_like(begins) if tokens.real is None else tokens.real
-        first = (real.cumsum(1) == 1) & (cache.seen == 0)[:, None]
-        packed = bool((begins & ~first).any())
-    if packed:
-        raise ValueError("past_key_values: expected None with packed sequences, which a cache cannot tell apart")
+        return f"{super().extra_repr()}, sink_tokens={self.sink_tokens}, window={self.window}"
 
 
 def _check_fresh(seen: int | torch.Tensor) -> None:

@@ -14,19 +14,20 @@ from .._packing import Packed
 from ..masks import IntervalMask
 from ..ops import _call, _spans
 from ..recipes.superlinear import attended
-from ..rope import RopeSpec
+from ..rope import RopeSpec, check_rope
 from ..superlinear import SuperlinearConfig, warn_of_gaps
+from ._attention import AttentionLayer
 from ._children import plain
-from ._inherited import Inherited, give_back, remember
-from ._scores import LLAMA, normed, scores_of
-from ._sizes import add_projections, attention_sizes
-from ._tokens import Tokens, firsts_of, keys_of, read, sliding_window
+from ._inherited import Inherited, remember
+from ._scores import normed, scores_of
+from ._sizes import add_projections
+from ._tokens import Tokens, firsts_of, keys_of, read, refuse_packed, sliding_window
 
 SEARCHES = ("copy_q", "random")
 _OPTIONS = tuple(field.name for field in dataclasses.fields(SuperlinearConfig) if field.init)
 
 
-class SuperlinearAttention(nn.Module):
+class SuperlinearAttention(AttentionLayer):
     r"""Causal attention to a window and to a few spans that every head of every token chooses (Superlinear, arXiv 2601.18401).
 
     Beside the queries of attention there are queries of the search, `q_search_proj`: their products with the keys choose the
@@ -64,15 +65,7 @@ class SuperlinearAttention(nn.Module):
         torch.Size([2, 40, 64])
     """
 
-    scores = LLAMA
-    original: nn.Module | None
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
     q_search_proj: nn.Module
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
 
     def __init__(
         self,
@@ -95,15 +88,13 @@ class SuperlinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = _config(config, options)
-        num_kv_heads, head_dim = attention_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
-        if head_dim > _spans.MAX_HEAD_DIM:
-            raise ValueError(f"head_dim: expected at most {_spans.MAX_HEAD_DIM}, got {head_dim}")
+        self._set_sizes(hidden_size, num_heads, num_kv_heads, head_dim, layer_idx)
+        if self.head_dim > _spans.MAX_HEAD_DIM:
+            raise ValueError(f"head_dim: expected at most {_spans.MAX_HEAD_DIM}, got {self.head_dim}")
         for name, value in (("qk_norm", qk_norm), ("qkv_bias", qkv_bias), ("o_bias", o_bias)):
             _checks.flag(name, value)
-        if rope is not None and not isinstance(rope, RopeSpec):
-            raise TypeError(f"rope: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
-        self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
-        self.head_dim, self.rope, self.layer_idx, self.backend = head_dim, rope, layer_idx, backend
+        check_rope("rope", rope)
+        self.rope, self.backend = rope, backend
         made: dict[str, Any] = {"device": _checks.device("device", device), "dtype": dtype}
         queries = ("q_search_proj",)
         add_projections(self, parts, bias=qkv_bias, qk_norm=qk_norm, o_bias=o_bias, queries=queries, **made)
@@ -163,14 +154,6 @@ class SuperlinearAttention(nn.Module):
         remember(layer, attention)
         return layer
 
-    def to_attention(self) -> nn.Module:
-        """The attention this layer was made from, with the parts that this layer has now; the search is left out.
-
-        Raises:
-            ValueError: it was not made from one.
-        """
-        return give_back(self)
-
     def new_parameters(self) -> dict[str, nn.Parameter]:
         """What the layer has and softmax attention has not: those of the search."""
         return {f"q_search_proj.{name}": p for name, p in self.q_search_proj.named_parameters()}
@@ -208,18 +191,16 @@ class SuperlinearAttention(nn.Module):
             ValueError: hidden states of another shape; a mask that is not causal with padding or packed sequences; packed
                 sequences with a cache; a cache that forgets keys, or holds something else.
         """
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions: there is no matrix of weights; expected False, got True")
         if position_embeddings is None and self.original is not None and self.scores.positions_needed:
             raise ValueError("position_embeddings: expected (cos, sin), which the original rotates by, got None")
         _checks.hidden(hidden_states, self.hidden_size)
         b, t, _ = hidden_states.shape
         cache = cache if past_key_values is None else past_key_values
         seen = None if cache is None else _seen(cache, self.layer_idx)
-        kwargs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-        tokens = read(attention_mask, b, t, None, seen, **kwargs)
-        place = torch.arange(t, dtype=torch.int32, device=hidden_states.device)
-        place = place if seen is None else place + seen  # before the cache counts on, which it may do in place
+        tokens = read(attention_mask, b, t, None, seen, position_embeddings, cu_seqlens=cu_seqlens, **kwargs)
+        device = hidden_states.device
+        # Before the cache counts on, which it may do in place.
+        place = tokens.once(("place", device), lambda: _places(t, seen, device))
         q, k, v, search = (
             p(hidden_states).unflatten(-1, (-1, self.head_dim))
             for p in (self.q_proj, self.k_proj, self.v_proj, self.q_search_proj)
@@ -227,7 +208,7 @@ class SuperlinearAttention(nn.Module):
         q, k, search = normed(self.q_norm, q), normed(self.k_norm, k), normed(self.q_norm, search)
         q, k, search = self._rotated(q, k, search, position_embeddings, place)
         if cache is not None:
-            _check_alone(tokens)
+            tokens.once("alone", lambda: refuse_packed(tokens))
             k, v = self._kept(cache, k, v, kwargs)
         mixed = self._attend(search, q, k, v, place, attention_mask, tokens, seen)
         return self.o_proj(mixed.flatten(2)), None
@@ -271,17 +252,20 @@ class SuperlinearAttention(nn.Module):
         (b, t), keys = q.shape[:2], k.shape[1]
         search, q, k, v = _call.autocast(search, q, k, v)
         k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may have been filled under autocast, or without
-        shown = keys_of(mask, tokens, t, keys, seen)
-        shown = None if shown is None else shown.to(q.device).expand(b, -1)
-        reached = _spans.reach(
-            self._used, b, t, keys, q.device, cache_position=place, mask=shown, first=firsts_of(tokens, t)
-        )
-        out, _ = attended(search, q, k, v, k, self._used, reached, shown, self.backend)
-        return out
+
+        def reach() -> tuple[_spans.Reach, IntervalMask | None, torch.Tensor | None]:
+            """What every query may reach, its window, and which keys there are."""
+            shown = keys_of(mask, tokens, t, keys, seen)
+            shown = None if shown is None else shown.to(q.device).expand(b, -1)
+            first = firsts_of(tokens, t)
+            reached = _spans.reach(self._used, b, t, keys, q.device, cache_position=place, mask=shown, first=first)
+            return reached, _spans.window_mask(self._used, reached, keys, shown), shown
+
+        reached, window, shown = tokens.once((self._used, keys, q.device), reach)
+        return attended(search, q, k, v, k, self._used, reached, window, shown, self.backend)[0]
 
     def extra_repr(self) -> str:
-        text = f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}"
-        return f"{text}, window={self.config.window_len()}, num_spans={self.config.num_spans}"
+        return f"{super().extra_repr()}, window={self.config.window_len()}, num_spans={self.config.num_spans}"
 
 
 def _config(config: object, options: dict[str, Any]) -> SuperlinearConfig:
@@ -337,6 +321,12 @@ def _answers(projection: nn.Module, width: int, made: dict[str, Any]) -> tuple[t
 # --- caches ----------------------------------------
 
 
+def _places(length: int, seen: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Columns of the tokens, int32 [T]."""
+    place = torch.arange(length, dtype=torch.int32, device=device)
+    return place if seen is None else place + seen
+
+
 def _seen(cache: Any, layer_idx: int | None) -> int | torch.Tensor:
     """Columns that a layer of a cache holds, if it holds keys and forgets none."""
     if layer_idx is None:
@@ -352,13 +342,3 @@ def _seen(cache: Any, layer_idx: int | None) -> int | torch.Tensor:
         )
     seen: int | torch.Tensor = cache.get_seq_length(layer_idx)
     return seen
-
-
-def _check_alone(tokens: Tokens) -> None:
-    """ValueError for sequences that begin behind others in a row: later tokens would take them all for one."""
-    packed, begins = tokens.packed is not None and tokens.packed.sequences > 1, tokens.begins
-    if begins is not None:
-        real = torch.ones_like(begins) if tokens.real is None else tokens.real
-        packed = bool((begins & (real.cumsum(1) > 1)).any())
-    if packed:
-        raise ValueError("past_key_values: expected None with packed sequences, which a cache cannot tell apart")

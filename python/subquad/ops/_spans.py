@@ -156,8 +156,10 @@ def _positions(value: object, batch: int, tokens: int, keys: int, device: torch.
     return torch.atleast_2d(positions.to(torch.int32))
 
 
-def window_mask(config: SuperlinearConfig, reached: Reach, keys: int, mask: torch.Tensor | None) -> IntervalMask:
-    """The window of every query: keys max(first, position - W + 1)..position."""
+def window_mask(config: SuperlinearConfig, reached: Reach, keys: int, mask: torch.Tensor | None) -> IntervalMask | None:
+    """The window of every query: keys max(first, position - W + 1)..position; None where W is 0."""
+    if not config.window_len():
+        return None
     ends = reached.position + 1
     starts = torch.maximum(ends - config.window_len(), reached.first)
     starts, ends = starts.clamp(0, keys), torch.maximum(ends, starts).clamp(0, keys)

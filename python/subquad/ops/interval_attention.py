@@ -10,7 +10,7 @@ from .. import _checks
 from ..contract.interval_attention import MAX_HEAD_DIM
 from ..masks import IntervalMask
 from ..reference import interval_attention as reference
-from ..rope import RopeSpec
+from ..rope import RopeSpec, check_rope
 from . import _call
 
 
@@ -183,12 +183,11 @@ def _rotated(q: torch.Tensor, mask: IntervalMask, rope: RopeSpec | None) -> torc
         if mask.shift is not None:
             raise ValueError("q_shift: expected a RopeSpec because mask.shift is given, got None")
         return q.unsqueeze(3)
-    if not isinstance(rope, RopeSpec):
-        raise TypeError(f"q_shift: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
+    check_rope("q_shift", rope)
     if mask.shift is None:
         raise ValueError("q_shift: expected a mask with `shift`, got one without")
     if rope.rotary_dim > q.shape[3]:
         raise ValueError(f"q_shift: expected rotary_dim <= {q.shape[3]}, the head dimension, got {rope.rotary_dim}")
     shift = mask.shift.transpose(1, 2)  # [B|1, Tq, Hq|1, m]
     repeated = q.unsqueeze(3).expand(*q.shape[:3], shift.shape[-1], q.shape[3])
-    return rope.rotate(repeated, shift.expand(repeated.shape[:-1]))
+    return rope.rotate(repeated, shift)

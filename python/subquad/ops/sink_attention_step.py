@@ -6,7 +6,7 @@ import torch
 
 from .. import _checks
 from ..reference import sink_attention_step as reference
-from ..rope import RopeSpec
+from ..rope import RopeSpec, check_rope
 from . import _call
 from ._sink_checks import check_counter, check_states, check_tokens, count_of
 
@@ -98,8 +98,7 @@ def sink_attention_step(
         _checks.flag(name, flag)
     rotated = _checks.choice("key_rope", key_rope, ("pre", "post")) == 1
     absolute = _checks.choice("positions", positions, ("cache", "absolute")) == 1
-    if rope is not None and not isinstance(rope, RopeSpec):
-        raise TypeError(f"rope: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
+    check_rope("rope", rope)
     if rope is not None and rope.rotary_dim > k.shape[3]:
         raise ValueError(f"rope: expected at most {k.shape[3]} rotated elements of a head, got {rope.rotary_dim}")
     if sink_logits is not None:

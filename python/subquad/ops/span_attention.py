@@ -6,6 +6,7 @@ import torch
 
 from .. import _checks
 from ..contract.span_attention import MAX_HEAD_DIM
+from ..masks import IntervalMask
 from ..reference import span_attention as reference
 from ..superlinear import SuperlinearConfig, scale_of
 from . import _call, _spans
@@ -86,13 +87,13 @@ def span_attention(
     else:
         scale = float(q.shape[3] ** -0.5)
     mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
-    base_out = base_lse = None
-    windowed = config is not None and config.window_len() > 0
-    if windowed or cache_position is not None:
+    base_out = base_lse = seen = None
+    if config is not None or cache_position is not None:
         used = config_of(config)
         reached = _spans.reach(used, q.shape[0], q.shape[1], keys, q.device, cache_position, mask)
-    if windowed:
-        base_out, base_lse = window(q, k, v, used, reached, keys, mask, scale, backend)
+        seen = None if config is None else _spans.window_mask(used, reached, keys, mask)
+    if seen is not None:
+        base_out, base_lse = window(q, k, v, seen, scale, backend)
     if gate is None and not joint:  # a head for every slot
         q = q.repeat_interleave(spans, 2)
         start, end = (x.flatten(2)[..., None] for x in (start, end))
@@ -110,15 +111,11 @@ def window(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    config: SuperlinearConfig,
-    reached: _spans.Reach,
-    keys: int,
-    mask: torch.Tensor | None,
+    seen: IntervalMask,
     scale: float,
     backend: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of every query's window."""
-    seen = _spans.window_mask(config, reached, keys, mask)
+    """(out, lse) of every query's window, as `_spans.window_mask` makes it."""
     result = interval_attention(q, k, v, seen, scale=scale, return_lse=True, backend=backend)
     assert isinstance(result, tuple)
     return result
@@ -176,6 +173,9 @@ def attend(
 def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_table: torch.Tensor | None = None) -> int:
     """q, k and v fit each other; the number of keys."""
     _spans.check_heads("q", q, limit=MAX_HEAD_DIM)
+    dtypes = [getattr(x, "dtype", None) for x in (k, v)]
+    if dtypes[0] is dtypes[1] in _checks.FLOAT_DTYPES and q.dtype is not dtypes[0]:
+        raise TypeError(f"q: expected {dtypes[0]} as k and v have, got {q.dtype}")
     keys = _spans.check_keys("k", k, q, "q", block_table, MAX_HEAD_DIM)
     _spans.check_heads("v", v, q, "q", MAX_HEAD_DIM)
     if v.shape[:3] != k.shape[:3]:

@@ -8,7 +8,7 @@ from .. import _checks
 from .._packing import Packed
 from ..masks import IntervalMask
 from ..ops.interval_attention import interval_attention
-from ..rope import RopeSpec
+from ..rope import RopeSpec, check_rope
 
 
 def sink_attention(
@@ -79,8 +79,7 @@ def sink_attention(
         _checks.size("window", window)
     if tk < tq:
         raise ValueError(f"k: expected at least {tq} keys, as many as queries, got {tk}")
-    if q_shift is not None and not isinstance(q_shift, RopeSpec):
-        raise TypeError(f"q_shift: expected a subquad.RopeSpec or None, got {type(q_shift).__name__}")
+    check_rope("q_shift", q_shift)
     if q_shift is not None and q_shift.rotary_dim > q.shape[3]:
         raise ValueError(f"q_shift: expected rotary_dim <= {q.shape[3]}, the head dimension, got {q_shift.rotary_dim}")
     sinks, width = min(sink_tokens, tk), tk if window is None else min(window, tk)

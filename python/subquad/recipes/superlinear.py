@@ -10,6 +10,7 @@ from .. import _checks
 from .._packing import Packed
 from ..cache.superlinear import SuperlinearKVCache
 from ..contract import CONTRACTS
+from ..masks import IntervalMask
 from ..ops import _call, _spans
 from ..ops.span_attention import attend, check_attention, span_window, window
 from ..ops.span_search import SpanSearch, config_of, search
@@ -89,7 +90,8 @@ def superlinear_attention(
     mask = _spans.key_mask(attention_mask, q.shape[0], keys, q.device)
     reached = _spans.reach(config, q.shape[0], q.shape[1], keys, q.device, cache_position, mask, cu_seqlens, q)
     warn_of_gaps(config)
-    out, aux = attended(q_search, q, k, v, search_keys, config, reached, mask, backend)
+    seen = _spans.window_mask(config, reached, keys, mask)
+    out, aux = attended(q_search, q, k, v, search_keys, config, reached, seen, mask, backend)
     return (out, aux) if return_aux else out
 
 
@@ -101,15 +103,16 @@ def attended(
     search_keys: torch.Tensor,
     config: SuperlinearConfig,
     reached: _spans.Reach,
+    seen: IntervalMask | None,
     mask: torch.Tensor | None,
     backend: str | None,
 ) -> tuple[torch.Tensor, SuperlinearAux]:
-    """The same with arguments that have been checked and what every query may reach."""
+    """The same with arguments that have been checked, what every query may reach and its window."""
     keys, scale = k.shape[1], scale_of(config, q.shape[3])
     found = search(q_search, search_keys, config, reached, keys, mask, None, backend)
     base: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    if config.window_len():
-        base = window(q, k, v, config, reached, keys, mask, scale, backend)
+    if seen is not None:
+        base = window(q, k, v, seen, scale, backend)
     gate = gates(found)
     out, lse = attend(q, k, v, found.start, found.end, gate, *base, mask, None, scale, backend)
     return out, SuperlinearAux(found, gate, lse)
@@ -172,7 +175,9 @@ def superlinear_attention_step(
         if block_table is not None or q.shape[1] <= CONTRACTS["span_attention"].few:
             base = span_window(q, k, v, config, reached, mask, block_table, scale, backend)
         else:
-            base = window(q, k, v, config, reached, keys, mask, scale, backend)
+            seen = _spans.window_mask(config, reached, keys, mask)
+            assert seen is not None
+            base = window(q, k, v, seen, scale, backend)
     return attend(q, k, v, found.start, found.end, gates(found), *base, mask, block_table, scale, backend)[0]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,24 @@ from ..contract import NAMESPACES
 MARGIN = 512  # bytes on either side of a guarded tensor
 ALIGNMENT = 64  # what torch's own CPU allocator gives
 _PATTERN = 0xFF  # as a float of any width: NaN; as an integer: -1
+
+
+class Traffic(NamedTuple):
+    """What a call has done in the emulator: bytes that all lanes load and store; a shared value counts for each."""
+
+    loaded: int
+    stored: int
+    launches: int
+    barriers: int
+
+
+def traffic(emulator: ctypes.CDLL, call: Callable[[], object]) -> Traffic:
+    """Of all that `call` launches."""
+    counters = (ctypes.c_uint64 * 4)()
+    emulator.subquad_simt_reset_stats()
+    call()
+    emulator.subquad_simt_stats(counters)
+    return Traffic(*counters)
 
 
 @dataclass(frozen=True)

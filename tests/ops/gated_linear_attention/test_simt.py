@@ -12,17 +12,9 @@ import subquad
 from subquad.contract import HANDLES
 from subquad.testing import Sampler, assert_close, assert_same_bits
 from subquad.testing.case import Case
+from subquad.testing.instruments import traffic
 from subquad.testing.specs import lawcat_decode_step as lawcat
 from subquad.testing.specs.gated_linear_attention import STEP, draw, oracle, step_oracle
-
-
-def traffic(emulator: ctypes.CDLL, call: Any) -> tuple[int, int]:
-    """Bytes that all lanes load and store in one call; a value that lanes share counts once for each."""
-    emulator.subquad_simt_reset_stats()
-    call()
-    counters = (ctypes.c_uint64 * 4)()
-    emulator.subquad_simt_stats(counters)
-    return counters[0], counters[1]
 
 
 def token(heads: tuple[int, int, int, int], dk: int, dv: int, batch: int = 1, **options: Any) -> dict[str, Any]:
@@ -36,7 +28,7 @@ def test_a_step_reads_and_writes_the_state_once(emulator: ctypes.CDLL, heads: in
     arguments = token((2 * heads, 2, 2, 2), 128, 128, normalize=True)
     state, z = arguments.pop("state"), arguments.pop("z")
     args = (*(arguments[n] for n in ("q", "k", "v", "g")), state, z, None, 1.0, 1e-10)
-    loaded, stored = traffic(emulator, lambda: HANDLES["simt"]["gated_linear_attention_step_"](*args))
+    loaded, stored, *_ = traffic(emulator, lambda: HANDLES["simt"]["gated_linear_attention_step_"](*args))
     small = 4 * sum(x.numel() for x in arguments.values())
     assert loaded == 4 * (state.numel() + z.numel()) + small
     assert stored == 4 * (state.numel() + z.numel() + 2 * heads * 128)
@@ -46,7 +38,7 @@ def test_many_query_heads_read_the_state_again_but_write_it_once(emulator: ctype
     arguments = token((9, 1, 1, 1), 64, 64)
     state = arguments["state"].clone()
     args = (*(arguments[n] for n in ("q", "k", "v", "g")), state, None, None, 1.0, 1e-10)
-    loaded, stored = traffic(emulator, lambda: HANDLES["simt"]["gated_linear_attention_step_"](*args))
+    loaded, stored, *_ = traffic(emulator, lambda: HANDLES["simt"]["gated_linear_attention_step_"](*args))
     assert 3 * 4 * state.numel() <= loaded <= 3.2 * 4 * state.numel()
     assert 4 * state.numel() <= stored <= 1.2 * 4 * state.numel()
 
@@ -55,7 +47,7 @@ def test_many_query_heads_read_the_state_again_but_write_it_once(emulator: ctype
 def test_the_walk_keeps_the_state_in_registers(emulator: ctypes.CDLL, tokens: int) -> None:
     sample = draw(Sampler(), "walk", tokens, (1, 1, 1, 1), 128, 128, batch=1, state=True, normalize=True)
     args = (*(sample[n] for n in ("q", "k", "v", "g", "s0", "z0")), None, 1.0, 1e-10, True)
-    loaded, stored = traffic(emulator, lambda: HANDLES["simt"]["gated_linear_attention_fwd"](*args))
+    loaded, stored, *_ = traffic(emulator, lambda: HANDLES["simt"]["gated_linear_attention_fwd"](*args))
     blocks = 4  # of columns: each reads q, k and g, and keeps a z of its own
     states = 4 * 128 * 128
     assert loaded == states + 4 * (tokens * (3 * blocks * 128 + 128) + blocks * 128)
@@ -68,7 +60,7 @@ def test_a_lawcat_step_moves_its_states_and_little_else(emulator: ctypes.CDLL, s
     d, f, taps, heads, keys = 64, 32, 4, 8, 2
     sample = lawcat.draw(Sampler(), "layer", (heads, keys, states), d, f, d, batch=1)
     a = {n: x for n, x in sample.args.items() if x is not None}
-    loaded, stored = traffic(emulator, lambda: subquad.lawcat_decode_step(**a, backend="simt"))
+    loaded, stored, *_ = traffic(emulator, lambda: subquad.lawcat_decode_step(**a, backend="simt"))
     moved = 4 * (a["state"].numel() + a["z"].numel())
     weights = 4 * (heads + states) * d * (f + taps)
     tokens = 4 * (heads + states) * d * taps + 4 * keys * d * taps + 4 * states * 3 * d  # past and present; v and u

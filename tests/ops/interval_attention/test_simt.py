@@ -10,6 +10,7 @@ import torch
 
 from subquad.contract import HANDLES
 from subquad.reference.interval_attention import interval_attention as reference
+from subquad.testing.instruments import traffic
 
 INF = torch.inf
 
@@ -176,14 +177,10 @@ def test_splits(emulator: ctypes.CDLL, window: int, sinks: bool) -> None:
 
 def test_hidden_tiles_are_not_loaded(emulator: ctypes.CDLL) -> None:
     # Sinks and window are four tiles of 5000 keys' 157.
-    stats = (ctypes.c_uint64 * 4)()
     loaded = []
     for window in (60, -1):
         call = Call(tq=1, tk=5000, kv_heads=1, d=64, window=window, sink_tokens=4)
-        emulator.subquad_simt_reset_stats()
-        call.run()
-        emulator.subquad_simt_stats(stats)
-        loaded.append(stats[0])
+        loaded.append(traffic(emulator, call.run).loaded)
     assert loaded[1] >= 5000 * 2 * 64 * 4
     assert loaded[0] < loaded[1] / 10
 

@@ -10,6 +10,9 @@ from subquad import RopeSpec, SinkKVCache
 
 ROPE = RopeSpec(1.0 / 30.0 ** (torch.arange(0, 6, 2).double() / 6), 6, attention_scaling=1.2)
 INTERLEAVED = RopeSpec(1.0 / 20.0 ** (torch.arange(0, 4, 2).double() / 4), 4, interleaved=True)
+# By frame, line and column.
+VIDEO = RopeSpec(torch.tensor([0.9, 0.5, 0.3]), 6, attention_scaling=1.2, axes=(1, 1, 1))
+WIDE_VIDEO = RopeSpec(torch.tensor([1.0, 0.01, 0.7, 0.4]), 8, interleaved=True, axes=(2, 1, 1))
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
 
@@ -32,6 +35,7 @@ class Stream:
     absolute: bool = False
     sink_logits: torch.Tensor | None = None
     tokens: list[Token] = field(default_factory=list)
+    grid: tuple[int, int] | None = None  # lines and columns of a frame
 
     def seen_by(self, last: int) -> list[int]:
         """Tokens that one sees whose window ends at `last`."""
@@ -74,12 +78,20 @@ class Stream:
         """x [H, D] rotated by angles in plain floating point, and scaled."""
         if self.rope is None:
             return x
-        width, angle = self.rope.rotary_dim, self.rope.inv_freq.double() * position
+        width, angle = self.rope.rotary_dim, self.rope.inv_freq.double() * self.numbers(position)
         first = x[:, :width] * self.rope.attention_scaling
         a, b = (first[:, ::2], first[:, 1::2]) if self.rope.interleaved else first.chunk(2, 1)
         pair = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
         done = torch.stack(pair, 2).flatten(1) if self.rope.interleaved else torch.cat(pair, 1)
         return torch.cat([done, x[:, width:]], 1)
+
+    def numbers(self, position: int) -> torch.Tensor:
+        """What every frequency is multiplied by."""
+        assert self.rope is not None
+        if self.grid is None or self.rope.axes is None:
+            return torch.tensor(position)
+        frame, place = divmod(position, self.grid[0] * self.grid[1])
+        return torch.tensor([frame, *divmod(place, self.grid[1])]).repeat_interleave(torch.tensor(self.rope.axes))
 
     # --- forgetting ----------------------------------------
 

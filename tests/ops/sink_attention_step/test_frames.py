@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from subquad import FrameSinkCache
+from subquad import FrameSinkCache, RopeSpec, SinkKVCache
 
-from .streams import DIM, KV_HEADS, ROPE, Stream, Token, drawn
+from .streams import DIM, KV_HEADS, ROPE, VIDEO, WIDE_VIDEO, Stream, Token, drawn
 
 LAYERS, BATCH, F, SINK, LOCAL, BLOCK = 2, 2, 3, 2, 6, 2
 CLOSE = {"atol": 1e-9, "rtol": 1e-9}
@@ -22,6 +22,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"positions": "absolute"},
     {"key_rope": "post", "positions": "absolute"},
     {"rope": None},
+    {"rope": VIDEO, "grid": (1, 3)},
+    {"rope": WIDE_VIDEO, "grid": (3, 1), "key_rope": "post"},
+    {"rope": WIDE_VIDEO, "grid": (1, 3), "positions": "absolute"},
 ]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
@@ -41,10 +44,12 @@ class Film:
     """Streams of every layer and row; a block replaces what came last."""
 
     def __init__(self, cache: FrameSinkCache) -> None:
-        state = cache.states[0]
+        state, rotation = cache.states[0], cache._rotation
+        rope, grid = (state.rope, None) if rotation is None else (rotation.whole, rotation.grid)
         self.base = 0  # frames before the first of the streams
+        sizes = SINK * F, (LOCAL - SINK) * F
         self.rows = [
-            [Stream(SINK * F, (LOCAL - SINK) * F, state.rope, state.positions == "absolute") for _ in range(BATCH)]
+            [Stream(*sizes, rope, state.positions == "absolute", grid=grid) for _ in range(BATCH)]
             for _ in range(LAYERS)
         ]
 
@@ -88,6 +93,50 @@ def test_blocks(options: dict[str, Any]) -> None:
             film.attend(cache, block(frames), commit=False)
         film.attend(cache, block(frames), commit=True)
         assert cache.frames == sum((2, 2, 2, 2, 1, 2, 2, 2)[: number + 1])
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2), (6, 1)])
+@pytest.mark.parametrize("positions", ["cache", "absolute"])
+def test_lines_and_columns(positions: str, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "F", 6)
+    cache = cache_of(rope=WIDE_VIDEO, grid=grid, positions=positions)
+    film = Film(cache)
+    for _ in range(7):
+        film.attend(cache, block(), commit=True)
+
+
+def test_a_late_frame_of_a_long_video() -> None:
+    """Phases of millions of frames, in the cache's numbers: the same as of the first ones, where nothing is forgotten."""
+    found = []
+    x = [block() for _ in range(2)]
+    for start in (0, 3_000_000):
+        cache = cache_of(rope=WIDE_VIDEO, grid=(1, 3), positions="absolute", sink_frames=0, local_frames=6)
+        for state in cache.states:
+            for name in ("seen", "written", "first"):
+                getattr(state, name).fill_(start * F)
+        cache._seen = [start * F] * LAYERS
+        for drawn_block in x:
+            out = [cache.attend(layer, *drawn_block[layer]) for layer in range(LAYERS)]
+            cache.commit()
+        found.append(out)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-8)
+
+
+def test_grids_and_axes_that_do_not_fit() -> None:
+    two = RopeSpec(torch.rand(3), 6, axes=(1, 2))
+    for error, message, options in (
+        (ValueError, "grid: expected None without a rope with axes", {"grid": (1, 3)}),
+        (ValueError, r"grid: expected \(lines, columns\) beside a rope with axes, got None", {"rope": VIDEO}),
+        (ValueError, r"grid: expected lines times columns to be the 3", {"rope": VIDEO, "grid": (2, 2)}),
+        (TypeError, "grid: expected an int", {"rope": VIDEO, "grid": (1.5, 2)}),
+        (ValueError, "rope: expected axes of frame, line and column", {"rope": two, "grid": (1, 3)}),
+        (TypeError, "rope: expected a subquad.RopeSpec or None, got int", {"rope": 3}),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            cache_of(**options)
+    with pytest.raises(ValueError, match=r"^rope: expected a rotation by the number of a token, got one with axes"):
+        SinkKVCache(1, KV_HEADS, DIM, rope=VIDEO)
 
 
 def test_passes_leave_no_trace() -> None:
@@ -319,11 +368,18 @@ def test_states_of_other_caches() -> None:
         (cache_of(block_frames=1).state_dict(), ValueError, "block_frames: expected 2 as this cache has, got 1"),
         (cache_of(key_rope="post").state_dict(), ValueError, "layers.0: key_rope: expected 'pre'"),
         (state | {"layers.1": cache_of(sink_frames=1).states[0].state_dict()}, ValueError, "layers.1: .*: expected"),
+        (state | {"grid": (1, 3)}, ValueError, "grid: expected None as this cache has"),
+        (state | {"turns": torch.zeros(3)}, ValueError, "turns: expected a tensor or None"),
         (state | {"layers.1": None}, TypeError, "layers.1: state: expected a mapping"),
     ):
         with pytest.raises(error, match=f"^{message}"):
             cache.load_state_dict(wrong)  # type: ignore[arg-type]
         assert all(torch.equal(a, b) for a, b in zip(tensors(cache), before, strict=True))
+    video = cache_of(rope=VIDEO, grid=(1, 3))
+    other = RopeSpec(torch.tensor([0.9, 0.5, 0.4]), 6, attention_scaling=1.2, axes=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"^turns: expected the frequencies"):
+        video.load_state_dict(cache_of(rope=other, grid=(1, 3)).state_dict())
+    video.load_state_dict(cache_of(rope=VIDEO, grid=(1, 3)).state_dict())
     held = cache_of()
     with held.recache(), pytest.raises(ValueError, match=r"^state_dict: expected no recache under way"):
         held.state_dict()

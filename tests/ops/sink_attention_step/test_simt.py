@@ -12,6 +12,7 @@ import subquad
 from subquad.reference.sink_attention_step import quantised
 from subquad.testing import Sampler
 from subquad.testing.compare import assert_close, assert_same_bits
+from subquad.testing.instruments import Traffic, traffic
 from subquad.testing.spec import Sample
 from subquad.testing.specs.sink_attention_step import CHANGED, QUANTISED, draw, oracle
 
@@ -183,19 +184,15 @@ def test_drafts_that_are_rejected(emulator: ctypes.CDLL, key_rope: str, kind: st
 
 def test_what_is_not_seen_is_not_loaded(emulator: ctypes.CDLL) -> None:
     """Sinks and window of a wide ring, each once for the heads that share them; two launches for a token, three for many."""
-    stats = (ctypes.c_uint64 * 4)()
 
-    def traffic(call: Sample) -> tuple[int, ...]:
-        emulator.subquad_simt_reset_stats()
-        run(call)
-        emulator.subquad_simt_stats(stats)
-        return tuple(stats)
+    def traffic_of(call: Sample) -> Traffic:
+        return traffic(emulator, lambda: run(call))
 
     rows = (4 + 59) * 2 * 64 * 4  # sinks, and the window without the token itself
-    loaded, _, launches, _ = traffic(sample(torch.float32, (4, 1), 64, sinks=4, window=60, slack=4000, seen=(9000,)))
+    loaded, _, launches, _ = traffic_of(sample(torch.float32, (4, 1), 64, sinks=4, window=60, slack=4000, seen=(9000,)))
     assert rows <= loaded < 2 * rows and launches == 2
-    assert traffic(sample(torch.float32, (2, 2), 8, tokens=40, seen=(50,)))[2] == 3
-    assert traffic(sample(torch.float32, (2, 2), 8, tokens=4, seen=(50,), write_only=True))[2] == 1
+    assert traffic_of(sample(torch.float32, (2, 2), 8, tokens=40, seen=(50,))).launches == 3
+    assert traffic_of(sample(torch.float32, (2, 2), 8, tokens=4, seen=(50,), write_only=True)).launches == 1
 
 
 def test_counters_are_not_trusted(emulator: ctypes.CDLL) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from subquad.contract import HANDLES
 from subquad.reference.span_attention import span_attention as reference
-from subquad.testing.compare import assert_same_bits
+
+from ..span_search.raw import RawCall, Results, assert_same
 
 INF = torch.inf
 KINDS = ["gated", "joint", "plain"]
@@ -18,8 +18,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-class Call:
+class Call(RawCall):
     """One call of the raw operator: tensors from a seed; spans of 1 to `longest` keys, a base unless `based` is False."""
+
+    operator = "span_attention_fwd"
+    rows = ("q", "start", "end", "gate", "base_out", "base_lse")
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class Call:
         masked: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.generator = torch.Generator().manual_seed(tokens * 1000 + keys)
+        super().__init__(tokens * 1000 + keys)
         rows = (batch, tokens, kv_heads * group)
         start = self.integers(0, max(keys, 1), *rows, spans)
         dv = dv or d
@@ -59,20 +62,13 @@ class Call:
     def normal(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator)
 
-    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32)
-
     def spans_are(self, *spans: tuple[int, int]) -> None:
         """The same spans for every row: first key, last key."""
         start, end = torch.tensor(spans, dtype=torch.int32).T
         like = self.args["start"]
         self.args |= {"start": start.expand_as(like).contiguous(), "end": end.expand_as(like).contiguous()}
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = HANDLES["simt"]["span_attention_fwd"](*self.args.values())
-        return out, lse
-
-    def check(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def check(self) -> Results:
         out, lse = self.run()
         wide = {n: self.args[n].double() for n in ("q", "k", "v")}
         want_out, want_lse = reference(**(self.args | wide))
@@ -82,28 +78,6 @@ class Call:
         torch.testing.assert_close(out.double(), want_out, rtol=limit, atol=limit)
         torch.testing.assert_close(lse.double(), want_lse.double(), rtol=1e-5, atol=1e-5)
         return out, lse
-
-    def token(self, n: int) -> Call:
-        """The call with query n alone."""
-        rows = ("q", "start", "end", "gate", "base_out", "base_lse")
-        alone = Call.__new__(Call)
-        cut = {name: None if self.args[name] is None else self.args[name][:, n : n + 1].contiguous() for name in rows}
-        alone.args = self.args | cut
-        return alone
-
-
-def statistics(emulator: ctypes.CDLL, call: Call) -> tuple[int, int]:
-    """Bytes loaded and launches."""
-    stats = (ctypes.c_uint64 * 4)()
-    emulator.subquad_simt_reset_stats()
-    call.run()
-    emulator.subquad_simt_stats(stats)
-    return stats[0], stats[2]
-
-
-def assert_same(found: tuple[torch.Tensor, ...], first: tuple[torch.Tensor, ...], what: str) -> None:
-    for a, b in zip(found, first, strict=True):
-        assert_same_bits(a, b, what)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,8 +128,8 @@ def test_a_long_prefill_goes_in_runs_of_tokens(emulator: ctypes.CDLL) -> None:
     found = call.run()
     for n in (0, 14, 15, 16):
         assert_same(call.token(n).run(), tuple(x[:, n : n + 1] for x in found), f"token {n}")
-    assert statistics(emulator, call)[1] == 4
-    assert statistics(emulator, call.token(3))[1] == 2
+    assert call.traffic(emulator).launches == 4
+    assert call.token(3).traffic(emulator).launches == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,12 +144,12 @@ def test_keys_of_spans_are_loaded_once(emulator: ctypes.CDLL, dtype: torch.dtype
         8 * 128 * 4 * 14,
     )  # by the lanes of blocks; gates and 3 shares of a row
     small = queries + merge
-    loaded, _ = statistics(emulator, call)
+    loaded = call.traffic(emulator).loaded
     assert keys * width <= loaded <= keys * width + small
     call.args["key_mask"] = torch.ones(1, 3000, dtype=torch.bool)
     call.args["key_mask"][:, 200:500] = False
     seen = 2 * 4 * 500 * width
-    loaded, _ = statistics(emulator, call)
+    loaded = call.traffic(emulator).loaded
     assert seen <= loaded <= seen + small + keys * 8  # lanes of a key read its byte of the mask
 
 

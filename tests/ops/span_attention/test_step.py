@@ -272,7 +272,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "no q": ({"q": None}, "q", TypeError),
     "no q_search": ({"q_search": None}, "q_search", TypeError),
     "q_search of another shape": ({"q_search": torch.zeros(2, 1, 2, 8)}, "q_search", ValueError),
-    "q of another dtype": ({"q": ROW.double(), "q_search": ROW.double()}, "k", TypeError),
+    "q of another dtype": ({"q": ROW.double(), "q_search": ROW.double()}, "q", TypeError),
     "q of another batch": ({"q": ROW[:1], "q_search": ROW[:1]}, "k", ValueError),
     "a mask of floats": ({"attention_mask": torch.ones(2, 20)}, "attention_mask", TypeError),
     "a mask too short": ({"attention_mask": torch.ones(2, 3).bool()}, "attention_mask", ValueError),

@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from subquad.contract import HANDLES
 from subquad.reference.span_search import span_search as reference
-from subquad.testing.compare import assert_same_bits
+from subquad.testing.instruments import traffic
+
+from .raw import RawCall, Results, assert_same
 
 INF = torch.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INT32 = (-(2**31), 2**31 - 1)
 
 
-class Call:
+class Call(RawCall):
     """One call of the raw operator: elements that every dtype holds and whose products have exact sums, so that ties are
     ties; queries at the last keys, stripes at every `apart`-th key before them."""
+
+    operator = "span_search_fwd"
+    rows = ("q", "position", "first", "last", "back", "ahead")
 
     def __init__(
         self,
@@ -36,7 +40,7 @@ class Call:
         masked: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.generator = torch.Generator().manual_seed(tokens * 1000 + keys)
+        super().__init__(tokens * 1000 + keys)
         place = torch.arange(keys - tokens, keys, dtype=torch.int32).expand(batch, tokens).contiguous()
         self.args: dict[str, Any] = {
             "q": self.elements(batch, tokens, kv_heads * group, d).to(dtype),
@@ -57,13 +61,7 @@ class Call:
     def elements(self, *shape: int) -> torch.Tensor:
         return torch.randint(-8, 9, shape, generator=self.generator) / 4
 
-    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=self.generator, dtype=torch.int32)
-
-    def run(self) -> tuple[torch.Tensor, ...]:
-        return tuple(HANDLES["simt"]["span_search_fwd"](*self.args.values()))
-
-    def check(self) -> tuple[torch.Tensor, ...]:
+    def check(self) -> Results:
         found = self.run()
         wide = {n: self.args[n].double() for n in ("q", "k")}
         for name, x, want in zip(
@@ -73,35 +71,13 @@ class Call:
             assert torch.equal(x, want.to(x.dtype)), name
         return found
 
-    def token(self, n: int) -> Call:
-        """The call with query n alone."""
-        rows = ("q", "position", "first", "last", "back", "ahead")
-        alone = Call.__new__(Call)
-        alone.args = self.args | {name: self.args[name][:, n : n + 1].contiguous() for name in rows}
-        return alone
-
-
-def statistics(emulator: ctypes.CDLL, call: Call | None = None) -> tuple[int, int]:
-    """Bytes loaded and launches, of the call or since the last reset."""
-    stats = (ctypes.c_uint64 * 4)()
-    if call is not None:
-        emulator.subquad_simt_reset_stats()
-        call.run()
-    emulator.subquad_simt_stats(stats)
-    return stats[0], stats[2]
-
-
-def assert_same(found: tuple[torch.Tensor, ...], first: tuple[torch.Tensor, ...], what: str) -> None:
-    for a, b in zip(found, first, strict=True):
-        assert_same_bits(a, b, what)
-
 
 @pytest.mark.parametrize("per_group", [False, True])
 @pytest.mark.parametrize("keys", [1, 2, 31, 32, 33, 64, 65, 700])
 def test_stripes_around_shares(emulator: ctypes.CDLL, keys: int, per_group: bool) -> None:
     call = Call(1, keys, 2, 3, spans=8, per_group=per_group)
     call.check()
-    assert statistics(emulator, call)[1] == (1 if keys <= 32 else 2)
+    assert call.traffic(emulator).launches == (1 if keys <= 32 else 2)
 
 
 @pytest.mark.parametrize("spans", [1, 8])
@@ -135,7 +111,7 @@ def test_bits_depend_on_the_row_alone(emulator: ctypes.CDLL) -> None:
     """Among many queries shares are longer, and one share needs no merging."""
     call = Call(530, 600, 1, 2, 12, spans=5, apart=3)
     found = call.check()
-    assert statistics(emulator, call)[1] == 1 and statistics(emulator, call.token(3))[1] == 2
+    assert call.traffic(emulator).launches == 1 and call.token(3).traffic(emulator).launches == 2
     for n in (0, 200, 529):
         assert_same(call.token(n).check(), tuple(x[:, n : n + 1] for x in found), f"token {n}")
 
@@ -146,9 +122,8 @@ def test_a_long_prefill_goes_in_runs_of_tokens(emulator: ctypes.CDLL) -> None:
     call = Call(130, 4096, 1, 256, 1, spans=1)
     call.args["position"].fill_(3)
     call.args["position"][0, [0, 127, 128, 129]] = torch.tensor([40, 90, 5, 70], dtype=torch.int32)
-    emulator.subquad_simt_reset_stats()
-    found = call.run()
-    assert statistics(emulator)[1] == 4
+    found: list[torch.Tensor] = []
+    assert traffic(emulator, lambda: found.extend(call.run())).launches == 4
     for n in (0, 127, 128):
         assert_same(call.token(n).check(), tuple(x[:, n : n + 1] for x in found), f"token {n}")
 
@@ -164,7 +139,7 @@ def test_heads_share_the_keys_that_are_loaded(
     rows = 100 * 128 * dtype.itemsize * passes
     # Every lane has the offset of its key, every block the queries; then what the shares chose.
     others = 100 * 32 * 4 * passes + 4 * group * 128 * dtype.itemsize + 7 * 128 * 12 + group * 7 * 3 * 16 * 4
-    loaded, _ = statistics(emulator, call)
+    loaded = call.traffic(emulator).loaded
     assert rows <= loaded <= rows + others
 
 

@@ -19,7 +19,7 @@ from ...nn._options import SinkConfig
 from ...nn._rotation import rope_of
 from ...nn._scores import scores_of
 from ...nn.sink_attention import SinkAttention
-from ...rope import RopeSpec
+from ...rope import RopeSpec, check_rope
 from ._versions import Cache, Counting, DynamicCache, DynamicLayer, queries
 from .cache import StateLayer
 
@@ -72,8 +72,7 @@ class SinkCache(Cache):
         options = SinkConfig(sink_tokens, window, positions, kv_dtype, slack, key_rope="post")
         options.check()
         _checks.flag("allow_approx", allow_approx)
-        if rope is not None and not isinstance(rope, RopeSpec):
-            raise TypeError(f"rope: expected a subquad.RopeSpec or None, got {type(rope).__name__}")
+        check_rope("rope", rope)
         model = config if isinstance(config, nn.Module) else None
         config = config if model is None else getattr(model, "config", None)
         if not hasattr(config, "get_text_config"):

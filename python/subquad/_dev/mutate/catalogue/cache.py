@@ -14,11 +14,25 @@ _TESTS = (
 _LAWCAT = Where("python/subquad/cache/lawcat.py", _TESTS, "", ())
 _STATE = Where("python/subquad/cache/state.py", _TESTS, "", ())
 _DERIVED = Where(
-    "python/subquad/_derived.py", ("tests/package/test_call_path.py", "tests/models/test_masks.py"), "", ()
+    "python/subquad/_derived.py",
+    ("tests/package/test_kept.py", "tests/models/test_masks.py", "tests/models/test_once.py"),
+    "",
+    (),
 )
+_TOKENS = Where("python/subquad/nn/_tokens.py", ("tests/models/test_once.py", "tests/models/test_tokens.py"), "", ())
 
 FAULTS = (
-    Fault("cache-derived-written", "stale", _DERIVED, "state = (tensor._version, *key)", "state = (0, *key)"),
+    Fault("cache-derived-written", "stale", _DERIVED, "kept if version == tensor._version else []", "kept"),
+    Fault("cache-derived-key-written", "stale", _DERIVED, "key.append(part._version)", "key.append(0)"),
+    Fault("cache-derived-itself", "state", _DERIVED, "_ITSELF if part is tensor else part", "part"),
+    Fault("cache-tokens-mask", "stale", _TOKENS, "for name in TOLD), mask, *parts)", "for name in TOLD))"),
+    Fault(
+        "cache-tokens-seen",
+        "stale",
+        _TOKENS,
+        "versioned(batch, length, window, known,",
+        "versioned(batch, length, window,",
+    ),
     Fault(
         "cache-select-in-place",
         "state",

@@ -267,8 +267,8 @@ FAULTS = (
         "nn-rope-precision",
         "rounding",
         _ROPE,
-        "phase = positions.long()[..., None] * self.turns(positions.device)  # wraps modulo one turn",
-        "phase = (positions.float()[..., None] * self.turns(positions.device).float()).long()",
+        "phase = each * self.turns(positions.device)  # wraps modulo one turn",
+        "phase = (each.float() * self.turns(positions.device).float()).long()",
     ),
     Fault("nn-rope-pairs", "stride", _ROPE, "a, b = turned[..., ::2], turned[..., 1::2]", "a, b = turned.chunk(2, -1)"),
     Fault(
