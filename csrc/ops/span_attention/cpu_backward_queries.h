@@ -29,7 +29,7 @@ class QueryGradients {
         x_(arena.take<float>((mixed_ ? kKept : 1) * kKeys * kPairs)),
         d_(arena.take<float>((mixed_ ? kKept : 1) * kKeys * kPairs)),
         scores_(p, grads, false, arena),
-        tiles_(p, kKept, true, arena),
+        tiles_(p, kTiles, true, arena),
         bytes_(arena.used()) {}
 
   int64_t bytes() const { return bytes_; }
@@ -46,7 +46,8 @@ class QueryGradients {
   }
 
  private:
-  static constexpr int64_t kKept = 24;  // tiles of keys
+  static constexpr int64_t kTiles = 24;  // of keys, at hand
+  static constexpr int64_t kKept = 128;  // of scores
 
   bool is_based(int64_t at) const { return p_.base_lse != nullptr && p_.base_lse[at] != kNothing; }
   const T* grad_of(int64_t at) const { return static_cast<const T*>(grads_.grad_out) + at * p_.dv; }
