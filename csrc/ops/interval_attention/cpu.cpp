@@ -36,24 +36,22 @@ struct Cpu {
 
   static void backward(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, DType dtype,
                        const Tensor& q, const auto&...) {
-    const int64_t rows = p.batch * p.mask.tq * p.heads, elements = rows * p.slots * p.d;
+    const int64_t rows = p.batch * p.mask.tq * p.heads;
     if (grads.dkey_bias != nullptr) std::fill_n(grads.dkey_bias, p.batch * p.heads * p.mask.tk, 0.0f);
     if (p.batch == 0) return;
     const IntervalAttentionKernels kernels = SQ_DISPATCH_ISA(interval_attention_kernels, dtype);
-    constexpr int64_t kDeltaRows = 1024, kSumElements = 1 << 15;
+    constexpr int64_t kDeltaRows = 1024, kSumRows = 256;
     const int64_t delta_items = ceil_div(rows, kDeltaRows);
     parallel_items(delta_items, delta_items <= 1,
                    [&](int64_t i) { kernels.delta(p, grads, i * kDeltaRows, smaller(rows, (i + 1) * kDeltaRows)); });
-    const int64_t dq_parts = kernels.dq_parts(p);
-    const Tensor parts = empty_on(q, {dq_parts * elements}, ScalarType::Float);
+    const Tensor parts = empty_on(q, {kernels.dq_floats(p)}, ScalarType::Float);
     float* sums = floats_in(parts);
     parallel_items_with_scratch(kernels.backward_items(p), is_small(p), kernels.backward_scratch(p, grads),
                                 [&](int64_t item, void* scratch) { kernels.backward(p, grads, item, sums, scratch); });
-    if (dq_parts == 0) return;
-    const int64_t items = ceil_div(elements, kSumElements);
-    parallel_items(items, items <= 1, [&](int64_t i) {
-      kernels.sum_dq(p, grads, sums, i * kSumElements, smaller(elements, (i + 1) * kSumElements));
-    });
+    if (parts.numel() == 0) return;
+    const int64_t items = ceil_div(rows, kSumRows);
+    parallel_items(items, items <= 1,
+                   [&](int64_t i) { kernels.sum_dq(p, grads, sums, i * kSumRows, smaller(rows, (i + 1) * kSumRows)); });
   }
 };
 

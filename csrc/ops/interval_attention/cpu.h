@@ -27,15 +27,15 @@ struct IntervalAttentionKernels {
   void (*delta)(const IntervalAttentionParams&, const IntervalAttentionGrads&, int64_t begin, int64_t end);
 
   /// The keys of a head are cut into ranges, whose shares of dq are summed in their order. Where heads are few, each
-  /// range is an item, writes its share as floats in the layout of dq to dq_parts + range * (elements of dq), and
-  /// `sum_dq` adds them. Where heads are many, an item takes all ranges of one head and sums in one part: the same
-  /// bits. No part: dq is written.
+  /// range is an item and leaves its share in `parts`, of as many floats as asked for, and `sum_dq` makes dq of
+  /// (position, head) pairs [begin, end) of them. Where heads are many, an item takes all ranges of one head and sums
+  /// in one part: the same bits. No part: dq is written.
   int64_t (*backward_items)(const IntervalAttentionParams&);
-  int64_t (*dq_parts)(const IntervalAttentionParams&);
+  int64_t (*dq_floats)(const IntervalAttentionParams&);
   int64_t (*backward_scratch)(const IntervalAttentionParams&, const IntervalAttentionGrads&);
-  void (*backward)(const IntervalAttentionParams&, const IntervalAttentionGrads&, int64_t item, float* dq_parts,
+  void (*backward)(const IntervalAttentionParams&, const IntervalAttentionGrads&, int64_t item, float* parts,
                    void* scratch);
-  void (*sum_dq)(const IntervalAttentionParams&, const IntervalAttentionGrads&, const float* dq_parts, int64_t begin,
+  void (*sum_dq)(const IntervalAttentionParams&, const IntervalAttentionGrads&, float* parts, int64_t begin,
                  int64_t end);
 };
 

@@ -141,7 +141,27 @@ int64_t split_ranges(const IntervalAttentionParams& p) { return p.batch * p.kv_h
 
 int64_t backward_items(const IntervalAttentionParams& p) { return p.batch * p.kv_heads * split_ranges(p); }
 
-int64_t dq_parts(const IntervalAttentionParams& p) { return ranges(p) > 1 ? split_ranges(p) : 0; }
+/// What the items leave for `sum_dq`: shares of dq, and of which row tiles and slots of each head there is one. Most
+/// rows see keys of few ranges; what they do not see is neither written nor read.
+struct DqParts {
+  DqParts(const IntervalAttentionParams& p, float* memory)
+      : count(ranges(p) > 1 ? split_ranges(p) : 0),
+        elements(p.batch * p.mask.tq * p.heads * p.slots * p.d),
+        flags(row_tiles(p) * p.slots),
+        heads(p.batch * p.kv_heads),
+        memory_(memory) {}
+
+  float* part(int64_t i) const { return memory_ + i * elements; }
+  float* written(int64_t i, int64_t head) const { return part(count) + (i * heads + head) * flags; }
+  int64_t floats() const { return count * (elements + heads * flags); }
+
+  const int64_t count, elements, flags, heads;
+
+ private:
+  float* const memory_;
+};
+
+int64_t dq_floats(const IntervalAttentionParams& p) { return DqParts(p, nullptr).floats(); }
 
 template <class T>
 int64_t backward_scratch(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads) {
@@ -149,33 +169,47 @@ int64_t backward_scratch(const IntervalAttentionParams& p, const IntervalAttenti
 }
 
 template <class T>
-void backward(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, int64_t item, float* parts,
+void backward(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, int64_t item, float* memory,
               void* scratch) {
   const int64_t all = ranges(p), split = split_ranges(p), head = item / split, keys = range_keys(p);
   const int64_t begin = split > 1 ? item % split : 0, end = split > 1 ? begin + 1 : all;
-  float* part = all > 1 ? parts + begin * p.batch * p.mask.tq * p.heads * p.slots * p.d : nullptr;
+  const DqParts parts(p, memory);
+  float* part = all > 1 ? parts.part(begin) : nullptr;
+  float* written = all > 1 ? parts.written(begin, head) : nullptr;
+  if (all > 1) zero_words(written, parts.flags);
   BackwardRange<T> keys_of_range(p, grads, keys, Arena(scratch));
   for (int64_t range = begin; range < end; ++range)
     keys_of_range.run(head / p.kv_heads, head % p.kv_heads, range * keys, smaller(p.mask.tk, (range + 1) * keys), part,
-                      range > begin);
+                      written);
 }
 
 template <class T>
-void sum_dq(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, const float* parts, int64_t begin,
+void sum_dq(const IntervalAttentionParams& p, const IntervalAttentionGrads& grads, float* memory, int64_t begin,
             int64_t end) {
-  const int64_t count = dq_parts(p), elements = p.batch * p.mask.tq * p.heads * p.slots * p.d;
-  T* dq = static_cast<T*>(grads.dq);
-  for (int64_t i = begin; i < end; ++i) {
-    float sum = 0.0f;
-    for (int64_t part = 0; part < count; ++part) sum += parts[part * elements + i];
-    dq[i] = from_float<T>(sum * p.scale);
+  const DqParts parts(p, memory);
+  const int64_t group = p.heads / p.kv_heads;
+  float sum[kIntervalMaxDim];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t h = row % p.heads, t = row / p.heads % p.mask.tq, b = row / p.heads / p.mask.tq;
+    const int64_t tile = (t * group + h % group) / kRows;
+    for (int64_t slot = 0; slot < p.slots; ++slot) {
+      const int64_t at = (row * p.slots + slot) * p.d;
+      zero_words(sum, p.d);
+      for (int64_t i = 0; i < parts.count; ++i) {
+        if (parts.written(i, b * p.kv_heads + h / group)[tile * p.slots + slot] == 0.0f) continue;
+        const float* part = parts.part(i) + at;
+        for (int64_t c = 0; c < p.d; ++c) sum[c] += part[c];
+      }
+      T* dq = static_cast<T*>(grads.dq) + at;
+      for (int64_t c = 0; c < p.d; ++c) dq[c] = from_float<T>(sum[c] * p.scale);
+    }
   }
 }
 
 template <class T>
 IntervalAttentionKernels kernels() {
   return {forward_items,  part_floats, forward_scratch<T>,  forward<T>,  merge_parts<T>, delta<T>,
-          backward_items, dq_parts,    backward_scratch<T>, backward<T>, sum_dq<T>};
+          backward_items, dq_floats,   backward_scratch<T>, backward<T>, sum_dq<T>};
 }
 
 }  // namespace

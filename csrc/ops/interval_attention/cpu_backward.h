@@ -59,9 +59,10 @@ class BackwardRange {
   int64_t bytes() const { return bytes_; }
 
   /// Keys [first, last) of one head, `first` a multiple of kKeys. Their share of dq goes to `dq_part`, or is added to
-  /// what is there; null: dq is written.
-  void run(int64_t b, int64_t kv_head, int64_t first, int64_t last, float* dq_part, bool add) {
-    first_ = first, last_ = last, dq_part_ = dq_part, add_ = add;
+  /// what is there, of rows that see any of them: `written` of a row tile and slot says whether something is there.
+  /// Both null: dq is written.
+  void run(int64_t b, int64_t kv_head, int64_t first, int64_t last, float* dq_part, float* written) {
+    first_ = first, last_ = last, dq_part_ = dq_part, written_ = written;
     const int64_t per_kv = p_.heads / p_.kv_heads, all_rows = p_.mask.tq * per_kv;
     const int64_t padded = round_up(last - first, kKeys);
     zero_words(dk_, padded * q_cols_);
@@ -86,6 +87,24 @@ class BackwardRange {
 
   void add_rows(const RowTile& rows) {
     rows_ = &rows;
+    bool loaded = false, finite = true;
+    for (int64_t slot = 0; slot < p_.slots; ++slot) {
+      const VisibleKeys seen(p_.mask, rows, p_.slots > 1 ? slot : -1, first_, last_, intervals_, marks_);
+      if (!seen.any() && dq_part_ != nullptr) continue;
+      if (!loaded) finite = load_rows(rows);
+      loaded = true;
+      const bool q_finite = load_queries<Words, T>(
+          rows, [&](int64_t row) { return query_row<T>(p_, rows, row, slot); }, p_.d, q_, q_words_);
+      pack_right(q_, kRows, q_cols_, q_right_);
+      zero_words(dq_, kRows * q_cols_);
+      for (int64_t key = first_; key < last_; key += kKeys)
+        if (seen.touches(key / kKeys)) add_keys(seen, key, finite && q_finite);
+      store_rows(slot);
+    }
+  }
+
+  /// What all slots of the rows share. Returns whether all of it is finite.
+  bool load_rows(const RowTile& rows) {
     const T* grad_out = static_cast<const T*>(grads_.grad_out);
     bool finite = load_queries<Words, T>(
         rows, [&](int64_t row) { return grad_out + flat(rows, row) * p_.dv; }, p_.dv, grad_, v_words_);
@@ -99,16 +118,7 @@ class BackwardRange {
       const bool empty = log2_sum_[row] == __builtin_inff();
       finite &= is_finite_bits(delta_[row]) && is_finite_bits(top_[row]) && (empty || is_finite_bits(log2_sum_[row]));
     }
-    for (int64_t slot = 0; slot < p_.slots; ++slot) {
-      const VisibleKeys seen(p_.mask, rows, p_.slots > 1 ? slot : -1, first_, last_, intervals_, marks_);
-      const bool q_finite = load_queries<Words, T>(
-          rows, [&](int64_t row) { return query_row<T>(p_, rows, row, slot); }, p_.d, q_, q_words_);
-      pack_right(q_, kRows, q_cols_, q_right_);
-      zero_words(dq_, kRows * q_cols_);
-      for (int64_t key = first_; key < last_; key += kKeys)
-        if (seen.touches(key / kKeys)) add_keys(seen, key, finite && q_finite);
-      store_rows(slot);
-    }
+    return finite;
   }
 
   void add_keys(const VisibleKeys& seen, int64_t key, bool rows_finite) {
@@ -239,17 +249,20 @@ class BackwardRange {
   }
 
   void store_rows(int64_t slot) {
+    float* written = dq_part_ == nullptr ? nullptr : written_ + rows_->first / kRows * p_.slots + slot;
+    const bool add = written != nullptr && *written != 0.0f;
     for (int64_t row = 0; row < rows_->count; ++row) {
       const int64_t at = (flat(*rows_, row) * p_.slots + slot) * p_.d;
       const float* sums = dq_ + row * q_cols_;
       if (dq_part_ != nullptr) {
         float* part = dq_part_ + at;
-        for (int64_t c = 0; c < p_.d; ++c) part[c] = add_ ? part[c] + sums[c] : sums[c];
+        for (int64_t c = 0; c < p_.d; ++c) part[c] = add ? part[c] + sums[c] : sums[c];
       } else {
         T* dq = static_cast<T*>(grads_.dq) + at;
         for (int64_t c = 0; c < p_.d; ++c) dq[c] = from_float<T>(sums[c] * p_.scale);
       }
     }
+    if (written != nullptr) *written = 1.0f;
   }
 
   void store_keys(int64_t b, int64_t kv_head) {
@@ -266,8 +279,7 @@ class BackwardRange {
   const IntervalAttentionGrads& grads_;
   const RowTile* rows_ = nullptr;
   int64_t first_ = 0, last_ = 0;
-  float* dq_part_ = nullptr;
-  bool add_ = false;
+  float *dq_part_ = nullptr, *written_ = nullptr;
   const int64_t q_words_, v_words_, q_cols_, v_cols_;
   float *const q_,
       *const q_right_,

@@ -36,17 +36,19 @@ struct Cpu {
                     "start: expected fewer than 2^31 spans for each head of k, got ", rows / heads * p.spans);
     const SpanAttentionBackward kernels = SQ_DISPATCH_ISA(span_attention_backward_kernels, dtype);
     const bool small = is_small(rows * p.spans, p.keys, p);
+    const int64_t threads = small ? 1 : thread_count();
+    const int64_t queries = kernels.item_queries(p, threads), keys = kernels.item_keys(p, threads);
     const Tensor memory = empty_on(q, {rows * p.softmaxes * 2}, ScalarType::Float);
     const Tensor pairs = empty_on(q, {heads * kernels.list_ints(p)}, ScalarType::Int);
     float* terms = floats_in(memory);
     auto* lists = static_cast<int32_t*>(pairs.mutable_data_ptr());
     parallel_items_with_scratch(
-        kernels.query_items(p), small, kernels.query_scratch(p),
-        [&](int64_t item, void* scratch) { kernels.run_queries(p, grads, terms, item, scratch); });
+        heads * ceil_div(p.tokens, queries), small, kernels.query_scratch(p, queries),
+        [&](int64_t item, void* scratch) { kernels.run_queries(p, grads, terms, queries, item, scratch); });
     parallel_items(heads, small, [&](int64_t head) { kernels.fill_list(p, lists, head); });
     parallel_items_with_scratch(
-        kernels.key_items(p), small, kernels.key_scratch(p, lists),
-        [&](int64_t item, void* scratch) { kernels.run_keys(p, grads, terms, lists, item, scratch); });
+        heads * ceil_div(p.keys, keys), small, kernels.key_scratch(p, keys),
+        [&](int64_t item, void* scratch) { kernels.run_keys(p, grads, terms, lists, keys, item, scratch); });
   }
 
  private:

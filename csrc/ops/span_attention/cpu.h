@@ -28,20 +28,23 @@ struct SpanAttentionForward {
   void (*merge_pieces)(const SpanAttentionParams&, const int64_t* first_piece, const float* parts, int64_t row);
 };
 
-/// Items of queries write dq, dgate, dbase_out and dbase_lse, and of each softmax two terms, [B, T, H, softmaxes, 2]:
-/// by what the weights e^(score - lse) are multiplied to sum up to 1, since a large lse is not exact, and c of
-/// params.h. Items of keys, which need all terms and the lists of pairs of all key heads, write dk and dv.
+/// An item is `item_queries` consecutive queries with the heads that share a key head, B * Hkv * ceil(T / item_queries)
+/// in all, or `item_keys` keys of a key head, B * Hkv * ceil(N / item_keys). Items of queries write dq, dgate,
+/// dbase_out and dbase_lse, and of each softmax two terms, [B, T, H, softmaxes, 2]: by what the weights e^(score - lse)
+/// are multiplied to sum up to 1, since a large lse is not exact, and c of params.h. Items of keys, which need all
+/// terms and the lists of pairs of all key heads, write dk and dv.
 struct SpanAttentionBackward {
-  int64_t (*query_items)(const SpanAttentionParams&);
-  int64_t (*query_scratch)(const SpanAttentionParams&);
-  void (*run_queries)(const SpanAttentionParams&, const SpanAttentionGrads&, float* terms, int64_t item, void* scratch);
+  int64_t (*item_queries)(const SpanAttentionParams&, int64_t threads);
+  int64_t (*query_scratch)(const SpanAttentionParams&, int64_t queries);
+  void (*run_queries)(const SpanAttentionParams&, const SpanAttentionGrads&, float* terms, int64_t queries,
+                      int64_t item, void* scratch);
 
   int64_t (*list_ints)(const SpanAttentionParams&);  // of one of the B * Hkv heads
   void (*fill_list)(const SpanAttentionParams&, int32_t* lists, int64_t head);
-  int64_t (*key_items)(const SpanAttentionParams&);
-  int64_t (*key_scratch)(const SpanAttentionParams&, int32_t* lists);
+  int64_t (*item_keys)(const SpanAttentionParams&, int64_t threads);
+  int64_t (*key_scratch)(const SpanAttentionParams&, int64_t keys);
   void (*run_keys)(const SpanAttentionParams&, const SpanAttentionGrads&, const float* terms, int32_t* lists,
-                   int64_t item, void* scratch);
+                   int64_t keys, int64_t item, void* scratch);
 };
 
 SQ_KERNELS_BY_ISA(SpanAttentionForward, span_attention_forward_kernels, DType dtype)

@@ -64,13 +64,6 @@ class PairSweep {
     pairs_ = sorted_;
   }
 
-  /// Starts over with pairs that are sorted by the tile in which each begins, from the tile at `key` on. No more than
-  /// the capacity see the same tile.
-  void start(const Pairs& sorted, int64_t key) {
-    taken_ = active_count_ = 0;
-    pairs_ = sorted.pairs, count_ = sorted.count, from_ = key;
-  }
-
   /// Goes on to the next tile that some pair sees; false after the last.
   bool next() {
     if (active_count_ == 0) {

@@ -140,10 +140,12 @@ def test_shapes(shape: str, gated: bool, backend: str) -> None:
 
 
 @backend_params("span_attention", *BACKENDS)
-def test_one_long_span_among_short_ones(backend: str) -> None:
+@pytest.mark.parametrize("gated", [False, True], ids=["joint", "gated"])
+@pytest.mark.parametrize("keys", [1500, 2000, 8500], ids=["", "of more keys than are at hand", "than are kept"])
+def test_one_long_span_among_short_ones(keys: int, gated: bool, backend: str) -> None:
     """Its keys are many tiles away from where it begins, and from those of all others."""
-    call = draw(1, 60, 1500, 1, 1, spans=2, longest=8)
-    call.start[0, 7, 0, 1], call.end[0, 7, 0, 1] = 3, 1490
+    call = draw(1, 60, keys, 1, 1, spans=2, longest=8, gated=gated)
+    call.start[0, 7, 0, 1], call.end[0, 7, 0, 1] = 3, keys - 10
     assert_is_reference(call, backend)
 
 
