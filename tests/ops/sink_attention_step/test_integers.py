@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "as many sums as a query has heads": {"heads": (7, 1), "rotary": 64},
     "many rows": {"heads": (6, 2), "tokens": 9, "rotary": 64},
     "other tiles for keys than for values": {"dv": 40, "rotary": 64},
+    "rows that see nothing of a tile": {"tokens": 40, "window": 20, "slack": 30, "rotary": 64},
     "large scores": {"rotary": 64, "factor": 6.0},
     "two ranges, and a wrap": {"rotary": 64, "window": 700, "seen": (1100, 300)},
 }
@@ -113,6 +114,19 @@ def test_numbers_that_are_none(level: str, dtype: torch.dtype) -> None:
         out, _ = step(made, q=q)
     assert bool(out[0, 0, 1].isnan().all())
     assert_same_bits(out[0, 0, 0], clean[0][0, 0, 0])
+
+
+@at_levels
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_what_left_the_window_of_a_later_row(level: str, name: str) -> None:
+    made = sample(torch.bfloat16, tokens=2, rotary=64, seen=(1000,))
+    scale = made[name].clone()
+    oldest = 1000 - made.kwargs["window"] + 1
+    scale[0, :, (oldest - made["sink_k"].shape[2]) % made["ring_k"].shape[2]] = float("nan")
+    with at_level(level):
+        clean, found = step(made)[0], step(made, **{name: scale})[0]
+    assert bool(found[0, 0].isnan().all())
+    assert_same_bits(found[0, 1], clean[0, 1])
 
 
 @at_levels
