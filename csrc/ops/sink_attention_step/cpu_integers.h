@@ -2,7 +2,8 @@
 // scale per row beside them. Sums of integers are exact, so these have the same bits for any number of rows, too.
 //
 // Errors, relative to the largest element of a row: 2^-16 of weights, and of queries where keys are not rotated here;
-// 2^-14 of queries and of keys where they are.
+// where they are, 2^-14 of keys, and of queries, too, with 16 lanes and 128 words, twice as much with half as many
+// lanes or twice as many words.
 #pragma once
 
 #include "ops/sink_attention_step/cpu_products.h"
