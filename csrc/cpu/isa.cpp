@@ -10,7 +10,8 @@ constexpr const char* kNames[] = {"baseline", "v3", "v4", "v4_bf16"};
 
 Isa best() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("x86-64-v4")) return __builtin_cpu_supports("avx512bf16") ? Isa::kV4Bf16 : Isa::kV4;
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (__builtin_cpu_supports("x86-64-v4")) return bf16 ? Isa::kV4Bf16 : Isa::kV4;
   if (__builtin_cpu_supports("x86-64-v3")) return Isa::kV3;
 #endif
   return Isa::kBaseline;

@@ -3,7 +3,7 @@
 
 namespace subquad::cpu {
 
-/// x86-64 micro-architecture levels; v4_bf16 adds AVX512-BF16. Elsewhere only the baseline exists.
+/// x86-64 micro-architecture levels; v4_bf16 adds AVX512-BF16 and AVX512-VNNI. Elsewhere only the baseline exists.
 enum class Isa : int { kBaseline = 0, kV3 = 1, kV4 = 2, kV4Bf16 = 3 };
 
 /// The level in use: the best that both the CPU and the build have, unless set otherwise.

@@ -28,7 +28,7 @@ X86_LEVELS = {
     "baseline": ("-march=x86-64",),
     "v3": ("-march=x86-64-v3",),
     "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "v4_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"),
+    "v4_bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"),
 }
 CUDA_ARCHES = {80: "80", 86: "86", 89: "89", 90: "90a", 100: "100", 103: "103", 120: "120"}
 SHIPPED = (80, 90, 100)  # run on sm_86, sm_89 and sm_103 as they are; sm_120 gets the newest one's PTX

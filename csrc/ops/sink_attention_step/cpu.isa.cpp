@@ -10,46 +10,67 @@ namespace {
 
 using namespace sink;
 
+/// The tables at the beginning of `shared`, and how many floats they take.
+template <class T, class E>
+Tables tables_of(const SinkAttentionStepParams& p, float* shared) {
+  return {shared, kIntegers<T, E> ? reinterpret_cast<int16_t*>(shared + table_size(p)) : nullptr};
+}
+
+template <class T, class E>
+int64_t table_floats(const SinkAttentionStepParams& p) {
+  return round_up(table_size(p) + (kIntegers<T, E> ? table_size(p) / 2 : 0), 16);
+}
+
+template <class T, class E>
 int64_t shared_floats(const SinkAttentionStepParams& p) {
   if (p.heads == 0) return 0;
   const int64_t ranges = ranges_of(p), shares = ranges > 1 ? p.batch * p.kv_heads * ranges * rows_of(p) : 0;
-  return round_up(table_floats(p), 16) + shares * share_floats(p);
+  return table_floats<T, E>(p) + shares * share_floats(p);
 }
 
+template <class T, class E>
 void prepare(const SinkAttentionStepParams& p, float* shared) {
-  const int64_t half = p.rotary / 2;
-  if (table_floats(p) == 0) return;
-  for (int64_t j = 0; j < kTile; ++j) rotation(p.turns, half, j, shared + j * p.rotary, shared + j * p.rotary + half);
+  const int64_t half = p.rotary / 2, size = table_size(p);
+  const Tables tables = tables_of<T, E>(p, shared);
+  if (size == 0) return;
+  for (int64_t j = 0; j < kTile; ++j) {
+    float* cos = tables.floats + j * p.rotary;
+    rotation(p.turns, half, j, cos, cos + half);
+  }
+  if (tables.shorts == nullptr) return;
+  for (int64_t i = 0; i < size; i += kLanes) shorts_store(tables.shorts + i, vec_load(tables.floats + i) * kTableOne);
 }
 
 int64_t items(const SinkAttentionStepParams& p) { return p.batch * p.kv_heads * blocks_of(p) * ranges_of(p); }
 
 /// The shares of row `row` of head `head`, in range 0.
+template <class T, class E>
 float* shares_of(const SinkAttentionStepParams& p, float* shared, int64_t head, int64_t row) {
-  return shared + round_up(table_floats(p), 16) + (head * ranges_of(p) * rows_of(p) + row) * share_floats(p);
+  return shared + table_floats<T, E>(p) + (head * ranges_of(p) * rows_of(p) + row) * share_floats(p);
 }
 
 template <class T, class E>
 int64_t scratch_bytes(const SinkAttentionStepParams& p) {
-  return Attention<T, E>(p, nullptr, Arena(nullptr)).bytes();
+  return Attention<T, E>(p, {}, Arena(nullptr)).bytes();
 }
 
 template <class T, class E>
 void attend(const SinkAttentionStepParams& p, float* shared, int64_t item, void* scratch) {
   const int64_t ranges = ranges_of(p), range = item % ranges, block = item / ranges % blocks_of(p);
   const int64_t head = item / ranges / blocks_of(p);
-  float* shares = ranges == 1 ? nullptr : shares_of(p, shared, head, range * rows_of(p) + block * kRows);
-  Attention<T, E>(p, shared, Arena(scratch)).run(head / p.kv_heads, head % p.kv_heads, block, range, shares);
+  float* shares = ranges == 1 ? nullptr : shares_of<T, E>(p, shared, head, range * rows_of(p) + block * kRows);
+  Attention<T, E>(p, tables_of<T, E>(p, shared), Arena(scratch))
+      .run(head / p.kv_heads, head % p.kv_heads, block, range, shares);
 }
 
 int64_t merges(const SinkAttentionStepParams& p) { return ranges_of(p) > 1 ? p.batch * p.kv_heads : 0; }
 
-template <class T>
+template <class T, class E>
 void merge(const SinkAttentionStepParams& p, const float* shared, int64_t head) {
   const int64_t rows = rows_of(p), range_floats = rows * share_floats(p);
   for (int64_t row = 0; row < rows; ++row)
-    finish_row<T>(p, head / p.kv_heads, head % p.kv_heads, row, shares_of(p, const_cast<float*>(shared), head, row),
-                  range_floats, ranges_of(p));
+    finish_row<T>(p, head / p.kv_heads, head % p.kv_heads, row,
+                  shares_of<T, E>(p, const_cast<float*>(shared), head, row), range_floats, ranges_of(p));
 }
 
 /// Row `at` of a ring, and its scale if it has one.
@@ -90,7 +111,8 @@ void write(const SinkAttentionStepParams& p, int64_t head) {
 
 template <class T, class E>
 SinkAttentionStepKernels kernels() {
-  return {shared_floats, prepare, scratch_bytes<T, E>, items, attend<T, E>, merges, merge<T>, write<T, E>};
+  return {shared_floats<T, E>, prepare<T, E>, scratch_bytes<T, E>, items,
+          attend<T, E>,        merges,        merge<T, E>,         write<T, E>};
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "cpu/simd/arena.h"
-#include "ops/sink_attention_step/cpu_products.h"
+#include "ops/sink_attention_step/cpu_integers.h"
 
 namespace subquad::cpu::SUBQUAD_ISA::sink {
 
@@ -26,8 +26,18 @@ inline int64_t ranges_of(const SinkAttentionStepParams& p) {
   return rows_of(p) > kSplitRows ? 1 : larger(1, ceil_div(p.window + p.width, kRange));
 }
 
-/// Floats of a table of rotations R(0), R(1), ... R(kTile - 1): the cosines of one, then its sines.
-inline int64_t table_floats(const SinkAttentionStepParams& p) { return p.rotated ? 0 : kTile * p.rotary; }
+/// Whether products with a ring of E are made in integers: their rounding would show beside elements of float.
+template <class T, class E>
+constexpr bool kIntegers = kShortProducts && std::is_same_v<E, Int8> && sizeof(T) < sizeof(float);
+
+/// Rotations R(0), R(1), ... R(kTile - 1): the cosines of one, then its sines; the second table is the first in 16
+/// bits.
+struct Tables {
+  float* floats;
+  int16_t* shorts;  // or null
+};
+
+inline int64_t table_size(const SinkAttentionStepParams& p) { return p.rotated ? 0 : kTile * p.rotary; }
 
 /// A share: sums of values of one row over one range, and their softmax behind them.
 inline int64_t share_floats(const SinkAttentionStepParams& p) { return round_up(p.dv, 16) + 16; }
@@ -60,6 +70,16 @@ void finish_row(const SinkAttentionStepParams& p, int64_t b, int64_t kv_head, in
   p.lse[at] = empty ? -__builtin_inff() : shift + logf(total);
 }
 
+/// Elements that are asked for before they are used, where rows of one kind come one after the other: so much takes
+/// about as long to come as to use.
+template <class E>
+constexpr int64_t kAhead = (6 << 10) / sizeof(E);
+
+/// Whether keys and values of a tile have room in the first-level cache together. Then the values come while the keys
+/// are used, and the next keys while the values are.
+template <class E>
+constexpr bool kTilesFit = sizeof(E) == 1;
+
 /// Rows of keys and values of consecutive tokens.
 template <class E>
 struct Tokens {
@@ -67,6 +87,23 @@ struct Tokens {
   int64_t k_stride, v_stride, count;
   const float *k_scale, *v_scale;  // or null
   bool entering;                   // new: apart in memory, and not yet rotated where those of the cache are
+
+  __attribute__((always_inline)) void fetch_first() const {  // as `fetch`
+    if (entering) return;
+    fetch(Ahead<E>{k, count * k_stride}, 0, kTilesFit<E> ? kTile * k_stride : kAhead<E>);
+    if (!kTilesFit<E>) fetch(Ahead<E>{v, count * v_stride}, 0, kAhead<E>);
+  }
+  Ahead<E> ahead_of_keys(int64_t n) const {
+    if (entering) return {};
+    return kTilesFit<E> ? Ahead<E>{v, n * v_stride} : behind(k, kAhead<E>, count * k_stride);
+  }
+  Ahead<E> ahead_of_values(int64_t n) const {
+    if (entering) return {};
+    return kTilesFit<E> ? behind(k, n * k_stride, count * k_stride) : behind(v, kAhead<E>, count * v_stride);
+  }
+  static Ahead<E> behind(const E* rows, int64_t skip, int64_t size) {
+    return skip < size ? Ahead<E>{rows + skip, size - skip} : Ahead<E>{};
+  }
 
   Tokens from(int64_t i) const {
     Tokens rest = *this;
@@ -80,10 +117,9 @@ struct Tokens {
 template <class T, class E>
 class Attention {
  public:
-  /// `table`: see `table_floats`.
-  Attention(const SinkAttentionStepParams& p, const float* table, Arena arena)
+  Attention(const SinkAttentionStepParams& p, Tables tables, Arena arena)
       : p_(p),
-        table_(table),
+        tables_(tables),
         half_(p.rotary / 2),
         words_(round_up(p.d, kLanes)),
         columns_(round_up(p.dv, kLanes)),
@@ -99,6 +135,9 @@ class Attention {
         spare_(arena.take<float>(words_)),
         k_factors_(arena.take<float>(kTile)),
         v_factors_(arena.take<float>(kTile)),
+        short_queries_(arena.take<int16_t>(kIntegers<T, E> ? rows_ * kQueryStride : 0)),
+        short_weights_(arena.take<int16_t>(kIntegers<T, E> ? rows_ * kTile : 0)),
+        row_scales_(arena.take<float>(rows_)),
         views_(arena.take<SinkView>(rows_)),
         shares_(arena.take<float>(rows_ * share_floats(p))),
         bytes_(arena.used()) {}
@@ -225,34 +264,34 @@ class Attention {
   /// Tokens from `token` on, tile by tile.
   template <class Element>
   void add_run(const Tokens<Element>& run, int64_t token, bool sinks) {
-    if (!run.entering) {
-      fetch(run.k, 0, kAhead<Element>, run.count * p_.d);
-      fetch(run.v, 0, kAhead<Element>, run.count * p_.dv);
-    }
+    run.fetch_first();
     for (int64_t i = 0; i < run.count; i += kTile) add_tile(run.from(i), token + i, sinks);
   }
 
   /// The first tile of tokens, which are `base` and those after it.
   template <class Element>
   void add_tile(const Tokens<Element>& tokens, int64_t base, bool sinks) {
-    const int64_t n = smaller(kTile, tokens.count);
-    const float* q = queries(base, sinks);
-    score(q, tokens, base, n);
-    const int64_t padded = round_up(n, kLanes);
+    const int64_t n = smaller(kTile, tokens.count), padded = round_up(n, kLanes);
+    for (int64_t row = 0; row < count_; ++row) row_scales_[row] = 1.0f;
+    score(queries(base, sinks), tokens, base, n);
     load_factors(tokens, n);
     for (int64_t row = 0; row < count_; ++row) {
       const Range seen = range_of(row, base, n, sinks);
       if (seen.begin >= seen.end) continue;
       float *x = scores_ + row * kTile, *share = out_ + row * share_floats(p_);
-      soften(x, seen.begin, seen.end, padded, k_factors_, *softmax_of(p_, share), share, columns_);
+      soften(x, seen.begin, seen.end, padded, k_factors_, row_scales_[row], *softmax_of(p_, share), share, columns_);
       if (tokens.v_scale == nullptr) continue;
       for (int64_t j = 0; j < padded; j += kLanes) vec_store(x + j, vec_load(x + j) * vec_load(v_factors_ + j));
     }
-    const bool direct = p_.dv % kLanes == 0 && (std::is_same_v<Element, float> || count_ <= kFewRows);
-    const int64_t left = tokens.entering ? 0 : tokens.count * p_.dv;
-    if (direct) return add_all_values(tokens.v, tokens.v_stride, base, n, sinks, left);
+    const Ahead<Element> ahead = tokens.ahead_of_values(n);
+    if constexpr (kIntegers<T, Element>) {
+      if (p_.dv % kShorts == 0)
+        return add_all_integers({tokens.v, tokens.v_stride, 0, n, columns_, ahead}, base, padded);
+    }
+    if (p_.dv % kLanes == 0 && (std::is_same_v<Element, float> || count_ <= kFewRows))
+      return add_all_values(tokens.v, tokens.v_stride, base, n, sinks, ahead);
     for (int64_t j = 0; j < n; ++j) widen_row(tokens.v + j * tokens.v_stride, p_.dv, values_ + j * columns_);
-    add_all_values(values_, columns_, base, n, sinks, 0);
+    add_all_values(values_, columns_, base, n, sinks, {});
   }
 
   /// What products with keys, and weights of values, are multiplied with.
@@ -263,28 +302,40 @@ class Attention {
     for (int64_t j = 0; j < n; ++j) k_factors_[j] = p_.scale * tokens.k_scale[j], v_factors_[j] = tokens.v_scale[j];
   }
 
-  /// scores_ = products of the queries with the keys, which are rotated as their tile wants it: where there are few
-  /// rows as they come from memory, otherwise once for all rows.
+  /// scores_ = products of the queries with the keys, in units of row_scales_. Keys are rotated as their tile wants it:
+  /// where there are few rows, or integers, as they come from memory, otherwise once for all rows.
   template <class Element>
   void score(const float* q, const Tokens<Element>& tokens, int64_t base, int64_t n) {
     const bool by_table = half_ > 0 && !p_.rotated, by_token = half_ > 0 && p_.rotated && tokens.entering;
+    const bool whole = !(by_table && p_.interleaved);
+    const Ahead<Element> ahead = tokens.ahead_of_keys(n);
+    if constexpr (kIntegers<T, Element>) {
+      if (p_.d % kShorts == 0 && whole && (!by_table || half_ % kShorts == 0)) {
+        const float most = by_table ? turned_most(words_) : kPlainMost, unit = by_table ? kTurnedUnit : 1.0f;
+        for (int64_t row = 0; row < count_; ++row) {
+          const int64_t at = row * kQueryStride;
+          row_scales_[row] = round_row(q + at, words_, most, short_queries_ + at) * unit;
+        }
+        const Keys<Element, int16_t> keys{tokens.k, tokens.k_stride, words_, half_, tables_.shorts, ahead};
+        return by_table ? dots<true>(short_queries_, keys, n) : dots<false>(short_queries_, keys, n);
+      }
+    }
     const int64_t pairs = half_ % kLanes == 0 ? half_ : 0;
-    const bool direct = p_.d % kLanes == 0 && !by_token && (!by_table || (pairs > 0 && !p_.interleaved)) &&
+    const bool direct = p_.d % kLanes == 0 && !by_token && whole && (!by_table || pairs > 0) &&
                         (count_ <= kFewRows || (std::is_same_v<Element, float> && !by_table));
     if (!direct) {
       load_keys(tokens, base, n);
-      return dots<false>(q, Keys<float>{keys_, words_, words_, pairs, nullptr, 0}, n);
+      return dots<false>(q, Keys<float>{keys_, words_, words_, pairs, nullptr, {}}, n);
     }
-    const int64_t left = tokens.entering ? 0 : tokens.count * p_.d;
-    const Keys<Element> keys{tokens.k, tokens.k_stride, words_, pairs, table_, left};
+    const Keys<Element> keys{tokens.k, tokens.k_stride, words_, pairs, tables_.floats, ahead};
     by_table ? dots<true>(q, keys, n) : dots<false>(q, keys, n);
   }
 
-  template <bool kTurn, class Element>
-  void dots(const float* q, Keys<Element> keys, int64_t n) {
+  template <bool kTurn, class Query, class Some>
+  void dots(const Query* q, Some keys, int64_t n) {
     by_rows(0, count_, [&]<int R>(int64_t row) {
       dot_keys<R, kTurn>(q + row * kQueryStride, keys, n, scores_ + row * kTile);
-      keys.left = 0;
+      keys.ahead.left = 0;
     });
   }
 
@@ -296,7 +347,7 @@ class Attention {
       const Element* row = tokens.k + j * tokens.k_stride;
       float* key = keys_ + j * words_;
       if (by_table) {
-        const float* cos = table_ + j * p_.rotary;
+        const float* cos = tables_.floats + j * p_.rotary;
         widen_rotated(row, p_.d, p_.interleaved, cos, cos + half_, half_, spare_, key);
         continue;
       }
@@ -321,7 +372,7 @@ class Attention {
 
   /// Rows that see the same keys together; what a row does not see is not even multiplied by 0.
   template <class Element>
-  void add_all_values(const Element* v, int64_t stride, int64_t base, int64_t n, bool sinks, int64_t left) {
+  void add_all_values(const Element* v, int64_t stride, int64_t base, int64_t n, bool sinks, Ahead<Element> ahead) {
     const int64_t floats = share_floats(p_);
     for (int64_t row = 0; row < count_;) {
       const Range seen = range_of(row, base, n, sinks);
@@ -331,18 +382,37 @@ class Attention {
         if (other.begin != seen.begin || other.end != seen.end) break;
       }
       by_rows(row, stop, [&]<int R>(int64_t first) {
-        const Values<Element> values{v, stride, seen.begin, seen.end, columns_, first == 0 ? left : 0};
+        const Values<Element> values{v, stride, seen.begin, seen.end, columns_, ahead};
         add_values<R>(scores_ + first * kTile, values, out_ + first * floats, floats);
+        ahead.left = 0;
       });
       row = stop;
     }
   }
 
+  /// The same for all rows together: integers that are multiplied by 0 leave no trace.
+  void add_all_integers(Values<Int8> values, int64_t base, int64_t padded) {
+    const int64_t floats = share_floats(p_);
+    for (int64_t row = 0; row < count_; ++row) {
+      const Range seen = range_of(row, base, values.stop, false);
+      float* x = scores_ + row * kTile;
+      for (int64_t j = 0; j < seen.begin; ++j) x[j] = 0.0f;
+      for (int64_t j = larger(seen.begin, seen.end); j < padded; ++j) x[j] = 0.0f;
+      row_scales_[row] = round_row(x, padded, kPlainMost, short_weights_ + row * kTile);
+    }
+    by_rows(0, count_, [&]<int R>(int64_t row) {
+      add_values<R>(short_weights_ + row * kTile, row_scales_ + row, values, out_ + row * floats, floats);
+      values.ahead.left = 0;
+    });
+  }
+
   const SinkAttentionStepParams& p_;
-  const float* const table_;
+  const Tables tables_;
   const int64_t half_, words_, columns_, rows_;
   float *const plain_, *const turned_, *const far_, *const keys_, *const values_, *const scores_;
   float *const cos_, *const sin_, *const spare_, *const k_factors_, *const v_factors_;
+  int16_t *const short_queries_, *const short_weights_;
+  float* const row_scales_;
   SinkView* const views_;
   float* const shares_;
   const int64_t bytes_;

@@ -22,30 +22,48 @@ inline void by_rows(int64_t begin, int64_t end, const Fn& fn) {
   if (row < end) fn.template operator()<1>(row);
 }
 
-/// Elements that are asked for before they are used: so much takes about as long to come as to use.
+/// What memory is asked for while rows are used: as many elements as they have, and at most `left`.
 template <class E>
-constexpr int64_t kAhead = (6 << 10) / sizeof(E);
+struct Ahead {
+  const E* rows;
+  int64_t left;
+};
 
-/// Asks for elements [begin, end) of the `left` that there are from `rows` on.
+/// Asks for elements [begin, end) of those ahead. Inlined by order: a call of a function that does nothing else is
+/// taken for one without effect by GCC, and left out.
 template <class E>
-inline void fetch(const E* rows, int64_t begin, int64_t end, int64_t left) {
+inline __attribute__((always_inline)) void fetch(const Ahead<E>& ahead, int64_t begin, int64_t end) {
   constexpr int64_t kLine = 64 / sizeof(E);
-  for (const int64_t stop = smaller(end, left); begin < stop; begin += kLine) __builtin_prefetch(rows + begin, 0, 3);
+  for (const int64_t stop = smaller(end, ahead.left); begin < stop; begin += kLine)
+    __builtin_prefetch(ahead.rows + begin, 0, 3);
 }
 
 /// Keys of a tile, `stride` elements apart.
-template <class E>
+template <class E, class Table = float>
 struct Keys {
   const E* rows;
   int64_t stride, words;  // the second is a multiple of kLanes
   int64_t pairs;          // of elements (f, f + pairs), a multiple of kLanes; they are added pair by pair
-  const float* table;     // the cosines and sines that rotate the pairs of the first key, then the second, ...
-  int64_t left;           // elements to fetch while these are used, theirs among them
+  const Table* table;     // the cosines and sines that rotate the pairs of the first key, then the second, ...
+  Ahead<E> ahead;
 };
+
+/// scores[r * kTile + k] = the sum of sums[r * K + k].
+template <int R>
+inline void store_sums(const Vec* sums, float* scores) {
+  constexpr int K = kSums / R;
+  float found[16];
+  if constexpr (kSums == 16) {
+    vec_sums(sums, found);
+  } else {
+    for (int i = 0; i < kSums; ++i) found[i] = vec_sum(sums[i]);
+  }
+  for (int r = 0; r < R; ++r) std::memcpy(scores + r * kTile, found + r * K, K * sizeof(float));
+}
 
 /// scores[r * kTile + j] = q[r] . keys[j] for R rows of q and n keys.
 template <int R, bool kTurn, class E>
-inline void dot_keys(const float* q, const Keys<E>& keys, int64_t n, float* scores) {
+__attribute__((noinline)) void dot_keys(const float* q, const Keys<E>& keys, int64_t n, float* scores) {
   constexpr int K = kSums / R;
   const int64_t pairs = keys.pairs;
   for (int64_t j = 0; j < n; j += K) {
@@ -55,7 +73,7 @@ inline void dot_keys(const float* q, const Keys<E>& keys, int64_t n, float* scor
       at[k] = keys.rows + smaller(j + k, n - 1) * keys.stride;
       if constexpr (kTurn) turn[k] = keys.table + (j + k) * 2 * pairs;
     }
-    fetch(keys.rows, kAhead<E> + j * keys.stride, kAhead<E> + (j + K) * keys.stride, keys.left);
+    fetch(keys.ahead, j * keys.stride, (j + K) * keys.stride);
     Vec sums[16] = {};
     for (int64_t f = 0; f < pairs; f += kLanes) {
       Vec x[R], y[R];
@@ -79,13 +97,7 @@ inline void dot_keys(const float* q, const Keys<E>& keys, int64_t n, float* scor
         for (int r = 0; r < R; ++r) sums[r * K + k] = vec_fma(x[r], a, sums[r * K + k]);
       }
     }
-    float found[16];
-    if constexpr (kSums == 16) {
-      vec_sums(sums, found);
-    } else {
-      for (int i = 0; i < kSums; ++i) found[i] = vec_sum(sums[i]);
-    }
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kTile + j, found + r * K, K * sizeof(float));
+    store_sums<R>(sums, scores + j);
   }
 }
 
@@ -94,17 +106,18 @@ template <class E>
 struct Values {
   const E* rows;
   int64_t stride, begin, stop, columns;  // the last is a multiple of kLanes
-  int64_t left;                          // elements to fetch while these are used, theirs among them
+  Ahead<E> ahead;
 };
 
 template <int R, int C, class E>
-inline void add_columns(const float* weights, const Values<E>& v, int64_t column, float* out, int64_t out_stride) {
+__attribute__((noinline)) void add_columns(const float* weights, const Values<E>& v, int64_t column, float* out,
+                                           int64_t out_stride) {
   for (; column + C * kLanes <= v.columns; column += C * kLanes) {
     Vec sums[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) sums[r][c] = vec_load(out + r * out_stride + column + c * kLanes);
     for (int64_t j = v.begin; j < v.stop; ++j) {
-      if (column == 0) fetch(v.rows, kAhead<E> + j * v.stride, kAhead<E> + (j + 1) * v.stride, v.left);
+      if (column == 0) fetch(v.ahead, j * v.stride, (j + 1) * v.stride);
       Vec value[C];
       for (int c = 0; c < C; ++c) value[c] = vec_load(v.rows + j * v.stride + column + c * kLanes);
       for (int r = 0; r < R; ++r) {
@@ -132,11 +145,11 @@ struct Softmax {
 };
 
 /// The products x of one row become weights where the row sees keys [begin, end), 0 elsewhere below `count`, a multiple
-/// of kLanes; what was summed before is scaled to the new maximum. Score j is product j times factors[j].
-inline void soften(float* x, int64_t begin, int64_t end, int64_t count, const float* factors, Softmax& state,
-                   float* out, int64_t columns) {
+/// of kLanes; what was summed before is scaled to the new maximum. Score j is product j times factors[j] and `factor`.
+inline void soften(float* x, int64_t begin, int64_t end, int64_t count, const float* factors, float factor,
+                   Softmax& state, float* out, int64_t columns) {
   for (int64_t j = 0; j < count; j += kLanes) {
-    const Vec score = vec_load(x + j) * vec_load(factors + j);
+    const Vec score = vec_load(x + j) * factor * vec_load(factors + j);
     vec_store(x + j, score + (score - score));  // NaN where it is infinite
   }
   for (int64_t j = 0; j < begin; ++j) x[j] = -__builtin_inff();
@@ -145,10 +158,10 @@ inline void soften(float* x, int64_t begin, int64_t end, int64_t count, const fl
   for (int64_t j = 0; j < count; j += kLanes) found = vec_max(vec_load(x + j), found);
   const float top = vec_max_all(found), shift = top == -__builtin_inff() ? 0.0f : top;
   if (top != state.top) {
-    float factor[kLanes];
-    vec_store(factor, vec_exp2(vec_set((state.top - shift) * kLog2e)));
-    state.sum *= factor[0];
-    for (int64_t c = 0; c < columns; c += kLanes) vec_store(out + c, vec_mul(vec_load(out + c), vec_set(factor[0])));
+    float fade[kLanes];
+    vec_store(fade, vec_exp2(vec_set((state.top - shift) * kLog2e)));
+    state.sum *= fade[0];
+    for (int64_t c = 0; c < columns; c += kLanes) vec_store(out + c, vec_mul(vec_load(out + c), vec_set(fade[0])));
     state.top = top;
   }
   Vec sum = vec_zero();
