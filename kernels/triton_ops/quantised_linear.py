@@ -196,11 +196,16 @@ def _aot_args(dtype: torch.dtype, tokens: int, format: int, backward: bool) -> t
     return (x, weight, *bias, columns, format)
 
 
+_TOKENS = ((torch.bfloat16, "bf16", 1), (torch.bfloat16, "bf16", 128), (torch.float32, "fp32", 1))
+
 AOT = [
-    AotCase(f"{name} {kind} {tokens} tokens", launcher, partial(_aot_args, dtype, tokens, format, backward))
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-    for format, kind in enumerate(("int8", "int4", "int4_min"))
-    for tokens in (1, 128)
+    AotCase(
+        f"{name} {kind} {tokens} {'bwd' if backward else 'fwd'}",
+        launcher,
+        partial(_aot_args, dtype, tokens, format, backward),
+    )
+    for dtype, name, tokens in _TOKENS
+    for format, kind in ((0, "int8"), (2, "int4_min"))
     for launcher, backward in ((quantised_linear_fwd, False), (quantised_linear_bwd, True))
 ]
 
