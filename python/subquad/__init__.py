@@ -21,6 +21,7 @@ from .ops.feature_map import feature_map
 from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
 from .ops.lawcat_decode_step import lawcat_decode_step
+from .ops.quantised_linear import dequantise, quantise, quantised_linear
 from .ops.sink_attention_step import sink_attention_step
 from .ops.span_attention import span_attention
 from .ops.span_search import SpanSearch, span_search
@@ -83,11 +84,14 @@ __all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "combine_spans",
     "conv_feature_map",
     "coverage_gaps",
+    "dequantise",
     "feature_map",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "interval_attention",
     "lawcat_decode_step",
+    "quantise",
+    "quantised_linear",
     "sink_attention",
     "sink_attention_step",
     "span_attention",

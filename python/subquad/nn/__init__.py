@@ -7,6 +7,7 @@ from .cats_mlp import CATSMLP, dense_state_dict
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 from .lawcat import GateProjection, LawcatAttention
+from .quantised_linear import QuantisedLinear
 from .sink_attention import SinkAttention
 from .superlinear_attention import SuperlinearAttention
 
@@ -16,6 +17,7 @@ __all__ = [
     "LawcatAttention",
     "LawcatCache",
     "LearnedFeatureMap",
+    "QuantisedLinear",
     "ShortConvolution",
     "SinkAttention",
     "SuperlinearAttention",

@@ -1,0 +1,136 @@
+"""`QuantisedLinear`: a linear layer whose weight is kept in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .. import _checks
+from .._backends import BACKENDS
+from ..ops.quantised_linear import check_weight, dequantise, quantise, quantised_linear
+from ..reference.quantised_linear import FORMATS, GROUP
+from ._children import plain
+from ._sizes import check_sizes
+
+
+class QuantisedLinear(nn.Module):
+    """y = x W^T + b with W in groups of 32 codes; see `subquad.quantised_linear`.
+
+    `weight` is a uint8 buffer `[out_features, row bytes]`: `.to(dtype)`, `.half()` and optimisers leave it alone, `state_dict`
+    and safetensors keep its bytes. Gradients reach x and the bias, never the weight. A checkpoint of a dense layer does not
+    load, nor one of another format: the shapes differ.
+
+    Args:
+        in_features: K, a multiple of 32.
+        out_features: N.
+        bias: whether there is one.
+        format: "int8", "int4" or "int4_min".
+        backend: as in `subquad.quantised_linear`.
+        device: of weight and bias.
+        dtype: of the bias.
+
+    Raises:
+        ValueError: sizes without groups of 32, an unknown format or backend.
+    """
+
+    weight: torch.Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: str = "int8",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(0, in_features=in_features, out_features=out_features)
+        _checks.flag("bias", bias)
+        _checks.choice("format", format, tuple(FORMATS))
+        if in_features % GROUP:
+            raise ValueError(f"in_features: expected a multiple of {GROUP}, got {in_features}")
+        if backend is not None:
+            _checks.choice("backend", backend, BACKENDS)
+        device = _checks.device("device", device)
+        self.in_features, self.out_features, self.format, self.backend = in_features, out_features, format, backend
+        row = in_features // GROUP * FORMATS[format].group_bytes
+        self.register_buffer("weight", torch.zeros((out_features, row), dtype=torch.uint8, device=device))
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, weights: str = "int8", *, backend: str | None = None) -> QuantisedLinear:
+        """The layer with its weight quantised; the bias is the very same parameter.
+
+        Args:
+            linear: an `nn.Linear` without adapters or hooks.
+            weights: "int8", "int4" or "int4_min".
+            backend: as in the class.
+
+        Raises:
+            TypeError: `linear` is something else.
+            ValueError: a size without groups of 32, weights that are not finite, an unknown format. `linear` is unchanged.
+        """
+        if not plain(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear without adapters or hooks, got {type(linear).__name__}")
+        _checks.choice("weights", weights, tuple(FORMATS))
+        return cls.from_bytes(quantise(linear.weight, weights), linear.bias, format=weights, backend=backend)
+
+    @classmethod
+    def from_bytes(
+        cls, weight: torch.Tensor, bias: nn.Parameter | None = None, *, format: str, backend: str | None = None
+    ) -> QuantisedLinear:
+        """Around bytes that `quantise` made, or that came from a file.
+
+        Args:
+            weight: uint8 `[N, row bytes]`; not copied.
+            bias: `[N]` or None.
+            format, backend: as in the class.
+
+        Raises:
+            TypeError: weight is not uint8.
+            ValueError: a shape that does not fit.
+        """
+        _checks.choice("format", format, tuple(FORMATS))
+        columns = check_weight("weight", weight, format)
+        if bias is not None and bias.shape != (weight.shape[0],):
+            raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+        self = cls(columns, weight.shape[0], False, format=format, backend=backend, device="meta")
+        self.weight = weight
+        self.bias = bias
+        return self
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """The dense layer that computes the same: its weight is what the codes stand for, its bias the same parameter.
+
+        Raises:
+            TypeError: dtype is no floating one.
+        """
+        linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
+        linear.weight = nn.Parameter(dequantise(self.weight, self.format, dtype))
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y `[..., N]` of x `[..., K]`, in x's dtype."""
+        return quantised_linear(x, self.weight, self.bias, format=self.format, backend=self.backend)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantisedLinear:
+        """Moves, never casts, the bytes: torch's own casts leave integers alone, others are refused."""
+        super()._apply(fn, recurse)
+        if self.weight.dtype != torch.uint8:
+            raise TypeError(f"weight: expected uint8 codes, got a cast to {self.weight.dtype}; use to_linear(dtype)")
+        return self
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format!r}"
+
+
+__all__: list[str] = ["QuantisedLinear"]
