@@ -204,8 +204,8 @@ FAULTS = (
         "cpu-attention-parts",
         "accumulator",
         _ATTENTION_ITEMS,
-        "for (int64_t part = 0; part < count; ++part)",
-        "for (int64_t part = 0; part + 1 < count; ++part)",
+        "for (int64_t i = 0; i < parts.count; ++i)",
+        "for (int64_t i = 0; i + 1 < parts.count; ++i)",
     ),
     Fault(
         "cpu-attention-dk-scale",

@@ -19,6 +19,7 @@ _FEW = of("ops/span_attention/cpu_pieces.h", "span_attention")
 _ITEMS = of("ops/span_attention/cpu.isa.cpp", "span_attention")
 _SCORES = of("ops/span_attention/cpu_backward_scores.h", "span_attention", first=("gradients", "backward"))
 _QUERIES = of("ops/span_attention/cpu_backward_queries.h", "span_attention", first=("gradients", "backward"))
+_GROUPS = of("ops/span_attention/cpu_backward_pairs.h", "span_attention", first=("gradients", "backward"))
 _KEYS = of("ops/span_attention/cpu_backward_keys.h", "span_attention", first=("gradients", "backward"))
 
 FAULTS = (
@@ -120,10 +121,10 @@ FAULTS = (
     Fault("cpu-span-gate", "formula", _SUMS, "p_.gate[at_ * p_.spans + slot]", "p_.gate[at_ * p_.spans]"),
     Fault("cpu-span-nothing", "nan", _SUMS, "top == kNothing ? 0.0f : top", "top"),
     # --- attention, backward
-    Fault("cpu-span-grad-seen", "mask", _SCORES, "key_ + j < pair.end &&", "key_ + j <= pair.end &&"),
-    Fault("cpu-span-dgate-base", "gradient", _QUERIES, "e_[pair] * *norm + weight * to_base", "e_[pair] * *norm"),
-    Fault("cpu-span-dbase-lse", "gradient", _QUERIES, "weight * (gate * to_base - *c)", "weight * gate * to_base"),
-    Fault("cpu-span-dq-scale", "gradient", _QUERIES, "from_float<T>(dq_[i] * p_.scale)", "from_float<T>(dq_[i])"),
-    Fault("cpu-span-longest", "bounds", _KEYS, "before((key - *longest_) / kCell * kCell)", "before(key)"),
-    Fault("cpu-span-dv-gate", "gradient", _KEYS, "gate * norm, c * norm}", "norm, c * norm}"),
+    Fault("cpu-span-grad-seen", "mask", _SCORES, "(place < end_[i])", "(place <= end_[i])"),
+    Fault("cpu-span-dgate-base", "gradient", _QUERIES, "e * norm + weight * norm * to_base_[row]", "e * norm"),
+    Fault("cpu-span-dbase-lse", "gradient", _QUERIES, "weight * (gate * to_base_[row] - *c)", "weight * gate * to_base_[row]"),
+    Fault("cpu-span-dq-scale", "gradient", _QUERIES, "dbase_lse = 0.0f, factor = p_.scale;", "dbase_lse = 0.0f, factor = 1.0f;"),
+    Fault("cpu-span-longest", "bounds", _GROUPS, "before((first - *longest_) / kCell * kCell)", "before(first)"),
+    Fault("cpu-span-dv-gate", "gradient", _KEYS, "scores_.factor[i] = gate * norm", "scores_.factor[i] = norm"),
 )

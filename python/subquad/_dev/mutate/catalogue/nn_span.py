@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..fault import Fault, Where
 
 _LAYER = Where(
@@ -12,7 +14,7 @@ _LAYER = Where(
 )
 
 FAULTS = (
-    Fault("nn-spans-place", "formula", _LAYER, "place = place if seen is None else place + seen", "place = place"),
+    Fault("nn-spans-place", "formula", _LAYER, "return place if seen is None else place + seen", "return place"),
     Fault("nn-spans-search-norm", "formula", _LAYER, "normed(self.q_norm, search)", "search"),
     Fault("nn-spans-rope-factor", "formula", _LAYER, "factor = self.rope.attention_scaling**2", "factor = 1.0"),
     Fault(
@@ -29,7 +31,7 @@ FAULTS = (
         "q, k, search = (self.scores.rotate(x, given) for x in (q, k, search))",
         "q, k = (self.scores.rotate(x, given) for x in (q, k))",
     ),
-    Fault("nn-spans-packed", "mask", _LAYER, "first=firsts_of(tokens, t)", "first=None"),
+    Fault("nn-spans-packed", "mask", _LAYER, "first = firsts_of(tokens, t)", "first = None"),
     Fault(
         "nn-spans-padding",
         "mask",
@@ -37,13 +39,13 @@ FAULTS = (
         "shown = None if shown is None else shown.to(q.device).expand(b, -1)",
         "shown = None",
     ),
-    Fault("nn-spans-cached-packs", "guard", _LAYER, "_check_alone(tokens)", "pass"),
+    Fault("nn-spans-cached-packs", "guard", _LAYER, "lambda: refuse_packed(tokens)", "lambda: None"),
     Fault(
         "nn-spans-cached-begins",
         "guard",
-        _LAYER,
-        "(begins & (real.cumsum(1) > 1)).any()",
-        "(begins & (real.cumsum(1) < 1)).any()",
+        dataclasses.replace(_LAYER, file="python/subquad/nn/_tokens.py"),
+        "first = real.cumsum(1) == 1",
+        "first = real.cumsum(1) >= 1",
     ),
     Fault(
         "nn-spans-sliding-cache",
