@@ -8,6 +8,8 @@
 namespace subquad::cpu {
 namespace {
 
+constexpr int64_t kUpdateRows = 16;  // that share the taps of a slice of channels
+
 struct Cpu {
   static void forward(const CausalConv1dParams& p, DType dtype, const Tensor& x, const auto&...) {
     const CausalConv1dKernels kernels = conv_kernels(dtype);
@@ -40,11 +42,14 @@ struct Cpu {
     const int64_t elements = p.batch * p.tokens * p.channels;
     if (elements == 0) return;
     const CausalConv1dKernels kernels = conv_kernels(dtype);
-    constexpr int64_t kSlice = 512;
-    const int64_t slices = ceil_div(p.inputs, kSlice);
-    parallel_items(p.batch * slices, elements < kConvSmall / 2, [&](int64_t i) {
-      const int64_t c0 = i % slices * kSlice;
-      kernels.update(p, i / slices, c0, std::min(p.inputs, c0 + kSlice));
+    const int64_t width = p.groups == 1 ? p.inputs : p.head_dim, heads = p.inputs / width;
+    const int64_t slices = ceil_div(width, kConvUpdateChannels), rows = ceil_div(p.batch, kUpdateRows);
+    const int64_t bytes = p.groups * (p.taps + 1) * std::min(kConvUpdateChannels, width) * kFloatBytes;
+    parallel_items_with_scratch(heads * slices * rows, elements < kConvSmall, bytes, [&](int64_t i, void* scratch) {
+      const int64_t head = i / slices % heads, b0 = i / slices / heads * kUpdateRows;
+      const int64_t c0 = head * width + i % slices * kConvUpdateChannels;
+      kernels.update(p, static_cast<float*>(scratch), b0, std::min(p.batch, b0 + kUpdateRows), c0,
+                     std::min((head + 1) * width, c0 + kConvUpdateChannels));
     });
   }
 };

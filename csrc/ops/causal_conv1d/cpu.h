@@ -24,13 +24,15 @@ struct CausalConv1dKernels {
   void (*reduce)(const CausalConv1dParams&, int64_t c0, int64_t c1);
   void (*final_state)(const CausalConv1dParams&, int64_t n);
   void (*state_grad)(const CausalConv1dParams&, const float* packed, int64_t n);
-  /// Input channels [c0, c1) of one row.
-  void (*update)(const CausalConv1dUpdateParams&, int64_t b, int64_t c0, int64_t c1);
+  /// Input channels [c0, c1) of one head, at most kConvUpdateChannels, for rows [b0, b1). `scratch`: taps + 1 floats
+  /// per output channel.
+  void (*update)(const CausalConv1dUpdateParams&, float* scratch, int64_t b0, int64_t b1, int64_t c0, int64_t c1);
 };
 
-constexpr int64_t kConvTile = 16;        // rows that a register window walks down before the next channels
-constexpr int64_t kConvChannels = 2048;  // channels of one work item at most
-constexpr int64_t kConvBackChannels = 512;
+// Rows that a register window walks down before the next channels, and channels of one work item at most.
+constexpr int64_t kConvRows = 8, kConvChannels = 2048;
+constexpr int64_t kConvTile = 16, kConvBackChannels = 512;
+constexpr int64_t kConvUpdateChannels = 256;
 
 // wide_gradient: grad_y is float whatever the other elements are.
 SQ_KERNELS_BY_ISA(CausalConv1dKernels, causal_conv1d_kernels, DType dtype, bool wide_gradient)

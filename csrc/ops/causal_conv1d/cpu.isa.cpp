@@ -264,51 +264,152 @@ void state_grad(const Params& p, const float* packed, int64_t n) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------- a decoding step
+
+using Update = CausalConv1dUpdateParams;
+
+/// The state of one row of the batch: element l of channel k at k * stride_c + l * stride_l.
 template <class T>
-void update(const CausalConv1dUpdateParams& p, int64_t b, int64_t c0, int64_t c1) {
-  const int64_t n = p.indices == nullptr ? b : p.indices[b];
-  const bool live = n >= 0 && n < p.states;
-  const T *weight = static_cast<const T*>(p.weight), *bias = static_cast<const T*>(p.bias);
-  const T* residual = static_cast<const T*>(p.residual);
-  const int64_t past = p.taps - 1;
-  int64_t position = p.seqlens == nullptr || p.length == 0 ? 0 : p.seqlens[b] % p.length;
-  if (position < 0) position += p.length;
-  for (int64_t ci = c0; ci < c1; ++ci) {
-    T* state = static_cast<T*>(p.state) + (live ? n : 0) * p.state_stride_n + ci * p.state_stride_c;
-    const T* x = static_cast<const T*>(p.x) + b * p.tokens * p.inputs + ci;
-    float window[kConvMaxTaps] = {};
-    for (int64_t i = 0; live && i < past; ++i) {
-      int64_t slot = p.length - past + i;
-      if (p.seqlens != nullptr) slot = (position + slot) % p.length;
-      window[i] = to_float(state[slot * p.state_stride_l]);
-    }
-    const int64_t h = ci / p.head_dim, e = ci - h * p.head_dim;
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      window[past] = to_float(x[t * p.inputs]);
-      for (int64_t g = 0; g < p.groups; ++g) {
-        const int64_t c = p.groups == 1 ? ci : (h * p.groups + g) * p.head_dim + e;
-        const int64_t out = (b * p.tokens + t) * p.channels + c;
-        float z = bias == nullptr ? 0.0f : to_float(bias[c]);
-        for (int64_t w = 0; w <= past; ++w) z = to_float(weight[c * p.taps + w]) * window[w] + z;
-        if (p.silu) z = activate<Activation::kSilu>(z);
-        if (residual != nullptr) z += to_float(residual[out]);
-        static_cast<T*>(p.y)[out] = from_float<T>(live ? z : 0.0f);
+struct State {
+  T* data;
+  int64_t stride_c, stride_l, length, position;
+  bool ring;
+
+  /// Where the input lies that came `back` tokens before the next.
+  int64_t slot(int64_t back) const { return ring ? (position + length - back) % length : length - back; }
+};
+
+/// The taps of channels [c, c + n) as rows of n floats, the bias below them.
+template <int kTaps, class T>
+void pack_taps(const Update& p, int64_t c, int64_t n, float* packed) {
+  const T *weight = static_cast<const T*>(p.weight) + c * kTaps, *bias = static_cast<const T*>(p.bias);
+#pragma GCC ivdep
+  for (int64_t k = 0; k < n; ++k) {
+    for (int w = 0; w < kTaps; ++w) packed[w * n + k] = to_float(weight[k * kTaps + w]);
+  }
+  for (int64_t k = 0; k < n; ++k) packed[kTaps * n + k] = bias == nullptr ? 0.0f : to_float(bias[c + k]);
+}
+
+/// Rows of inputs before the new ones, oldest first. A dense state of just these is read and written in vectors.
+template <int kPast, class T>
+struct Past {
+  T rows[kPast][kConvUpdateChannels];
+
+  static bool dense(const State<T>& s) {
+    return !s.ring && s.length == kPast && s.stride_c == kPast && (s.stride_l == 1 || kPast == 1);
+  }
+
+  void read(const State<T>& s, int64_t n) {
+    if (dense(s)) {
+#pragma GCC ivdep
+      for (int64_t k = 0; k < n; ++k) {
+        for (int i = 0; i < kPast; ++i) rows[i][k] = s.data[k * kPast + i];
       }
-      for (int64_t w = 0; w < past; ++w) window[w] = window[w + 1];
+      return;
     }
-    if (!live) continue;
-    if (p.seqlens != nullptr) {
-      for (int64_t t = 0; p.length > 0 && t < p.tokens; ++t) {
-        state[(position + t) % p.length * p.state_stride_l] = x[t * p.inputs];
-      }
+    for (int i = 0; i < kPast; ++i) {
+      const T* from = s.data + s.slot(kPast - i) * s.stride_l;
+      for (int64_t k = 0; k < n; ++k) rows[i][k] = from[k * s.stride_c];
+    }
+  }
+
+  /// The row that came `back` tokens before token t, of which x has `stride` elements each.
+  const T* row(const T* x, int64_t stride, int64_t t, int64_t back) const {
+    return t >= back ? x + (t - back) * stride : rows[kPast - (back - t)];
+  }
+
+  /// A dense state after `tokens` more.
+  void shift(const State<T>& s, const T* x, int64_t stride, int64_t tokens, int64_t n) const {
+    const T* from[kPast];
+    for (int i = 0; i < kPast; ++i) from[i] = row(x, stride, tokens, kPast - i);
+#pragma GCC ivdep
+    for (int64_t k = 0; k < n; ++k) {
+      for (int i = 0; i < kPast; ++i) s.data[k * kPast + i] = from[i][k];
+    }
+  }
+};
+template <class T>
+struct Past<0, T> {
+  static bool dense(const State<T>& s) { return s.length == 0; }
+  void read(const State<T>&, int64_t) {}
+  const T* row(const T* x, int64_t stride, int64_t t, int64_t) const { return x + t * stride; }
+  void shift(const State<T>&, const T*, int64_t, int64_t, int64_t) const {}
+};
+
+/// Any state after `tokens` more.
+template <class T>
+void advance(const State<T>& s, const T* x, int64_t stride, int64_t tokens, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    T* data = s.data + k * s.stride_c;
+    if (s.ring) {
+      for (int64_t t = 0; t < tokens; ++t) data[(s.position + t) % s.length * s.stride_l] = x[t * stride + k];
     } else {
-      for (int64_t l = 0; l < p.length; ++l) {
-        const int64_t from = l + p.tokens;
-        state[l * p.state_stride_l] =
-            from < p.length ? state[from * p.state_stride_l] : x[(from - p.length) * p.inputs];
+      for (int64_t l = 0; l < s.length; ++l) {
+        const int64_t from = l + tokens;
+        data[l * s.stride_l] = from < s.length ? data[from * s.stride_l] : x[(from - s.length) * stride + k];
       }
     }
   }
+}
+
+template <int kTaps, bool kWhole, class T>
+inline __attribute__((always_inline)) void update_lanes(const T* const* rows, const float* packed, int64_t n, bool silu,
+                                                        const T* residual, T* y, int64_t k, int64_t lanes) {
+  Vec z = vec_load_part<kWhole>(packed + kTaps * n + k, lanes);
+  for (int w = 0; w < kTaps; ++w) {
+    z = vec_load_part<kWhole>(packed + w * n + k, lanes) * vec_load_part<kWhole>(rows[w] + k, lanes) + z;
+  }
+  if (silu) z = conv::silu(z);
+  if (residual != nullptr) z += vec_load_part<kWhole>(residual + k, lanes);
+  vec_store_part<kWhole>(y + k, z, lanes);
+}
+
+template <int kTaps, class T>
+void update(const Update& p, float* packed, int64_t b0, int64_t b1, int64_t c0, int64_t n) {
+  constexpr int kPast = kTaps - 1;
+  const int64_t head = c0 / p.head_dim, first = head * p.groups * p.head_dim + (c0 - head * p.head_dim);
+  for (int64_t g = 0; g < p.groups; ++g) {
+    pack_taps<kTaps, T>(p, first + g * p.head_dim, n, packed + g * (kTaps + 1) * n);
+  }
+  Past<kPast, T> past;
+  for (int64_t b = b0; b < b1; ++b) {
+    const int64_t index = p.indices == nullptr ? b : p.indices[b];
+    const bool live = index >= 0 && index < p.states;
+    const T* x = static_cast<const T*>(p.x) + b * p.tokens * p.inputs + c0;
+    T* data = static_cast<T*>(p.state) + (live ? index : 0) * p.state_stride_n + c0 * p.state_stride_c;
+    State<T> s{data, p.state_stride_c, p.state_stride_l, p.length, 0, p.seqlens != nullptr && p.length > 0};
+    if (s.ring) s.position = p.seqlens[b] % s.length;
+    if (s.position < 0) s.position += s.length;
+    if (live) past.read(s, n);
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      const T* rows[kTaps];
+      for (int w = 0; w < kTaps; ++w) rows[w] = past.row(x, p.inputs, t, kPast - w);
+      for (int64_t g = 0; g < p.groups; ++g) {
+        const int64_t out = (b * p.tokens + t) * p.channels + first + g * p.head_dim;
+        const T* residual = p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + out;
+        const float* taps = packed + g * (kTaps + 1) * n;
+        T* y = static_cast<T*>(p.y) + out;
+        int64_t k = 0;
+        if (!live) {
+          for (; k < n; ++k) y[k] = from_float<T>(0.0f);
+        }
+        for (; k + kLanes <= n; k += kLanes) update_lanes<kTaps, true>(rows, taps, n, p.silu, residual, y, k, kLanes);
+        if (k < n) update_lanes<kTaps, false>(rows, taps, n, p.silu, residual, y, k, n - k);
+      }
+    }
+    if (live && past.dense(s)) {
+      past.shift(s, x, p.inputs, p.tokens, n);
+    } else if (live) {
+      advance(s, x, p.inputs, p.tokens, n);
+    }
+  }
+}
+
+template <class T>
+void update(const Update& p, float* scratch, int64_t b0, int64_t b1, int64_t c0, int64_t c1) {
+#define SQ_CALL(taps) update<taps, T>(p, scratch, b0, b1, c0, c1 - c0)
+  SQ_BY_TAPS(p.taps, SQ_CALL)
+#undef SQ_CALL
 }
 
 template <class T, class G>

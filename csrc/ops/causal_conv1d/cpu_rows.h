@@ -1,6 +1,7 @@
 // Rows of the causal depthwise convolution, for the kernels that make them. One instruction set. A vector of channels
 // walks down a tile of rows with its last inputs in registers, so every input is loaded once; the next vector follows
-// beside it, so that memory is read in as many forward streams as the tile has rows.
+// beside it, so that memory is read in as many forward streams as the tile has rows: few enough for the ways of a
+// cache, since rows often lie a multiple of its size apart.
 #pragma once
 
 #include "common/half.h"
@@ -72,31 +73,68 @@ struct Rows {
   int64_t rows, channels;
 };
 
-template <int kTaps, bool kSilu, bool kWhole, class T, class Y>
+/// Stores two vectors, one after the other.
+template <class T>
+inline __attribute__((always_inline)) void store_two(T* p, Vec a, Vec b) {
+  vec_store(p, a);
+  vec_store(p + kLanes, b);
+}
+#if defined(SQ_AVX512)
+/// Rounded as `vec_store` does; the upper halves of both leave in one shuffle.
+inline __attribute__((always_inline)) void store_two(BFloat16* p, Vec a, Vec b) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  constexpr Halves kUpper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                             33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const auto rounded = [](Vec x) __attribute__((always_inline)) {
+    const VecBits bits = same_bits<VecBits>(x), up = bits + 0x7fffu + (bits >> 16 & 1u);
+    return same_bits<Halves>(x == x ? up : bits | 0x400000u);  // NaN stays NaN
+  };
+  const Halves both = __builtin_shuffle(rounded(a), rounded(b), kUpper);
+  std::memcpy(p, &both, sizeof both);
+}
+#endif
+
+/// Walks down kVecs vectors of channels, or `lanes` channels of one.
+template <int kTaps, bool kSilu, int kVecs, bool kWhole, class T, class Y>
 inline __attribute__((always_inline)) void convolve_lanes(const Rows<T, Y>& r, int64_t c, int64_t lanes) {
-  Vec w[kTaps], window[kTaps];
-  for (int i = 0; i < kTaps; ++i) w[i] = vec_load_part<kWhole>(r.weight + i * r.weight_stride + c, lanes);
-  const Vec bias = vec_load_part<kWhole>(r.bias + c, lanes);
-  for (int i = 0; i < kTaps - 1; ++i) {
-    window[i] = r.history != nullptr ? vec_load_part<kWhole>(r.history + i * r.channels + c, lanes)
-                                     : vec_load_part<kWhole>(r.x + (i - (kTaps - 1)) * r.x_stride + c, lanes);
+  const auto load = [lanes](const auto* p, int v)
+                        __attribute__((always_inline)) { return vec_load_part<kWhole>(p + v * kLanes, lanes); };
+  Vec w[kTaps][kVecs], window[kTaps][kVecs], bias[kVecs], z[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    for (int i = 0; i < kTaps; ++i) w[i][v] = load(r.weight + i * r.weight_stride + c, v);
+    bias[v] = load(r.bias + c, v);
+    for (int i = 0; i < kTaps - 1; ++i) {
+      window[i][v] = r.history != nullptr ? load(r.history + i * r.channels + c, v)
+                                          : load(r.x + (i - (kTaps - 1)) * r.x_stride + c, v);
+    }
   }
+#pragma GCC unroll 4
   for (int64_t t = 0; t < r.rows; ++t) {
-    window[kTaps - 1] = vec_load_part<kWhole>(r.x + t * r.x_stride + c, lanes);
-    Vec z = bias;
-    for (int i = 0; i < kTaps; ++i) z = w[i] * window[i] + z;
-    if constexpr (kSilu) z = conv::silu(z);
-    if (r.residual != nullptr) z += vec_load_part<kWhole>(r.residual + t * r.residual_stride + c, lanes);
-    vec_store_part<kWhole>(r.y + t * r.y_stride + c, z, lanes);
-    for (int i = 0; i < kTaps - 1; ++i) window[i] = window[i + 1];
+    for (int v = 0; v < kVecs; ++v) {
+      window[kTaps - 1][v] = load(r.x + t * r.x_stride + c, v);
+      z[v] = bias[v];
+      for (int i = 0; i < kTaps; ++i) z[v] = w[i][v] * window[i][v] + z[v];
+      if constexpr (kSilu) z[v] = conv::silu(z[v]);
+      if (r.residual != nullptr) z[v] += load(r.residual + t * r.residual_stride + c, v);
+      for (int i = 0; i < kTaps - 1; ++i) window[i][v] = window[i + 1][v];
+    }
+    Y* y = r.y + t * r.y_stride + c;
+    if constexpr (kVecs == 2) {
+      store_two(y, z[0], z[1]);
+    } else {
+      vec_store_part<kWhole>(y, z[0], lanes);
+    }
   }
 }
 
 template <int kTaps, bool kSilu, class T, class Y>
 void convolve(const Rows<T, Y>& r) {
   int64_t c = 0;
-  for (; c + kLanes <= r.channels; c += kLanes) convolve_lanes<kTaps, kSilu, true>(r, c, kLanes);
-  if (c < r.channels) convolve_lanes<kTaps, kSilu, false>(r, c, r.channels - c);
+  if constexpr (kTaps <= 4) {  // as many as registers hold: a line of 16-bit elements at once
+    for (; c + 2 * kLanes <= r.channels; c += 2 * kLanes) convolve_lanes<kTaps, kSilu, 2, true>(r, c, kLanes);
+  }
+  for (; c + kLanes <= r.channels; c += kLanes) convolve_lanes<kTaps, kSilu, 1, true>(r, c, kLanes);
+  if (c < r.channels) convolve_lanes<kTaps, kSilu, 1, false>(r, c, r.channels - c);
 }
 
 #define SQ_BY_TAPS(taps, call) \
@@ -144,7 +182,7 @@ void forward_head(const Params& p, const float* packed, float* scratch, int64_t 
     const int64_t before = t - s.start, stop = t1 < s.end ? t1 : s.end;
     int taps = p.taps;
     r.history = nullptr;
-    r.rows = (stop - t < kConvTile) ? stop - t : kConvTile;
+    r.rows = (stop - t < kConvRows) ? stop - t : kConvRows;
     if (before < p.taps - 1) {
       if (p.state != nullptr) {
         gather_history<T>(p, b, s, t, input, n, scratch);

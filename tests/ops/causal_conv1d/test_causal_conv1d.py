@@ -317,3 +317,23 @@ def test_module_and_compatible_names() -> None:
     state = torch.zeros(2, 6, 3)
     step = compat.causal_conv1d_update(rows, state, w.detach(), b.detach(), activation="silu")
     torch.testing.assert_close(step.transpose(1, 2), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 8])
+def test_steps_have_the_bits_of_the_whole_sequence(dtype: torch.dtype, taps: int) -> None:
+    """One order of the same fused sums; states dense, with channels last, longer than the taps, and a ring."""
+    draw = torch.Generator().manual_seed(taps)
+    x, weight, bias = (torch.randn(*n, generator=draw).to(dtype) for n in ((19, 13, 277), (277, taps), (277,)))
+    expected = subquad.causal_conv1d(x, weight, bias, activation="silu", backend="native")[0]
+    dense, longer, ring = (torch.zeros(19, 277, taps - 1 + more, dtype=dtype) for more in (0, 2, 1))
+    channels_last = torch.zeros(19, taps - 1, 277, dtype=dtype).transpose(1, 2)
+    for t in range(x.shape[1]):
+        for state in (dense, longer, channels_last, ring):
+            count = torch.full((19,), t, dtype=torch.int32) if state is ring else None
+            y = subquad.causal_conv1d_update(
+                x[:, t], state, weight, bias, activation="silu", cache_seqlens=count, backend="native"
+            )
+            assert torch.equal(y, expected[:, t])
+    assert torch.equal(dense, x[:, x.shape[1] + 1 - taps :].transpose(1, 2))
+    assert torch.equal(channels_last, dense)
