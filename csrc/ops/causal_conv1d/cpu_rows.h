@@ -165,10 +165,10 @@ void convolve(const Rows<T, Y>& r, int taps, bool silu) {
 }
 
 /// Rows [t0, t1) of n output channels from c on, which lie in one head, to y, whose rows are `y_stride` apart.
-/// `scratch`: kConvMaxTaps * n floats, needed with a state only.
+/// `scratch`: kConvMaxTaps * n floats, needed with a state only. `tile`: rows at once, at least kConvMaxTaps.
 template <class T, class Y>
 void forward_head(const Params& p, const float* packed, float* scratch, int64_t b, int64_t t0, int64_t t1, int64_t c,
-                  int64_t n, Y* y, int64_t y_stride) {
+                  int64_t n, Y* y, int64_t y_stride, int64_t tile = kConvRows) {
   const int64_t input = input_of(p, c);
   Rows<T, Y> r{};
   r.x_stride = p.x_stride_t;
@@ -182,7 +182,7 @@ void forward_head(const Params& p, const float* packed, float* scratch, int64_t 
     const int64_t before = t - s.start, stop = t1 < s.end ? t1 : s.end;
     int taps = p.taps;
     r.history = nullptr;
-    r.rows = (stop - t < kConvRows) ? stop - t : kConvRows;
+    r.rows = stop - t < tile ? stop - t : tile;
     if (before < p.taps - 1) {
       if (p.state != nullptr) {
         gather_history<T>(p, b, s, t, input, n, scratch);

@@ -28,7 +28,7 @@ int64_t scratch_bytes(const ConvFeatureMapParams& p, bool backward) {
 template <class T>
 void convolve_tile(const ConvFeatureMapParams& p, const float* packed, const feature::Scratch& s, float* history,
                    int64_t b, int64_t t, int64_t n, int64_t head) {
-  conv::forward_head<T>(p.conv, packed, history, b, t, t + n, head * p.map.d, p.map.d, s.x, s.ldx);
+  conv::forward_head<T>(p.conv, packed, history, b, t, t + n, head * p.map.d, p.map.d, s.x, s.ldx, kConvTile);
   zero_words(s.x + n * s.ldx, (round_up(n, kTileRows) - n) * s.ldx);
 }
 
