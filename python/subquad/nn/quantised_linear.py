@@ -114,7 +114,7 @@ class QuantisedLinear(nn.Module):
         """
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
         linear.weight = nn.Parameter(dequantise(self.weight, self.format, dtype))
-        linear.bias = self.bias
+        linear.bias = self.bias  # type: ignore[assignment]  # None is what nn.Linear has without one
         return linear.train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

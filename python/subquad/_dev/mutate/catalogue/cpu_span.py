@@ -123,8 +123,20 @@ FAULTS = (
     # --- attention, backward
     Fault("cpu-span-grad-seen", "mask", _SCORES, "(place < end_[i])", "(place <= end_[i])"),
     Fault("cpu-span-dgate-base", "gradient", _QUERIES, "e * norm + weight * norm * to_base_[row]", "e * norm"),
-    Fault("cpu-span-dbase-lse", "gradient", _QUERIES, "weight * (gate * to_base_[row] - *c)", "weight * gate * to_base_[row]"),
-    Fault("cpu-span-dq-scale", "gradient", _QUERIES, "dbase_lse = 0.0f, factor = p_.scale;", "dbase_lse = 0.0f, factor = 1.0f;"),
+    Fault(
+        "cpu-span-dbase-lse",
+        "gradient",
+        _QUERIES,
+        "weight * (gate * to_base_[row] - *c)",
+        "weight * gate * to_base_[row]",
+    ),
+    Fault(
+        "cpu-span-dq-scale",
+        "gradient",
+        _QUERIES,
+        "dbase_lse = 0.0f, factor = p_.scale;",
+        "dbase_lse = 0.0f, factor = 1.0f;",
+    ),
     Fault("cpu-span-longest", "bounds", _GROUPS, "before((first - *longest_) / kCell * kCell)", "before(first)"),
     Fault("cpu-span-dv-gate", "gradient", _KEYS, "scores_.factor[i] = gate * norm", "scores_.factor[i] = norm"),
 )
