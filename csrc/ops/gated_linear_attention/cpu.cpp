@@ -22,6 +22,14 @@ bool is_small(const GatedLinearAttentionParams& p) {
   return p.q.heads * p.sequences * p.tokens * p.dk * p.dv < kSmallProducts;
 }
 
+constexpr int64_t kSlice = 16;  // columns of a state for a thread are a multiple of this
+
+/// Slices of the columns of a state, at most `wanted`.
+int64_t slices_of(int64_t columns, int64_t wanted) {
+  const int64_t most = ceil_div(columns, kSlice), each = ceil_div(most, clamp(wanted, 1, most));
+  return ceil_div(most, each);
+}
+
 struct Cpu {
   static void forward(GatedLinearAttentionParams p, DType dtype, const Tensor& q, const auto&...) {
     p.group = group_of(p);
@@ -50,7 +58,19 @@ struct Cpu {
     constexpr int64_t kSmallState = 1 << 16;
     const GatedLinearAttentionKernels kernels = SQ_DISPATCH_ISA(gated_linear_attention_kernels, dtype);
     const int64_t items = p.batch * p.states;
-    parallel_items(items, items * p.dk * p.dv < kSmallState, [&](int64_t item) { kernels.step(p, item); });
+    const bool small = items * p.dk * p.dv < kSmallState;
+    const auto whole = [&](int64_t item) { kernels.step(p, item, 0, p.dv, nullptr); };
+    if (p.batch > 1 || items == 0) return parallel_items(items, small, whole);
+    if (small || items >= thread_count()) return parallel_shares(items, small, whole);
+    const int64_t slices = slices_of(p.dv, ceil_div(thread_count(), items));
+    const int64_t width = kSlice * ceil_div(ceil_div(p.dv, kSlice), slices);
+    const Scratch memory(p.batch * p.q_heads * static_cast<int64_t>(sizeof(float)));
+    auto* const inverses = static_cast<float*>(memory.at(0));
+    for (int64_t item = 0; item < items; ++item) kernels.step_totals(p, item, inverses);
+    parallel_shares(items * slices, false, [&](int64_t i) {
+      const int64_t first = i % slices * width;
+      kernels.step(p, i / slices, first, smaller(width, p.dv - first), inverses);
+    });
   }
 };
 
