@@ -13,7 +13,7 @@ using namespace gla;
 
 int64_t groups(const GatedLinearAttentionParams& p) { return ceil_div(p.states, p.group); }
 
-int64_t forward_items(const GatedLinearAttentionParams& p) { return p.sequences * groups(p); }
+int64_t forward_items(const GatedLinearAttentionParams& p) { return p.sequences * groups(p) * p.shares; }
 
 template <class T>
 int64_t forward_scratch(const GatedLinearAttentionParams& p) {
@@ -22,8 +22,8 @@ int64_t forward_scratch(const GatedLinearAttentionParams& p) {
 
 template <class T>
 void forward(const GatedLinearAttentionParams& p, int64_t item, void* scratch) {
-  const int64_t count = groups(p), first = item % count * p.group;
-  GlaForward<T>(p, Arena(scratch)).run(item / count, first, smaller(first + p.group, p.states));
+  const int64_t count = groups(p), own = item / p.shares, first = own % count * p.group;
+  GlaForward<T>(p, Arena(scratch)).run(own / count, first, smaller(first + p.group, p.states), item % p.shares);
 }
 
 int64_t backward_items(const GatedLinearAttentionParams& p) { return p.sequences * gla_units(p); }

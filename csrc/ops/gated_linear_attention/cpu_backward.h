@@ -13,7 +13,6 @@ namespace subquad::cpu::SUBQUAD_ISA::gla {
 
 constexpr int64_t kSegmentBlocks = 4;
 constexpr int64_t kSegment = kSegmentBlocks * kChunk;
-constexpr int64_t kHalvings = 6;  // a block of 32 is halved at most five times
 
 inline int64_t common_divisor(int64_t a, int64_t b) {
   while (b != 0) {
