@@ -10,8 +10,10 @@ namespace subquad::cpu {
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
 
-void run_workers(int64_t workers, void (*worker)(void*), void* context) {
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { worker(context); });
+void run_workers(int64_t workers, void (*worker)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) worker(context, i);
+  });
 }
 
 void advise_huge_pages([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {

@@ -9,8 +9,8 @@ namespace subquad::cpu {
 
 int64_t thread_count();
 
-/// worker(context) on `workers` threads.
-void run_workers(int64_t workers, void (*worker)(void* context), void* context);
+/// worker(context, i) for i in [0, workers), on as many threads; the same thread has the same i each time.
+void run_workers(int64_t workers, void (*worker)(void* context, int64_t index), void* context);
 
 /// Ask for huge pages below new memory, where it is large: filling it then costs a few page faults instead of
 /// thousands, which otherwise take longer than the filling.
@@ -24,9 +24,9 @@ void parallel_workers(int64_t n, bool small, const Worker& worker) {
   std::atomic<int64_t> counter{0};
   const auto next = [&] { return counter.fetch_add(1); };
   if (workers <= 1) return worker(next);
-  const auto work = [&] { worker(next); };
+  const auto work = [&](int64_t) { worker(next); };
   run_workers(
-      workers, [](void* context) { (*static_cast<decltype(work)*>(context))(); },
+      workers, [](void* context, int64_t index) { (*static_cast<decltype(work)*>(context))(index); },
       const_cast<void*>(static_cast<const void*>(&work)));
 }
 
@@ -38,14 +38,40 @@ void parallel_items(int64_t n, bool small, const Body& body) {
   });
 }
 
-/// body(i, scratch) likewise; each thread has `bytes` of its own, aligned to a cache line.
+/// body(i) likewise, but each thread has the same share of [0, n) in every call: for short work on memory that is still
+/// in that core's cache from the call before.
+template <class Body>
+void parallel_shares(int64_t n, bool small, const Body& body) {
+  const int64_t threads = small ? 1 : thread_count(), workers = n < threads ? n : threads;
+  const auto work = [&](int64_t index) {
+    for (int64_t i = n * index / workers; i < n * (index + 1) / workers; ++i) body(i);
+  };
+  if (workers <= 1) return workers == 1 ? work(0) : void();
+  run_workers(
+      workers, [](void* context, int64_t index) { (*static_cast<decltype(work)*>(context))(index); },
+      const_cast<void*>(static_cast<const void*>(&work)));
+}
+
+/// Memory to work in, aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(::operator new(static_cast<size_t>(bytes), kCacheLine)) {}
+  ~Scratch() { ::operator delete(memory_, kCacheLine); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* at(int64_t offset) const { return static_cast<char*>(memory_) + offset; }
+
+ private:
+  static constexpr std::align_val_t kCacheLine{64};
+  void* memory_;
+};
+
+/// body(i, scratch) likewise; each thread has `bytes` of its own.
 template <class Body>
 void parallel_items_with_scratch(int64_t n, bool small, int64_t bytes, const Body& body) {
-  constexpr std::align_val_t kCacheLine{64};
   parallel_workers(n, small, [&](const auto& next) {
-    void* scratch = ::operator new(static_cast<size_t>(bytes), kCacheLine);
-    for (int64_t i = next(); i < n; i = next()) body(i, scratch);
-    ::operator delete(scratch, kCacheLine);
+    const Scratch scratch(bytes);
+    for (int64_t i = next(); i < n; i = next()) body(i, scratch.at(0));
   });
 }
 

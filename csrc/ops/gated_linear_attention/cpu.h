@@ -20,8 +20,10 @@ struct GatedLinearAttentionKernels {
   int64_t (*backward_scratch)(const GatedLinearAttentionParams&);
   void (*backward)(const GatedLinearAttentionParams&, const GatedLinearAttentionGrads&, int64_t item, void* scratch);
 
-  /// State head `item % states` of row `item / states`.
-  void (*step)(const GlaStepParams&, int64_t item);
+  /// Columns [first, first + count) of state head `item % states` of row `item / states`, and z. Where others do other
+  /// columns of it, `step_totals` first moves z and leaves 1 / denominators in `inverses` [B, Hq]; else those are null.
+  void (*step_totals)(const GlaStepParams&, int64_t item, float* inverses);
+  void (*step)(const GlaStepParams&, int64_t item, int64_t first, int64_t count, const float* inverses);
 };
 
 SQ_KERNELS_BY_ISA(GatedLinearAttentionKernels, gated_linear_attention_kernels, DType dtype)

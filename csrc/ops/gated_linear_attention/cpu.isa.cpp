@@ -13,7 +13,7 @@ using namespace gla;
 
 int64_t groups(const GatedLinearAttentionParams& p) { return ceil_div(p.states, p.group); }
 
-int64_t forward_items(const GatedLinearAttentionParams& p) { return p.sequences * groups(p); }
+int64_t forward_items(const GatedLinearAttentionParams& p) { return p.sequences * groups(p) * p.shares; }
 
 template <class T>
 int64_t forward_scratch(const GatedLinearAttentionParams& p) {
@@ -22,8 +22,8 @@ int64_t forward_scratch(const GatedLinearAttentionParams& p) {
 
 template <class T>
 void forward(const GatedLinearAttentionParams& p, int64_t item, void* scratch) {
-  const int64_t count = groups(p), first = item % count * p.group;
-  GlaForward<T>(p, Arena(scratch)).run(item / count, first, smaller(first + p.group, p.states));
+  const int64_t count = groups(p), own = item / p.shares, first = own % count * p.group;
+  GlaForward<T>(p, Arena(scratch)).run(own / count, first, smaller(first + p.group, p.states), item % p.shares);
 }
 
 int64_t backward_items(const GatedLinearAttentionParams& p) { return p.sequences * gla_units(p); }
@@ -40,59 +40,109 @@ void backward(const GatedLinearAttentionParams& p, const GatedLinearAttentionGra
   GlaBackward<T>(p, grads, Arena(scratch)).run(item / units, item % units);
 }
 
-/// e^g of n gates from `at` on.
+/// A row of q, k, v or g in floats.
 template <class T>
-void decays_of(const GlaStepParams& p, int64_t at, int64_t n, float* decay) {
+void widen_gates(const GlaStepParams& p, int64_t at, int64_t n, float* out) {
   if (p.gate_is_float) {
-    widen_token(static_cast<const float*>(p.g) + at, n, decay);
+    widen_token(static_cast<const float*>(p.g) + at, n, out);
   } else {
-    widen_token(static_cast<const T*>(p.g) + at, n, decay);
+    widen_token(static_cast<const T*>(p.g) + at, n, out);
   }
-  for (int64_t c = 0; c < n; ++c) decay[c] = vector_exp(decay[c]);
+}
+
+/// State head s of row b, and what its token brings.
+template <class T>
+class StepRow {
+ public:
+  StepRow(const GlaStepParams& p, int64_t item) : b(item / p.states), s(item % p.states), p_(p) {
+    slot = p.state_indices == nullptr ? b : p.state_indices[b];
+    per_state = p.q_heads / p.states;
+    head = b * p.q_heads + s * per_state;
+    skipped = slot < 0 || slot >= p.pool;
+  }
+
+  void keys() {
+    widen_token(static_cast<const T*>(p_.k) + (b * p_.k_heads + s * p_.k_heads / p_.states) * p_.dk, p_.dk, k);
+    if (p_.gate == GateKind::kNone) {
+      for (int64_t c = 0; c < p_.dk; ++c) decay[c] = 1.0f;
+      return;
+    }
+    const int64_t gate = b * p_.g_heads + s * p_.g_heads / p_.states, n = p_.gate == GateKind::kChannel ? p_.dk : 1;
+    widen_gates<T>(p_, gate * n, n, decay);
+    for (int64_t c = 0; c < n; ++c) decay[c] = vector_exp(decay[c]);
+    for (int64_t c = n; c < p_.dk; ++c) decay[c] = decay[0];
+  }
+
+  void values() {
+    widen_token(static_cast<const T*>(p_.v) + (b * p_.v_heads + s * p_.v_heads / p_.states) * p_.dv, p_.dv, v);
+  }
+
+  void query(int64_t h, float* q) const {
+    widen_token(static_cast<const T*>(p_.q) + (head + h) * p_.dk, p_.dk, q);
+    for (int64_t c = 0; c < p_.dk; ++c) q[c] *= p_.scale;
+  }
+
+  /// z after the token, or null where nothing is normalised.
+  float* z() const { return p_.z == nullptr ? nullptr : p_.z + (slot * p_.states + s) * p_.dk; }
+  void move_z() const {
+    float* z = this->z();
+    for (int64_t c = 0; c < p_.dk && z != nullptr; ++c) z[c] = decay[c] * z[c] + k[c];
+  }
+  float inverse(const float* q) const { return z() == nullptr ? 1.0f : 1.0f / (dot_token(q, z(), p_.dk) + p_.eps); }
+
+  int64_t b, s, slot, per_state, head;
+  bool skipped;
+  float decay[kStepWidth], k[kStepWidth], v[kStepWidth];
+
+ private:
+  const GlaStepParams& p_;
+};
+
+template <class T>
+void step_totals(const GlaStepParams& p, int64_t item, float* inverses) {
+  StepRow<T> row(p, item);
+  if (row.skipped || p.z == nullptr) return;
+  float q[kStepWidth];
+  row.keys();
+  row.move_z();
+  for (int64_t h = 0; h < row.per_state; ++h) {
+    row.query(h, q);
+    inverses[row.head + h] = row.inverse(q);
+  }
 }
 
 template <class T>
-void step(const GlaStepParams& p, int64_t item) {
-  const int64_t b = item / p.states, s = item % p.states, per_state = p.q_heads / p.states;
-  const int64_t slot = p.state_indices == nullptr ? b : p.state_indices[b];
-  T* out = static_cast<T*>(p.o) + (b * p.q_heads + s * per_state) * p.dv;
-  if (slot < 0 || slot >= p.pool) {
-    for (int64_t i = 0; i < per_state * p.dv; ++i) out[i] = from_float<T>(0.0f);
+void step(const GlaStepParams& p, int64_t item, int64_t first, int64_t count, const float* inverses) {
+  StepRow<T> row(p, item);
+  T* out = static_cast<T*>(p.o) + row.head * p.dv + first;
+  if (row.skipped) {
+    for (int64_t h = 0; h < row.per_state; ++h)
+      for (int64_t i = 0; i < count; ++i) out[h * p.dv + i] = from_float<T>(0.0f);
     return;
   }
-  float* const state = p.s + (slot * p.states + s) * p.dk * p.dv;
+  float* const state = p.s + (row.slot * p.states + row.s) * p.dk * p.dv + first;
   fetch(state, p.dk * p.dv * 4);
-  float decay[kStepWidth], k[kStepWidth], v[kStepWidth], q[kStepHeads * kStepWidth], o[kStepHeads * kStepWidth];
-  widen_token(static_cast<const T*>(p.k) + (b * p.k_heads + s * p.k_heads / p.states) * p.dk, p.dk, k);
-  widen_token(static_cast<const T*>(p.v) + (b * p.v_heads + s * p.v_heads / p.states) * p.dv, p.dv, v);
-  if (p.gate == GateKind::kNone) {
-    for (int64_t c = 0; c < p.dk; ++c) decay[c] = 1.0f;
-  } else {
-    const int64_t head = b * p.g_heads + s * p.g_heads / p.states, n = p.gate == GateKind::kChannel ? p.dk : 1;
-    decays_of<T>(p, head * n, n, decay);
-    for (int64_t c = n; c < p.dk; ++c) decay[c] = decay[0];
-  }
-  float* z = p.z == nullptr ? nullptr : p.z + (slot * p.states + s) * p.dk;
-  for (int64_t c = 0; c < p.dk && z != nullptr; ++c) z[c] = decay[c] * z[c] + k[c];
-  const StepToken token{state, p.dk, p.dv, decay, k, v, q, o};
-  for (int64_t h = 0; h < per_state; h += kStepHeads) {
-    const int64_t heads = smaller(kStepHeads, per_state - h);
-    for (int64_t r = 0; r < heads; ++r) {
-      float* row = q + r * kStepWidth;
-      widen_token(static_cast<const T*>(p.q) + (b * p.q_heads + s * per_state + h + r) * p.dk, p.dk, row);
-      for (int64_t c = 0; c < p.dk; ++c) row[c] *= p.scale;
-    }
+  row.keys();
+  row.values();
+  if (inverses == nullptr) row.move_z();
+  float q[kStepHeads * kStepWidth], o[kStepHeads * kStepWidth];
+  const StepToken token{state, p.dk, count, p.dv, row.decay, row.k, row.v + first, q, o};
+  for (int64_t h = 0; h < row.per_state; h += kStepHeads) {
+    const int64_t heads = smaller(kStepHeads, row.per_state - h);
+    for (int64_t r = 0; r < heads; ++r) row.query(h + r, q + r * kStepWidth);
     step_state(token, heads, h == 0);
     for (int64_t r = 0; r < heads; ++r) {
-      const float inverse = z == nullptr ? 1.0f : 1.0f / (dot_token(q + r * kStepWidth, z, p.dk) + p.eps);
-      for (int64_t i = 0; i < p.dv; ++i) out[(h + r) * p.dv + i] = from_float<T>(o[r * kStepWidth + i] * inverse);
+      const bool known = inverses != nullptr && p.z != nullptr;
+      const float inverse = known ? inverses[row.head + h + r] : row.inverse(q + r * kStepWidth);
+      for (int64_t i = 0; i < count; ++i) out[(h + r) * p.dv + i] = from_float<T>(o[r * kStepWidth + i] * inverse);
     }
   }
 }
 
 template <class T>
 GatedLinearAttentionKernels kernels() {
-  return {forward_items, forward_scratch<T>, forward<T>, backward_items, backward_scratch<T>, backward<T>, step<T>};
+  return {forward_items,       forward_scratch<T>, forward<T>,     backward_items,
+          backward_scratch<T>, backward<T>,        step_totals<T>, step<T>};
 }
 
 }  // namespace

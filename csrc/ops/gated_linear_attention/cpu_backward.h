@@ -3,7 +3,8 @@
 //
 // The states are computed again: first from start to end, keeping one per segment, then within each segment, from the
 // last segment to the first, keeping one per block of kChunk tokens. Only one unit's states exist at a time. Here a
-// state is [V, K], so that decays scale columns and most products read it as it lies.
+// state is [V, K], so that decays scale columns and products read it as it lies. It is larger than the nearest cache,
+// so that decays are multiplied in on the way through a product, or all in one pass.
 #pragma once
 
 #include "ops/gated_linear_attention/cpu_chunk.h"
@@ -12,7 +13,6 @@ namespace subquad::cpu::SUBQUAD_ISA::gla {
 
 constexpr int64_t kSegmentBlocks = 4;
 constexpr int64_t kSegment = kSegmentBlocks * kChunk;
-constexpr int64_t kHalvings = 6;  // a block of 32 is halved at most five times
 
 inline int64_t common_divisor(int64_t a, int64_t b) {
   while (b != 0) {
@@ -44,13 +44,11 @@ class GlaBackward {
     per_unit_ = p.states / units_;
     state_size_ = size_.k * size_.v + size_.k;  // S, then z
     const auto floats = [&](int64_t n) { return arena.take<float>(n); };
-    current_ = floats(per_unit_ * state_size_);
     dstate_ = floats(per_unit_ * state_size_);
     segment_states_ = floats(ceil_div(p.tokens, kSegment) * per_unit_ * state_size_);
-    block_states_ = floats(kSegmentBlocks * per_unit_ * state_size_);
+    block_states_ = floats((kSegmentBlocks - 1) * per_unit_ * state_size_);
     halves_ = floats(kHalvings * state_size_);
-    scaled_ = floats(state_size_);
-    dstate_rows_ = floats(size_.k * size_.v);
+    dv_rows_ = floats(size_.v * kChunk);
     v_transposed_ = floats(size_.v * kChunk);
     dscores_ = floats(kChunk * kChunk);
     grad_n_ = floats(size_.per_state * kChunk * size_.v);
@@ -73,21 +71,19 @@ class GlaBackward {
     sequence_ = sequence_at(p_, n);
     unit_ = unit;
     const int64_t first = n * p_.states + unit * per_unit_, length = sequence_.end - sequence_.begin;
-    load_states(p_.s0, p_.z0, first, current_);
-    for (int64_t t = 0; t < length; t += kChunk) {
-      if (t % kSegment == 0) copy_states(current_, segment_states_ + t / kSegment * per_unit_ * state_size_);
-      advance_unit(t, smaller(kChunk, length - t));
-    }
     load_states(grads_.grad_s, grads_.grad_z, first, dstate_);
-    for (int64_t segment = ceil_div(length, kSegment) - 1; segment >= 0; --segment) {
-      copy_states(segment_states_ + segment * per_unit_ * state_size_, current_);
+    const int64_t segments = ceil_div(length, kSegment);
+    if (segments > 0) load_states(p_.s0, p_.z0, first, segment_states_);
+    for (int64_t t = 0; t + kSegment < segments * kSegment; t += kChunk) {
+      const int64_t block = t / kChunk % kSegmentBlocks;
+      float* to = block + 1 < kSegmentBlocks ? block_states_ : states_at(t + kChunk);
+      advance_unit(t, block > 0 ? block_states_ : states_at(t), to);
+    }
+    for (int64_t segment = segments - 1; segment >= 0; --segment) {
       const int64_t begin = segment * kSegment, end = smaller(length, begin + kSegment);
-      for (int64_t t = begin; t < end; t += kChunk) {
-        copy_states(current_, block_states_ + (t - begin) / kChunk * per_unit_ * state_size_);
-        advance_unit(t, smaller(kChunk, end - t));
-      }
+      for (int64_t t = begin; t + kChunk < end; t += kChunk) advance_unit(t, states_at(t), states_at(t + kChunk));
       for (int64_t t = begin + (end - begin - 1) / kChunk * kChunk; t >= begin; t -= kChunk)
-        block(t, smaller(kChunk, end - t), block_states_ + (t - begin) / kChunk * per_unit_ * state_size_);
+        block(t, smaller(kChunk, end - t), states_at(t));
     }
     store_states(first);
   }
@@ -95,8 +91,11 @@ class GlaBackward {
  private:
   // ------------------------------------------------------------------------------------------------------------ states
 
-  void copy_states(const float* from, float* to) const {
-    std::memcpy(to, from, static_cast<size_t>(per_unit_ * state_size_) * sizeof(float));
+  /// The unit's states before token t, a multiple of kChunk: of one segment at a time, but for its first.
+  float* states_at(int64_t t) const {
+    const int64_t block = t / kChunk % kSegmentBlocks;
+    return block == 0 ? segment_states_ + t / kSegment * per_unit_ * state_size_
+                      : block_states_ + (block - 1) * per_unit_ * state_size_;
   }
 
   void load_states(const float* s, const float* z, int64_t first, float* to) const {
@@ -121,17 +120,55 @@ class GlaBackward {
 
   float* z_of(float* state) const { return state + size_.k * size_.v; }
 
-  /// Rows [V] and z, each times `factor` [K].
-  void scale_state(const float* from, const float* factor, float* to) const {
-    for (int64_t row = 0; row < state_size_; row += size_.k)
-      for (int64_t c = 0; c < size_.k; c += kLanes)
-        vec_store(to + row + c, vec_mul(vec_load(from + row + c), vec_load(factor + c)));
+  void scale(float* row, const float* factor) const {
+    for (int64_t c = 0; c < size_.k; c += kLanes) vec_store(row + c, vec_mul(vec_load(row + c), vec_load(factor + c)));
   }
 
-  void advance_unit(int64_t t, int64_t n) {
+  template <int N>
+  static void update_tile(Left a, const float* b, int64_t n, const float* from, const float* before, const float* after,
+                          float* to, int64_t stride) {
+    Vec sums[kTileRows][N];
+    for (int r = 0; r < kTileRows; ++r)
+      for (int i = 0; i < N; ++i) {
+        sums[r][i] = vec_load(from + r * stride + i * kLanes);
+        if (before != nullptr) sums[r][i] = vec_mul(sums[r][i], vec_load(before + i * kLanes));
+      }
+    for (int64_t t = 0; t < n; ++t) {
+      Vec right[N];
+      for (int i = 0; i < N; ++i) right[i] = vec_load(b + t * stride + i * kLanes);
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vec left = vec_set(a.words[r * a.row_stride + t * a.depth_stride]);
+        for (int i = 0; i < N; ++i) sums[r][i] = vec_fma(left, right[i], sums[r][i]);
+      }
+    }
+    for (int r = 0; r < kTileRows; ++r)
+      for (int i = 0; i < N; ++i) {
+        const Vec sum = after == nullptr ? sums[r][i] : vec_mul(sums[r][i], vec_load(after + i * kLanes));
+        vec_store(to + r * stride + i * kLanes, sum);
+      }
+  }
+
+  /// to = (from * before + a^T b) * after without z, for a [n, V] and b [n, K]; factors [K] may be null.
+  void update(const float* from, const float* before, const float* a, const float* b, int64_t n, const float* after,
+              float* to) {
+    const auto at = [](const float* factor, int64_t c) { return factor == nullptr ? nullptr : factor + c; };
+    for (int64_t i = 0; i < size_.v; i += kTileRows) {
+      const Left left{a + i, 1, size_.v};
+      const int64_t row = i * size_.k;
+      int64_t c = 0;
+      for (; c + kTileCols <= size_.k; c += kTileCols)
+        update_tile<kTileVecs>(left, b + c, n, from + row + c, at(before, c), at(after, c), to + row + c, size_.k);
+      for (; c < size_.k; c += kLanes)
+        update_tile<1>(left, b + c, n, from + row + c, at(before, c), at(after, c), to + row + c, size_.k);
+      ahead_.fetch();
+    }
+  }
+
+  /// A whole chunk from token t on.
+  void advance_unit(int64_t t, const float* from, float* to) {
     for (int64_t j = 0; j < per_unit_; ++j) {
       aim(j + 1 < per_unit_ ? j + 1 : 0, j + 1 < per_unit_ ? t : t + kChunk, RowsAhead<T>::What::kState);
-      advance(unit_ * per_unit_ + j, t, n, current_ + j * state_size_);
+      advance(unit_ * per_unit_ + j, t, kChunk, from + j * state_size_, to + j * state_size_);
     }
   }
 
@@ -141,22 +178,20 @@ class GlaBackward {
     ahead_.aim(sequence_.b, unit_ * per_unit_ + j, sequence_.begin + t, n, what, &grads_);
   }
 
-  void advance(int64_t s, int64_t t, int64_t n, float* state) {
+  void advance(int64_t s, int64_t t, int64_t n, const float* from, float* to) {
     if (!chunk_.load(sequence_, s, sequence_.begin + t, n, false)) {
       const int64_t half = (n + 1) / 2;
-      advance(s, t, half, state);
-      advance(s, t + half, n - half, state);
+      advance(s, t, half, from, to);
+      advance(s, t + half, n - half, to, to);
       return;
     }
-    scale_state(state, chunk_.head, state);
-    for (int64_t i = 0; i < size_.v; i += kTileRows) {
-      product<Floats>(kTileRows, size_.k, n, Left{chunk_.v + i, 1, size_.v}, Block{chunk_.kb, size_.k},
-                      Block{state + i * size_.k, size_.k}, true);
-      ahead_.fetch();
-    }
-    float* z = z_of(state);
+    const float *head = gated() ? chunk_.head : nullptr, *tail = gated() ? chunk_.tail : nullptr;
+    update(from, head, chunk_.v, chunk_.kb, n, tail, to);
+    float* z = z_of(to);
+    if (from != to) std::memcpy(z, from + size_.k * size_.v, static_cast<size_t>(size_.k) * sizeof(float));
+    scale(z, chunk_.head);
     for (int64_t i = 0; i < n; ++i) add(chunk_.kb + i * size_.k, size_.k, z);
-    scale_state(state, chunk_.tail, state);
+    scale(z, chunk_.tail);
   }
 
   static void add(const float* x, int64_t n, float* to) {
@@ -177,44 +212,37 @@ class GlaBackward {
     store_block(t, n);
   }
 
-  /// Tokens [t, t + n) of state head j of the unit; `state` is the one before them.
-  void back(int64_t j, int64_t t, int64_t n, const float* state, int64_t depth) {
+  /// Tokens [t, t + n) of state head j of the unit; `state` is the one before them, and is spent.
+  void back(int64_t j, int64_t t, int64_t n, float* state, int64_t depth) {
     const int64_t s = unit_ * per_unit_ + j;
     if (!load(s, t, n)) {
       const int64_t half = (n + 1) / 2;
       float* middle = halves_ + depth * state_size_;
-      std::memcpy(middle, state, static_cast<size_t>(state_size_) * sizeof(float));
-      advance(s, t, half, middle);
+      advance(s, t, half, state, middle);
       back(j, t + half, n - half, middle, depth + 1);
       back(j, t, half, state, depth + 1);
       return;
     }
     float* dstate = dstate_ + j * state_size_;
-    scale_state(state, chunk_.head, scaled_);
-    scale_state(dstate, chunk_.tail, dstate);
+    state_ = state;
+    if (gated()) enter(state, dstate);
     const int64_t padded = chunk_rows(n), computed = round_up(n, kTileRows);
-    transpose_words(dstate, size_.v, size_.k, dstate_rows_, size_.v);
     transpose_words(chunk_.kb, padded, size_.k, pairs_.transposed, padded);
     transpose_words(chunk_.v, padded, size_.v, v_transposed_, padded);
     product<Floats>(computed, size_.k, p_.dv, Left{chunk_.v, size_.v, 1}, Block{dstate, size_.k},
                     Block{dk_inter_, size_.k}, false);
     if (normalised())
       for (int64_t i = 0; i < n; ++i) add(z_of(dstate), size_.k, dk_inter_ + i * size_.k);
-    product<Floats>(computed, size_.v, p_.dk, Left{chunk_.kb, size_.k, 1}, Block{dstate_rows_, size_.v},
-                    Block{dv_chunk_, size_.v}, false);
-    if (p_.gate != GateKind::kNone) {
-      zero_words(gate_terms_, n * size_.k);
-      product_columns_of_states(scaled_, dstate, column_);
-    }
+    product<Floats>(size_.v, padded, p_.dk, Left{dstate, size_.k, 1}, Block{pairs_.transposed, padded},
+                    Block{dv_rows_, padded}, false);
+    transpose_words(dv_rows_, size_.v, padded, dv_chunk_, size_.v);
+    if (gated()) zero_words(gate_terms_, n * size_.k);
     for (int64_t h = 0; h < size_.per_state; ++h) query_head(s, t, h, n, padded, computed, h > 0);
     for (int64_t h = 0; h < size_.per_state; ++h) {
-      for (int64_t i = 0; i < size_.v; i += kTileRows) {
-        product<Floats>(kTileRows, size_.k, n, Left{grad_n_ + h * kChunk * size_.v + i, 1, size_.v},
-                        Block{chunk_.q(h), size_.k}, Block{dstate + i * size_.k, size_.k}, true);
-        ahead_.fetch();
-      }
+      const float* head = gated() && h + 1 == size_.per_state ? chunk_.head : nullptr;
+      update(dstate, nullptr, grad_n_ + h * kChunk * size_.v, chunk_.q(h), n, head, dstate);
     }
-    scale_state(dstate, chunk_.head, dstate);
+    scale(z_of(dstate), chunk_.head);
     accumulate(j, t, n);
   }
 
@@ -254,8 +282,8 @@ class GlaBackward {
       lower_products(row, grad, size_.v, p_.dv, v_transposed_, padded, dscores_);
       ahead_.fetch();
     }
-    product<Floats>(computed, size_.k, p_.dv, Left{grad, size_.v, 1}, Block{scaled_, size_.k},
-                    Block{dq_inter_, size_.k}, false);
+    product<Floats>(computed, size_.k, p_.dv, Left{grad, size_.v, 1}, Block{state_, size_.k}, Block{dq_inter_, size_.k},
+                    false);
     if (normalised()) {
       for (int64_t i = 0; i < n; ++i) {
         const float* q = qb + i * size_.k;
@@ -265,7 +293,7 @@ class GlaBackward {
         const float dden = -along * inverse_[h * kChunk + i];
         for (int64_t j = 0; j <= i; ++j) dscores_[i * padded + j] += dden;
         const Vec d = vec_set(dden);
-        const float* z = z_of(scaled_);
+        const float* z = z_of(state_);
         for (int64_t c = 0; c < size_.k; c += kLanes) vec_store(dq + c, vec_fma(d, vec_load(z + c), vec_load(dq + c)));
         denominator_grads_[i] = dden;
       }
@@ -301,18 +329,25 @@ class GlaBackward {
 
   bool gated() const { return p_.gate != GateKind::kNone; }
 
-  /// sums[c] = sum over rows of a * b, z included where there is one.
-  void product_columns_of_states(const float* a, const float* b, float* sums) const {
+  /// state *= the chunk's head, dstate *= its tail, and column_ = the sums of their products over the rows, z included
+  /// where there is one.
+  void enter(float* state, float* dstate) const {
     const int64_t end = normalised() ? state_size_ : state_size_ - size_.k;
     constexpr int kChains = 4;  // sums that do not wait for one another
     for (int64_t c = 0; c < size_.k; c += kLanes) {
+      const Vec head = vec_load(chunk_.head + c), tail = vec_load(chunk_.tail + c);
+      const auto scaled = [&](int64_t row, Vec sum) {
+        const Vec a = vec_mul(vec_load(state + row), head), b = vec_mul(vec_load(dstate + row), tail);
+        vec_store(state + row, a);
+        vec_store(dstate + row, b);
+        return vec_fma(a, b, sum);
+      };
       Vec sum[kChains] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
       int64_t row = c;
       for (; row + (kChains - 1) * size_.k < end; row += kChains * size_.k)
-        for (int i = 0; i < kChains; ++i)
-          sum[i] = vec_fma(vec_load(a + row + i * size_.k), vec_load(b + row + i * size_.k), sum[i]);
-      for (; row < end; row += size_.k) sum[0] = vec_fma(vec_load(a + row), vec_load(b + row), sum[0]);
-      vec_store(sums + c, vec_add(vec_add(sum[0], sum[1]), vec_add(sum[2], sum[3])));
+        for (int i = 0; i < kChains; ++i) sum[i] = scaled(row + i * size_.k, sum[i]);
+      for (; row < end; row += size_.k) sum[0] = scaled(row, sum[0]);
+      vec_store(column_ + c, vec_add(vec_add(sum[0], sum[1]), vec_add(sum[2], sum[3])));
     }
   }
 
@@ -395,7 +430,7 @@ class GlaBackward {
   Sequence sequence_{};
   int64_t per_unit_ = 1, state_size_ = 0, unit_ = 0, block_ = 0, bytes_ = 0;
   float denominator_grads_[kChunk];
-  float *current_, *dstate_, *segment_states_, *block_states_, *halves_, *scaled_, *dstate_rows_, *v_transposed_;
+  float *state_ = nullptr, *dstate_, *segment_states_, *block_states_, *halves_, *dv_rows_, *v_transposed_;
   float *dscores_, *grad_n_, *inverse_, *dq_inter_, *dq_intra_, *dk_inter_, *dk_intra_, *dv_chunk_, *gate_terms_;
   float *column_, *dk_, *dv_, *dg_;
 };

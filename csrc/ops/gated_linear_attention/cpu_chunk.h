@@ -17,6 +17,7 @@
 namespace subquad::cpu::SUBQUAD_ISA::gla {
 
 constexpr int64_t kChunk = 32;
+constexpr int64_t kHalvings = 6;     // one of 32 tokens is halved at most five times
 constexpr float kHalfRange = 57.7f;  // 40 natural units: masked products stay below 2^116 times the operands
 constexpr float kModerate = 1e18f;   // operands below it cannot overflow in a product of two
 
@@ -101,7 +102,7 @@ class Chunk {
 
   /// Tokens [t, t + n) of state head s, the queries too if `queries`. False when they must be taken in smaller chunks.
   bool load(const Sequence& sequence, int64_t s, int64_t t, int64_t n, bool queries = true) {
-    rows = n;
+    keys_fit = false;
     const int64_t b = sequence.b, padded = chunk_rows(n);
     if (!load_gates(b, s, t, n, queries)) return false;
     Magnitude far;
@@ -120,16 +121,17 @@ class Chunk {
     }
     zero_words(kb + n * size_.k, (padded - n) * size_.k);
     zero_words(v + n * size_.v, (padded - n) * size_.v);
+    keys_fit = far.within(kModerate) || n == 1;
     for (int64_t h = 0; h < size_.per_state && queries; ++h) load_queries(b, s * size_.per_state + h, t, n, q(h), far);
     return far.within(kModerate) || n == 1;
   }
 
   float* q(int64_t head_of_state) const { return qb + head_of_state * kChunk * size_.k; }
 
-  int64_t rows = 0;
-  float *up, *down;    // [rows, K]: 2^(b - m), 2^(m - b); not set without a gate
-  float *head, *tail;  // [K]: decay of the state before and after the chunk's update
-  float *kb, *v, *qb;  // [rows, K], [rows, V], [query head, rows, K]; rows padded with zeros to `chunk_rows`
+  bool keys_fit = false;  // if `load` failed, it was for queries alone
+  float *up, *down;       // [rows, K]: 2^(b - m), 2^(m - b); not set without a gate
+  float *head, *tail;     // [K]: decay of the state before and after the chunk's update
+  float *kb, *v, *qb;     // [rows, K], [rows, V], [query head, rows, K]; rows padded with zeros to `chunk_rows`
 
  private:
   void load_queries(int64_t b, int64_t query_head, int64_t t, int64_t n, float* dst, Magnitude& far) const {
@@ -154,15 +156,22 @@ class Chunk {
       return true;
     }
     const int64_t gate_head = s * p_.g.heads / p_.states;
-    if (p_.gate_is_float) {
-      sum_gates(row_of<float>(p_.g, b, t, gate_head), n);
-    } else {
-      sum_gates(row_of<T>(p_.g, b, t, gate_head), n);
-    }
     const int64_t width = size_.k, middle = (n - 1) / 2 * width;
     Magnitude far;
+    constexpr int kBlock = 4;  // vectors: rows lie far apart, and are better read in longer pieces
+    for (int64_t c = 0; c < width;) {
+      const bool whole = c + kBlock * kLanes <= p_.dk;
+      if (p_.gate_is_float) {
+        const float* gates = row_of<float>(p_.g, b, t, gate_head);
+        whole ? sum_gates<kBlock>(gates, c, n) : sum_gates<1>(gates, c, n);
+      } else {
+        const T* gates = row_of<T>(p_.g, b, t, gate_head);
+        whole ? sum_gates<kBlock>(gates, c, n) : sum_gates<1>(gates, c, n);
+      }
+      c += whole ? kBlock * kLanes : kLanes;
+    }
     for (int64_t c = 0; c < width; c += kLanes) {
-      const Vec m = vec_load(up + middle + c), first = vec_load(head + c) * kLog2e;
+      const Vec m = vec_load(up + middle + c), first = vec_load(head + c);
       for (int64_t i = c; i < n * width; i += width) {
         const Vec exponent = vec_load(up + i) - m;
         far.add(exponent);
@@ -176,21 +185,24 @@ class Chunk {
     return far.within(kHalfRange);
   }
 
-  /// head = the first row of gates; up = sums of the others, to base 2.
-  template <class E>
-  void sum_gates(const E* gates, int64_t n) {
-    const bool channel = p_.gate == GateKind::kChannel;
+  /// Of kVecs vectors of channels from c on, to base 2: head = the first gates, up = sums of the others.
+  template <int kVecs, class E>
+  void sum_gates(const E* gates, int64_t c, int64_t n) {
+    Vec sums[kVecs] = {};
     for (int64_t i = 0; i < n; ++i, gates += p_.g.stride_t) {
-      float *row = up + i * size_.k, *before = row - size_.k;
-      const auto add = [&](int64_t c, Vec gate) {
-        if (i == 0) vec_store(head + c, gate);
-        vec_store(row + c, i == 0 ? vec_set(0.0f) : gate * kLog2e + vec_load(before + c));
-      };
-      if (channel) {
-        for_lanes(gates, p_.dk, size_.k, add);
-      } else {
-        const Vec gate = vec_set(to_float(*gates));
-        for (int64_t c = 0; c < size_.k; c += kLanes) add(c, gate);
+      const float shared = p_.gate == GateKind::kHead ? to_float(*gates) * kLog2e : 0.0f;
+      for (int j = 0; j < kVecs; ++j) {
+        const int64_t at = c + j * kLanes;
+        if (p_.gate == GateKind::kHead) {
+          if (i == 0) vec_store(head + at, vec_set(shared));
+          if (i > 0) sums[j] += shared;
+        } else {
+          const Vec gate = kVecs > 1 || at + kLanes <= p_.dk ? vec_load_part<true>(gates + at, kLanes)
+                                                             : vec_load_part<false>(gates + at, p_.dk - at);
+          if (i == 0) vec_store(head + at, gate * kLog2e);
+          if (i > 0) sums[j] = vec_fma(gate, vec_set(kLog2e), sums[j]);
+        }
+        vec_store(up + i * size_.k + at, sums[j]);
       }
     }
   }

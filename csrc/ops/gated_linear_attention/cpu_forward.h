@@ -2,6 +2,9 @@
 //
 // Rows of one head lie a whole token apart: one head alone would touch a new page every other row. Neighbours walk the
 // chunks together, and while one chunk is multiplied the rows of the next are fetched.
+//
+// A sequence may be cut into shares. Each goes through the tokens before it for their state alone, by the same
+// operations, so that cuts change no bit and shares wait for nothing.
 #pragma once
 
 #include "ops/gated_linear_attention/cpu_chunk.h"
@@ -12,30 +15,40 @@ template <class T>
 class GlaForward {
  public:
   GlaForward(const GatedLinearAttentionParams& p, Arena arena)
-      : p_(p), size_(p), chunk_(p, arena), pairs_(size_, arena), ahead_(p) {
+      : p_(p), size_(p), chunk_(p, arena), passing_{{p, arena}, {p, arena}}, pairs_(size_, arena), ahead_(p) {
     memory_ = arena.take<float>(p.group * memory_size());
+    kept_ = arena.take<float>(kHalvings * memory_size());
+    factors_ = arena.take<float>(kPassing * size_.k);
+    passing_[1].up = passing_[0].up, passing_[1].down = passing_[0].down;  // of one at a time
     out_ = arena.take<float>(kChunk * size_.v);
     bytes_ = arena.used();
   }
   int64_t bytes() const { return bytes_; }
 
-  /// State heads [first, end) of sequence n.
-  void run(int64_t n, int64_t first, int64_t end) {
+  /// State heads [first, end) of sequence n: the results of one share of it, and of the last the state.
+  void run(int64_t n, int64_t first, int64_t end, int64_t share) {
     sequence_ = sequence_at(p_, n);
+    const int64_t begin_results = share_begin(share), end_results = share_begin(share + 1);
+    if (share > 0 && begin_results == sequence_.end) return;
     for (int64_t s = first; s < end; ++s) {
       choose(s, s - first);
       begin(n * p_.states + s);
     }
-    for (int64_t t = sequence_.begin; t < sequence_.end; t += kChunk)
+    for (int64_t t = sequence_.begin; t < begin_results; t += kPassing * kChunk)
+      for (int64_t s = first; s < end; ++s) {
+        choose(s, s - first);
+        pass_several(t);
+      }
+    for (int64_t t = begin_results; t < end_results; t += kChunk)
       for (int64_t s = first; s < end; ++s) {
         choose(s, s - first);
         const bool last = s + 1 == end;
         const int64_t next = last ? t + kChunk : t;
-        ahead_.aim(sequence_.b, last ? first : s + 1, next, smaller(kChunk, sequence_.end - next),
+        ahead_.aim(sequence_.b, last ? first : s + 1, next, smaller(kChunk, end_results - next),
                    RowsAhead<T>::What::kResults);
-        walk(t, smaller(kChunk, sequence_.end - t));
+        walk(t, smaller(kChunk, sequence_.end - t), 0);
       }
-    for (int64_t s = first; s < end; ++s) {
+    for (int64_t s = first; s < end && end_results == sequence_.end; ++s) {
       choose(s, s - first);
       finish(n * p_.states + s);
     }
@@ -43,6 +56,7 @@ class GlaForward {
 
  private:
   int64_t memory_size() const { return size_.k * (size_.v + 2); }
+  size_t memory_bytes() const { return static_cast<size_t>(memory_size()) * sizeof(float); }
 
   void choose(int64_t head, int64_t member) {
     head_ = head;
@@ -67,30 +81,119 @@ class GlaForward {
     if (p_.z != nullptr) std::memcpy(p_.z + at * p_.dk, z_, static_cast<size_t>(p_.dk) * sizeof(float));
   }
 
-  void walk(int64_t t, int64_t n) {
+  /// Where the results of a share begin: so that all shares take as long, when a token on the way takes kPassingTime
+  /// of the time of one with results. A multiple of kPassing chunks from the first token on.
+  int64_t share_begin(int64_t share) const {
+    double left = 1.0, all = 1.0;  // powers of 1 - kPassingTime
+    for (int64_t i = 0; i < share; ++i) left *= 1.0 - kPassingTime;
+    for (int64_t i = 0; i < p_.shares; ++i) all *= 1.0 - kPassingTime;
+    const double chunks = static_cast<double>(ceil_div(sequence_.end - sequence_.begin, kChunk));
+    const auto before = static_cast<int64_t>(chunks * (1.0 - left) / (1.0 - all) / kPassing + 0.5) * kPassing;
+    return share == p_.shares ? sequence_.end : smaller(sequence_.begin + before * kChunk, sequence_.end);
+  }
+
+  /// Tokens [t, t + n) into the state, without results.
+  void pass(int64_t t, int64_t n) {
+    if (passing_[0].load(sequence_, head_, t, n, false)) return pass_loaded(1, n);
+    const int64_t half = (n + 1) / 2;
+    pass(t, half);
+    pass(t + half, n - half);
+  }
+
+  /// kPassing whole chunks.
+  void pass_several(int64_t t) {
+    for (int64_t i = 0; i < kPassing; ++i) {
+      if (passing_[i].load(sequence_, head_, t + i * kChunk, kChunk, false)) continue;
+      if (i > 0) pass_loaded(i, kChunk);
+      for (; i < kPassing; ++i) pass(t + i * kChunk, kChunk);
+      return;
+    }
+    pass_loaded(kPassing, kChunk);
+  }
+
+  /// What `decay_state` and `update` do for one chunk after the other, with the state in registers meanwhile.
+  void pass_loaded(int64_t chunks, int64_t n) {
+    for (int64_t i = 0; i < chunks; ++i) {
+      const float* before = i == 0 ? pending_ : passing_[i - 1].tail;
+      for (int64_t c = 0; c < size_.k; ++c) factors_[i * size_.k + c] = before[c] * passing_[i].head[c];
+      for (int64_t c = 0; c < size_.k; c += kLanes)
+        vec_store(z_ + c, vec_mul(vec_load(z_ + c), vec_load(factors_ + i * size_.k + c)));
+      add_keys(passing_[i], n);
+    }
+    for (int64_t col = 0; col < size_.v; col += kTileCols)
+      for (int64_t c = 0; c < size_.k; c += kTileRows) {
+        if (col + kTileCols <= size_.v) {
+          pass_tile<kTileVecs>(chunks, n, c, col);
+        } else {
+          for (int64_t rest = col; rest < size_.v; rest += kLanes) pass_tile<1>(chunks, n, c, rest);
+        }
+        ahead_.fetch();
+      }
+    std::memcpy(pending_, passing_[chunks - 1].tail, static_cast<size_t>(size_.k) * sizeof(float));
+  }
+
+  template <int N>
+  void pass_tile(int64_t chunks, int64_t n, int64_t c, int64_t col) {
+    float* at = state_ + c * size_.v + col;
+    Vec sums[kTileRows][N];
+    for (int r = 0; r < kTileRows; ++r)
+      for (int j = 0; j < N; ++j) sums[r][j] = vec_load(at + r * size_.v + j * kLanes);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const float *key = passing_[i].kb + c, *value = passing_[i].v + col;
+      for (int r = 0; r < kTileRows; ++r)
+        for (int j = 0; j < N; ++j) sums[r][j] = vec_mul(sums[r][j], vec_set(factors_[i * size_.k + c + r]));
+      for (int64_t t = 0; t < n; ++t) {
+        Vec right[N];
+        for (int j = 0; j < N; ++j) right[j] = vec_load(value + t * size_.v + j * kLanes);
+        for (int r = 0; r < kTileRows; ++r) {
+          const Vec left = vec_set(key[t * size_.k + r]);
+          for (int j = 0; j < N; ++j) sums[r][j] = Floats::multiply_add(left, right[j], sums[r][j]);
+        }
+      }
+    }
+    for (int r = 0; r < kTileRows; ++r)
+      for (int j = 0; j < N; ++j) vec_store(at + r * size_.v + j * kLanes, sums[r][j]);
+  }
+
+  void walk(int64_t t, int64_t n, int64_t depth) {
     if (!chunk_.load(sequence_, head_, t, n)) {
       const int64_t half = (n + 1) / 2;
-      walk(t, half);
-      walk(t + half, n - half);
-      return;
+      // If keys and values would do, the state goes on as it does in `pass`.
+      const bool apart = chunk_.keys_fit;
+      float* kept = kept_ + depth * memory_size();
+      if (apart) std::memcpy(kept, state_, memory_bytes());
+      walk(t, half, depth + 1);
+      walk(t + half, n - half, depth + 1);
+      if (!apart) return;
+      std::memcpy(state_, kept, memory_bytes());
+      return pass(t, n);
     }
     const int64_t padded = chunk_rows(n);
     decay_state(chunk_.head);
-    std::memcpy(pending_, chunk_.tail, static_cast<size_t>(size_.k) * sizeof(float));
     transpose_words(chunk_.kb, padded, size_.k, pairs_.transposed, padded);
     for (int64_t h = 0; h < size_.per_state; ++h) {
       product<Floats>(round_up(n, kTileRows), size_.v, p_.dk, Left{chunk_.q(h), size_.k, 1}, Block{state_, size_.v},
                       Block{out_, size_.v}, false);
       for (int64_t row = 0; row < n; row += kTileRows) attend(t, n, padded, h, row);
     }
+    update(n);
+  }
+
+  /// The chunk into the state and z, which are decayed to it.
+  void update(int64_t n) {
+    std::memcpy(pending_, chunk_.tail, static_cast<size_t>(size_.k) * sizeof(float));
     for (int64_t c = 0; c < size_.k; c += kTileRows) {
       product<Floats>(kTileRows, size_.v, n, Left{chunk_.kb + c, 1, size_.k}, Block{chunk_.v, size_.v},
                       Block{state_ + c * size_.v, size_.v}, true);
       ahead_.fetch();
     }
+    add_keys(chunk_, n);
+  }
+
+  void add_keys(const Chunk<T>& chunk, int64_t n) {
     for (int64_t c = 0; c < size_.k; c += kLanes) {
       Vec sum = vec_load(z_ + c);
-      for (int64_t i = 0; i < n; ++i) sum = vec_add(sum, vec_load(chunk_.kb + i * size_.k + c));
+      for (int64_t i = 0; i < n; ++i) sum = vec_add(sum, vec_load(chunk.kb + i * size_.k + c));
       vec_store(z_ + c, sum);
     }
   }
@@ -126,14 +229,17 @@ class GlaForward {
     }
   }
 
+  static constexpr int64_t kPassing = 2;  // chunks that go into the state at once
+  static constexpr double kPassingTime = 0.4;
+
   const GatedLinearAttentionParams& p_;
   Sizes size_;
-  Chunk<T> chunk_;
+  Chunk<T> chunk_, passing_[kPassing];
   Pairs2D pairs_;
   RowsAhead<T> ahead_;
   Sequence sequence_{};
   int64_t head_ = 0, bytes_ = 0;
-  float *memory_, *out_;
+  float *memory_, *kept_, *factors_, *out_;
   float *state_ = nullptr, *z_ = nullptr, *pending_ = nullptr;  // of the head chosen
 };
 

@@ -27,10 +27,11 @@ inline float dot_token(const float* a, const float* b, int64_t n) {
   return vec_sum(sum);
 }
 
-/// A state [dk, dv] and the token that goes through it. Heads of q and o are `kStepWidth` apart.
+/// Columns of a state, [dk, dv] with rows `stride` apart, and the token that goes through them. Heads of q and o are
+/// `kStepWidth` apart.
 struct StepToken {
   float* state;
-  int64_t dk, dv;
+  int64_t dk, dv, stride;
   const float *decay, *k, *v, *q;
   float* o;
 };
@@ -40,15 +41,16 @@ struct StepToken {
 template <bool kUpdate, int kHeads, int kVecs>
 inline __attribute__((always_inline)) void step_columns(const StepToken& t, int64_t first) {
   constexpr int64_t kAhead = 16;  // rows whose cache lines are asked for early: hardware stops at the end of a page
-  Vec sums[kHeads][kVecs] = {};
+  Vec sums[kHeads][kVecs] = {}, value[kVecs];
+  for (int n = 0; n < kVecs; ++n) value[n] = vec_load(t.v + first + n * kLanes);
   for (int64_t c = 0; c < t.dk; ++c) {
-    float* row = t.state + c * t.dv + first;
+    float* row = t.state + c * t.stride + first;
     const Vec decay = vec_set(t.decay[c]), key = vec_set(t.k[c]);
     for (int n = 0; n < kVecs; ++n) {
-      __builtin_prefetch(row + kAhead * t.dv + n * kLanes, kUpdate ? 1 : 0, 3);
+      __builtin_prefetch(row + kAhead * t.stride + n * kLanes, kUpdate ? 1 : 0, 3);
       Vec s = vec_load(row + n * kLanes);
       if constexpr (kUpdate) {
-        s = decay * s + key * vec_load(t.v + first + n * kLanes);
+        s = decay * s + key * value[n];
         vec_store(row + n * kLanes, s);
       }
       for (int h = 0; h < kHeads; ++h) sums[h][n] += t.q[h * kStepWidth + c] * s;
@@ -75,7 +77,7 @@ void step_heads(const StepToken& t) {
   for (; i < t.dv; ++i) {
     float sums[kHeads] = {};
     for (int64_t c = 0; c < t.dk; ++c) {
-      float& s = t.state[c * t.dv + i];
+      float& s = t.state[c * t.stride + i];
       if constexpr (kUpdate) s = t.decay[c] * s + t.k[c] * t.v[i];
       for (int h = 0; h < kHeads; ++h) sums[h] += t.q[h * kStepWidth + c] * s;
     }

@@ -29,7 +29,8 @@ struct GatedLinearAttentionParams {
   float* s;                   // [N, states, K, V] final states
   float* z;                   // [N, states, K] or null when not normalised
   int64_t sequences, tokens, states, dk, dv;
-  int64_t group;  // CPU: neighbouring state heads that walk a sequence together
+  int64_t group;   // CPU: neighbouring state heads that walk a sequence together
+  int64_t shares;  // CPU: parts of a sequence for a thread each
   float scale, eps;
 };
 

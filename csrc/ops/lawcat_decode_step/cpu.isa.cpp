@@ -163,7 +163,7 @@ void step(const LawcatDecodeStepParams& p, int64_t item) {
     }
     widen_token(at(p.v, (b * p.v_heads + s * p.v_heads / p.states) * p.dv), p.dv, v);
     for (int64_t c = 0; c < keys && z != nullptr; ++c) z[c] = decay[c] * z[c] + k[c];
-    const StepToken through{state, keys, p.dv, decay, k, v, q, o};
+    const StepToken through{state, keys, p.dv, p.dv, decay, k, v, q, o};
     for (int64_t first = 0; first < per_state; first += kStepHeads) {
       const int64_t left = per_state - first, heads = left < kStepHeads ? left : kStepHeads;
       float inverse[kStepHeads];
