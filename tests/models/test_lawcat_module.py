@@ -493,7 +493,7 @@ def test_state_dict_round_trip() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_heads": 3, "num_kv_heads": 2}, ValueError, "num_kv_heads: expected a divisor of 3"),
+        ({"num_heads": 3, "num_kv_heads": 2, "head_dim": 8}, ValueError, "num_kv_heads: expected a divisor of 3"),
         ({"num_heads": 0}, ValueError, "num_heads: expected at least 1"),
         ({"head_dim": 2.5}, TypeError, "head_dim: expected an int"),
         ({"gate": "tensor"}, ValueError, "gate: expected"),

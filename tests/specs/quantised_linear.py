@@ -66,9 +66,9 @@ def random(c: Choices) -> Sample:
 def _bench_cases() -> Iterator[BenchCase]:
     for quick, rows, columns in ((False, 11008, 4096), (True, 1536, 576)):
         for format in FORMATS:
-            for tokens in (1, 4, 128):
-                params = {"tokens": tokens, "rows": rows, "columns": columns, "format": format, "dtype": torch.float32}
-                yield BenchCase(f"{columns}x{rows}-{format}-N{tokens}", params, quick)
+            for dtype, tokens in ((torch.float32, 1), (torch.float32, 4), (torch.float32, 128), (torch.bfloat16, 1)):
+                params = {"tokens": tokens, "rows": rows, "columns": columns, "format": format, "dtype": dtype}
+                yield BenchCase(f"{columns}x{rows}-{format}-{str(dtype)[6:]}-N{tokens}", params, quick)
 
 
 def bench_sample(case: BenchCase, device: str) -> Sample:
@@ -83,9 +83,10 @@ def traffic(case: BenchCase) -> float:
     return float(weights + p["dtype"].itemsize * p["tokens"] * (p["rows"] + p["columns"]))
 
 
-def _torch_fp32(sample: Sample) -> Callable[[], torch.Tensor]:
-    weight = subquad.dequantise(sample["weight"], sample.kwargs["format"])
-    return lambda: F.linear(sample["x"], weight)
+def _torch_dense(sample: Sample) -> Callable[[], torch.Tensor]:
+    x = sample["x"]
+    weight = subquad.dequantise(sample["weight"], sample.kwargs["format"], x.dtype)
+    return lambda: F.linear(x, weight)
 
 
 SPEC = OpSpec(
@@ -102,7 +103,7 @@ SPEC = OpSpec(
     bench_sample=bench_sample,
     flops=lambda case: 2.0 * case.params["tokens"] * case.params["rows"] * case.params["columns"],
     bytes=traffic,
-    peers={"torch fp32": _torch_fp32},
+    peers={"torch dense": _torch_dense},
     missing={
         "check:row_independence:triton": "numpy, in Triton's interpreter, rounds a row of a product by its position",
         "check:double_backward": "y is linear in x and bias: their gradients depend on the upstream alone, and that raises",

@@ -9,11 +9,11 @@ namespace {
 
 struct Cuda {
   static void forward(const QuantisedLinearParams& p, DType dtype, const auto&... tensors) {
-    const auto pass = [&]<class T>(T, sq::stream_t stream) { quantised_linear_fwd<T>(p, stream); };
+    const auto pass = [&]<class T>(T, sq::stream_t stream) { quantised_forward<T>(p, stream); };
     launch(dtype, pass, tensors...);
   }
   static void backward(const QuantisedLinearParams& p, DType dtype, const auto&... tensors) {
-    const auto pass = [&]<class T>(T, sq::stream_t stream) { quantised_linear_bwd<T>(p, stream); };
+    const auto pass = [&]<class T>(T, sq::stream_t stream) { quantised_backward<T>(p, stream); };
     launch(dtype, pass, tensors...);
   }
 };

@@ -59,18 +59,13 @@ __global__ void __launch_bounds__(kQuantisedWarps* kWarp) quantised_linear_fwd_k
     SQ_UNROLL
     for (int t = 0; t < kQuantisedTokens; ++t) {
       if (t >= tokens) break;
-      float sum = 0.0f;
       SQ_UNROLL
       for (int k = 0; k < kQuantisedGroup; k += kWord) {
         float value[kWord];
         to_floats(load_chunk<Reuse::kKeep, kAligned, kWord>(x + t * p.columns + g * kQuantisedGroup + k, kWord), value);
         SQ_UNROLL
-        for (int j = 0; j < kWord; ++j) {
-          sum += value[j] * (has_minimum(kFormat) ? quantised_code<kFormat>(raw, k + j) * scale + minimum
-                                                  : quantised_code<kFormat>(raw, k + j));
-        }
+        for (int j = 0; j < kWord; ++j) sums[t] += value[j] * (quantised_code<kFormat>(raw, k + j) * scale + minimum);
       }
-      sums[t] += has_minimum(kFormat) ? sum : sum * scale;
     }
   }
   const float bias = p.bias == nullptr ? 0.0f : sq::to_float(sq::load_nc(static_cast<const T*>(p.bias) + row));
@@ -132,7 +127,7 @@ void with_format(QuantisedFormat format, const Fn& fn) {
 }
 
 template <class T>
-void quantised_linear_fwd(const QuantisedLinearParams& p, sq::stream_t stream) {
+void quantised_forward(const QuantisedLinearParams& p, sq::stream_t stream) {
   if (p.tokens == 0 || p.rows == 0) return;
   const int64_t blocks = ceil_div(p.rows, kQuantisedWarps) * ceil_div(p.tokens, kQuantisedTokens);
   const bool aligned = is_aligned16(p.x) && is_aligned16(p.weight) && p.row_bytes() % 16 == 0;
@@ -144,7 +139,7 @@ void quantised_linear_fwd(const QuantisedLinearParams& p, sq::stream_t stream) {
 }
 
 template <class T>
-void quantised_linear_bwd(const QuantisedLinearParams& p, sq::stream_t stream) {
+void quantised_backward(const QuantisedLinearParams& p, sq::stream_t stream) {
   if (p.tokens == 0 || p.columns == 0) return;
   const int64_t groups = p.columns / kQuantisedGroup;
   const int64_t blocks = ceil_div(groups, kQuantisedWarps) * ceil_div(p.tokens, kQuantisedTokens);

@@ -199,13 +199,14 @@ def read(
     if told.get("output_attentions"):
         raise ValueError("output_attentions: there is no matrix of weights; expected False, got True")
     mask = _of_one_kind(mask)
-    if position_embeddings is None or torch.compiler.is_compiling():
+    cos = position_embeddings[0] if isinstance(position_embeddings, tuple | list) and position_embeddings else None
+    if not isinstance(cos, torch.Tensor) or torch.compiler.is_compiling():
         return _read(mask, batch, length, window, seen, told)
     parts = vars(mask).values() if isinstance(mask, IntervalMask) else ()
     known = int(seen) if isinstance(seen, torch.Tensor) and _checks.readable(seen) else seen
     key = versioned(batch, length, window, known, *(told.get(name) for name in TOLD), mask, *parts)
     make = partial(_read, mask, batch, length, window, seen, told)
-    return make() if key is None else _TOKENS.get(position_embeddings[0], key, make)
+    return make() if key is None else _TOKENS.get(cos, key, make)
 
 
 def _read(
