@@ -67,7 +67,7 @@ def _weights(w, rows, live, group, FORMAT: tl.constexpr, CODES: tl.constexpr, BY
 def _part(x, codes, acc):
     """acc + x codes^T; the interpreter's bfloat16 is wrong, and float32 the same."""
     codes = codes.to(tl.float32) if INTERPRET else codes.to(x.dtype)
-    return tl.dot(widen_if_interpreted(x), tl.trans(codes), acc, input_precision="ieee")
+    return tl.dot(widen_if_interpreted(x), tl.trans(codes), acc, input_precision=tf32x3())
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -107,9 +107,13 @@ def _quantised_linear_fwd_kernel(
         exact = tl.zeros([BM, BN], tl.float32)
         for group in tl.range(0, w.groups, num_stages=1):
             k = tl.arange(0, GROUP) + group * GROUP
-            x = tl.load(x_rows[:, None] + k[None, :], alive[:, None], other=0.0).to(tl.float32)
             values = _weights(w, rows, live, group, FORMAT, CODES, BYTES)  # [BN, GROUP]
-            exact = tl.dot(x, tl.trans(values), exact, input_precision="ieee")
+            for i in range(BM):
+                this = tl.program_id(0) % tiles * BM + i
+                row = tl.minimum(this, tokens - 1).to(tl.int64)  # what is behind the last is not stored
+                x = tl.load(x_ptr + row * (w.groups * GROUP) + k)
+                terms = tl.sum(values * x.to(tl.float32)[None, :], axis=1)  # [BN]
+                exact = tl.where((token == this)[:, None], exact + terms[None, :], exact)
         acc = tl.where(is_finite(acc), acc, exact)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + rows, live, other=0.0).to(tl.float32)[None, :]
@@ -165,7 +169,7 @@ def quantised_linear_fwd(
     tokens = x.shape[0]
     y = torch.empty((tokens, w.rows), dtype=x.dtype, device=x.device)
     if y.numel():
-        bm, bn = 16 if tokens <= 16 else 64, 64
+        bm, bn = 16 if tokens <= 16 else 64, 32 if x.dtype == torch.float32 else 64
         grid = (triton.cdiv(tokens, bm) * triton.cdiv(w.rows, bn),)
         _quantised_linear_fwd_kernel[grid](x, w, bias, y, tokens, **constants, BM=bm, BN=bn, num_warps=4)
     return y
