@@ -21,7 +21,7 @@ struct QuantisedLinearParams {
   int64_t columns;  // a multiple of 32
   QuantisedFormat format;
 
-  int64_t row_bytes() const { return columns / kQuantisedGroup * group_bytes(format); }
+  SQ_HD int64_t row_bytes() const { return columns / kQuantisedGroup * group_bytes(format); }
 };
 
 }  // namespace subquad
