@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +51,23 @@ def test_what_is_derived_of_a_tensor_and_itself_does_not_keep_it() -> None:
     seen = weakref.ref(tensor)
     del tensor
     assert seen() is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells which memory wants huge pages")
+def test_large_caches_ask_for_huge_pages() -> None:
+    def wants(x: torch.Tensor) -> bool:
+        place = x.data_ptr() + x.nbytes // 2
+        flags, inside = "", False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+                inside = begin <= place < end
+            elif inside and line.startswith("VmFlags:"):
+                flags = line
+        return " hg" in flags
+
+    large = subquad.SinkKVCache(1, 8, 128, sink_tokens=4, window=8192, dtype=torch.float32)
+    pages = subquad.SuperlinearKVCache(1, 8, 8192, 128, dtype=torch.float32)
+    small = subquad.SinkKVCache(1, 1, 16, sink_tokens=4, window=32, dtype=torch.float32)
+    assert wants(large.ring_k) and wants(large.ring_v) and wants(pages.k) and not wants(small.ring_k)
+    assert not large.ring_k.any() and not pages.k.any()

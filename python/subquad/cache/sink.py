@@ -13,6 +13,7 @@ from ..contract.sink_attention_step import MAX_HEAD_DIM, RING_DTYPES
 from ..ops.sink_attention_step import sink_attention_step
 from ..rope import RopeSpec, check_rope
 from . import _sink_moves as moves
+from ._memory import zeros
 from ._sink_prefill import attend
 from .state import TensorState, preallocated
 
@@ -133,7 +134,7 @@ class SinkKVCache(TensorState):
             ("ring", num_kv_heads, places, kv_dtype),
         ):
             for side, width in (("k", head_dim), ("v", v_head_dim)):
-                self.put(f"{name}_{side}", torch.zeros(batch, heads, count, width, dtype=of, device=device))
+                self.put(f"{name}_{side}", zeros(batch, heads, count, width, dtype=of, device=device))
         for side in ("k", "v"):
             setattr(self, f"{side}_scale", None)
             if kv_dtype in RING_DTYPES:

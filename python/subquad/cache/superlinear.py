@@ -11,6 +11,7 @@ import torch
 from .. import _checks
 from ..contract.span_attention import MAX_HEAD_DIM
 from ..ops import _call
+from ._memory import zeros
 from ._pages import Pages, counts, write
 from .state import TensorState, preallocated
 
@@ -115,7 +116,7 @@ class SuperlinearKVCache(TensorState):
         widths = {"k": head_dim, "v": v_head_dim} | ({"search_keys": head_dim} if separate_search_keys else {})
         self.search_keys = None
         for name, width in widths.items():
-            self.put(name, torch.zeros(rows, places, num_kv_heads, width, dtype=dtype, device=device))
+            self.put(name, zeros(rows, places, num_kv_heads, width, dtype=dtype, device=device))
         self.put("seq_lens", torch.zeros(batch, dtype=torch.int64, device=device))
 
     def __repr__(self) -> str:
