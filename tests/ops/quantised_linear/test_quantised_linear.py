@@ -83,8 +83,8 @@ def test_codes_reach_their_ends_and_no_further(format: str) -> None:
 @pytest.mark.parametrize("backend", ["native", "triton", "reference"])
 def test_a_foreign_scale(format: str, backend: str) -> None:
     """Codes of -128, scales of zero, of the other sign, infinite or NaN: what a file may hold is what is computed."""
-    codes, scale, minimum = unpack(subquad.quantise(weight_of(6, 64), format), format)
     data = subquad.quantise(weight_of(6, 64), format)
+    _, scale, _ = unpack(data, format)
     groups = 2 * FORMATS[format].code_bytes
     data[0, :3] = 0x80
     halves = data[:, groups:].clone().view(torch.float16)
@@ -95,7 +95,6 @@ def test_a_foreign_scale(format: str, backend: str) -> None:
     y = subquad.quantised_linear(x, data, format=format, backend=backend)
     assert expected[:, 4].isnan().all() and expected[:, :3].isfinite().all() and expected[:, 5].isfinite().all()
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert codes.shape == (6, 2, 32) and (minimum is None) == (format != "int4_min")
 
 
 @pytest.mark.parametrize("tokens", range(1, 20))
@@ -166,11 +165,10 @@ def test_module_computes_what_its_dense_layer_does(format: str) -> None:
     x.grad = None
     dense(x).square().sum().backward()
     torch.testing.assert_close(found, x.grad, rtol=1e-4, atol=1e-4)
-    assert torch.equal(subquad.quantise(dense.weight, format), layer.weight) or format != "int8"
 
 
 @ALL
-def test_module_keeps_its_bytes(format: str, tmp_path: object) -> None:
+def test_module_keeps_its_bytes(format: str) -> None:
     layer = nn.QuantisedLinear.from_linear(torch.nn.Linear(64, 8), format)
     before = layer.weight.clone()
     for cast in (layer.half, layer.bfloat16, layer.double, layer.float, lambda: layer.to(torch.float16)):
