@@ -1,7 +1,8 @@
 """The product with quantised weights, forward and backward, in Triton.
 
 Forward: codes are operands of the matrix units as they are, for in every dtype of x they are exact; the sum of a group leaves
-in fp32 and is multiplied by its scale there: weights are not rounded, fp32 x goes in three tf32 terms. A minimum meets the sum of a group's x.
+in fp32 and is multiplied by its scale there. Weights are not rounded; fp32 x goes in three tf32 terms. A minimum meets the
+sum of a group's x.
 Backward: rows are dequantised to fp32 in registers, multiplied in three tf32 terms.
 
 Source of the formats: GGUF's Q8_0, Q4_0 and Q4_1; see reference/quantised_linear.py.
