@@ -32,6 +32,19 @@ SQ_HD constexpr int64_t group_bytes(QuantisedFormat format) {
   return code_bytes(format) + (has_minimum(format) ? 4 : 2);
 }
 
+/// fn<kFormat>() for the format of a call.
+template <class Fn>
+inline decltype(auto) by_format(QuantisedFormat format, const Fn& fn) {
+  switch (format) {
+    case QuantisedFormat::kInt8:
+      return fn.template operator()<QuantisedFormat::kInt8>();
+    case QuantisedFormat::kInt4:
+      return fn.template operator()<QuantisedFormat::kInt4>();
+    default:
+      return fn.template operator()<QuantisedFormat::kInt4Min>();
+  }
+}
+
 SQ_ISA_END
 
 }  // namespace subquad

@@ -21,6 +21,7 @@ from .ops.feature_map import feature_map
 from .ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from .ops.interval_attention import interval_attention
 from .ops.lawcat_decode_step import lawcat_decode_step
+from .ops.quantised_cats_mlp import quantised_cats_mlp
 from .ops.quantised_linear import dequantise, quantise, quantised_linear
 from .ops.sink_attention_step import sink_attention_step
 from .ops.span_attention import span_attention
@@ -91,6 +92,7 @@ __all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "interval_attention",
     "lawcat_decode_step",
     "quantise",
+    "quantised_cats_mlp",
     "quantised_linear",
     "sink_attention",
     "sink_attention_step",

@@ -89,19 +89,6 @@ inline void dequantise(const Row& row, int64_t first, int64_t groups, float* out
   }
 }
 
-/// fn<kFormat>() for the format of a call.
-template <class Fn>
-inline decltype(auto) by_format(QuantisedFormat format, const Fn& fn) {
-  switch (format) {
-    case QuantisedFormat::kInt8:
-      return fn.template operator()<QuantisedFormat::kInt8>();
-    case QuantisedFormat::kInt4:
-      return fn.template operator()<QuantisedFormat::kInt4>();
-    default:
-      return fn.template operator()<QuantisedFormat::kInt4Min>();
-  }
-}
-
 /// to[0 .. n) = the fp16 numbers at `from`, n <= kLanes.
 inline void load_halves(const Half* from, int64_t n, float* to) {
   vec_store(to, n == kLanes ? vec_load(from) : vec_load_part<false>(from, n));

@@ -7,17 +7,21 @@
 
 namespace subquad {
 
+inline QuantisedFormat quantised_format(int64_t format, const char* name) {
+  STD_TORCH_CHECK(format >= 0 && format < kQuantisedFormats, name, ": expected 0 to ", kQuantisedFormats - 1, ", got ",
+                  format);
+  return static_cast<QuantisedFormat>(format);
+}
+
 inline QuantisedLinearParams quantised_weight(const Tensor& weight, int64_t columns, int64_t format,
                                               const Anchor& anchor) {
-  STD_TORCH_CHECK(format >= 0 && format < kQuantisedFormats, "format: expected 0 to ", kQuantisedFormats - 1, ", got ",
-                  format);
   STD_TORCH_CHECK(columns >= 0 && columns % kQuantisedGroup == 0, "columns: expected a multiple of ", kQuantisedGroup,
                   ", got ", columns);
   check_dims(weight, "weight", 2);
   QuantisedLinearParams p{};
   p.rows = weight.size(0);
   p.columns = columns;
-  p.format = static_cast<QuantisedFormat>(format);
+  p.format = quantised_format(format, "format");
   p.weight = static_cast<const uint8_t*>(data_of(weight, "weight", {p.rows, p.row_bytes()}, ScalarType::Byte, anchor));
   return p;
 }

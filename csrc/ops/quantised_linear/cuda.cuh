@@ -113,25 +113,12 @@ __global__ void __launch_bounds__(kQuantisedWarps* kWarp) quantised_linear_bwd_k
   }
 }
 
-/// fn<kFormat>() for the format of a call.
-template <class Fn>
-void with_format(QuantisedFormat format, const Fn& fn) {
-  switch (format) {
-    case QuantisedFormat::kInt8:
-      return fn.template operator()<QuantisedFormat::kInt8>();
-    case QuantisedFormat::kInt4:
-      return fn.template operator()<QuantisedFormat::kInt4>();
-    default:
-      return fn.template operator()<QuantisedFormat::kInt4Min>();
-  }
-}
-
 template <class T>
 void quantised_forward(const QuantisedLinearParams& p, sq::stream_t stream) {
   if (p.tokens == 0 || p.rows == 0) return;
   const int64_t blocks = ceil_div(p.rows, kQuantisedWarps) * ceil_div(p.tokens, kQuantisedTokens);
   const bool aligned = is_aligned16(p.x) && is_aligned16(p.weight) && p.row_bytes() % 16 == 0;
-  with_format(p.format, [&]<QuantisedFormat kFormat>() {
+  by_format(p.format, [&]<QuantisedFormat kFormat>() {
     with_flag(aligned, [&](auto flag) {
       SQ_LAUNCH((quantised_linear_fwd_kernel<T, kFormat, flag>), blocks, kQuantisedWarps * kWarp, 0, stream, p);
     });
@@ -143,7 +130,7 @@ void quantised_backward(const QuantisedLinearParams& p, sq::stream_t stream) {
   if (p.tokens == 0 || p.columns == 0) return;
   const int64_t groups = p.columns / kQuantisedGroup;
   const int64_t blocks = ceil_div(groups, kQuantisedWarps) * ceil_div(p.tokens, kQuantisedTokens);
-  with_format(p.format, [&]<QuantisedFormat kFormat>() {
+  by_format(p.format, [&]<QuantisedFormat kFormat>() {
     SQ_LAUNCH((quantised_linear_bwd_kernel<T, kFormat>), blocks, kQuantisedWarps * kWarp, 0, stream, p);
   });
 }

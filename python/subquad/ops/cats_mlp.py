@@ -81,7 +81,7 @@ def cats_mlp(
     union = bool(_checks.choice("mask_mode", mask_mode, MASK_MODES))
     _checks.choice("prefill", prefill, PREFILLS)
     straight_through = bool(_checks.choice("grad", grad, GRADS))
-    limit = _sparse_limit(max_sparse_tokens)
+    limit = sparse_limit(max_sparse_tokens)
     if prefill == "dense" and tokens > limit:  # in this order: a size of a graph is asked only where it matters
         t = torch.full_like(t[:1], -1.0)
     device = x.device.type
@@ -122,7 +122,8 @@ def cats_mlp(
     return y if flat is x else y.view(x.shape)
 
 
-def _sparse_limit(limit: int | None) -> int:
+def sparse_limit(limit: int | None) -> int:
+    """`max_sparse_tokens` as a number."""
     if limit is None:
         return MAX_SPARSE_TOKENS
     if isinstance(limit, bool) or not isinstance(limit, int):

@@ -83,25 +83,42 @@ def unpack(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tenso
     """(codes int16 [N, G, 32], scale fp16 [N, G], minimum fp16 [N, G] or None) of the bytes of rows."""
     kind = FORMATS[format]
     groups = weight.shape[-1] // kind.group_bytes
-    sizes = [groups * kind.code_bytes, *[2 * groups] * (2 if kind.minimum else 1)]
-    data, *numbers = weight.split(sizes, dim=-1)
-    data = data.unflatten(-1, (groups, kind.code_bytes))
+    data, numbers = weight.split([groups * kind.code_bytes, groups * (kind.group_bytes - kind.code_bytes)], dim=-1)
+    return integers(data, format), *halves(numbers, format)
+
+
+def integers(data: torch.Tensor, format: str) -> torch.Tensor:
+    """int16 [N, G, 32] of the codes of rows, [N, G * code_bytes]."""
+    kind = FORMATS[format]
+    data = data.unflatten(-1, (data.shape[-1] // kind.code_bytes, kind.code_bytes))
     raw = data.view(torch.int8) if kind.bits == 8 else torch.cat((data & 0xF, data >> 4), dim=-1)
-    codes = raw.to(torch.int16)
-    scale, *rest = (
-        x.unflatten(-1, (groups, 2)).clone(memory_format=torch.contiguous_format).view(torch.float16).squeeze(-1)
-        for x in numbers
-    )
-    return codes, scale, rest[0] if rest else None
+    return raw.to(torch.int16)
+
+
+def halves(data: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(scale, minimum or None) fp16 [N, G] of their bytes, one behind the other."""
+    numbers = data.unflatten(-1, (data.shape[-1] // 2, 2)).clone(memory_format=torch.contiguous_format)
+    numbers = numbers.view(torch.float16).squeeze(-1)
+    if not FORMATS[format].minimum:
+        return numbers, None
+    scale, minimum = numbers.chunk(2, dim=-1)
+    return scale, minimum
 
 
 def dequantise(weight: torch.Tensor, format: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """[N, K] of the bytes of rows, in float32 or float64, in which every product of a code and a scale is exact."""
     codes, scale, minimum = unpack(weight, format)
-    values = (codes - 8 if format == "int4" else codes).to(dtype) * scale.to(dtype).unsqueeze(-1)
-    if minimum is not None:
-        values = values + minimum.to(dtype).unsqueeze(-1)
-    return values.flatten(-2)
+    return values(
+        codes, scale.unsqueeze(-1), None if minimum is None else minimum.unsqueeze(-1), format, dtype
+    ).flatten(-2)
+
+
+def values(
+    codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, format: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """What codes stand for, with scales and minima that broadcast to them."""
+    found = (codes - 8 if format == "int4" else codes).to(dtype) * scale.to(dtype)
+    return found if minimum is None else found + minimum.to(dtype)
 
 
 def quantised_linear(
