@@ -35,10 +35,10 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
-    _dense(name, value)
+    dense(name, value)
 
 
-def _dense(name: str, value: torch.Tensor) -> None:
+def dense(name: str, value: torch.Tensor) -> None:
     """`value` has strides: it is not sparse, nested or of a library's own layout."""
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
@@ -69,7 +69,7 @@ def like(name: str, value: object, shape: tuple[int, ...] | None, of: torch.Tens
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
     if value.dtype is not of.dtype:
         raise TypeError(f"{name}: expected {of.dtype} as {of_name} has, got {value.dtype}")
-    _dense(name, value)
+    dense(name, value)
     same_device(name, value, of.device, of_name)
 
 
@@ -82,6 +82,7 @@ def threshold(value: float | torch.Tensor, channels: int, device: torch.device) 
     if isinstance(value, torch.Tensor):
         if value.dtype is not torch.float32:
             raise TypeError(f"threshold: expected float32, got {value.dtype}")
+        dense("threshold", value)
         same_device("threshold", value, device)
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, channels)):
             raise ValueError(f"threshold: expected shape [], [1] or [{channels}], got {list(value.shape)}")
@@ -174,6 +175,7 @@ def integers(
         raise TypeError(
             f"{name}: expected {' or '.join(str(t).removeprefix('torch.') for t in dtypes)}, got {value.dtype}"
         )
+    dense(name, value)
     if dims is not None and value.dim() != dims:
         raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(value.shape)}")
     return value
@@ -183,6 +185,7 @@ def booleans(name: str, value: object) -> None:
     """`value` is a bool tensor."""
     if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
         raise TypeError(f"{name}: expected a bool tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    dense(name, value)
 
 
 def same_device(name: str, value: torch.Tensor, device: torch.device, of: str = "the input") -> None:

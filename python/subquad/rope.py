@@ -74,7 +74,10 @@ class RopeSpec:
     def turns(self, device: torch.device | str | None = None) -> torch.Tensor:
         """int64 [rotary_dim / 2]: turns per position in units of 2^-64, modulo one turn; times a position, it wraps."""
         if device is not None and self._step.device != torch.device(device):
-            self._step = self._step.to(device)
+            moved = self._step.to(device)
+            if moved.is_meta:  # where there are no numbers to keep
+                return moved
+            self._step = moved
         return self._step
 
     def same_as(self, other: RopeSpec) -> bool:

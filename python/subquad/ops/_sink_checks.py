@@ -60,6 +60,7 @@ def check_states(
             continue
         if not isinstance(scale, torch.Tensor) or scale.dtype is not torch.float32:
             raise TypeError(f"{name}: expected a float32 tensor, got {getattr(scale, 'dtype', type(scale).__name__)}")
+        _checks.dense(name, scale)
         if scale.shape != (batch, heads, ring):
             raise ValueError(f"{name}: expected shape {[batch, heads, ring]}, got {list(scale.shape)}")
         _checks.same_device(name, scale, k.device, "k")

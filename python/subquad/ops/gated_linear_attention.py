@@ -231,5 +231,6 @@ def _state(name: str, x: object, shape: tuple[int, ...], q: torch.Tensor) -> tor
     expected = torch.float64 if q.dtype is torch.float64 else torch.float32
     if x.dtype is not expected:
         raise TypeError(f"{name}: expected {expected}, got {x.dtype}")
+    _checks.dense(name, x)
     _checks.same_device(name, x, q.device, "q")
     return x

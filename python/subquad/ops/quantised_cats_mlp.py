@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ def quantised_cats_mlp(
     _checks.choice("prefill", prefill, PREFILLS)
     straight_through = bool(_checks.choice("grad", grad, GRADS))
     limit = sparse_limit(max_sparse_tokens)
-    tokens = x.numel() // hidden if hidden else x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])
     flat = x if x.dim() == 2 else x.reshape(tokens, hidden)
     if prefill == "dense" and tokens > limit:
         t = torch.full_like(t[:1], -1.0)
@@ -179,6 +180,7 @@ def _check_weights(
         if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8:
             got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             raise TypeError(f"{name}: expected a uint8 tensor, got {got}")
+        _checks.dense(name, value)
         if value.shape != shape:
             raise ValueError(
                 f"{name}: expected shape {list(shape)} to match w_gate and format, got {list(value.shape)}"

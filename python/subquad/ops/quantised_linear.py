@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def quantised_linear(
     rows = weight.shape[0]
     if bias is not None:
         _checks.like("bias", bias, (rows,), x, "x")
-    flat = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), columns)
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
 
     def define(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *_: object) -> torch.Tensor:
         return reference.quantised_linear(x, weight, bias, format=format)
@@ -129,6 +130,7 @@ def check_weight(name: str, weight: object, format: str) -> int:
     if not isinstance(weight, torch.Tensor) or weight.dtype != torch.uint8:
         got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
         raise TypeError(f"{name}: expected a uint8 tensor as `quantise` makes it, got {got}")
+    _checks.dense(name, weight)
     step = FORMATS[format].group_bytes
     if weight.dim() != 2 or weight.shape[1] % step:
         raise ValueError(f"{name}: expected shape [N, n * {step}] for format {format!r}, got {list(weight.shape)}")

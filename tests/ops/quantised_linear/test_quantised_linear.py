@@ -190,3 +190,11 @@ def test_bytes_of_a_weight() -> None:
     for format, size in {"int8": 34, "int4": 18, "int4_min": 20}.items():
         layer = nn.QuantisedLinear(128, 256, False, format=format)
         assert layer.weight.nbytes == 128 * 256 * size // 32
+
+
+def test_export_with_any_number_of_rows() -> None:
+    layer = nn.QuantisedLinear.from_linear(torch.nn.Linear(64, 40), "int4").requires_grad_(False)
+    rows = {"x": {0: torch.export.Dim("rows", min=2)}}
+    exported = torch.export.export(layer, (torch.randn(3, 5, 64),), dynamic_shapes=rows)
+    x = torch.randn(4, 5, 64)
+    assert torch.equal(exported.module()(x), layer(x))

@@ -286,3 +286,10 @@ def test_room_for_longer_drafts(fed_before: int, kv_dtype: torch.dtype | None) -
         fed(cache, streams, 100)
         rolled(cache, streams, [back, 7])
     fed(cache, streams, 3)
+
+
+def test_a_rotation_keeps_its_numbers_when_a_fake_device_asks() -> None:
+    spec = subquad.RopeSpec(ROPE.inv_freq, 6)
+    numbers = spec.turns().clone()
+    assert spec.turns("meta").is_meta
+    assert torch.equal(spec.turns("cpu"), numbers)

@@ -149,7 +149,8 @@ def empty(case: Case) -> None:
 
 @check()
 def dtypes(case: Case) -> None:
-    """Supported dtypes give the reference's result dtype; everything else is a TypeError that names the argument."""
+    """Supported dtypes give the reference's result dtype; everything else, and what is sparse, is a TypeError that names the
+    argument."""
     for dtype in case.spec.dtypes:
         sample = case.with_dtype(dtype).first()
         got = [y.dtype for y in case.call(sample)]
@@ -163,6 +164,9 @@ def dtypes(case: Case) -> None:
             _raises_about(case, sample.replace(**{name: wrong}), name, TypeError)
         if name != case.float_args(sample)[0]:
             _raises_about(case, sample.replace(**{name: value.bfloat16()}), name, TypeError)
+    for name, tensor in sample.args.items():
+        if tensor is not None:
+            _raises_about(case, sample.replace(**{name: tensor.to_sparse()}), name, TypeError)
     if case.backend != "reference":
         _raises_about(case, case.wide(sample), case.float_args(sample)[0], TypeError)
 
