@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from .. import _checks
+from ..nn._codes import Codes
 from ..nn._gated import looks_gated
 from ..nn._options import CatsConfig
 from ..nn.cats_mlp import CATSMLP
+from ..nn.quantised_cats_mlp import QuantisedCATSMLP
 from .replace import ConversionReport, Kind, Replacement, find, register, replace, restore
 
 MLP = Kind(
@@ -25,6 +27,8 @@ MLP = Kind(
 
 
 def _cats(mlp: nn.Module, **options: Any) -> CATSMLP:
+    if isinstance(getattr(mlp, "down_proj", None), Codes):
+        return QuantisedCATSMLP.from_llama_mlp(mlp, **options)
     return CATSMLP.from_llama_mlp(mlp, lay_out=False, **options)
 
 
@@ -50,7 +54,7 @@ CATS = register(
         config=CatsConfig,
         constructor="CATSMLP.from_llama_mlp",
         make=_cats,
-        restore=methodcaller("to_dense"),
+        restore=CATSMLP.to_dense,
         settle=methodcaller("lay_out"),
         unsettle=methodcaller("restore_layout"),
         options=_options,
