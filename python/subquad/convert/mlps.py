@@ -32,6 +32,11 @@ def _cats(mlp: nn.Module, **options: Any) -> CATSMLP:
     return CATSMLP.from_llama_mlp(mlp, lay_out=False, **options)
 
 
+def _restore(mlp: CATSMLP) -> nn.Module:
+    """Its original, with quantised projections if it has those."""
+    return CATSMLP.to_dense(mlp)
+
+
 def _options(mlp: CATSMLP) -> dict[str, Any]:
     """The threshold is in the state dict."""
     return {field.name: getattr(mlp, field.name) for field in fields(CatsConfig) if field.name != "threshold"}
@@ -54,7 +59,7 @@ CATS = register(
         config=CatsConfig,
         constructor="CATSMLP.from_llama_mlp",
         make=_cats,
-        restore=CATSMLP.to_dense,
+        restore=_restore,
         settle=methodcaller("lay_out"),
         unsettle=methodcaller("restore_layout"),
         options=_options,
