@@ -79,7 +79,7 @@ class GgufFile:
             )
         format = BLOCKS[kind]
         for rows in self._orders(tensor.name, rows_of(tensor.data, format)):
-            if torch.equal(dequantise(rows, format).to(linear.weight), linear.weight):
+            if torch.allclose(dequantise(rows, format).to(linear.weight), linear.weight, 0, 0, equal_nan=True):
                 made = QuantisedLinear.from_bytes(rows, linear.bias, format=format).train(linear.training)
                 return QuantisedDown.from_linear(made) if down else made
         raise ValueError(
