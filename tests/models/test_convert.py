@@ -171,7 +171,7 @@ class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
     """KeyboardInterrupt before the n-th line that runs in the code of conversions, without that which only looks."""
 
     FILES = ("convert/replace.py", "nn/cats_mlp.py", "nn/lawcat.py", "nn/_children.py", "/contextlib.py")
-    LOOKING = ("find", "named", "_replacement_of", "_inherit", "_add", "<genexpr>", "<dictcomp>", "<listcomp>")
+    LOOKING = ("find", "named", "replacement_of", "_inherit", "_add", "<genexpr>", "<dictcomp>", "<listcomp>")
 
     def __init__(self, number: int) -> None:
         self.left = number

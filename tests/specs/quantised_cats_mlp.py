@@ -13,7 +13,7 @@ import subquad
 from subquad import reference
 from subquad.ops.cats_mlp import MAX_SPARSE_TOKENS
 from subquad.reference.cats_activation import ACTIVATIONS, activate
-from subquad.reference.quantised_cats_mlp import dequantise_down
+from subquad.reference.quantised_cats_mlp import by_neuron, dequantise_down
 from subquad.reference.quantised_linear import FORMATS, GROUP
 from subquad.testing.choices import Choices
 from subquad.testing.spec import BenchCase, OpSpec, Sample, Sampler, threshold_in_gap
@@ -49,16 +49,7 @@ def oracle(
 
 def shared_scales(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scales) of a down projection [H, I] whose groups lie along the neurons, as those of a GGUF file do."""
-    channels = weight.shape[0]
-    kind = FORMATS[format]
-    rows = subquad.quantise(weight, format)  # [H, I / 32 * group bytes]
-    codes, scale, minimum = reference.quantised_linear.unpack(rows, format)
-    across = codes.flatten(-2).t().unflatten(-1, (channels // GROUP, GROUP))  # [I, H / 32, 32]
-    if kind.bits == 4:
-        low, high = across.unflatten(-1, (2, GROUP // 2)).unbind(-2)
-        across = low | high << 4
-    numbers = [x.t().contiguous().view(torch.uint8) for x in (scale, minimum) if x is not None]
-    return (across & 0xFF).to(torch.uint8).flatten(-2), torch.cat(numbers, dim=-1)
+    return by_neuron(subquad.quantise(weight, format), format)
 
 
 def gate_scores(sample: Sample) -> torch.Tensor:

@@ -350,5 +350,5 @@ def _neurons(mlp: nn.Module) -> int:
 
 
 def _device(mlp: nn.Module) -> torch.device:
-    device = next(mlp.parameters()).device
+    device = next(iter((*mlp.parameters(), *mlp.buffers()))).device
     return torch.device("cpu") if device.type == "meta" else device

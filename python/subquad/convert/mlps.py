@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from .. import _checks
+from ..nn._codes import Codes
 from ..nn._gated import looks_gated
 from ..nn._options import CatsConfig
 from ..nn.cats_mlp import CATSMLP
+from ..nn.quantised_cats_mlp import QuantisedCATSMLP
 from .replace import ConversionReport, Kind, Replacement, find, register, replace, restore
 
 MLP = Kind(
@@ -25,7 +27,14 @@ MLP = Kind(
 
 
 def _cats(mlp: nn.Module, **options: Any) -> CATSMLP:
+    if isinstance(getattr(mlp, "down_proj", None), Codes):
+        return QuantisedCATSMLP.from_llama_mlp(mlp, **options)
     return CATSMLP.from_llama_mlp(mlp, lay_out=False, **options)
+
+
+def _restore(mlp: CATSMLP) -> nn.Module:
+    """Its original, with quantised projections if it has those."""
+    return CATSMLP.to_dense(mlp)
 
 
 def _options(mlp: CATSMLP) -> dict[str, Any]:
@@ -50,7 +59,7 @@ CATS = register(
         config=CatsConfig,
         constructor="CATSMLP.from_llama_mlp",
         make=_cats,
-        restore=methodcaller("to_dense"),
+        restore=_restore,
         settle=methodcaller("lay_out"),
         unsettle=methodcaller("restore_layout"),
         options=_options,

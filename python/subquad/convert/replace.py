@@ -105,7 +105,7 @@ def named(kind: str) -> dict[str, Replacement]:
     return {name: replacement for (of, name), replacement in _REGISTRY.items() if of == kind}
 
 
-def _replacement_of(module: nn.Module, kind: str) -> Replacement | None:
+def replacement_of(module: nn.Module, kind: str) -> Replacement | None:
     """What made a module; None if it is an original one."""
     return next((r for r in named(kind).values() if isinstance(module, r.layer)), None)
 
@@ -131,7 +131,7 @@ def find(model: nn.Module, kind: Kind, layers: Iterable[int | str] | None = None
     found = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if _replacement_of(module, kind.name) or (name.rpartition(".")[2] in ("", *kind.places) and kind.looks(module))
+        if replacement_of(module, kind.name) or (name.rpartition(".")[2] in ("", *kind.places) and kind.looks(module))
     }
     if not found:
         raise ValueError(f"model: expected {kind.expected}, got a {type(model).__name__}")
@@ -177,14 +177,19 @@ class ConversionReport(list[str]):
     Attributes:
         new_parameters: how many numbers they have that the model had not: what attention transfer trains.
         shared_parameters: how many they took over.
+        left: why a layer stayed as it was, by name: with `weights`, those whose weights are not in few bits.
     """
 
     new_parameters = 0
     shared_parameters = 0
 
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        super().__init__(names)
+        self.left: dict[str, str] = {}
+
 
 @dataclass(frozen=True)
-class _Exchange:
+class Exchange:
     """`new` comes to the place of `old` in the model."""
 
     name: str
@@ -194,7 +199,10 @@ class _Exchange:
 
 
 def replace(
-    model: nn.Module, conversions: Iterable[tuple[Replacement, Any]], layers: Iterable[int | str] | None = None
+    model: nn.Module,
+    conversions: Iterable[tuple[Replacement, Any]],
+    layers: Iterable[int | str] | None = None,
+    undo: ExitStack | None = None,
 ) -> ConversionReport:
     """Exchange layers of a model for new ones that share their weights, in place.
 
@@ -205,6 +213,7 @@ def replace(
         model: any module.
         conversions: replacements, each with a config of its class.
         layers: see `find`.
+        undo: gets what puts the old layers back, where this is a part of something larger.
 
     Returns:
         Names of the modules converted by this call, and counts of their parameters.
@@ -218,16 +227,30 @@ def replace(
     found = [(replacement, config, _found(model, replacement, config, wanted)) for replacement, config in conversions]
     names = [name for _, _, chosen in found for name in chosen]
     _check_apart(names)
-    _check_places(model, names)
+    check_places(model, names)
     exchanges = [e for replacement, config, chosen in found for e in _made(replacement, config, chosen)]
+    if undo is not None:
+        return exchange(model, exchanges, undo)
+    with ExitStack() as own:
+        report = exchange(model, exchanges, own)
+        own.pop_all()
+    return report
+
+
+def exchange(model: nn.Module, exchanges: Sequence[Exchange], undo: ExitStack) -> ConversionReport:
+    """Put new modules in the places of old ones, and note it in the config.
+
+    Args:
+        model: any module.
+        exchanges: new modules, made already.
+        undo: gets what undoes a step before the step is taken.
+    """
     report = _report(exchanges)
-    with ExitStack() as undo:  # what undoes a step is there before the step is taken
-        for module, by in {id(e.new): (e.new, e.by) for e in exchanges}.values():
-            undo.callback(by.unsettle, module)
-            by.settle(module)
-        _put(model, undo, exchanges)
-        record(model, _converted(model), undo)
-        undo.pop_all()
+    for module, by in {id(e.new): (e.new, e.by) for e in exchanges}.values():
+        undo.callback(by.unsettle, module)
+        by.settle(module)
+    _put(model, undo, exchanges)
+    record(model, _converted(model), undo)
     return report
 
 
@@ -235,7 +258,7 @@ def _found(model: nn.Module, by: Replacement, config: Any, layers: list[int | st
     """The layers that are not converted yet. Of all layers, those that are something else are not meant."""
     chosen = {}
     for name, module in find(model, by.kind, layers).items():
-        made = _replacement_of(module, by.kind.name)
+        made = replacement_of(module, by.kind.name)
         if made is None:
             chosen[name] = module
         elif made is by:
@@ -261,7 +284,7 @@ def _check_options(name: str, module: nn.Module, by: Replacement, config: Any) -
         raise ValueError(f"{name}: {error}") from error
 
 
-def _made(by: Replacement, config: Any, chosen: dict[str, nn.Module]) -> list[_Exchange]:
+def _made(by: Replacement, config: Any, chosen: dict[str, nn.Module]) -> list[Exchange]:
     """New modules, beside a model that has not changed."""
     options = {field.name: getattr(config, field.name) for field in fields(by.config) if field.init}
     made: dict[int, nn.Module] = {}
@@ -274,7 +297,7 @@ def _made(by: Replacement, config: Any, chosen: dict[str, nn.Module]) -> list[_E
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
                 raise kind(f"{name}: {error}") from error
-        exchanges.append(_Exchange(name, old, made[id(old)], by))
+        exchanges.append(Exchange(name, old, made[id(old)], by))
     return exchanges
 
 
@@ -285,7 +308,7 @@ def _check_apart(names: Sequence[str]) -> None:
             raise ValueError(f"layers: expected none inside another, got {inner!r} in {outer!r}; name those you mean")
 
 
-def _check_places(model: nn.Module, names: Sequence[str]) -> None:
+def check_places(model: nn.Module, names: Sequence[str]) -> None:
     """What offloads a module with all that is in it would look for the parameters of the layer that was there."""
     for outer, module in model.named_modules(remove_duplicate=False):
         inner = next((name for name in names if f"{name}.".startswith(f"{outer}." if outer else "")), None)
@@ -296,7 +319,7 @@ def _check_places(model: nn.Module, names: Sequence[str]) -> None:
             )
 
 
-def _report(exchanges: Sequence[_Exchange]) -> ConversionReport:
+def _report(exchanges: Sequence[Exchange]) -> ConversionReport:
     report = ConversionReport(e.name for e in exchanges)
     new = {id(p): p.numel() for e in exchanges for p in e.by.new_parameters(e.new).values()}
     shared = {id(p): p.numel() for e in exchanges for p in e.new.parameters() if id(p) not in new}
@@ -341,27 +364,27 @@ def restore(model: nn.Module, *kinds: str, layers: Iterable[int | str] | None = 
         name: (module, by)
         for kind in kinds
         for name, module in modules.items()
-        if name and (by := _replacement_of(module, kind)) and module.original is not None
+        if name and (by := replacement_of(module, kind)) and module.original is not None
     }
     if layers is not None:
         if not converted:
             raise ValueError(f"model: expected converted layers, got a {type(model).__name__} without")
         wanted = {name for layer in listed(layers) for name in match_layer(converted, layer)}
         converted = {name: value for name, value in converted.items() if name in wanted}
-    _check_places(model, list(converted))
+    check_places(model, list(converted))
     originals: dict[int, nn.Module] = {}
     with ExitStack() as undo:
         for module, by in converted.values():
             if id(module) not in originals:
                 undo.callback(by.settle, module)
                 originals[id(module)] = by.restore(module)
-        _put(model, undo, [_Exchange(name, m, originals[id(m)], by) for name, (m, by) in converted.items()])
+        _put(model, undo, [Exchange(name, m, originals[id(m)], by) for name, (m, by) in converted.items()])
         record(model, _converted(model), undo)
         undo.pop_all()
     return list(converted)
 
 
-def _put(model: nn.Module, undo: ExitStack, exchanges: Sequence[_Exchange]) -> None:
+def _put(model: nn.Module, undo: ExitStack, exchanges: Sequence[Exchange]) -> None:
     for e in exchanges:
         undo.callback(model.set_submodule, e.name, e.old, strict=True)
         model.set_submodule(e.name, e.new, strict=True)

@@ -7,6 +7,8 @@ from .cats_mlp import CATSMLP, dense_state_dict
 from .causal_conv1d import ShortConvolution
 from .feature_map import LearnedFeatureMap
 from .lawcat import GateProjection, LawcatAttention
+from .quantised_cats_mlp import QuantisedCATSMLP, QuantisedDown
+from .quantised_embedding import QuantisedEmbedding
 from .quantised_linear import QuantisedLinear
 from .sink_attention import SinkAttention
 from .superlinear_attention import SuperlinearAttention
@@ -17,6 +19,9 @@ __all__ = [
     "LawcatAttention",
     "LawcatCache",
     "LearnedFeatureMap",
+    "QuantisedCATSMLP",
+    "QuantisedDown",
+    "QuantisedEmbedding",
     "QuantisedLinear",
     "ShortConvolution",
     "SinkAttention",

@@ -261,12 +261,16 @@ class CATSMLP(nn.Module):
     def _unreadable(self, x: torch.Tensor) -> str | None:
         """The name of a projection that must be called."""
         for name, child in self._modules.items():
-            if not plain(child, nn.Linear) or child.weight.device != x.device:
+            if child is None or not self._readable(name, child) or child.weight.device != x.device:
                 return name
             rows, columns = child.weight.stride()
             if columns != 1 and not (name == "down_proj" and rows == 1):
                 return name
         return None
+
+    def _readable(self, name: str, child: nn.Module) -> bool:
+        """Whether the kernel can read a projection."""
+        return plain(child, nn.Linear)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """z `[..., I]` of x `[..., H]`: what goes into the activation."""
@@ -278,28 +282,47 @@ class CATSMLP(nn.Module):
         _checks.tensor("x", x)
         if not self.reads(x):
             return self._called(x)
-        gate = self.gate_up_proj if self._fused else self.gate_proj
-        up, down = (gate if self._fused else self.up_proj), self.down_proj
-        weights, biases = (gate.weight, up.weight), (gate.bias, up.bias)
-        if self._fused:
-            weights = gate.weight.chunk(2)
-            biases = (None, None) if gate.bias is None else gate.bias.chunk(2)
+        return self._read(x)
+
+    def _read(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` by the operator."""
+        gate, up, down = self._projections()
         return cats_mlp(
             x,
-            *weights,
+            gate[0],
+            up[0],
             down.weight,
             self.threshold if self.enabled else DENSE,
-            b_gate=biases[0],
-            b_up=biases[1],
+            b_gate=gate[1],
+            b_up=up[1],
             b_down=down.bias,
-            activation=self.activation,
-            inclusive=self._inclusive,
-            mask_mode=self.mask_mode,
-            prefill=self.prefill,
-            max_sparse_tokens=self.max_sparse_tokens,
-            grad=self.grad,
-            backend=self.backend,
+            **self._options(),
         )
+
+    def _projections(self) -> tuple[tuple[torch.Tensor, Any], tuple[torch.Tensor, Any], Any]:
+        """Weight and bias of gate and up, which may be the halves of one, and the down projection."""
+        if not self._fused:
+            return (
+                (self.gate_proj.weight, self.gate_proj.bias),
+                (self.up_proj.weight, self.up_proj.bias),
+                self.down_proj,
+            )
+        fused = self.gate_up_proj
+        biases = (None, None) if fused.bias is None else fused.bias.chunk(2)
+        gate, up = zip(fused.weight.chunk(2), biases, strict=True)
+        return gate, up, self.down_proj
+
+    def _options(self) -> dict[str, Any]:
+        """Of the operator."""
+        return {
+            "activation": self.activation,
+            "inclusive": self._inclusive,
+            "mask_mode": self.mask_mode,
+            "prefill": self.prefill,
+            "max_sparse_tokens": self.max_sparse_tokens,
+            "grad": self.grad,
+            "backend": self.backend,
+        }
 
     def _called(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` by calls of the projections."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -12,10 +10,11 @@ from .._backends import BACKENDS
 from ..ops.quantised_linear import check_weight, dequantise, quantise, quantised_linear
 from ..reference.quantised_linear import FORMATS, GROUP
 from ._children import plain
+from ._codes import Codes
 from ._sizes import check_sizes
 
 
-class QuantisedLinear(nn.Module):
+class QuantisedLinear(Codes):
     """y = x W^T + b with W in groups of 32 codes; see `subquad.quantised_linear`.
 
     `weight` is a uint8 buffer `[out_features, row bytes]`: `.to(dtype)`, `.half()` and optimisers leave it alone, `state_dict`
@@ -35,7 +34,6 @@ class QuantisedLinear(nn.Module):
         ValueError: sizes without groups of 32, an unknown format or backend.
     """
 
-    weight: torch.Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -80,7 +78,8 @@ class QuantisedLinear(nn.Module):
         if not plain(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear without adapters or hooks, got {type(linear).__name__}")
         _checks.choice("weights", weights, tuple(FORMATS))
-        return cls.from_bytes(quantise(linear.weight, weights), linear.bias, format=weights, backend=backend)
+        self = cls.from_bytes(quantise(linear.weight, weights), linear.bias, format=weights, backend=backend)
+        return self.train(linear.training)
 
     @classmethod
     def from_bytes(
@@ -121,12 +120,9 @@ class QuantisedLinear(nn.Module):
         """y `[..., N]` of x `[..., K]`, in x's dtype."""
         return quantised_linear(x, self.weight, self.bias, format=self.format, backend=self.backend)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantisedLinear:
-        """Moves, never casts, the bytes: torch's own casts leave integers alone, others are refused."""
-        super()._apply(fn, recurse)
-        if self.weight.dtype != torch.uint8:
-            raise TypeError(f"weight: expected uint8 codes, got a cast to {self.weight.dtype}; use to_linear(dtype)")
-        return self
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """`to_linear`, under the name that it has for every module in few bits."""
+        return self.to_linear(dtype)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -99,9 +99,14 @@ def quantise(weight: torch.Tensor, format: str) -> torch.Tensor:
     _checks.choice("format", format, _NAMES)
     if weight.dim() != 2 or weight.shape[1] % GROUP:
         raise ValueError(f"weight: expected shape [N, K] with K a multiple of {GROUP}, got {list(weight.shape)}")
+    if weight.is_meta:
+        rows, columns = weight.shape
+        return weight.new_empty((rows, columns // GROUP * FORMATS[format].group_bytes), dtype=torch.uint8)
     limit = 65504.0 * {"int8": 127, "int4": 8, "int4_min": 1}[format]
     if weight.numel() and not bool((weight.abs() <= limit).all()):
-        raise ValueError(f"weight: expected finite numbers of at most {limit:g}, got {float(weight.abs().max()):g}")
+        raise ValueError(
+            f"weight: expected finite numbers of at most {limit:g}, got {float(weight.detach().abs().max()):g}"
+        )
     return reference.quantise(weight, format)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ._common import upcast
 from .cats_activation import activate, active_mask
 from .cats_mlp import cats_mlp
-from .quantised_linear import GROUP, dequantise, halves, integers, values
+from .quantised_linear import FORMATS, GROUP, dequantise, halves, integers, unpack, values
 
 
 def dequantise_down(
@@ -29,6 +29,20 @@ def dequantise_down(
     scale, minimum = halves(down_scales, format)
     least = None if minimum is None else minimum.unsqueeze(1)
     return values(codes, scale.unsqueeze(1), least, format, dtype).flatten(0, 1)
+
+
+def by_neuron(rows: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scales) as `dequantise_down` takes them, of a down projection [H, I / 32 * group bytes] in rows along the neurons.
+
+    The same numbers in the same number of bytes: nothing is rounded.
+    """
+    codes, scale, minimum = unpack(rows, format)
+    across = codes.flatten(-2).t().unflatten(-1, (rows.shape[0] // GROUP, GROUP))  # [I, H / 32, 32]
+    if FORMATS[format].bits == 4:
+        low, high = across.unflatten(-1, (2, GROUP // 2)).unbind(-2)
+        across = low | high << 4
+    numbers = [x.t().contiguous().view(torch.uint8) for x in (scale, minimum) if x is not None]
+    return (across & 0xFF).to(torch.uint8).flatten(-2).contiguous(), torch.cat(numbers, dim=-1)
 
 
 def quantised_cats_mlp(

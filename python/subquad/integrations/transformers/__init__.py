@@ -5,7 +5,7 @@ Converting recognises modules by their attributes and never imports the library;
 
 from __future__ import annotations
 
-from ...convert import CatsConfig, ConversionReport, LawcatConfig, SinkConfig, SuperlinearConfig
+from ...convert import CatsConfig, ConversionReport, LawcatConfig, SinkConfig, SuperlinearConfig, to_dense
 from ...nn.cats_mlp import dense_state_dict
 from .attention import attention_forward, register
 from .convert import convert, revert
@@ -25,4 +25,5 @@ __all__ = [
     "load_converted",
     "register",
     "revert",
+    "to_dense",
 ]

@@ -12,6 +12,9 @@ from torch import nn
 
 from ...convert import find, named, replace
 from ...convert.record import recorded, same_layer
+from ...convert.weights import WEIGHT, add_shells
+from ...nn._codes import Codes
+from .convert import KINDS
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -50,6 +53,8 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
     files = _files(Path(path), kwargs.get("variant"))
     model = _without_conversions(model_class, groups, path, kwargs)
     for group in groups:
+        if group["kind"] not in KINDS:
+            continue
         by = named(group["kind"])[group["name"]]
         there = find(model, by.kind)
         layers = [same_layer(name, there) for name in group["layers"]]
@@ -60,17 +65,40 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
 
 
 def _without_conversions(model_class: Any, groups: list[dict[str, Any]], path: Any, kwargs: dict[str, Any]) -> Any:
-    """`from_pretrained`, which does not report what is loaded afterwards."""
+    """`from_pretrained`, which does not report what is loaded afterwards; weights in few bits are loaded into their places."""
+    codes = any(group["kind"] == WEIGHT.name for group in groups)
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        if codes:
+            raise ValueError(
+                f"model_class: expected the class of a model, whose weights are in few bits, got {model_class.__name__}"
+            )
         return model_class.from_pretrained(path, **kwargs)
-    names = [name for group in groups for name in group["layers"]]
+    names = [name for group in groups for name in group["layers"] if group["kind"] in KINDS]
     tails = [
         found[0] if (found := re.search(r"[^.]+\.\d+\..*", name)) else name for name in names
     ]  # without wrappers' names
     later = [rf"(^|\.){re.escape(tail)}\." for tail in tails]
-    quiet: Any = type(model_class.__name__, (model_class,), {"_keys_to_ignore_on_load_unexpected": later})
+    own: dict[str, Any] = {"_keys_to_ignore_on_load_unexpected": later}
+    tied: dict[str, str] = {}
+
+    def build(self: Any, *args: Any, **options: Any) -> None:
+        model_class.__init__(self, *args, **options)
+        add_shells(self, groups)
+        keys = getattr(self, "all_tied_weights_keys", {})  # of which the library expects parameters
+        tied.update((k, v) for k, v in keys.items() if isinstance(self.get_submodule(k.rpartition(".")[0]), Codes))
+        for key in tied:
+            del keys[key]
+        self._keys_to_ignore_on_load_missing = [*(self._keys_to_ignore_on_load_missing or ()), *map(re.escape, tied)]
+
+    quiet: Any = type(model_class.__name__, (model_class,), own | ({"__init__": build} if codes else {}))
     model = quiet.from_pretrained(path, **kwargs)
     model.__class__ = model_class
+    for name, like in tied.items():
+        (module, _, tensor), (other, _, source) = name.rpartition("."), like.rpartition(".")
+        setattr(model.get_submodule(module), tensor, getattr(model.get_submodule(other), source))
+    if tied:
+        del model._keys_to_ignore_on_load_missing
+        model.all_tied_weights_keys |= tied
     return model
 
 
