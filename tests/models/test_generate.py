@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import subquad
-from subquad.generation import steps
+from subquad.generation import graph
 from subquad.integrations.transformers import LawcatConfig, SinkConfig, convert, register
 
 from .compiled import Graphs
@@ -56,7 +56,7 @@ def prompt(padded: bool = False, length: int = 7) -> tuple[torch.Tensor, torch.T
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
     torch._dynamo.reset()
     counted = Graphs()
-    monkeypatch.setitem(steps.OPTIONS, "backend", counted)
+    monkeypatch.setattr(graph, "BACKEND", counted)
     yield counted
     torch._dynamo.reset()
 
@@ -107,13 +107,49 @@ def test_layers_that_slide(graphs: Graphs) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stock", "sink", "lawcat"])
+@pytest.mark.parametrize("kind", ["stock", "cats", "sink", "lawcat", "superlinear"])
 def test_compiled_by_inductor(kind: str) -> None:
+    """The same text, caches stay where they are, and no memory of their sizes is written beside them."""
+    from torch._inductor.utils import run_and_get_code
+
     torch._dynamo.reset()
     model, (ids, mask) = made(kind, attention="subquad"), prompt(True)
     want = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
-    found = subquad.generate(model, ids, max_new_tokens=30, attention_mask=mask, compile=True)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=77)
+    places: list[dict[int, torch.Size]] = []
+
+    def note(token: torch.Tensor) -> None:
+        places.append({x.data_ptr(): x.shape for x in memory(cache) if x.numel() > 100})
+
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        found, codes = run_and_get_code(
+            subquad.generate,
+            model,
+            ids,
+            max_new_tokens=30,
+            attention_mask=mask,
+            compile=True,
+            cache=cache,
+            on_token=note,
+        )
     assert found.tolist() == want.tolist()
+    assert places[2] and all(found == places[2] for found in places[2:])  # a first step drops what a prompt kept
+    (code,) = codes
+    for shape in set(places[2].values()):
+        assert f"empty_strided_cpu(({', '.join(map(str, shape))})" not in code, shape
+
+
+def memory(cache: Any) -> list[torch.Tensor]:
+    """All that a cache keeps of tokens, without the bits that say which of the last columns were some."""
+    held = []
+    for layer in cache.layers:
+        state = getattr(layer, "state", None)
+        held += (
+            [layer.keys, layer.values]
+            if state is None
+            else [x for name, x in state.tensors().items() if name != "late"]
+        )
+    return held
 
 
 SAMPLED: list[dict[str, Any]] = [
@@ -167,10 +203,14 @@ def test_rows_end_on_their_own() -> None:
 def test_processors_see_what_has_been_said() -> None:
     model, (ids, _) = made(), prompt()
 
+    lengths: list[int] = []
+
     def never_twice(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        lengths.append(ids.shape[1])
         return scores.scatter(1, ids, -torch.inf)
 
     found = subquad.generate(model, ids, max_new_tokens=30, processors=[never_twice], compile=False)
+    assert lengths == list(range(7, 37))
     assert all(len(set(row[7:]) | set(row[:7])) == 30 + len(set(row[:7])) for row in found.tolist())
 
 
@@ -245,7 +285,7 @@ def test_copies_do_not_share_steps(graphs: Graphs) -> None:
 @pytest.mark.heavy
 def test_steps_go_with_their_model(graphs: Graphs) -> None:
     model, (ids, _) = made(), prompt()
-    subquad.generate(model, ids, max_new_tokens=3, compile=True)
+    subquad.generate(model, ids, max_new_tokens=9, compile=True)
     seen = weakref.ref(model)
     del model
     gc.collect()
@@ -260,7 +300,7 @@ def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setitem(steps.OPTIONS, "backend", broken)
+    monkeypatch.setattr(graph, "BACKEND", broken)
     model, (ids, mask) = made(), prompt()
     want = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
     with pytest.warns(subquad.SubquadWarning, match="without torch.compile: .*no compiler here") as caught:
@@ -280,6 +320,85 @@ def test_an_error_in_a_compiled_step_is_no_lack_of_a_compiler(graphs: Graphs) ->
 
     with pytest.raises((IndexError, RuntimeError), match=r"index|range"):
         subquad.generate(model, ids, max_new_tokens=3, processors=[beyond], compile=True)
+
+
+@pytest.fixture
+def unguarded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every step that looks at no guards."""
+    calls: list[int] = []
+    before = graph.Closed.__call__
+
+    def counted(self: graph.Closed, *arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return before(self, *arguments)
+
+    monkeypatch.setattr(graph.Closed, "__call__", counted)
+    return calls
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", CONVERT)
+def test_guards_are_looked_at_by_the_first_steps(kind: str, graphs: Graphs, unguarded: list[int]) -> None:
+    """And counters of states are where they would be."""
+    model, (ids, mask) = made(kind), prompt(True)
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=40) for _ in range(2)]
+    want, found = (
+        subquad.generate(model, ids, max_new_tokens=30, attention_mask=mask, cache=cache, compile=compile)
+        for cache, compile in zip(caches, (False, True), strict=True)
+    )
+    assert found.tolist() == want.tolist()
+    assert len(unguarded) >= 25
+    lengths = [[int(layer.get_seq_length()) for layer in cache.layers] for cache in caches]
+    assert lengths == [[36, 36]] * 2
+
+
+class Remembers(torch.nn.Module):
+    """What it was called with last, which no graph may leave behind."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x
+        y: torch.Tensor = self.inner(x)
+        return y
+
+
+@pytest.mark.heavy
+def test_steps_with_side_effects_keep_their_guards(graphs: Graphs, unguarded: list[int]) -> None:
+    model, (ids, _) = made(), prompt()
+    model.lm_head = Remembers(model.lm_head)
+    last = []
+    for compile in (False, True):
+        subquad.generate(model, ids, max_new_tokens=20, compile=compile)
+        last.append(model.lm_head.last)
+    torch.testing.assert_close(*last)
+    assert not unguarded
+
+
+def test_what_makes_a_graph_closed() -> None:
+    a, b, c, d, x, y, z = (torch.zeros(()) for _ in range(7))
+
+    def call(*inputs: Any) -> tuple[Any, ...]:
+        return inputs[2] + 1, inputs[0] + inputs[1]
+
+    first = graph.Record(call, (a, x, c), (z, b))
+    second = graph.Record(call, (a, y, z), (d, b := b + 1))
+    found = graph.closed(first, second, ((x,), (y,)), b)
+    assert found is not None and found.given == {1: 0} and found.carried == {2: 0} and found.result == 1
+    held = found.inputs[2]
+    assert held is d and float(found(torch.tensor(5.0))) == 5 and float(d) == 1 and found.inputs[2] is held
+    for name, other in {
+        "another graph": graph.Record(lambda *_: (d, b), second.inputs, second.outputs),
+        "a new input": graph.Record(call, (d.clone(), y, z), second.outputs),
+        "a number": graph.Record(call, (a, y, 3), second.outputs),
+        "another result": graph.Record(call, second.inputs, (*second.outputs, a.clone())),
+        "no result": graph.Record(call, second.inputs, (d, d)),
+    }.items():
+        assert graph.closed(first, other, ((x,), (y,)), b) is None, name
+    assert graph.closed(None, second, ((), (y,)), b) is None
 
 
 # --- bad input ----------------------------------------

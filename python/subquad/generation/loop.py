@@ -39,6 +39,7 @@ def generate(
     The prompt runs as it is. Every token after it is one call of one graph: keys and values, or the states of converted
     layers, are written in place, positions are tensors, and no graph is compiled again as the text grows. The compiled step is
     kept with the model, for each batch size and power of two of columns; the first takes from seconds to minutes to compile.
+    That a model has changed since the last text is noticed, not that it changes within a text.
 
     Args:
         model: a causal language model of transformers, converted or not, that is not training.
@@ -168,12 +169,12 @@ class _Run:
         stack.enter_context(steps.counted_in_tensors(self.cache, width))
         sizes = tuple(getattr(layer, "max_cache_len", None) for layer in self.cache.layers)
         kept = steps.compiled_for(self.calls.model, self.ids.shape[0], width, sizes, self.ids.device)
+        compiled = steps.Text(kept)
 
         def call(token: torch.Tensor) -> torch.Tensor:
             if kept.failed is None:
-                assert kept.call is not None
                 try:
-                    return kept.call(self.calls.model, token, self._arguments(self.mask))
+                    return compiled(self.calls.model, (token, self.position, self.column), self._arguments(self.mask))
                 except Exception as error:
                     if not steps.of_compiler(error):
                         raise

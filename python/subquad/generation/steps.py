@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .._backends import SubquadWarning
+from .graph import Closed, Record, Recorder, closed
 
 OPTIONS: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile
 LEAST_ROOM = 256
@@ -25,7 +26,16 @@ class Compiled:
     """The compiled step of a model for one batch size, cache and kind of mask; `failed` says why there is none."""
 
     call: Callable[..., torch.Tensor] | None = None
+    recorder: Recorder = field(default_factory=Recorder)
     failed: str | None = None
+
+    def __post_init__(self) -> None:
+        # A code object of its own, for that is what graphs are kept with, and the number of them limited.
+        own = types.FunctionType(step.__code__.replace(co_name=f"step_{id(self)}"), step.__globals__)
+        try:
+            self.call = torch.compile(own, backend=self.recorder, **OPTIONS)
+        except RuntimeError as error:  # a Python that torch.compile does not know
+            self.failed = reason(error)
 
 
 # A model's steps go with it: what is kept here holds no reference to it.
@@ -68,12 +78,7 @@ def compiled_for(model: nn.Module, *key: Any) -> Compiled:
     """The compiled step of a model for calls of this kind: made once, compiled by its first call."""
     steps = _KEPT.setdefault(model, {})
     if key not in steps:
-        # A code object of its own, for that is what graphs are kept with, and the number of them limited.
-        own = types.FunctionType(step.__code__.replace(co_name=f"step_{len(steps)}"), step.__globals__)
-        try:
-            steps[key] = Compiled(torch.compile(own, **OPTIONS))
-        except RuntimeError as error:  # a Python that torch.compile does not know
-            steps[key] = Compiled(failed=reason(error))
+        steps[key] = Compiled()
     return steps[key]
 
 
@@ -85,6 +90,26 @@ def of_compiler(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"
+
+
+class Text:
+    """The compiled steps of one text: the first calls look at the guards, see `graph`."""
+
+    def __init__(self, kept: Compiled) -> None:
+        self.kept = kept
+        self.closed: Closed | None = None
+        self.before: tuple[Record | None, tuple[torch.Tensor, ...]] = (None, ())
+
+    def __call__(self, model: nn.Module, given: tuple[torch.Tensor, ...], arguments: dict[str, Any]) -> torch.Tensor:
+        """given: (ids, positions, columns), of which the latter two are also in `arguments`."""
+        if self.closed is not None:
+            return self.closed(*given)
+        assert self.kept.call is not None
+        logits = self.kept.call(model, given[0], arguments)
+        record, self.kept.recorder.last = self.kept.recorder.last, None
+        self.closed = closed(self.before[0], record, (self.before[1], given), logits)
+        self.before = (record, given)
+        return logits
 
 
 # --- caches ----------------------------------------
