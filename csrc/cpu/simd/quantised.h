@@ -114,7 +114,11 @@ inline void dequantise(const Row& row, int64_t first, int64_t groups, float* out
 
 /// to[0 .. n) = the fp16 numbers at `from`, n <= kLanes.
 inline void load_halves(const Half* from, int64_t n, float* to) {
+#if defined(SQ_AVX512)
+  vec_store(to, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), from)));
+#else
   vec_store(to, n == kLanes ? vec_load(from) : vec_load_part<false>(from, n));
+#endif
 }
 
 // Rows are walked several at a time: about kInFlight bytes, for more streams than that slow each other. What comes
