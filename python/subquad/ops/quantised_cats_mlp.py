@@ -255,7 +255,7 @@ def _many_tokens(
     b_down: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """y and the mask, and what the backward needs: z, u, t. All in float32 until y, the mask fused between the products."""
-    gate_bias, up_bias, down_bias = (None if b is None else b.float() for b in (b_gate, b_up, b_down))
+    gate_bias, up_bias, down_bias = (None if b is None else b.float().contiguous() for b in (b_gate, b_up, b_down))
     wide = x.float().contiguous()
     z = layer.rows(wide, layer.w_gate, gate_bias, layer.formats[0])
     u = layer.rows(wide, layer.w_up, up_bias, layer.formats[1])
@@ -290,7 +290,9 @@ class _ManyTokens(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer = _Layer(w_gate, w_up, w_down, down_scales, threshold, *options)
         y, mask, z, u, t = _many_tokens(layer, x, b_gate, b_up, b_down)
-        ctx.save_for_backward(w_gate, w_up, w_down, down_scales, t, z, u)
+        ctx.save_for_backward(
+            w_gate, w_up, w_down, down_scales, t, z, u, x, b_gate, b_up, b_down
+        )  # the last: see _Raise
         ctx.options = options
         ctx.dtypes = (x.dtype, *(None if b is None else b.dtype for b in (b_gate, b_up, b_down)))
         ctx.mark_non_differentiable(mask)
@@ -299,7 +301,7 @@ class _ManyTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor, _mask: Any) -> tuple[torch.Tensor | None, ...]:
-        *tensors, z, u = ctx.saved_tensors
+        *tensors, z, u = ctx.saved_tensors[:7]
         layer = _Layer(*tensors, *ctx.options)
         need_x, need_b_gate, need_b_up, need_b_down = ctx.needs_input_grad[:4]
         x_dtype, gate_dtype, up_dtype, down_dtype = ctx.dtypes
