@@ -47,6 +47,7 @@ def test_a_foreign_scale_reaches_only_tokens_that_use_it(
     assert True in reached and False in reached
 
 
+@pytest.mark.quick
 @backend_params("quantised_cats_mlp")
 @pytest.mark.parametrize("tokens", [2, 9, 20])
 def test_the_mask_of_a_union_is_of_the_call(backend: str, tokens: int) -> None:

@@ -309,5 +309,5 @@ OPS = (
     Fault(
         "ops-quantise-round-up", "rounding", _REFERENCE, "(half.double() < magnitude)", "(half.double() > magnitude)"
     ),
-    Fault("ops-quantise-zero-scale", "guard", _REFERENCE, "torch.where(wide == 0, 1.0, wide)", "wide"),
+    Fault("ops-quantise-zero-scale", "guard", _REFERENCE, "torch.where(wide == 0, 0.0, x / wide)", "(x / wide)"),
 )
