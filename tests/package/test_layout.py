@@ -41,7 +41,7 @@ FAMILIES = {
     "cats_mlp": ("cats_activation",),
     "conv_feature_map": ("causal_conv1d", "feature_map"),
     "lawcat_decode_step": ("gated_linear_attention",),
-    "quantised_cats_mlp": ("cats_activation", "quantised_linear"),
+    "quantised_cats_mlp": ("cats_activation", "cats_mlp", "quantised_linear"),
 }
 GENERATED = ("build", "dist", "site", "demo")
 CXX = {".h", ".cuh", ".cpp", ".cu"}
