@@ -127,6 +127,12 @@ def cache_bytes(variant: Variant, prompt: torch.Tensor) -> int:
     return total
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of all parameters and buffers; what is tied counts once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({x.data_ptr(): x.numel() * x.element_size() for x in tensors}.values())
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

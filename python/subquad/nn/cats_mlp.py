@@ -260,6 +260,7 @@ class CATSMLP(nn.Module):
 
     def _unreadable(self, x: torch.Tensor) -> str | None:
         """The name of a projection that must be called."""
+        child: Any
         for name, child in self._modules.items():
             if child is None or not self._readable(name, child) or child.weight.device != x.device:
                 return name

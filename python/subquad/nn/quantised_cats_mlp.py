@@ -357,7 +357,7 @@ class QuantisedCATSMLP(CATSMLP):
             TypeError: dtype is no floating one.
             ValueError: a projection that is not quantised, or has an adapter.
         """
-        children = dict(self.named_children())
+        children: dict[str, Any] = dict(self.named_children())
         for name, child in children.items():
             if not self._readable(name, child):
                 raise ValueError(
