@@ -502,3 +502,28 @@ def test_another_format_is_refused() -> None:
         convert(build("Phi3"), mlp="cats", weights="int4", gate_weights="int8")
     with pytest.raises(ValueError, match="model: expected one with Linears in it, got a ReLU"):
         convert(nn.ReLU(), weights="int8")
+
+
+# --- adapters of peft ----------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_peft(ids: torch.Tensor) -> None:
+    """Refused where they would be merged into codes; beside codes they learn, and are merged exactly."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = build()
+    convert(model, mlp="cats", weights="int8")
+    with pytest.raises(ValueError, match=r"Target module QuantisedLinear\(.*is not supported"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj.base_layer: expected no adapter around it, got peft\..*Linear"):
+        convert(model, weights="int8")
+    convert(model, mlp="cats", weights="int8", layers=[f"base_model.model.model.layers.{i}.mlp" for i in range(3)])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora" in name)
+    want = model(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, want, rtol=1e-4, atol=1e-4)
