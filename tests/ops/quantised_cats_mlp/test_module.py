@@ -70,16 +70,21 @@ def test_it_is_cats_of_its_dense_weights(format: str, fused: bool, shared: bool,
     assert not torch.allclose(layer(rows(tokens)), layer.to_dense()(rows(tokens)), rtol=1e-3)  # something was skipped
 
 
-def test_codes_of_a_down_projection_are_the_very_numbers() -> None:
+@pytest.mark.parametrize("neurons", [NEURONS, 1056])
+def test_codes_of_a_down_projection_are_the_very_numbers(neurons: int) -> None:
     for format in FORMATS:
-        linear = nn.QuantisedLinear.from_linear(dense().down_proj, format)  # type: ignore[arg-type]
+        linear = nn.QuantisedLinear.from_linear(torch.nn.Linear(neurons, HIDDEN), format)
         down = nn.QuantisedDown.from_linear(linear)
         assert down.scales is not None and down.weight.nbytes + down.scales.nbytes == linear.weight.nbytes
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             assert torch.equal(down.to_dense(dtype).weight, linear.to_linear(dtype).weight)
         assert down.weight.is_contiguous() and down.scales.is_contiguous()
-        h = torch.randn(2, 5, NEURONS)
-        torch.testing.assert_close(down(h), linear(h), rtol=1e-4, atol=1e-5)
+        h, other = (torch.ones(2, 5, neurons, requires_grad=True) for _ in range(2))
+        y, want = down(h), linear(other)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        y.square().sum().backward()
+        want.square().sum().backward()
+        torch.testing.assert_close(h.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_a_gate_of_more_bits() -> None:
