@@ -518,6 +518,9 @@ def test_adapters_of_peft(ids: torch.Tensor) -> None:
     model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"q_proj.base_layer: expected no adapter around it, got peft\..*Linear"):
         convert(model, weights="int8")
+    copied = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["v_proj"]))
+    with pytest.raises(ValueError, match=r"v_proj\.(original_module|modules_to_save).*: expected no adapter around it"):
+        convert(copied, weights="int8", layers=["base_model.model.model.layers.0.self_attn.v_proj"])
     convert(model, mlp="cats", weights="int8", layers=[f"base_model.model.model.layers.{i}.mlp" for i in range(3)])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -340,7 +340,7 @@ def _chosen(model: nn.Module, layers: list[int | str] | None) -> dict[str, nn.Mo
         found = {name: module for name, module in found.items() if name in chosen}
     for name in found:
         for outer in _above(name):
-            if hasattr(modules[outer], "base_layer"):
+            if any(child in modules[outer]._modules for child in ("base_layer", "modules_to_save")):  # as peft has them
                 kind = type(modules[outer])
                 raise ValueError(
                     f"{name}: expected no adapter around it, got {kind.__module__}.{kind.__qualname__}, which codes could not be "
