@@ -185,7 +185,8 @@ def _measure(
     with stages.stage("sparsity when decoding held-out text", len(variants)) as tick:
         for row, variant in zip(rows, variants, strict=True):
             found = measure.decode_sparsity(variant, heldout[-1][:, : _PROMPT + settings.decode_steps], _PROMPT)
-            row["decode_sparsity"], row["mlp_bytes_ratio"] = found or (None, 1.0)
+            row["decode_sparsity"], share = found or (None, 1.0)
+            row["mlp_bytes_ratio"] = share * measure.mlp_bytes(variant) / measure.mlp_bytes(variants[0])
             tick()
     lengths = sorted({min(_PROMPT, settings.window), settings.window})
     with stages.stage("memory of weights and cache", len(variants)) as tick:

@@ -273,6 +273,10 @@ class CATSMLP(nn.Module):
         """Whether the kernel can read a projection."""
         return plain(child, nn.Linear)
 
+    def share_read(self, woken: torch.Tensor) -> float:
+        """Bytes of weights that a sparse call reads, of all: every gate, and the rows of the neurons in `woken`, bool [I]."""
+        return (1 + 2 * woken.float().mean().item()) / 3
+
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """z `[..., I]` of x `[..., H]`: what goes into the activation."""
         z: torch.Tensor = self.gate_up_proj(x).chunk(2, dim=-1)[0] if self._fused else self.gate_proj(x)

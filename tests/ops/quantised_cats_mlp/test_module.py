@@ -230,6 +230,21 @@ def test_the_threshold_is_that_of_the_quantised_gate() -> None:
     assert layer.cats_meta[1] == 0.5
 
 
+def test_share_of_the_bytes_that_is_read() -> None:
+    """By hand: 96 neurons, of which three blocks share scales; the gate in 8 bits has 34 of its 34 + 18 + 18 bytes."""
+    woken = torch.zeros(NEURONS, dtype=torch.bool)
+    woken[[0, 1, 2, 40]] = True
+    assert made("int4", gate_weights="int8").share_read(woken) == pytest.approx((34 + 4 / 96 * 36) / 70)
+    mlp = dense()
+    mlp.down_proj = nn.QuantisedLinear.from_linear(mlp.down_proj, "int4_min")  # type: ignore[arg-type]
+    layer = nn.QuantisedCATSMLP.from_llama_mlp(mlp, weights="int4_min")
+    assert layer.share_read(woken) == pytest.approx((20 + 4 / 96 * (20 + 16) + 2 / 3 * 4) / 60)
+    assert layer.share_read(~torch.zeros(NEURONS, dtype=torch.bool)) == pytest.approx(1.0)
+    layer.set_threshold(1e9)
+    (row,) = subquad.sparsity_report(layer, [rows(1)])
+    assert row.bytes_ratio == pytest.approx(1 / 3)
+
+
 class Adapter(torch.nn.Module):
     def __init__(self, base: torch.nn.Module) -> None:
         super().__init__()
