@@ -65,6 +65,15 @@ def test_bytes(format: str) -> None:
 
 
 @ALL
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (300, 1024), (1, 2**19)])
+def test_large_weights_are_quantised_in_parts(format: str, shape: tuple[int, int]) -> None:
+    weight = weight_of(*shape)
+    data = subquad.quantise(weight, format)
+    assert torch.equal(data, subquad.reference.quantised_linear.quantise(weight, format)) and data.is_contiguous()
+    assert torch.equal(subquad.quantise(weight.t().contiguous().t(), format), data)
+
+
+@ALL
 def test_groups_that_are_all_alike(format: str) -> None:
     for value in (0.0, 0.125, -0.125):
         weight = torch.full((2, 64), value)
