@@ -34,5 +34,12 @@ def test_operators(size: int) -> None:
 
 
 @pytest.mark.heavy
+def test_models() -> None:
+    pytest.importorskip("transformers")
+    lines = torchrun("models.py", 3).splitlines()
+    assert len(lines) == 36 and all(line.startswith("ok ") for line in lines), lines
+
+
+@pytest.mark.heavy
 def test_a_rank_that_dies_is_noticed() -> None:
     assert "raised True" in torchrun("dies.py", 2)

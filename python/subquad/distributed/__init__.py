@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from .agreement import agree
 from .causal_conv1d import causal_conv1d, conv_feature_map
+from .context import context_parallel
 from .exchange import halo
 from .gated_linear_attention import gated_linear_attention
 from .heads import by_heads
@@ -23,6 +24,7 @@ __all__ = [
     "agree",
     "by_heads",
     "causal_conv1d",
+    "context_parallel",
     "conv_feature_map",
     "gated_linear_attention",
     "halo",

@@ -141,12 +141,16 @@ def halos(x: torch.Tensor, tokens: int, layout: SequenceLayout) -> list[torch.Te
     """[B, tokens, ...] before each of this rank's runs, zeros in front where its sequence is younger."""
     plan = halo_plan(layout, tokens)
     (got,) = fetch(plan, x)
-    every = with_own(plan, x, got)
-    found = []
+    return halos_of(plan, with_own(plan, x, got), tokens)
+
+
+def halos_of(plan: Plan, every: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """`halos` of own and fetched rows together, [B, n, ...]."""
+    layout, found = plan.layout, []
     for run in layout.mine:
         low = max(layout.begin(run.low), run.low - tokens) if run.continues else run.low
-        rows = every.index_select(1, plan.find(torch.arange(low, run.low)).to(x.device))
-        young = rows.new_zeros((x.shape[0], tokens - rows.shape[1], *x.shape[2:]))
+        rows = every.index_select(1, plan.find(torch.arange(low, run.low)).to(every.device))
+        young = rows.new_zeros((every.shape[0], tokens - rows.shape[1], *every.shape[2:]))
         found.append(torch.cat([young, rows], 1))
     return found
 
