@@ -156,7 +156,7 @@ def _log_decay(g: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 def _walk(call: _Call, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, begin: torch.Tensor) -> torch.Tensor:
     """The state [B, HS, K, V + 1] after these tokens."""
-    idle = k.new_zeros((*k.shape[:2], call.states, k.shape[3]))
+    idle = k.new_zeros((1, 1, call.states, k.shape[3])).expand(*k.shape[:2], -1, -1)
     s0, z0 = _apart(begin, True)
     _, _, s, z = call.forward(idle, k, v, g, s0, z0, None, 1.0, 1.0, True)
     return _joined(s, z)
@@ -189,7 +189,7 @@ def _walk_back(
         wide = wide.repeat_interleave(states // g.shape[2], 2).flip(1)
         shifted = torch.cat([torch.zeros_like(wide[:, :1]), wide[:, :-1]], 1)
         gates = F.pad(shifted.unsqueeze(2), (0, 0, 0, 0, 0, each - 1)).flatten(1, 2)
-    idle, parts = torch.zeros_like(keys), []
+    idle, parts = keys.new_zeros((1, 1, states, width)).expand_as(keys), []
     for part, begin in zip(values.split(MAX_HEAD_DIM, -1), last.split(MAX_HEAD_DIM, -1), strict=True):
         arguments = (idle, keys, part, gates, begin.contiguous(), None, None, 1.0, 1.0, False)
         parts.append(call.forward(*arguments)[2])
@@ -217,7 +217,9 @@ class _Parallel(torch.autograd.Function):
         for run, begin in zip(runs, begins, strict=True):
             end = slice(run.offset + run.cuts[-2], run.offset + run.cuts[-1])
             gates = None if g is None else g[:, end]
-            own = _walk(call, k[:, end], v[:, end], gates, begin[last])
+            own = begin[last]
+            if layout.hands_on(run):
+                own = _walk(call, k[:, end], v[:, end], gates, own)
             messages.append(torch.cat([own, _log_decay(gates, own)], -1))
         entered = exclusive_scan(messages, layout, call.method)
         outputs, finals, saved = [], [], []
@@ -235,7 +237,7 @@ class _Parallel(torch.autograd.Function):
         ctx.call, ctx.given = call, (s0 is not None, z0 is not None)
         ctx.set_materialize_grads(False)
         kept = finals if packed else finals[-1:]  # packed: of all pieces; else after the last token
-        return torch.cat(outputs, 1), torch.cat([s for s, _ in kept]), torch.cat([z for _, z in kept])
+        return _joined_rows(outputs), torch.cat([s for s, _ in kept]), torch.cat([z for _, z in kept])
 
     @staticmethod
     @once_differentiable
@@ -284,11 +286,15 @@ class _Parallel(torch.autograd.Function):
                 found[4][-1][first] = 0.0
                 if normalize:
                     found[5][-1][first] = 0.0
-        dq, dk, dv = (torch.cat(x, 1) for x in found[:3])
-        dg = None if kept[0][5] is None else torch.cat(found[3], 1)
+        dq, dk, dv = (_joined_rows(x) for x in found[:3])
+        dg = None if kept[0][5] is None else _joined_rows(found[3])
         ds, dz = (torch.cat(x) if packed else x[0] for x in found[4:])
         given_s, given_z = ctx.given
         return dq, dk, dv, dg, ds if given_s else None, dz if given_z else None, None
+
+
+def _joined_rows(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _begins(

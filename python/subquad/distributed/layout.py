@@ -207,6 +207,10 @@ class SequenceLayout:
         """This rank's runs; one without tokens where it has none, so that it takes part in everything."""
         return [run for run in self.runs if run.owner == self.rank] or [Run(0, 0, self.rank, 0)]
 
+    def hands_on(self, run: Run) -> bool:
+        """Whether another run goes on with the sequence that stands at a run's end."""
+        return any(other.continues for other in self.runs if other.low == run.high and other is not run)
+
     def begin(self, position: int) -> int:
         """First position of the sequence that a position lies in."""
         return self._starts[bisect_right(self._starts, position) - 1] if self._starts else 0
