@@ -396,7 +396,8 @@ def cats_mlp_fwd(
     gate, up = Matrix(w_gate, w_gate.stride(0), b_gate), Matrix(w_up, w_up.stride(0), b_up)
     down = Matrix(w_down, w_down.stride(1 if neuron_major else 0), None)
     plan = _FMA if x.dtype == torch.float32 else _DOT
-    options = {"activation": activation, "inclusive": inclusive, "union_mask": union_mask, "neuron_major": neuron_major}
+    options: dict[str, Any] = {"activation": activation, "inclusive": inclusive}
+    options |= {"union_mask": union_mask, "neuron_major": neuron_major}
     return launch(plan, x, i, gate, up, down, b_down, threshold, **options)
 
 

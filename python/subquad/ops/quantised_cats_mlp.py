@@ -118,7 +118,7 @@ def quantised_cats_mlp(
     name = _call.choose("quantised_cats_mlp", x.device.type, backend, dtype=x.dtype)
     biases = (b_gate, b_up, b_down)
     codes = tuple(map(_NAMES.index, formats))
-    arguments = (flat, w_gate, w_up, w_down, down_scales, t, *biases, *codes, code, inclusive, union)
+    arguments: tuple[Any, ...] = (flat, w_gate, w_up, w_down, down_scales, t, *biases, *codes, code, inclusive, union)
     training = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *biases))
     kernels = name != "reference" and not _call.by_definition((x, *biases))
     if tokens == 0 or neurons == 0 or hidden == 0:
@@ -128,7 +128,7 @@ def quantised_cats_mlp(
         for called, tensor in zip(("x", "b_gate", "b_up", "b_down"), (x, *biases), strict=True):
             if tensor is not None:
                 _checks.memory(called, tensor)
-        options = (codes, hidden, code, inclusive, union, straight_through, *_products(x, backend))
+        options: tuple[Any, ...] = (codes, hidden, code, inclusive, union, straight_through, *_products(x, backend))
         layer = (w_gate, w_up, w_down, down_scales, t)
         with without_autocast(x.device.type):
             if training:
