@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -56,7 +57,9 @@ def _torch_dynamic(weight: torch.Tensor, format: str) -> Product | None:
     linear = torch.nn.Linear(1, 1, bias=False)
     linear.weight = torch.nn.Parameter(dequantise(weight, format), requires_grad=False)
     linear.out_features, linear.in_features = linear.weight.shape
-    quantised = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear), {torch.nn.Linear}, torch.qint8)
+    with warnings.catch_warnings():  # torch 2.13 announces their end
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear), {torch.nn.Linear}, torch.qint8)
     return lambda x: quantised(x.float())
 
 
