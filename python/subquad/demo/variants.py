@@ -102,7 +102,7 @@ def quantised(
     else:
         convert(small, mlp="cats", weights="gguf", gguf_file=gguf_file)
     _calibrated(small, batches, tick).apply(CODES_TARGET)
-    name = "8 bits" if gguf_file is None else "file's bits"
+    name = "int8" if gguf_file is None else "file"
     return [Variant(f"{name}, CATS {CODES_TARGET:.0%}", "quantised", small, CODES_TARGET)]
 
 

@@ -24,6 +24,7 @@ from ...convert import (
     replace,
     restore,
 )
+from ...convert.weights import Source
 from ...nn._codes import Codes
 from ...reference.quantised_linear import FORMATS
 
@@ -99,7 +100,7 @@ def convert(
     )
 
 
-def _source(weights: str | None, gate_weights: str | None, gguf_file: Any) -> Rounded | GgufFile | None:
+def _source(weights: str | None, gate_weights: str | None, gguf_file: Any) -> Source | None:
     """Where codes come from."""
     if gguf_file is not None and weights != "gguf":
         raise ValueError(f"gguf_file: expected None unless weights is 'gguf', got weights {weights!r}")
