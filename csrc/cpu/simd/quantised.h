@@ -97,21 +97,6 @@ inline __attribute__((always_inline)) void weights_of(const uint8_t* codes, floa
   for (int i = 0; i < kVecs; ++i) w[i] = has_minimum(kFormat) ? vec_fma(w[i], by, least) : vec_mul(w[i], by);
 }
 
-/// out[0 .. 32 groups) = the weights of groups [first, first + groups) of a row, or its integers if not kScaled.
-template <QuantisedFormat kFormat, bool kScaled = true>
-inline void dequantise(const Row& row, int64_t first, int64_t groups, float* out) {
-  for (int64_t g = first; g < first + groups; ++g, out += kGroup) {
-    Vec w[kVecs];
-    const uint8_t* codes = row.codes + g * code_bytes(kFormat);
-    if constexpr (kScaled) {
-      weights_of<kFormat>(codes, to_float(row.scale[g]), has_minimum(kFormat) ? to_float(row.minimum[g]) : 0.0f, w);
-    } else {
-      codes_of<kFormat>(codes, w);
-    }
-    for (int i = 0; i < kVecs; ++i) vec_store(out + i * kLanes, w[i]);
-  }
-}
-
 /// to[0 .. n) = the fp16 numbers at `from`, n <= kLanes.
 inline void load_halves(const Half* from, int64_t n, float* to) {
 #if defined(SQ_AVX512)
@@ -125,7 +110,7 @@ inline void load_halves(const Half* from, int64_t n, float* to) {
 // kAhead bytes later is fetched into the first cache meanwhile.
 constexpr int64_t kInFlight = 10240, kAhead = 8192;
 
-/// group(g, weights) for each group in [begin, end), begin a multiple of kLanes; weights(r, w) gives those of row r, or
+/// group(g, weights) for each group in [begin, end); weights(r, w) gives those of row r, or
 /// its integers if not kScaled: then the rows are codes alone. The same groups of the rows `next` are fetched
 /// meanwhile.
 template <QuantisedFormat kFormat, bool kScaled, int R, class Group>
@@ -162,15 +147,28 @@ inline __attribute__((always_inline)) void walk_rows(const Row* rows, const Row*
   }
 }
 
-/// total[(r ld + t) 2 ..] += row r . x[t] over the groups [begin, end), two chains per lane whatever R and T are: their
-/// sum has the same bits in every tile.
+/// out[0 .. 32 groups) = the weights of groups [first, first + groups) of a row, or its integers if not kScaled; the
+/// same groups of the row `next` are fetched meanwhile.
+template <QuantisedFormat kFormat, bool kScaled = true>
+inline void dequantise(const Row& row, const Row& next, int64_t first, int64_t groups, float* out) {
+  walk_rows<kFormat, kScaled, 1>(&row, &next, first, first + groups,
+                                 [&](int64_t g, const auto& weights) __attribute__((always_inline)) {
+                                   Vec w[kVecs];
+                                   weights(0, w);
+                                   for (int i = 0; i < kVecs; ++i)
+                                     vec_store(out + (g - first) * kGroup + i * kLanes, w[i]);
+                                 });
+}
+
+/// total[(r ld + t) 2 ..] += row r . x[t] over the groups [begin, end), = where begin is 0; two chains per lane
+/// whatever R and T are: their sum has the same bits in every tile.
 template <QuantisedFormat kFormat, int R, int T>
 inline void dot_rows(const Row* rows, const Row* next, const float* const* x, int64_t begin, int64_t end, Vec* total,
                      int ld) {
   Vec sum[R][T][2];
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t)
-      for (int c = 0; c < 2; ++c) sum[r][t][c] = total[(r * ld + t) * 2 + c];
+      for (int c = 0; c < 2; ++c) sum[r][t][c] = begin == 0 ? vec_zero() : total[(r * ld + t) * 2 + c];
   walk_rows<kFormat, true, R>(rows, next, begin, end,
                               [&](int64_t g, const auto& weights) __attribute__((always_inline)) {
                                 Vec at[T][kVecs];

@@ -91,10 +91,8 @@ inline void products(const RowList& list, const Tokens& x, int64_t slice, const 
       int n = 0;
       for (; bits != 0; bits &= bits - 1) token[r][n++] = __builtin_ctz(bits);
       tokens[r] = n;
-      for (int i = r; i < r + N; ++i)
-        for (int k = 0; k < 2 * n; ++k) total[i * kMaxTokens * 2 + k] = vec_zero();
     });
-    for (int64_t begin = 0; begin < list.groups; begin += slice) {
+    for (int64_t begin = 0; begin == 0 || begin < list.groups; begin += slice) {  // once for rows of nothing
       const int64_t end = smaller(list.groups, begin + slice);
       const bool last = end == list.groups;
       const int64_t by = last ? -begin : slice;

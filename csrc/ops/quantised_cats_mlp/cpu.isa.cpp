@@ -15,7 +15,7 @@ using namespace quantised;
 static_assert(kMaxTokens == kQuantisedCatsMaxTokens);
 
 constexpr int64_t kRound = 512;    // neurons whose gates are computed before the up products of the active ones
-constexpr int64_t kColumns = 256;  // of down rows, widened at a time where several tokens want them
+constexpr int64_t kColumns = 512;  // of down rows, widened at a time where several tokens want them
 
 /// What a thread works in.
 struct Own {
@@ -119,33 +119,42 @@ void add_panel(const RowList& list, const Own& own, int64_t begin, int rows, int
   constexpr int kRun = 8;  // vectors of y in registers
   int list_of[kMaxTokens][kPanel], count[kMaxTokens] = {};
   float factor[kMaxTokens][kPanel];
-  for (int r = 0; r < rows; ++r)
+  bool dense = true;  // every token wants every row
+  for (int r = 0; r < rows; ++r) {
+    dense = dense && own.wanted[begin + r] == (1u << tokens) - 1;
     for (unsigned bits = own.wanted[begin + r]; bits != 0; bits &= bits - 1) {
       const int t = __builtin_ctz(bits);
       factor[t][count[t]] = own.h[t * kRound + begin + r];
       list_of[t][count[t]++] = r;
     }
+  }
   const int64_t groups = list.groups, distance = smaller(kFetch, groups);
   for (int64_t g = 0; g < groups; g += kSlice) {
     const int64_t here = smaller(kSlice, groups - g), length = here * kGroup;
     for (int r = 0; r < rows; ++r) {
-      const Row row = list.at(begin + r);
       const bool inside = g + distance < groups;
-      const Row later = inside ? row : list.ahead(begin + r + kPanel, begin + r);
-      const int64_t from = g + distance - (inside ? 0 : groups);
-      for (int64_t i = 0; i < here * kCodes; i += 64) prefetch(later.codes + from * kCodes + i);
-      if (kScaled) prefetch(later.scale + from);
-      if (kScaled && has_minimum(kFormat)) prefetch(later.minimum + from);
-      dequantise<kFormat, kScaled>(row, g, here, own.tile + r * kColumns);
+      const Row row = list.at(begin + r), later = inside ? row : list.ahead(begin + r + kPanel, begin + r);
+      const int64_t by = distance - (inside ? 0 : groups);
+      const Row fetched{later.codes + by * kCodes, later.scale + by, later.minimum + by};
+      dequantise<kFormat, kScaled>(row, fetched, g, here, own.tile + r * kColumns);
+    }
+    float* to = y + g * kGroup;
+    if (dense) {
+      in_tiles<kTokensWith<2>>(tokens, [&]<int T>(int t) {
+        const float* h = own.h + t * kRound + begin;
+        for (int64_t c = 0; c < length; c += kGroup) {
+          outer_tile<kVecs, T>(own.tile + c, kColumns, rows, h, kRound, to + t * ld + c, ld);
+        }
+      });
+      continue;
     }
     for (int t = 0; t < tokens; ++t) {
-      float* to = y + t * ld + g * kGroup;
       int64_t c = 0;
       for (; c + kRun * kLanes <= length; c += kRun * kLanes) {
-        add_rows<kRun>(own.tile + c, kColumns, list_of[t], factor[t], count[t], to + c);
+        add_rows<kRun>(own.tile + c, kColumns, list_of[t], factor[t], count[t], to + t * ld + c);
       }
       for (; c < length; c += kGroup) {
-        add_rows<kVecs>(own.tile + c, kColumns, list_of[t], factor[t], count[t], to + c);
+        add_rows<kVecs>(own.tile + c, kColumns, list_of[t], factor[t], count[t], to + t * ld + c);
       }
     }
   }

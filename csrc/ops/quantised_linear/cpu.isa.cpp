@@ -95,7 +95,8 @@ void many(const QuantisedLinearParams& p, const QuantisedLinearScratch& s, int64
         if (r >= live) {
           zero_words(out, depth);
         } else {
-          dequantise<kFormat>(row_of<kFormat>(p.weight, row + r, p.columns / kGroup), k / kGroup, depth / kGroup, out);
+          const Row from = row_of<kFormat>(p.weight, row + r, p.columns / kGroup);
+          dequantise<kFormat>(from, from, k / kGroup, depth / kGroup, out);
         }
       }
       transpose_words(panel.weights, kRows, depth, panel.transposed, kRows);
@@ -117,8 +118,8 @@ void gradient(const QuantisedLinearParams& p, const QuantisedLinearScratch& s, i
     for (int64_t row = 0; row < p.rows; row += kDepth) {
       const int64_t depth = smaller(kDepth, p.rows - row);
       for (int64_t r = 0; r < depth; ++r) {
-        dequantise<kFormat>(row_of<kFormat>(p.weight, row + r, p.columns / kGroup), column / kGroup, width / kGroup,
-                            panel.weights + r * width);
+        const Row from = row_of<kFormat>(p.weight, row + r, p.columns / kGroup);
+        dequantise<kFormat>(from, from, column / kGroup, width / kGroup, panel.weights + r * width);
       }
       product<Floats>(tokens, width, depth, {s.x + first * s.ld_x + row, s.ld_x, 1}, {panel.weights, width},
                       {panel.sums, width}, true);
