@@ -87,8 +87,9 @@ FAULTS = (
         "ops-double-kernel",
         "guard",
         _CALL,
-        "    _checks.not_double(signature.names[0], arguments[0], name)\n    prepared = _laid_out(arguments, signature)\n    if",
-        "    prepared = _laid_out(arguments, signature)\n    if",
+        "_checks.not_double(signature.names[0], arguments[0], name)\n"
+        "    prepared = _laid_out(arguments, signature)\n    if prepare",
+        "prepared = _laid_out(arguments, signature)\n    if prepare",
     ),
     Fault(
         "ops-functorch",
