@@ -90,6 +90,9 @@ def _onnxruntime(weight: torch.Tensor, format: str) -> Product | None:
     sets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # its threads would take the next candidate's cores
     model = onnx.helper.make_model(graph, opset_imports=sets, ir_version=8)
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"A": x.float().numpy()})[0])
