@@ -215,6 +215,15 @@ def test_rows_end_on_their_own() -> None:
     assert found.tolist() == want.tolist() and found.shape[1] < 27 and (found == 59).any()
 
 
+def test_no_ends_at_all() -> None:
+    model = made(eos_token_id=5)
+    ids, _ = prompt()
+    model.generation_config.update(eos_token_id=list(range(60)), pad_token_id=0)
+    options: dict[str, Any] = {"max_new_tokens": 6, "compile": False}
+    assert subquad.generate(model, ids, **options).shape[1] == ids.shape[1] + 1
+    assert subquad.generate(model, ids, eos_token_id=[], **options).shape[1] == ids.shape[1] + 6
+
+
 def test_processors_see_what_has_been_said() -> None:
     model, (ids, _) = made(), prompt()
 

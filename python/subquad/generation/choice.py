@@ -49,6 +49,8 @@ class Choice:
                 raise TypeError(f"{name}: expected arguments of subquad.generate or entries of a generation config")
         given = {name: value for name, value in given.items() if value is not None}
         config, _ = model._prepare_generation_config(None, **given)
+        if isinstance(config.eos_token_id, list) and not config.eos_token_id:
+            config.eos_token_id = None  # transformers would ask for the first of them
         for name, neutral in OTHER_LOOPS.items():
             value = getattr(config, name, None)
             if value is not None and value != neutral:

@@ -47,7 +47,7 @@ def generate(
         max_new_tokens: at most so many are added.
         attention_mask: [B, T], 0 at padding, which stands on the left; None: all are tokens.
         do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id, config: as in a `GenerationConfig`; what is not given is
-            taken from `model.generation_config`.
+            taken from `model.generation_config`. An empty list of ends: no row ends early.
         generator: of the random numbers; None for torch's own, which are then those of `model.generate`.
         processors: called one after another with ids [B, T] and scores [B, V], returning scores: transformers' logits processors.
         cache: of transformers, or a `SinkCache`; it is advanced. None for a new one.
