@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from . import recipes as recipes
     from .calibration import CatsCalibrator, sparsity_report, track_sparsity
     from .distillation import attention_transfer, attention_transfer_loss, trainable_parameters
+    from .generation import generate
     from .integrations.transformers.sink_cache import SinkCache as SinkCache
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _LAZY = {
     "SinkCache": "subquad.integrations.transformers.sink_cache",
     "attention_transfer": "subquad.distillation",
     "attention_transfer_loss": "subquad.distillation",
+    "generate": "subquad.generation",
     "sparsity_report": "subquad.calibration",
     "track_sparsity": "subquad.calibration",
     "trainable_parameters": "subquad.distillation",
@@ -89,6 +91,7 @@ __all__ = [  # without SinkCache, which needs transformers: "import *" must not
     "feature_map",
     "gated_linear_attention",
     "gated_linear_attention_step",
+    "generate",
     "interval_attention",
     "lawcat_decode_step",
     "quantise",
