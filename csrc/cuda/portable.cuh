@@ -22,11 +22,14 @@
 #include <cuda_runtime.h>
 #endif
 
-/// Unrolls the loop that follows (nvcc only; g++ would warn about `#pragma unroll`).
+/// Unrolls the loop that follows, whole or by a constant (nvcc only; g++ would warn about `#pragma unroll`).
 #ifdef SUBQUAD_SIMT
 #define SQ_UNROLL
+#define SQ_UNROLL_BY(n)
 #else
 #define SQ_UNROLL _Pragma("unroll")
+#define SQ_UNROLL_BY(n) SQ_PRAGMA(unroll(n))
+#define SQ_PRAGMA(text) _Pragma(#text)
 #endif
 
 /// SQ_SHARED(T, name, count): static shared array `T name[count]`; count is a constant expression.

@@ -36,8 +36,10 @@ from ._common.aot import AotCase
 from ._common.checks import check_packed, check_threshold, require
 from ._common.device import register_limit
 from ._common.numerics import INTERPRET, cast, is_finite, split_bf16, widen_if_interpreted
+from ._common.quantised import GROUP, product, weights
 
 MAX_TOKENS = tl.constexpr(16)
+DENSE = tl.constexpr(-1)  # the format of weights that are not quantised
 
 
 class Group(NamedTuple):
@@ -48,6 +50,7 @@ class Group(NamedTuple):
     lane: Any  # [TOKENS]
     tokens: Any  # [TOKENS]
     live: Any  # [TOKENS]: which exist
+    total: Any  # tokens of the call
 
 
 class Matrix(NamedTuple):
@@ -56,6 +59,14 @@ class Matrix(NamedTuple):
     ptr: Any
     ld: Any
     bias: Any
+
+
+class Columns(NamedTuple):
+    """Outputs of one program of down."""
+
+    first: Any
+    index: Any  # [COLS]
+    inside: Any  # [COLS]
 
 
 class Hidden(NamedTuple):
@@ -71,12 +82,31 @@ class Hidden(NamedTuple):
 def _group(index, n_tokens, TOKENS: tl.constexpr):
     lane = tl.arange(0, TOKENS)
     tokens = index * TOKENS + lane
-    return Group(index, tl.cdiv(n_tokens, TOKENS), lane, tokens, tokens < n_tokens)
+    return Group(index, tl.cdiv(n_tokens, TOKENS), lane, tokens, tokens < n_tokens, n_tokens)
 
 
 @triton.jit
-def _project(x_ptr, weight, group, rows, need, hidden, DOT: tl.constexpr, BLOCK_H: tl.constexpr):
+def _project(
+    x_ptr, weight, group, rows, need, hidden, DOT: tl.constexpr, BLOCK_H: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
     """x[tokens] @ w[rows].T in fp32, [TOKENS, ROWS]. Rows outside `need` are not read: their result means nothing."""
+    if FORMAT == DENSE:
+        return _project_dense(x_ptr, weight, group, rows, need, hidden, DOT, BLOCK_H)
+    elif DOT:
+        TOKENS: tl.constexpr = group.lane.shape[0]
+        return product(x_ptr, weight, group.index * TOKENS, group.total, rows, need, FORMAT, TOKENS)
+    else:
+        k = tl.arange(0, GROUP)
+        x_rows = x_ptr + group.tokens.to(tl.int64) * hidden
+        sums = tl.zeros([group.tokens.shape[0], rows.shape[0], GROUP], tl.float32)
+        for g in range(weight.groups):
+            x = tl.load(x_rows[:, None] + (k + g * GROUP)[None, :], group.live[:, None], other=0.0)
+            sums = tl.fma(x[:, None, :], weights(weight, rows, need, g, 0, FORMAT)[None, :, :], sums)
+        return tl.sum(sums, axis=2)
+
+
+@triton.jit
+def _project_dense(x_ptr, weight, group, rows, need, hidden, DOT: tl.constexpr, BLOCK_H: tl.constexpr):
     cols = tl.arange(0, BLOCK_H)
     x_rows = x_ptr + group.tokens.to(tl.int64) * hidden
     w_rows = weight.ptr + rows.to(tl.int64) * weight.ld
@@ -119,7 +149,7 @@ def _active_word(bits_ptr, neurons, in_range, group, inner, UNION: tl.constexpr,
 def _cats_mlp_gate_kernel(
     x_ptr, weight, threshold_ptr, threshold_stride, act_ptr, bits_ptr, n_tokens, hidden, inner,
     ACTIVATION: tl.constexpr, INCLUSIVE: tl.constexpr, DOT: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, FORMAT: tl.constexpr = DENSE,
 ):  # fmt: skip
     """A block of neurons for a group of tokens: act [n_tokens, inner] (fp32, unmasked) and bits [groups, inner]."""
     groups = tl.cdiv(n_tokens, TOKENS)
@@ -127,7 +157,7 @@ def _cats_mlp_gate_kernel(
     rows = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
     in_range = rows < inner
 
-    z = _project(x_ptr, weight, group, rows, in_range, hidden, DOT, BLOCK_H)  # [TOKENS, ROWS]
+    z = _project(x_ptr, weight, group, rows, in_range, hidden, DOT, BLOCK_H, FORMAT)  # [TOKENS, ROWS]
     if weight.bias is not None:
         z += tl.load(weight.bias + rows, in_range, other=0.0).to(tl.float32)[None, :]
     s = activate(z, ACTIVATION)
@@ -141,44 +171,55 @@ def _cats_mlp_gate_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _cats_mlp_up_kernel(
-    x_ptr, weight, act_ptr, bits_ptr, n_tokens, hidden, inner,
+    x_ptr, weight, act_ptr, bits_ptr, mask_ptr, n_tokens, hidden, inner,
     UNION: tl.constexpr, DOT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    FORMAT: tl.constexpr = DENSE,
 ):  # fmt: skip
-    """act <- act * u where active, in place. Other entries keep the gate's value, which nobody may use."""
+    """act <- act * u where active, in place. Other entries keep the gate's value, which nobody may use. mask_ptr: bytes
+    [n_tokens, inner] that say what is active, or None."""
     groups = tl.cdiv(n_tokens, TOKENS)
     group = _group(tl.program_id(0) % groups, n_tokens, TOKENS)
     rows = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
 
     word = _active_word(bits_ptr, rows, rows < inner, group, inner, UNION, TOKENS)  # [ROWS]
     need = word != 0
+    active = (((word[None, :] >> group.lane[:, None]) & 1) != 0) & group.live[:, None]
+    at = group.tokens.to(tl.int64)[:, None] * inner + rows[None, :]
+    if mask_ptr is not None:
+        tl.store(mask_ptr + at, active.to(tl.uint8), group.live[:, None] & (rows < inner)[None, :])
     if tl.max(need.to(tl.int32), axis=0) == 0:
         return
-    u = _project(x_ptr, weight, group, rows, need, hidden, DOT, BLOCK_H)  # [TOKENS, ROWS]
+    u = _project(x_ptr, weight, group, rows, need, hidden, DOT, BLOCK_H, FORMAT)  # [TOKENS, ROWS]
     if weight.bias is not None:
         u += tl.load(weight.bias + rows, need, other=0.0).to(tl.float32)[None, :]
-    active = (((word[None, :] >> group.lane[:, None]) & 1) != 0) & group.live[:, None]
-    ptrs = act_ptr + group.tokens.to(tl.int64)[:, None] * inner + rows[None, :]
+    ptrs = act_ptr + at
     tl.store(ptrs, tl.load(ptrs, active, other=0.0) * u, active)
 
 
 @triton.jit
-def _down_operands(h, group, weight, neurons, cols, in_cols, UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr):
+def _down_operands(
+    h, group, weight, start, cols,
+    BLOCK: tl.constexpr, UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
     """For a block of neurons: active [TOKENS, BLOCK], h [TOKENS, BLOCK] fp32 (0 where inactive), w [BLOCK, COLS].
 
     Rows of w that no token needs are 0, whether or not they were read.
     """
+    neurons = start + tl.arange(0, BLOCK)
     in_range = neurons < h.stop
     word = _active_word(h.bits, neurons, in_range, group, h.inner, UNION, group.lane.shape[0])
     active = (((word[None, :] >> group.lane[:, None]) & 1) != 0) & group.live[:, None]
     b_h = tl.load(h.rows[:, None] + neurons[None, :], group.live[:, None] & in_range[None, :], other=0.0)
     need = word != 0
-    if NEURON_MAJOR:
-        ptrs = weight.ptr + neurons.to(tl.int64)[:, None] * weight.ld + cols[None, :]
-        w = tl.load(ptrs, need[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
+    if FORMAT != DENSE:
+        w = weights(weight, neurons, need, cols.first // GROUP, start // GROUP, FORMAT)  # of COLS = GROUP
+    elif NEURON_MAJOR:
+        ptrs = weight.ptr + neurons.to(tl.int64)[:, None] * weight.ld + cols.index[None, :]
+        w = tl.load(ptrs, need[:, None] & cols.inside[None, :], other=0.0, eviction_policy="evict_first")
     else:
         # Neurons are neighbours in memory: leaving out single ones would save no traffic and narrow the loads.
-        ptrs = weight.ptr + cols.to(tl.int64)[None, :] * weight.ld + neurons[:, None]
-        w = tl.load(ptrs, in_range[:, None] & in_cols[None, :], other=0.0, eviction_policy="evict_first")
+        ptrs = weight.ptr + cols.index.to(tl.int64)[None, :] * weight.ld + neurons[:, None]
+        w = tl.load(ptrs, in_range[:, None] & cols.inside[None, :], other=0.0, eviction_policy="evict_first")
         w = tl.where(need[:, None], w, 0.0)
     return active, tl.where(active, b_h, 0.0), w
 
@@ -205,11 +246,13 @@ def _is_regular(h):
 
 
 @triton.jit
-def _irregular_terms(h, group, weight, begin, cols, in_cols, UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr):
+def _irregular_terms(
+    h, group, weight, begin, cols, UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr, FORMAT: tl.constexpr
+):
     """Sums [TOKENS, COLS] of the active terms h * w with an irregular h or a non-finite w. Runs rarely."""
-    sums = tl.zeros([group.lane.shape[0], cols.shape[0]], tl.float32)
+    sums = tl.zeros([group.lane.shape[0], cols.index.shape[0]], tl.float32)
     for start in tl.range(begin, h.stop, 8, num_stages=1):
-        active, b_h, w = _down_operands(h, group, weight, start + tl.arange(0, 8), cols, in_cols, UNION, NEURON_MAJOR)
+        active, b_h, w = _down_operands(h, group, weight, start, cols, 8, UNION, NEURON_MAJOR, FORMAT)
         w = w.to(tl.float32)
         for b in range(group.lane.shape[0]):
             this = group.lane[:, None] == b
@@ -224,40 +267,40 @@ def _irregular_terms(h, group, weight, begin, cols, in_cols, UNION: tl.constexpr
 def _cats_mlp_down_kernel(
     h_ptr, weight, bits_ptr, partial_ptr, n_tokens, hidden, inner, span,
     UNION: tl.constexpr, NEURON_MAJOR: tl.constexpr, DOT: tl.constexpr,
-    TOKENS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr = DENSE,
 ):  # fmt: skip
     """partial[split, tokens, cols] = sum of h * w over the active neurons of [split * span, (split + 1) * span)."""
     groups, tiles = tl.cdiv(n_tokens, TOKENS), tl.cdiv(hidden, COLS)
     group = _group(tl.program_id(0) % groups, n_tokens, TOKENS)
     split = tl.program_id(0) // groups // tiles
-    cols = tl.program_id(0) // groups % tiles * COLS + tl.arange(0, COLS)
-    in_cols = cols < hidden
+    first = tl.program_id(0) // groups % tiles * COLS
+    index = first + tl.arange(0, COLS)
+    cols = Columns(first, index, index < hidden)
     begin = split * span
     stop = tl.minimum(begin + span, inner)
-    block = tl.arange(0, BLOCK)
     h = Hidden(h_ptr + group.tokens.to(tl.int64) * inner, bits_ptr, inner, stop)
 
     if DOT:
         acc = tl.zeros([TOKENS, COLS], tl.float32)
         for start in range(begin, stop, BLOCK):
-            _active, b_h, w = _down_operands(h, group, weight, start + block, cols, in_cols, UNION, NEURON_MAJOR)
+            _active, b_h, w = _down_operands(h, group, weight, start, cols, BLOCK, UNION, NEURON_MAJOR, FORMAT)
             acc = _dot_fp32_by_16bit(b_h, w, acc)
         # 0 * inf is NaN: a non-finite weight shows in the sums of every token, so finite sums prove that none was met.
         if tl.min(tl.min(is_finite(acc).to(tl.int32), axis=1), axis=0) == 0:
             acc = tl.zeros([TOKENS, COLS], tl.float32)
             for start in tl.range(begin, stop, BLOCK, num_stages=1):
-                _active, b_h, w = _down_operands(h, group, weight, start + block, cols, in_cols, UNION, NEURON_MAJOR)
+                _active, b_h, w = _down_operands(h, group, weight, start, cols, BLOCK, UNION, NEURON_MAJOR, FORMAT)
                 b_h = tl.where(_is_regular(b_h), b_h, 0.0)
                 acc = _dot_fp32_by_16bit(b_h, tl.where(is_finite(w.to(tl.float32)), w, 0.0), acc)
-            acc += _irregular_terms(h, group, weight, begin, cols, in_cols, UNION, NEURON_MAJOR)
+            acc += _irregular_terms(h, group, weight, begin, cols, UNION, NEURON_MAJOR, FORMAT)
     else:
         sums = tl.zeros([TOKENS, BLOCK, COLS], tl.float32)
         for start in range(begin, stop, BLOCK):
-            active, b_h, w = _down_operands(h, group, weight, start + block, cols, in_cols, UNION, NEURON_MAJOR)
+            active, b_h, w = _down_operands(h, group, weight, start, cols, BLOCK, UNION, NEURON_MAJOR, FORMAT)
             sums = tl.where(active[:, :, None], tl.fma(b_h[:, :, None], w[None, :, :], sums), sums)
         acc = tl.sum(sums, axis=1)  # [TOKENS, COLS]
-    out = partial_ptr + (split.to(tl.int64) * n_tokens + group.tokens)[:, None] * hidden + cols[None, :]
-    tl.store(out, acc, group.live[:, None] & in_cols[None, :])
+    out = partial_ptr + (split.to(tl.int64) * n_tokens + group.tokens)[:, None] * hidden + index[None, :]
+    tl.store(out, acc, group.live[:, None] & cols.inside[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -276,7 +319,7 @@ def _cats_mlp_reduce_kernel(partial_ptr, bias_ptr, y_ptr, hidden, splits, MAX_SP
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Block sizes and launch options; they depend on nothing but the dtype of the weights."""
 
     dot: bool
@@ -290,7 +333,9 @@ class _Plan:
     warps: int
     stages: int  # of gate and up
     down_stages: tuple[int, int]  # neuron-major (where predicates, read first, take half of the pipeline) and row-major
-    down_registers: int | None  # a limit above the need: without one, ptxas may spill to fit another block
+    # Limits above the need, of gate and up and of down: without one, ptxas may spill to fit another block.
+    registers: int | None = None
+    down_registers: int | None = None
 
     def splits(self, inner: int) -> tuple[int, int]:
         """(splits of down, neurons per split), from the shape alone so that results do not vary."""
@@ -298,14 +343,14 @@ class _Plan:
         return (triton.cdiv(inner, span) if inner else 0), span
 
 
+_REDUCED = 128  # outputs per program of reduce
+
 # 16-bit: 8 KiB of weights per step and program, copied asynchronously three steps ahead. fp32: one warp per program, so
 # that threads need not wait for each other before the final reduction; many splits, for enough warps.
-_DOT = _Plan(
+_DOT = Plan(
     True, 16, 32, 128, 128, 32, max_splits=16, min_span=128, warps=4, stages=4, down_stages=(8, 5), down_registers=168
 )
-_FMA = _Plan(
-    False, 4, 4, 128, 128, 4, max_splits=64, min_span=32, warps=1, stages=1, down_stages=(1, 1), down_registers=None
-)
+_FMA = Plan(False, 4, 4, 128, 128, 4, max_splits=64, min_span=32, warps=1, stages=1, down_stages=(1, 1))
 
 
 def cats_mlp_fwd(
@@ -344,13 +389,39 @@ def cats_mlp_fwd(
     """
     check_activation(activation)
     _check(x, w_gate, w_up, w_down, threshold)
-    (n, h), i = x.shape, w_gate.shape[0]
+    h, i = x.shape[1], w_gate.shape[0]
     for name, bias, size in (("b_gate", b_gate, i), ("b_up", b_up, i), ("b_down", b_down, h)):
         check_packed(name, bias, (size,), x)
+    neuron_major = w_down.stride(0) == 1 or h == 1
+    gate, up = Matrix(w_gate, w_gate.stride(0), b_gate), Matrix(w_up, w_up.stride(0), b_up)
+    down = Matrix(w_down, w_down.stride(1 if neuron_major else 0), None)
     plan = _FMA if x.dtype == torch.float32 else _DOT
+    options: dict[str, Any] = {"activation": activation, "inclusive": inclusive}
+    options |= {"union_mask": union_mask, "neuron_major": neuron_major}
+    return launch(plan, x, i, gate, up, down, b_down, threshold, **options)
+
+
+def launch(
+    plan: Plan,
+    x: torch.Tensor,
+    neurons: int,
+    gate: Any,
+    up: Any,
+    down: Any,
+    b_down: torch.Tensor | None,
+    threshold: torch.Tensor,
+    *,
+    activation: int,
+    inclusive: bool,
+    union_mask: bool,
+    neuron_major: bool = True,
+    formats: tuple[int, int, int] = (DENSE.value, DENSE.value, DENSE.value),
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The four kernels. Weights are each a `Matrix`, or a `Codes` of one of the `formats`; `mask`: bool [N, I] to be written."""
+    (n, h), i = x.shape, neurons
     groups = triton.cdiv(n, plan.tokens)
     splits, span = plan.splits(i)
-    neuron_major = w_down.stride(0) == 1 or h == 1
     act = torch.empty((n, i), dtype=torch.float32, device=x.device)
     bits = torch.empty((groups, i), dtype=torch.int32, device=x.device)
     partials = torch.empty((splits, n, h), dtype=torch.float32, device=x.device)
@@ -359,21 +430,23 @@ def cats_mlp_fwd(
     grid = (groups * triton.cdiv(i, plan.rows),)
     tile: dict[str, Any] = {"DOT": plan.dot, "TOKENS": plan.tokens}
     project = {**tile, "ROWS": plan.rows, "BLOCK_H": plan.block_h, "num_stages": plan.stages}
+    project.update(register_limit(plan.registers))
     options: dict[str, Any] = {"num_warps": plan.warps, "enable_fp_fusion": False}
     _cats_mlp_gate_kernel[grid](
-        x, Matrix(w_gate, w_gate.stride(0), b_gate), threshold, threshold.stride(0) if threshold.numel() > 1 else 0,
-        act, bits, n, h, i, ACTIVATION=activation, INCLUSIVE=inclusive, **project, **options,
+        x, gate, threshold, threshold.stride(0) if threshold.numel() > 1 else 0, act, bits, n, h, i,
+        ACTIVATION=activation, INCLUSIVE=inclusive, FORMAT=formats[0], **project, **options,
     )  # fmt: skip
-    up = Matrix(w_up, w_up.stride(0), b_up)
-    _cats_mlp_up_kernel[grid](x, up, act, bits, n, h, i, UNION=union_mask, **project, **options)
-    down = Matrix(w_down, w_down.stride(1 if neuron_major else 0), None)
+    _cats_mlp_up_kernel[grid](
+        x, up, act, bits, None if mask is None else mask.view(torch.uint8), n, h, i,
+        UNION=union_mask, FORMAT=formats[1], **project, **options,
+    )  # fmt: skip
     _cats_mlp_down_kernel[(groups * triton.cdiv(h, plan.cols) * splits,)](
         act, down, bits, partials, n, h, i, span,
-        UNION=union_mask, NEURON_MAJOR=neuron_major, **tile, COLS=plan.cols, BLOCK=plan.block_i,
+        UNION=union_mask, NEURON_MAJOR=neuron_major, FORMAT=formats[2], **tile, COLS=plan.cols, BLOCK=plan.block_i,
         num_stages=plan.down_stages[0 if neuron_major else 1], **register_limit(plan.down_registers), **options,
     )  # fmt: skip
-    _cats_mlp_reduce_kernel[(triton.cdiv(h, plan.cols) * n,)](
-        partials, b_down, y, h, splits, MAX_SPLITS=plan.max_splits, COLS=plan.cols, num_warps=4, enable_fp_fusion=False
+    _cats_mlp_reduce_kernel[(triton.cdiv(h, _REDUCED) * n,)](
+        partials, b_down, y, h, splits, MAX_SPLITS=plan.max_splits, COLS=_REDUCED, num_warps=4, enable_fp_fusion=False
     )
     return y
 
@@ -405,7 +478,7 @@ def _aot_args(dtype: torch.dtype, neuron_major: bool, options: bool = False) -> 
     return (empty((n, h)), empty((i, h)), empty((i, h)), w_down, threshold, *biases, activation, options, options)
 
 
-_SPILL = "4 bytes on sm_90: ptxas stops at 56 registers, with which one more block fits"
+REDUCE_SPILL = "4 bytes on sm_90: ptxas stops at 56 registers, with which one more block fits"
 
 AOT = [
     *(
@@ -413,7 +486,7 @@ AOT = [
             f"{name} {layout}",
             cats_mlp_fwd,
             partial(_aot_args, dtype, layout == "neuron-major"),
-            {"_cats_mlp_reduce_kernel": _SPILL} if dtype is torch.float32 else {},
+            {"_cats_mlp_reduce_kernel": REDUCE_SPILL} if dtype is torch.float32 else {},
         )
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
         for layout in ("neuron-major", "row-major")

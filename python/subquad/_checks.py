@@ -35,7 +35,8 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
-    dense(name, value)
+    if value.layout is not torch.strided:
+        dense(name, value)
 
 
 def dense(name: str, value: torch.Tensor) -> None:
@@ -63,6 +64,14 @@ def memory(name: str, value: torch.Tensor) -> None:
 
 def like(name: str, value: object, shape: tuple[int, ...] | None, of: torch.Tensor, of_name: str) -> None:
     """`value` is a tensor of this shape, if one is given, and of the dtype and device of `of`."""
+    if (
+        isinstance(value, torch.Tensor)
+        and value.dtype is of.dtype
+        and value.layout is torch.strided
+        and value.device == of.device
+        and (shape is None or value.shape == shape)
+    ):
+        return
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if shape is not None and value.shape != shape:
@@ -244,36 +253,56 @@ def unshared(names: tuple[str, ...], values: Sequence[Any], tensors: tuple[int, 
     Slices of one buffer that interleave are told apart from those that overlap. Under torch.compile, where memory has no
     addresses, only the same tensor given twice is found.
     """
-    given = [i for i in tensors if values[i] is not None]
-    if not _addressable([values[i] for i in given]):
-        for i in written:
-            for j in given:
-                if j != i and values[j] is values[i]:
-                    raise ValueError(f"{names[i]}: {_SHARED} {names[j]} has")
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or values[tensors[0]].is_meta:
+        return _not_twice(names, values, tensors, written)
+    ranges = []
+    for i in tensors:
+        x = values[i]
+        if x is None:
+            continue
+        if type(x) not in _PLAIN and isinstance(x, torch._subclasses.FakeTensor):
+            return _not_twice(names, values, tensors, written)
+        begin, whole = x.data_ptr(), x.is_contiguous()
+        ranges.append((begin, begin + (x.nbytes if whole else _extent(x)), i))
+        if not whole and i in written and _overlaps_itself(x):
+            raise ValueError(
+                f"{names[i]}: expected elements of their own, for they are written to, got strides {list(x.stride())}"
+            )
+    if not _may_meet(ranges, written):
         return
-    ranges = [(i, begin := values[i].data_ptr(), begin + _extent(values[i])) for i in given]
-    for i, begin, end in ranges:
+    for begin, end, i in ranges:
         if i not in written:
             continue
-        state = values[i]
-        if not state.is_contiguous() and _overlaps_itself(state):
-            raise ValueError(
-                f"{names[i]}: expected elements of their own, for they are written to, got strides {list(state.stride())}"
-            )
-        for j, other_begin, other_end in ranges:
-            if begin < other_end and other_begin < end and j != i and _overlap(state, values[j]):
+        for other_begin, other_end, j in ranges:
+            if begin < other_end and other_begin < end and j != i and _overlap(values[i], values[j]):
                 raise ValueError(f"{names[i]}: {_SHARED} {names[j]} has")
+
+
+def _may_meet(ranges: list[tuple[int, int, int]], written: tuple[int, ...]) -> bool:
+    """Whether the bytes from the first to the last of one that is written to, (begin, end, i), meet those of another."""
+    read_to = written_to = 0  # where those that begin before end
+    for begin, end, i in sorted(ranges):
+        if begin < written_to or (begin < read_to and i in written):
+            return True
+        if i in written:
+            written_to = end if end > written_to else written_to
+        elif end > read_to:
+            read_to = end
+    return False
 
 
 _SHARED = "expected memory of its own, for it is written to, got some that"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _addressable(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether tensors, all on one device, lie somewhere: not under a compiler or transform, not of shapes alone."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or tensors[0].is_meta:
-        return False
-    return not any(type(x) not in _PLAIN and isinstance(x, torch._subclasses.FakeTensor) for x in tensors)
+def _not_twice(
+    names: tuple[str, ...], values: Sequence[Any], tensors: tuple[int, ...], written: tuple[int, ...]
+) -> None:
+    """`unshared` where tensors have no addresses: under a compiler or transform, or of shapes alone."""
+    for i in written:
+        for j in tensors:
+            if j != i and values[i] is not None and values[j] is values[i]:
+                raise ValueError(f"{names[i]}: {_SHARED} {names[j]} has")
 
 
 def _extent(x: torch.Tensor) -> int:

@@ -92,9 +92,10 @@ def identity(model: nn.Module) -> dict[str, Any]:
 @FORMATS
 def test_a_model_is_that_of_its_codes(family: str, mlp: str | None, weights: str, ids: torch.Tensor) -> None:
     model = build(family, bias=True)
-    want = model(ids).logits
+    want, plain = model(ids).logits, type(model.model.embed_tokens) is nn.Embedding
     report = convert(model, mlp=mlp, weights=weights)
-    scaled = {"lm_head", "model.embed_tokens"} if family == "Gemma" else set()  # not what nn.Embedding computes
+    # One that scales what it looks up, as Gemma's in transformers 5, stays dense, and what is tied to it.
+    scaled = set() if plain else {"lm_head", "model.embed_tokens"}
     dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     assert dense == scaled == set(report.left)
     mlps = [layer.mlp for layer in model.model.layers]
@@ -357,8 +358,25 @@ def test_saved_and_loaded(options: dict[str, Any], tied: bool, ids: torch.Tensor
     own, other = model.state_dict(), again.state_dict()
     assert list(own) == list(other) and all(torch.equal(own[k], other[k]) for k in own)
     assert type(again) is type(model) and memory(again) == memory(model)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_converted(tmp_path / "again")(ids).logits, want)
     saved = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert saved < memory(model) + 20_000
+
+
+def test_a_tied_output_layer_keeps_its_bias(ids: torch.Tensor, tmp_path: Path) -> None:
+    model = build()
+    model.lm_head.bias = nn.Parameter(torch.randn(160))
+    convert(model, weights="int8")
+
+    class Biased(transformers.LlamaForCausalLM):  # type: ignore[name-defined,misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.lm_head.bias = nn.Parameter(torch.empty(160))
+
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_converted(tmp_path, Biased)(ids).logits, model(ids).logits)
 
 
 def test_shared_scales_are_saved(ids: torch.Tensor, tmp_path: Path) -> None:
@@ -502,3 +520,31 @@ def test_another_format_is_refused() -> None:
         convert(build("Phi3"), mlp="cats", weights="int4", gate_weights="int8")
     with pytest.raises(ValueError, match="model: expected one with Linears in it, got a ReLU"):
         convert(nn.ReLU(), weights="int8")
+
+
+# --- adapters of peft ----------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_peft(ids: torch.Tensor) -> None:
+    """Refused where they would be merged into codes; beside codes they learn, and are merged exactly."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = build()
+    convert(model, mlp="cats", weights="int8")
+    with pytest.raises(ValueError, match=r"Target module QuantisedLinear\(.*is not supported"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj.base_layer: expected no adapter around it, got peft\..*Linear"):
+        convert(model, weights="int8")
+    copied = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["v_proj"]))
+    with pytest.raises(ValueError, match=r"v_proj\.(original_module|modules_to_save).*: expected no adapter around it"):
+        convert(copied, weights="int8", layers=["base_model.model.model.layers.0.self_attn.v_proj"])
+    convert(model, mlp="cats", weights="int8", layers=[f"base_model.model.model.layers.{i}.mlp" for i in range(3)])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "lora" in name)
+    want = model(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, want, rtol=1e-4, atol=1e-4)

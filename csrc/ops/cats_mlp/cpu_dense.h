@@ -1,7 +1,8 @@
 // The dense path of the CATS MLP: all neurons, many tokens, the mask fused between the products. One instruction set.
 //
-// h is kept in the type the down product multiplies: float, or bf16 where the CPU has bf16 products (as a dense bf16
-// model rounds it). Here 0 * w_down enters the sum, so a non-finite w_down reaches every token, as in any dense layer.
+// h is kept in the type the down product multiplies: float here, bf16 where the CPU has bf16 products (cpu_pairs.h), as
+// a dense bf16 model rounds it. 0 * w_down enters the sum, so a non-finite w_down reaches every token, as in any dense
+// layer.
 #pragma once
 
 #include "common/activations.h"
@@ -17,12 +18,6 @@ using namespace products;
 // L1.
 constexpr int64_t kColumns = 256;
 constexpr int kOuterRows = 32;
-
-/// Where h of neuron i goes: in order for a neuron-major w_down, packed for the dot products of a row-major one.
-template <class W>
-inline int64_t hidden_index(const CatsMlpParams& p, int64_t i) {
-  return p.neuron_major || sizeof(typename Input<W>::Type) == 2 ? i : packed_index<W>(i);
-}
 
 /// a[j] = act(z[j] + offset) for one neuron and all tokens of a block: a plain loop that vectorises.
 template <Activation kAct>
@@ -43,70 +38,71 @@ inline void activate_block(Activation activation, const float* z, float offset, 
   }
 }
 
-/// a [kGroup, kDenseTokens] = f(gate) of neurons [i, i + count) where active, and 0 with active = 0 elsewhere.
+/// a = f(z + bias) of neuron i for kMaxTokens tokens, and which of them are active.
 template <class W>
-inline void dense_gate(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t i, int count, float (*a)[kDenseTokens],
-                       uint8_t (*active)[kDenseTokens]) {
-  using X = typename Input<W>::Type;
-  float z[kGroup * kMaxTokens] = {};
-  for (int64_t t = 0; t < p.tokens; t += kMaxTokens) {
-    const int here = static_cast<int>(p.tokens - t < kMaxTokens ? p.tokens - t : kMaxTokens);
-    dense_products(Rows<W>::consecutive(p.w_gate, p.ld_gate, i, count, i + count), row<X>(s.x, t, s.ld_hidden),
-                   s.ld_hidden, here, p.hidden, z);
-    for (int r = 0; r < count; ++r) {
-      const float limit = p.threshold[(i + r) * p.threshold_stride];
-      activate_block(p.activation, z + r * kMaxTokens, bias<W>(p.b_gate, i + r), a[r] + t);
-      for (int j = 0; j < kMaxTokens; ++j) active[r][t + j] = is_active(a[r][t + j], limit, p.inclusive);
-    }
-  }
-  if (!p.union_mask) return;
-  for (int r = 0; r < count; ++r) {
-    uint8_t any = 0;
-    for (int64_t t = 0; t < p.tokens; ++t) any |= active[r][t];
-    std::memset(active[r], any, static_cast<size_t>(p.tokens));
+inline void gate_block(const CatsMlpParams& p, int64_t i, const float* z, float* a, uint8_t* active) {
+  const float limit = p.threshold[i * p.threshold_stride];
+  activate_block(p.activation, z, bias<W>(p.b_gate, i), a);
+  for (int j = 0; j < kMaxTokens; ++j) active[j] = is_active(a[j], limit, p.inclusive);
+}
+
+/// A neuron that one token wants is active for all of them.
+inline void unite(int64_t tokens, uint8_t* active) {
+  uint8_t any = 0;
+  for (int64_t t = 0; t < tokens; ++t) any |= active[t];
+  std::memset(active, any, static_cast<size_t>(tokens));
+}
+
+/// u = h of neuron i, 0 where it is not active, from its up products u.
+template <class W>
+inline void hidden_block(const CatsMlpParams& p, int64_t i, const float* a, const uint8_t* active, float* u) {
+  const float offset = bias<W>(p.b_up, i);
+  for (int j = 0; j < kMaxTokens; ++j) {
+    const float value = a[j] * (u[j] + offset);
+    u[j] = active[j] ? value : 0.0f;
   }
 }
 
 /// h[:, begin:end]; begin is a multiple of kGroup.
 template <class W>
 inline void dense_hidden(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin, int64_t end) {
-  using X = typename Input<W>::Type;
   float a[kGroup][kDenseTokens], u[kGroup * kMaxTokens] = {};
   uint8_t active[kGroup][kDenseTokens];
-  int64_t place[kGroup];
   for (int64_t i = begin; i < end; i += kGroup) {
     const int count = static_cast<int>(end - i < kGroup ? end - i : kGroup);
-    for (int r = 0; r < count; ++r) place[r] = hidden_index<W>(p, i + r);
-    dense_gate<W>(p, s, i, count, a, active);
-    for (int64_t t = 0; t < p.tokens; t += kMaxTokens) {
-      const int here = static_cast<int>(p.tokens - t < kMaxTokens ? p.tokens - t : kMaxTokens);
-      dense_products(Rows<W>::consecutive(p.w_up, p.ld_up, i, count, i + count), row<X>(s.x, t, s.ld_hidden),
+    const auto products = [&](const void* weight, int64_t ld, int64_t t, int here) {
+      dense_products(Rows<W>::consecutive(weight, ld, i, count, i + count), row<float>(s.x, t, s.ld_hidden),
                      s.ld_hidden, here, p.hidden, u);
-      for (int r = 0; r < count; ++r) {
-        const float offset = bias<W>(p.b_up, i + r);
-        for (int j = 0; j < kMaxTokens; ++j) {
-          const float value = a[r][t + j] * (u[r * kMaxTokens + j] + offset);
-          u[r * kMaxTokens + j] = active[r][t + j] ? value : 0.0f;
-        }
-      }
+    };
+    const auto by_blocks = [&](const auto& block) {
+      for (int64_t t = 0; t < p.tokens; t += kMaxTokens)
+        block(t, static_cast<int>(p.tokens - t < kMaxTokens ? p.tokens - t : kMaxTokens));
+    };
+    by_blocks([&](int64_t t, int here) {
+      products(p.w_gate, p.ld_gate, t, here);
+      for (int r = 0; r < count; ++r) gate_block<W>(p, i + r, u + r * kMaxTokens, a[r] + t, active[r] + t);
+    });
+    for (int r = 0; r < count && p.union_mask; ++r) unite(p.tokens, active[r]);
+    by_blocks([&](int64_t t, int here) {
+      products(p.w_up, p.ld_up, t, here);
+      for (int r = 0; r < count; ++r) hidden_block<W>(p, i + r, a[r] + t, active[r] + t, u + r * kMaxTokens);
       for (int j = 0; j < here; ++j) {
-        X* h = static_cast<X*>(s.h) + (t + j) * s.ld_neurons;
-        for (int r = 0; r < count; ++r) h[place[r]] = from_float<X>(u[r * kMaxTokens + j]);
+        float* h = static_cast<float*>(s.h) + (t + j) * s.ld_neurons;
+        for (int r = 0; r < count; ++r) h[p.neuron_major ? i + r : packed_index<W>(i + r)] = u[r * kMaxTokens + j];
       }
-    }
+    });
   }
 }
 
 /// y[:, begin:end] for a row-major w_down: dot products along the neurons.
 template <class W>
 inline void dense_down_dots(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin, int64_t end) {
-  using X = typename Input<W>::Type;
   float sums[kGroup * kMaxTokens];
   for (int64_t o = begin; o < end; o += kGroup) {
     const int count = static_cast<int>(end - o < kGroup ? end - o : kGroup);
     for (int64_t t = 0; t < p.tokens; t += kMaxTokens) {
       const int here = static_cast<int>(p.tokens - t < kMaxTokens ? p.tokens - t : kMaxTokens);
-      dense_products(Rows<W>::consecutive(p.w_down, p.ld_down, o, count, o + count), row<X>(s.h, t, s.ld_neurons),
+      dense_products(Rows<W>::consecutive(p.w_down, p.ld_down, o, count, o + count), row<float>(s.h, t, s.ld_neurons),
                      s.ld_neurons, here, p.intermediate, sums);
       for (int r = 0; r < count; ++r) {
         const float offset = bias<W>(p.b_down, o + r);
@@ -125,102 +121,29 @@ inline void by_tokens(int64_t tokens, const F& add) {
   for (; t < tokens; ++t) add.template operator()<1>(t);
 }
 
-/// Outer products of up to kOuterRows weight rows with h, added to y [tokens, columns], whose columns are padded.
+/// Outer products of up to kOuterRows weight rows with h, added to y [tokens, columns], whose columns are padded and
+/// packed.
 template <class W>
-struct Outer {
-  static int64_t index(int64_t i) { return packed_index<W>(i); }
-
-  static void add(const W* const* rows, int count, int64_t columns, const float* h, int64_t ldh, float* y, int64_t ldy,
-                  int64_t tokens) {
-    constexpr int kV = kLanes == 16 ? 4 : 2;
-    float tile[kOuterRows * kColumns];
-    for (int r = 0; r < count; ++r) widen_row(rows[r], columns, tile + r * kColumns);
-    const int64_t n = round_up(columns, kBlock);
-    int64_t k = 0;
-    const auto whole = [&]<int T>(int64_t t) {
-      outer_tile<kV, T>(tile + k, kColumns, count, h + t * ldh, ldh, y + t * ldy + k, ldy);
-    };
-    const auto rest = [&]<int T>(int64_t t) {
-      outer_tile<1, T>(tile + k, kColumns, count, h + t * ldh, ldh, y + t * ldy + k, ldy);
-    };
-    for (; k + kV * kLanes <= n; k += kV * kLanes) by_tokens<4>(tokens, whole);
-    for (; k < n; k += kLanes) by_tokens<4>(tokens, rest);
-  }
-};
-
-#if defined(__AVX512BF16__)
-/// The same with bf16 products: the tile interleaves two rows, so that one instruction adds both neurons of a pair.
-template <>
-struct Outer<BFloat16> {
-  static constexpr int kPairs = kOuterRows / 2;
-
-  /// Interleaving works inside 128-bit lanes: of every 8 columns, the first 4 go to the low vector, the others to the
-  /// high one.
-  static int64_t index(int64_t i) {
-    const int64_t c = i % kBlock, eight = c / 8, four = c % 8 / 4;
-    return i - c + four * kLanes + eight * 4 + c % 4;
-  }
-
-  static void interleave(const BFloat16* a, const BFloat16* b, BFloat16* out) {
-    const __m512i even = _mm512_loadu_si512(a), odd = _mm512_loadu_si512(b);
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi16(even, odd));
-    _mm512_storeu_si512(out + kBlock, _mm512_unpackhi_epi16(even, odd));
-  }
-
-  template <int V, int T>
-  static void tile_pairs(const BFloat16* tile, int pairs, const BFloat16* h, int64_t ldh, float* y, int64_t ldy) {
-    Vec sum[T][V];
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) sum[t][v] = vec_load(y + t * ldy + v * kLanes);
-    for (int j = 0; j < pairs; ++j) {
-      __m512bh w[V];
-      for (int v = 0; v < V; ++v) w[v] = pairs_load(tile + j * 2 * kColumns + v * kBlock);
-      for (int t = 0; t < T; ++t) {
-        int pair;
-        std::memcpy(&pair, h + t * ldh + 2 * j, sizeof pair);
-        const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
-        for (int v = 0; v < V; ++v) sum[t][v] = vec_dot(w[v], factor, sum[t][v]);
-      }
-    }
-    for (int t = 0; t < T; ++t)
-      for (int v = 0; v < V; ++v) vec_store(y + t * ldy + v * kLanes, sum[t][v]);
-  }
-
-  static void add(const BFloat16* const* rows, int count, int64_t columns, const BFloat16* h, int64_t ldh, float* y,
-                  int64_t ldy, int64_t tokens) {
-    BFloat16 tile[kOuterRows * kColumns];
-    const int pairs = (count + 1) / 2;
-    for (int j = 0; j < pairs; ++j) {
-      const bool both = 2 * j + 1 < count;
-      for (int64_t k = 0; k < columns; k += kBlock) {
-        BFloat16* out = tile + (j * kColumns + k) * 2;
-        const int64_t left = columns - k < kBlock ? columns - k : kBlock;
-        if (both && left == kBlock) {
-          interleave(rows[2 * j] + k, rows[2 * j + 1] + k, out);
-        } else {
-          const Tail<BFloat16> a(rows[2 * j] + k, left), b(rows[both ? 2 * j + 1 : 2 * j] + k, both ? left : 0);
-          interleave(a.values, b.values, out);
-        }
-      }
-    }
-    const int64_t n = round_up(columns, kBlock);
-    int64_t k = 0;
-    const auto whole = [&]<int T>(int64_t t) {
-      tile_pairs<4, T>(tile + 2 * k, pairs, h + t * ldh, ldh, y + t * ldy + k, ldy);
-    };
-    const auto rest = [&]<int T>(int64_t t) {
-      tile_pairs<2, T>(tile + 2 * k, pairs, h + t * ldh, ldh, y + t * ldy + k, ldy);
-    };
-    for (; k + 2 * kBlock <= n; k += 2 * kBlock) by_tokens<4>(tokens, whole);
-    for (; k < n; k += kBlock) by_tokens<4>(tokens, rest);
-  }
-};
-#endif
+inline void add_outer(const W* const* rows, int count, int64_t columns, const float* h, int64_t ldh, float* y,
+                      int64_t ldy, int64_t tokens) {
+  constexpr int kV = kLanes == 16 ? 4 : 2;
+  float tile[kOuterRows * kColumns];
+  for (int r = 0; r < count; ++r) widen_row(rows[r], columns, tile + r * kColumns);
+  const int64_t n = round_up(columns, kBlock);
+  int64_t k = 0;
+  const auto whole = [&]<int T>(int64_t t) {
+    outer_tile<kV, T>(tile + k, kColumns, count, h + t * ldh, ldh, y + t * ldy + k, ldy);
+  };
+  const auto rest = [&]<int T>(int64_t t) {
+    outer_tile<1, T>(tile + k, kColumns, count, h + t * ldh, ldh, y + t * ldy + k, ldy);
+  };
+  for (; k + kV * kLanes <= n; k += kV * kLanes) by_tokens<4>(tokens, whole);
+  for (; k < n; k += kLanes) by_tokens<4>(tokens, rest);
+}
 
 /// y[:, begin:end] for a neuron-major w_down: outer products, a group of neurons at a time, in neuron order.
 template <class W>
 inline void dense_down_outer(const CatsMlpParams& p, const CatsMlpScratch& s, int64_t begin, int64_t end) {
-  using X = typename Input<W>::Type;
   for (int64_t o = begin; o < end; o += kColumns) {
     const int64_t columns = end - o < kColumns ? end - o : kColumns;
     float* y = s.partial + o;
@@ -235,12 +158,12 @@ inline void dense_down_outer(const CatsMlpParams& p, const CatsMlpScratch& s, in
         if (i + kOuterRows + r >= p.intermediate) continue;
         for (int64_t k = 0; k < columns; k += kBlock) prefetch_block(rows[r] + kOuterRows * p.ld_down, k);
       }
-      Outer<W>::add(rows, count, columns, static_cast<const X*>(s.h) + i, s.ld_neurons, y, s.ld_hidden, p.tokens);
+      add_outer(rows, count, columns, static_cast<const float*>(s.h) + i, s.ld_neurons, y, s.ld_hidden, p.tokens);
     }
     for (int64_t t = 0; t < p.tokens; ++t) {
       W* out = static_cast<W*>(p.y) + t * p.hidden + o;
       for (int64_t c = 0; c < columns; ++c) {
-        out[c] = from_float<W>(y[t * s.ld_hidden + Outer<W>::index(c)] + bias<W>(p.b_down, o + c));
+        out[c] = from_float<W>(y[t * s.ld_hidden + packed_index<W>(c)] + bias<W>(p.b_down, o + c));
       }
     }
   }

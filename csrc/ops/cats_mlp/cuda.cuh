@@ -10,6 +10,9 @@
 // A dead (token, neuron) pair is skipped by its bit and never multiplied by zero, so an Inf or NaN in a weight that
 // only dead pairs touch does not reach y. Splits, lanes and the order of additions depend on the shape alone: results
 // are reproducible, and with per-token masks a row of y has the same bits in any batch.
+//
+// What a kernel does apart from reading its weights is a function of its own, for the MLP on quantised weights does the
+// same. Its `Params` are a call's, its `Weight` has dot(), its `Rows` load() and floats().
 #pragma once
 
 #include <algorithm>
@@ -88,9 +91,27 @@ __device__ __forceinline__ void cats_dot_rows(const T* const (&rows)[kCatsRows],
   for (int r = 0; r < kCatsRows; ++r) out[r] = cats_sum_to_lane(acc[r], lane);
 }
 
-template <class T, int NB, bool kAligned>
-__global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
-    cats_gate_kernel(CatsMlpParams p, CatsMlpWorkspace ws) {
+/// A weight of rows `ld` apart.
+template <class T, bool kAligned>
+struct CatsDense {
+  const T* data;
+  int64_t ld;
+
+  /// out[r] = <row neurons[r], x[n]> in lane n, for r < count, n < tokens.
+  template <int NB>
+  __device__ __forceinline__ void dot(const int64_t (&neurons)[kCatsRows], int count, const T* x, int64_t width,
+                                      int tokens, int lane, float (&out)[kCatsRows]) const {
+    const T* rows[kCatsRows];
+    SQ_UNROLL
+    for (int r = 0; r < kCatsRows; ++r) rows[r] = data + neurons[r] * ld;
+    cats_dot_rows<NB, kAligned>(rows, count, x, width, tokens, lane, out);
+  }
+};
+
+/// `mask`: where to write [tokens, intermediate], or null.
+template <class T, int NB, class Params, class Weight>
+__device__ __forceinline__ void cats_gate(const Params& p, const CatsMlpWorkspace& ws, const Weight& weight,
+                                          bool* mask) {
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int tokens = static_cast<int>(p.tokens);
@@ -98,11 +119,11 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
   if (first >= p.intermediate) return;
   const int count = static_cast<int>(min(static_cast<int64_t>(kCatsRows), p.intermediate - first));
 
-  const T* rows[kCatsRows];
+  int64_t neurons[kCatsRows];
   SQ_UNROLL
-  for (int r = 0; r < kCatsRows; ++r) rows[r] = static_cast<const T*>(p.w_gate) + (first + r) * p.ld_gate;
+  for (int r = 0; r < kCatsRows; ++r) neurons[r] = first + r;
   float z[kCatsRows];
-  cats_dot_rows<NB, kAligned>(rows, count, static_cast<const T*>(p.x), p.hidden, tokens, lane, z);
+  weight.template dot<NB>(neurons, count, static_cast<const T*>(p.x), p.hidden, tokens, lane, z);
 
   SQ_UNROLL
   for (int r = 0; r < kCatsRows; ++r) {
@@ -116,12 +137,18 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
     if (p.union_mask && alive != 0) alive = (1u << tokens) - 1;
     if (lane < NB) sq::store(ws.hidden + i * NB + lane, (alive >> lane & 1) != 0 ? s : 0.0f);
     if (lane == 0) sq::store(ws.alive + i, static_cast<uint32_t>(alive));
+    if (mask != nullptr && lane < tokens) sq::store(mask + lane * p.intermediate + i, (alive >> lane & 1) != 0);
   }
 }
 
 template <class T, int NB, bool kAligned>
 __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
-    cats_up_kernel(CatsMlpParams p, CatsMlpWorkspace ws) {
+    cats_gate_kernel(CatsMlpParams p, CatsMlpWorkspace ws) {
+  cats_gate<T, NB>(p, ws, CatsDense<T, kAligned>{static_cast<const T*>(p.w_gate), p.ld_gate}, nullptr);
+}
+
+template <class T, int NB, class Params, class Weight>
+__device__ __forceinline__ void cats_up(const Params& p, const CatsMlpWorkspace& ws, const Weight& weight) {
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t base = static_cast<int64_t>(blockIdx.x) * kCatsNeurons;
@@ -131,19 +158,19 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
   // The live rows of the block are dealt out to its warps, so that no warp waits beside dead ones.
   const int rank = alive != 0 ? __popc(live & ((1u << lane) - 1)) : -1;
   int source[kCatsRows];
-  const T* rows[kCatsRows];
+  int64_t neurons[kCatsRows];
   int count = 0;
   SQ_UNROLL
   for (int r = 0; r < kCatsRows; ++r) {
     const unsigned owner = __ballot_sync(kFullWarp, rank == warp + r * kCatsWarps);
     count += owner != 0;
     source[r] = owner != 0 ? __ffs(static_cast<int>(owner)) - 1 : 0;
-    rows[r] = static_cast<const T*>(p.w_up) + (base + source[r]) * p.ld_up;
+    neurons[r] = base + source[r];
   }
   if (count == 0) return;
 
   float u[kCatsRows];
-  cats_dot_rows<NB, kAligned>(rows, count, static_cast<const T*>(p.x), p.hidden, static_cast<int>(p.tokens), lane, u);
+  weight.template dot<NB>(neurons, count, static_cast<const T*>(p.x), p.hidden, static_cast<int>(p.tokens), lane, u);
 
   SQ_UNROLL
   for (int r = 0; r < kCatsRows; ++r) {
@@ -155,6 +182,12 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
     float* h = ws.hidden + i * NB + lane;
     if (lane < NB && (keep >> lane & 1) != 0) sq::store(h, sq::load(h) * up);
   }
+}
+
+template <class T, int NB, bool kAligned>
+__global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
+    cats_up_kernel(CatsMlpParams p, CatsMlpWorkspace ws) {
+  cats_up<T, NB>(p, ws, CatsDense<T, kAligned>{static_cast<const T*>(p.w_up), p.ld_up});
 }
 
 /// All tokens of neuron i: h[n] for n < NB.
@@ -173,12 +206,28 @@ __device__ __forceinline__ void cats_load_hidden(const float* hidden, int64_t i,
 template <class T, int NB>
 constexpr int kCatsColumns = NB > 4 ? 4 : kVecElems<T>;
 
+/// A neuron-major w_down as a lane sees it: K columns from `column` on of rows `ld` apart.
+template <class T, int K, bool kAligned>
+struct CatsDenseDown {
+  static constexpr bool kBlocks = false;
+  using Raw = sq::Vec<T, K>;
+  const T* data;
+  int64_t ld, column, width;
+
+  /// Of column j within the tile.
+  __device__ __forceinline__ static int place(int lane, int j) { return lane * K + j; }
+  __device__ __forceinline__ Raw load(int64_t neuron, bool live) const {
+    return load_chunk<Reuse::kStream, kAligned, K>(data + neuron * ld, live ? width - column : 0);
+  }
+  __device__ __forceinline__ void floats(const Raw& raw, float (&w)[K]) const { to_floats(raw, w); }
+};
+
 /// Block (tile of columns, split of neurons). The split's range is cut into one contiguous piece per warp, by neuron
 /// number and not by rank among the live ones, so that other tokens' masks cannot move a token's additions.
-template <class T, int NB, bool kAligned>
-__global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
-    cats_down_kernel(CatsMlpParams p, CatsMlpWorkspace ws) {
-  constexpr int K = kCatsColumns<T, NB>;
+/// `rows_of(tile)` are the Rows of the tile that begins at that column. Rows with kBlocks share something among kWarp
+/// neurons: block() tells them which come next.
+template <int NB, int K, class Params, class RowsOf>
+__device__ __forceinline__ void cats_down(const Params& p, const CatsMlpWorkspace& ws, const RowsOf& rows_of) {
   constexpr int kTile = K * kWarp;
   constexpr int kInFlight = NB > 2 ? 4 : 8;
   constexpr int kSums = kCatsWarps * kTile;
@@ -187,12 +236,13 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
   const int warp = threadIdx.x / kWarp;
   const unsigned tiles = static_cast<unsigned>(ceil_div(p.hidden, kTile)), split = blockIdx.x / tiles;
   const int64_t tile = int64_t{blockIdx.x % tiles} * kTile;
-  const int64_t column = tile + lane * K;
-  const T* w_down = static_cast<const T*>(p.w_down) + column;
+  auto rows = rows_of(tile, lane);
+  using Rows = decltype(rows);
 
   const int64_t piece = ceil_div(p.intermediate, int64_t{gridDim.x / tiles} * kCatsWarps);
   const int64_t begin = (int64_t{split} * kCatsWarps + warp) * piece;
   const int64_t end = min(p.intermediate, begin + piece);
+  const int64_t start = Rows::kBlocks ? begin / kWarp * kWarp : begin;
 
   float acc[NB][K];
   SQ_UNROLL
@@ -200,21 +250,23 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
     SQ_UNROLL
     for (int j = 0; j < K; ++j) acc[n][j] = 0.0f;
   }
-  uint32_t next = begin + lane < end ? sq::load(ws.alive + begin + lane) : 0;
-  for (int64_t base = begin; base < end; base += kWarp) {
+  uint32_t next = start + lane >= begin && start + lane < end ? sq::load(ws.alive + start + lane) : 0;
+  for (int64_t base = start; base < end; base += kWarp) {
     const uint32_t alive = next;
     next = base + kWarp + lane < end ? sq::load(ws.alive + base + kWarp + lane) : 0;
     unsigned live = __ballot_sync(kFullWarp, alive != 0);
+    if constexpr (Rows::kBlocks) {
+      if (live != 0) rows.block(base / kWarp);
+    }
     while (live != 0) {
-      sq::Vec<T, K> raw[kInFlight];
+      typename Rows::Raw raw[kInFlight];
       int source[kInFlight];
       int count = 0;
       SQ_UNROLL
       for (int r = 0; r < kInFlight; ++r) {
         source[r] = live != 0 ? __ffs(static_cast<int>(live)) - 1 : 0;
         count += live != 0;
-        raw[r] = load_chunk<Reuse::kStream, kAligned, K>(w_down + (base + source[r]) * p.ld_down,
-                                                         live != 0 ? p.hidden - column : 0);
+        raw[r] = rows.load(base + source[r], live != 0);
         live &= live - 1;
       }
       SQ_UNROLL
@@ -222,7 +274,7 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
         if (r >= count) break;
         const uint32_t keep = __shfl_sync(kFullWarp, alive, source[r]);
         float w[K], h[NB];
-        to_floats(raw[r], w);
+        rows.floats(raw[r], w);
         cats_load_hidden<NB>(ws.hidden, base + source[r], h);
         SQ_UNROLL
         for (int n = 0; n < NB; ++n) {
@@ -239,7 +291,7 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
   for (int n = 0; n < NB; ++n) {
     if (n >= p.tokens) break;
     SQ_UNROLL
-    for (int j = 0; j < K; ++j) sums[warp * kTile + lane * K + j] = acc[n][j];
+    for (int j = 0; j < K; ++j) sums[warp * kTile + Rows::place(lane, j)] = acc[n][j];
     __syncthreads();
     const int64_t c = tile + threadIdx.x;
     if (threadIdx.x < kTile && c < p.hidden) {
@@ -252,8 +304,18 @@ __global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kCatsThreads) cats_reduce_kernel(CatsMlpParams p, CatsMlpWorkspace ws, int splits) {
+template <class T, int NB, bool kAligned>
+__global__ void __launch_bounds__(kCatsThreads, kCatsBlocksPerSm<kAligned>)
+    cats_down_kernel(CatsMlpParams p, CatsMlpWorkspace ws) {
+  constexpr int K = kCatsColumns<T, NB>;
+  cats_down<NB, K>(p, ws, [&](int64_t tile, int lane) {
+    const int64_t column = tile + lane * K;
+    return CatsDenseDown<T, K, kAligned>{static_cast<const T*>(p.w_down) + column, p.ld_down, column, p.hidden};
+  });
+}
+
+template <class T, class Params>
+__global__ void __launch_bounds__(kCatsThreads) cats_reduce_kernel(Params p, CatsMlpWorkspace ws, int splits) {
   const int64_t count = p.tokens * p.hidden;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCatsThreads + threadIdx.x;
   if (i >= count) return;
@@ -392,8 +454,8 @@ void cats_mlp_forward(const CatsMlpParams& p, float* scratch, sq::stream_t strea
     }
   }
   if (p.neuron_major || p.intermediate == 0) {
-    SQ_LAUNCH((cats_reduce_kernel<T>), ceil_div(p.tokens * p.hidden, kCatsThreads), kCatsThreads, 0, stream, p, ws,
-              splits);
+    SQ_LAUNCH((cats_reduce_kernel<T, CatsMlpParams>), ceil_div(p.tokens * p.hidden, kCatsThreads), kCatsThreads, 0,
+              stream, p, ws, splits);
   }
 }
 

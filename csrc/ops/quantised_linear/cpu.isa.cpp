@@ -2,7 +2,7 @@
 #include "ops/quantised_linear/cpu.h"
 #include "common/integers.h"
 #include "cpu/simd/arena.h"
-#include "cpu/simd/quantised.h"
+#include "cpu/simd/quantised_rows.h"
 #include "cpu/simd/tile.h"
 
 namespace subquad::cpu::SUBQUAD_ISA {
@@ -12,63 +12,38 @@ using namespace quantised;
 
 // ------------------------------------------------------------------------------------------------------- a few tokens
 
-constexpr int kTokens = kLanes == 16 ? 4 : 2;  // of a tile of rows; bounded by registers
-constexpr int64_t kInFlight = 10240;           // bytes of rows walked together: more streams than that slow each other
-constexpr int64_t kAhead = 8192;               // bytes fetched ahead, at least
-constexpr int64_t kItemRows = 16;              // an item is a multiple of it
+constexpr int64_t kItemRows = 16;  // an item is a multiple of it
 constexpr int64_t kFewItems = 64;
+
+static_assert(kMaxTokens == kQuantisedFewTokens);
 
 int64_t few_rows(const QuantisedLinearParams& p) { return round_up(ceil_div(p.rows, kFewItems), kItemRows); }
 
 int64_t few_items(const QuantisedLinearParams& p) { return ceil_div(p.rows, few_rows(p)); }
 
-/// Rows [begin, end) for R rows and T tokens at a time.
-template <class T, QuantisedFormat kFormat, int R, int N>
-void few_tile(const QuantisedLinearParams& p, const QuantisedLinearScratch& s, int64_t begin, int64_t end,
-              int64_t token) {
-  const int64_t groups = p.columns / kGroup, ahead = round_up(ceil_div(kAhead, larger(1, p.row_bytes())), R);
-  const float* x = s.x + token * s.ld_x;
-  const T* bias = static_cast<const T*>(p.bias);
-  T* y = static_cast<T*>(p.y);
-  for (int64_t i = begin; i + R <= end; i += R) {
-    Row rows[R], next[R];
-    for (int r = 0; r < R; ++r) {
-      rows[r] = row_of<kFormat>(p.weight, i + r, groups);
-      next[r] = row_of<kFormat>(p.weight, i + ahead + r < end ? i + ahead + r : i + r, groups);
-    }
-    float out[R][N];
-    dot_rows<kFormat, R, N>(rows, next, x, s.ld_x, groups, out);
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < N; ++t) {
-        y[(token + t) * p.rows + i + r] = from_float<T>(out[r][t] + (bias == nullptr ? 0.0f : to_float(bias[i + r])));
-      }
-  }
-}
-
-template <class T, QuantisedFormat kFormat, int R>
-void few_rows_of(const QuantisedLinearParams& p, const QuantisedLinearScratch& s, int64_t begin, int64_t end) {
-  const int64_t whole = begin + (end - begin) / R * R;
-  int64_t token = 0;
-  for (; token + kTokens <= p.tokens; token += kTokens) {
-    few_tile<T, kFormat, 2, kTokens>(p, s, begin, end - (end - begin) % 2, token);
-    few_tile<T, kFormat, 1, kTokens>(p, s, end - (end - begin) % 2, end, token);
-  }
-  for (; token < p.tokens; ++token) {
-    few_tile<T, kFormat, R, 1>(p, s, begin, whole, token);
-    few_tile<T, kFormat, 1, 1>(p, s, whole, end, token);
-  }
-}
-
 template <class T>
 void few(const QuantisedLinearParams& p, const QuantisedLinearScratch& s, int64_t item, void*) {
-  const int64_t begin = item * few_rows(p), end = smaller(p.rows, begin + few_rows(p));
-  by_format(p.format, [&]<QuantisedFormat kFormat>() {
-    if (4 * p.row_bytes() > kInFlight) {
-      few_rows_of<T, kFormat, 2>(p, s, begin, end);
-    } else {
-      few_rows_of<T, kFormat, 4>(p, s, begin, end);
-    }
-  });
+  constexpr int64_t kRound = 256;
+  const int64_t begin = item * few_rows(p), end = smaller(p.rows, begin + few_rows(p)), bytes = p.row_bytes();
+  const T* bias = static_cast<const T*>(p.bias);
+  const Tokens x{s.x, s.ld_x, static_cast<int>(p.tokens)};
+  float out[kMaxTokens * kRound];
+  const auto rows = [&](int64_t first) {
+    const int64_t count = clamp(end - first, 0, kRound);
+    return RowList{p.weight + first * bytes, nullptr, count, p.columns / kGroup, bytes, code_bytes(p.format)};
+  };
+  for (int64_t first = begin; first < end; first += kRound) {
+    RowList list = rows(first);
+    const RowList then = rows(first + list.count);
+    list.then = &then;
+    if (first == begin) list.fetch_first();
+    products(p.format, list, x, nullptr, out, kRound);
+    for (int64_t t = 0; t < p.tokens; ++t)
+      for (int64_t j = 0; j < list.count; ++j) {
+        const float by = bias == nullptr ? 0.0f : to_float(bias[first + j]);
+        static_cast<T*>(p.y)[t * p.rows + first + j] = from_float<T>(out[t * kRound + j] + by);
+      }
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------- many tokens

@@ -3,8 +3,8 @@
 // rows. Sums have one order whatever the grid is.
 #pragma once
 
-#include "cuda/chunk.cuh"
 #include "cuda/portable.cuh"
+#include "cuda/quantised.cuh"
 #include "ops/quantised_linear/params.h"
 
 namespace subquad::cuda {
@@ -12,36 +12,10 @@ namespace subquad::cuda {
 constexpr int kQuantisedWarps = 4;
 constexpr int kQuantisedTokens = 8;  // of a block
 
-/// The code of element j of a group, less what stands for 0.
-template <QuantisedFormat kFormat>
-__device__ __forceinline__ float quantised_code(const sq::Vec<uint8_t, code_bytes(kFormat)>& raw, int j) {
-  if constexpr (kFormat == QuantisedFormat::kInt8) return static_cast<float>(static_cast<int8_t>(raw.v[j]));
-  const int code = j < 16 ? raw.v[j % 16] & 15 : raw.v[j % 16] >> 4;
-  return static_cast<float>(kFormat == QuantisedFormat::kInt4 ? code - 8 : code);
-}
-
-/// The bytes of a group, in words of 16.
-template <QuantisedFormat kFormat, bool kAligned>
-__device__ __forceinline__ sq::Vec<uint8_t, code_bytes(kFormat)> quantised_group(const uint8_t* p) {
-  sq::Vec<uint8_t, code_bytes(kFormat)> raw;
-  SQ_UNROLL
-  for (int w = 0; w < code_bytes(kFormat) / 16; ++w) {
-    const auto word = load_chunk<Reuse::kStream, kAligned, 16>(p + 16 * w, 16);
-    SQ_UNROLL
-    for (int j = 0; j < 16; ++j) raw.v[16 * w + j] = word.v[j];
-  }
-  return raw;
-}
-
-/// fp16 number i of a row of them, which begins at any byte.
-__device__ __forceinline__ float half_at(const uint8_t* halves, int64_t i) {
-  const int low = sq::load_nc(halves + 2 * i), high = sq::load_nc(halves + 2 * i + 1);
-  return sq::to_float(sq::fp16{static_cast<uint16_t>(low | high << 8)});
-}
-
 template <class T, QuantisedFormat kFormat, bool kAligned>
 __global__ void __launch_bounds__(kQuantisedWarps* kWarp) quantised_linear_fwd_kernel(QuantisedLinearParams p) {
-  constexpr int kWord = kVecElems<T>;
+  constexpr int kWord = kVecElems<T>, kBytes = 16;
+  constexpr int kWords = static_cast<int>(code_bytes(kFormat)) / kBytes, kInWord = kQuantisedGroup / kWords;
   const int64_t tiles = ceil_div(p.tokens, kQuantisedTokens), groups = p.columns / kQuantisedGroup;
   const int lane = threadIdx.x % kWarp;
   const int64_t row = blockIdx.x / tiles * kQuantisedWarps + threadIdx.x / kWarp;
@@ -53,9 +27,13 @@ __global__ void __launch_bounds__(kQuantisedWarps* kWarp) quantised_linear_fwd_k
   const int tokens = static_cast<int>(smaller(kQuantisedTokens, p.tokens - first));
   float sums[kQuantisedTokens] = {};
   for (int64_t g = lane; g < groups; g += kWarp) {
-    const auto raw = quantised_group<kFormat, kAligned>(codes + g * code_bytes(kFormat));
-    const float scale = half_at(scales, g);
-    const float minimum = has_minimum(kFormat) ? half_at(scales, groups + g) : 0.0f;
+    sq::Vec<uint8_t, kBytes> raw[kWords];
+    SQ_UNROLL
+    for (int w = 0; w < kWords; ++w) {
+      raw[w] = load_chunk<Reuse::kStream, kAligned, kBytes>(codes + (g * kWords + w) * kBytes, kBytes);
+    }
+    const float scale = load_half<kAligned>(scales, g);
+    const float minimum = load_minimum<kFormat, kAligned>(scales, groups, g);
     SQ_UNROLL
     for (int t = 0; t < kQuantisedTokens; ++t) {
       if (t >= tokens) break;
@@ -64,7 +42,11 @@ __global__ void __launch_bounds__(kQuantisedWarps* kWarp) quantised_linear_fwd_k
         float value[kWord];
         to_floats(load_chunk<Reuse::kKeep, kAligned, kWord>(x + t * p.columns + g * kQuantisedGroup + k, kWord), value);
         SQ_UNROLL
-        for (int j = 0; j < kWord; ++j) sums[t] += value[j] * (quantised_code<kFormat>(raw, k + j) * scale + minimum);
+        for (int j = 0; j < kWord; ++j) {
+          const int i = (k + j) % kInWord;
+          const float code = code_in<kFormat>(raw[(k + j) / kInWord].v[i % kBytes], i / kBytes);
+          sums[t] += value[j] * (code * scale + minimum);
+        }
       }
     }
   }
@@ -91,15 +73,9 @@ __global__ void __launch_bounds__(kQuantisedWarps* kWarp) quantised_linear_bwd_k
   for (int64_t row = 0; row < p.rows; ++row) {
     const uint8_t* codes = p.weight + row * p.row_bytes();
     const uint8_t* scales = codes + groups * code_bytes(kFormat);
-    float code;
-    if constexpr (kFormat == QuantisedFormat::kInt8) {
-      code = static_cast<float>(static_cast<int8_t>(sq::load_stream(codes + g * kQuantisedGroup + j)));
-    } else {
-      const int both = sq::load_stream(codes + g * 16 + j % 16), half = j < 16 ? both & 15 : both >> 4;
-      code = static_cast<float>(kFormat == QuantisedFormat::kInt4 ? half - 8 : half);
-    }
-    float w = code * half_at(scales, g);
-    if constexpr (has_minimum(kFormat)) w += half_at(scales, groups + g);
+    constexpr int kBytes = static_cast<int>(code_bytes(kFormat));
+    const float code = code_in<kFormat>(sq::load_stream(codes + g * kBytes + j % kBytes), j / kBytes);
+    const float w = code * load_half<false>(scales, g) + load_minimum<kFormat, false>(scales, groups, g);
     SQ_UNROLL
     for (int t = 0; t < kQuantisedTokens; ++t) {
       if (t < tokens) sums[t] += sq::to_float(sq::load_nc(grad + t * p.rows + row)) * w;

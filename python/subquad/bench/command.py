@@ -14,7 +14,7 @@ import torch
 from .. import _backends, _native
 from ..contract import STEMS, families, in_family
 from ..testing.spec import BenchCase, OpSpec
-from . import measure
+from . import measure, quantised_peers
 from .composites import COMPOSITES
 from .measure import Result
 from .timing import Plan
@@ -171,6 +171,8 @@ def run_from_args(args: argparse.Namespace) -> int:
     data = [result.as_dict() for result in results]
     changes = record.changes(old, data) if old else None
     table.show(console, results, overheads, changes)
+    if any(spec.stem in quantised_peers.OPS for spec in specs) and quantised_peers.absent():
+        console.print(f"not installed, so not measured: {', '.join(quantised_peers.absent())}")
     settings = {"quick": args.quick, "device": args.device, "rounds": _plan(args).rounds, "family": args.family}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from ..contract import CONTRACTS, HANDLES
 from ..testing.case import Case
 from ..testing.compare import assert_close, relative_l2
 from ..testing.spec import BenchCase, OpSpec, Sample
+from . import quantised_peers
 from .timing import Candidate, Plan, Timing, interleaved
 
 OURS = "subquad"
@@ -147,6 +148,7 @@ def run_case(spec: OpSpec, case: BenchCase, device: str, backend: str, plan: Pla
                 )
             calls = {OURS: _ours(spec, sample, backend)}
             calls |= {name: peer for name, build in spec.peers.items() if (peer := build(sample)) is not None}
+            calls |= quantised_peers.peers(spec.name, sample)
             result.times = interleaved({n: with_gradients(call, sample) for n, call in calls.items()}, plan, device)
     return result
 

@@ -30,7 +30,7 @@ class LayerSparsity:
         union_by_tokens: the same by number of tokens in the call.
         dead: neurons that no token woke.
         bytes_ratio: weight bytes read over those of the dense MLP, mean over calls: (1 + 2 union) / 3 for a sparse
-            call, 1 for a dense one.
+            call, 1 for a dense one. With weights in few bits, over all bytes of the layer, whose shares may differ.
         calls, dense_calls: calls seen, and how many of them took the dense path: too many tokens, gradients,
             projections that must be called, or disabled.
     """
@@ -64,6 +64,7 @@ class _Layer:
         self.union: dict[int, list[float]] = {}
         self.ever = torch.zeros(module.intermediate_size, dtype=torch.bool, device=module.threshold.device)
         self.calls = self.dense_calls = 0
+        self.read = 0.0  # shares of the weights, summed over calls
 
     def observe(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         mlp, x = self.module, args[0].reshape(-1, self.module.hidden_size)
@@ -84,6 +85,7 @@ class _Layer:
             self.active.append(mask.float().mean(1).cpu())
         self.calls += 1
         self.dense_calls += dense_call
+        self.read += 1.0 if dense_call else mlp.share_read(woken)
         if not dense_call:
             self.union.setdefault(tokens, []).append(woken.float().mean().item())
 
@@ -94,7 +96,6 @@ class _Layer:
         active = torch.cat(self.active)
         p5, p95 = torch.quantile(active, torch.tensor([0.05, 0.95])).tolist()
         unions = [value for values in self.union.values() for value in values]
-        read = sum((1 + 2 * value) / 3 for value in unions) + self.dense_calls
         return LayerSparsity(
             name=row.name,
             threshold=row.threshold,
@@ -107,7 +108,7 @@ class _Layer:
             union=sum(unions) / len(unions) if unions else None,
             union_by_tokens={tokens: sum(values) / len(values) for tokens, values in sorted(self.union.items())},
             dead=int((~self.ever).sum()),
-            bytes_ratio=read / self.calls,
+            bytes_ratio=self.read / self.calls,
             calls=self.calls,
             dense_calls=self.dense_calls,
         )

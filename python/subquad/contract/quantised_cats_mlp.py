@@ -26,6 +26,5 @@ CONTRACT = Contract(
     },
     # A few tokens read codes and little else: CUDA C++ leads.
     cuda=("native", "triton", "reference"),
-    missing={"native": "it is being written", "triton": "it is being written"},
     trained_by="cats_activation",
 )

@@ -328,7 +328,7 @@ def _chosen(model: nn.Module, layers: list[int | str] | None) -> dict[str, nn.Mo
         if (by := replacement_of(module, "attention")) is not None
         for parameter in by.new_parameters(module).values()
     }
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in modules.items()
         if name and isinstance(module, (nn.Linear, QuantisedLinear, QuantisedDown)) and id(module.weight) not in new
@@ -340,10 +340,11 @@ def _chosen(model: nn.Module, layers: list[int | str] | None) -> dict[str, nn.Mo
         found = {name: module for name, module in found.items() if name in chosen}
     for name in found:
         for outer in _above(name):
-            if hasattr(modules[outer], "base_layer"):
+            if any(child in modules[outer]._modules for child in ("base_layer", "modules_to_save")):  # as peft has them
+                kind = type(modules[outer])
                 raise ValueError(
-                    f"{name}: expected no adapter around it, got a {type(modules[outer]).__name__}, which codes could not be "
-                    "merged with; merge it first, or make the weights dense again with to_dense"
+                    f"{name}: expected no adapter around it, got {kind.__module__}.{kind.__qualname__}, which codes could not be "
+                    "merged with; merge it first, or make weights dense again with to_dense"
                 )
     return found
 

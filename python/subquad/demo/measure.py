@@ -127,6 +127,18 @@ def cache_bytes(variant: Variant, prompt: torch.Tensor) -> int:
     return total
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Memory of all parameters and buffers; what is tied counts once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({x.data_ptr(): x.numel() * x.element_size() for x in tensors}.values())
+
+
+def mlp_bytes(variant: Variant) -> int:
+    """Memory of the weights of all MLPs, without biases and thresholds."""
+    tensors = (x for mlp in variant.mlps() for x in (*mlp.parameters(), *mlp.buffers()) if x.dim() > 1)
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

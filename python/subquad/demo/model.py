@@ -27,11 +27,12 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Subject:
-    """What the demo converts: a causal language model, its tokenizer, and a name for headings."""
+    """What the demo converts: a causal language model, its tokenizer, a name for headings, and its file, if it is a GGUF file."""
 
     name: str
     model: nn.Module
     tokenizer: Any
+    gguf_file: Path | None = None
 
 
 def require(packages: dict[str, str]) -> None:
@@ -77,7 +78,7 @@ def load(device: str, dtype: str) -> Subject:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, dtype), **source)
     torch.nn.Module.to(model, device)
-    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer)
+    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer, file)
 
 
 def texts() -> tuple[str, str]:

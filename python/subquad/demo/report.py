@@ -70,6 +70,13 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _weights(result: dict[str, Any]) -> str:
+    """Bytes of the weights, which one token reads: the dense model's, and in few bits."""
+    rows = {row["name"]: row["weight_bytes"] for row in result["variants"] if row["family"] in ("dense", "quantised")}
+    base = next(iter(rows.values()))
+    return f"Weights: {'; '.join(f'{name} {held / 1e6:.1f} MB ({held / base:.2f})' for name, held in rows.items())}."
+
+
 def _memory(result: dict[str, Any]) -> str:
     """Bytes of the caches by the length of the text; those of one family of models differ by name only."""
     rows = {row["name"]: row["cache_bytes"] for row in result["variants"] if row["family"] in ("dense", "lawcat")}
@@ -127,6 +134,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
         console.print(
             f"[yellow]The native kernels are not in use: {result['native_unavailable']}[/yellow]", soft_wrap=True
         )
+    console.print(_weights(result))
     console.print(_memory(result))
     console.print(_routed(result))
     console.print(_streamed(result))

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .. import _backends
 from . import measure, model, report, stream
-from .variants import FAMILIES, PASSES, Variant
+from .variants import PASSES, Variant, families
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
 LIKELIHOOD_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # nats per token
@@ -120,7 +120,9 @@ def run(
                 )
             )
         with stages.stage("convert, calibrate, transfer", sum(PASSES.values()) * len(batches)) as tick:
-            variants = [v for build in FAMILIES.values() for v in build(subject.model, batches, tick)]
+            variants = [
+                v for build in families(subject.gguf_file).values() for v in build(subject.model, batches, tick)
+            ]
         check, rows = _measure(stages, subject, variants, heldout, settings)
         found = _stream(stages, subject, variants[0], heldout_text, settings)
     largest = max(check["prefill_max_difference"], check["decode_max_difference"])
@@ -183,12 +185,14 @@ def _measure(
     with stages.stage("sparsity when decoding held-out text", len(variants)) as tick:
         for row, variant in zip(rows, variants, strict=True):
             found = measure.decode_sparsity(variant, heldout[-1][:, : _PROMPT + settings.decode_steps], _PROMPT)
-            row["decode_sparsity"], row["mlp_bytes_ratio"] = found or (None, 1.0)
+            row["decode_sparsity"], share = found or (None, 1.0)
+            row["mlp_bytes_ratio"] = share * measure.mlp_bytes(variant) / measure.mlp_bytes(variants[0])
             tick()
     lengths = sorted({min(_PROMPT, settings.window), settings.window})
-    with stages.stage("memory of the cache", len(variants)) as tick:
+    with stages.stage("memory of weights and cache", len(variants)) as tick:
         for row, variant in zip(rows, variants, strict=True):
             row["cache_bytes"] = {n: measure.cache_bytes(variant, heldout[0][:, :n]) for n in lengths}
+            row["weight_bytes"] = measure.weight_bytes(variant.model)
             tick()
     with stages.stage("decoding speed, interleaved", settings.decode_steps) as tick:
         for row, timing in zip(rows, measure.decode_times(variants, prompt, settings.decode_steps, tick), strict=True):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from ..nn.cats_mlp import CATSMLP
 from ..superlinear import SuperlinearConfig
 
 CATS_TARGETS = (0.3, 0.5, 0.7)
+CODES_TARGET = 0.5  # of the model with weights in few bits
 LAWCAT_KEEP = 5  # one layer of so many stays softmax in the hybrid
 LAWCAT_PASSES = 4  # over the calibration text
 SUPERLINEAR = SuperlinearConfig(sw_index=19, search_scale=0.125)  # a window of 399 tokens, gates scaled as attention is
@@ -52,22 +55,28 @@ class Variant:
         return list(find_mlps(self.model).values())
 
 
-Builder = Callable[[nn.Module, Sequence[torch.Tensor], Callable[[], None]], list[Variant]]
+Tick = Callable[[], None]
+Builder = Callable[[nn.Module, Sequence[torch.Tensor], Tick], list[Variant]]
 
 
-def dense(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+def dense(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> list[Variant]:
     """The model as it is."""
     return [Variant("dense", "dense", model, activate=_switch(model, model.config._attn_implementation))]  # type: ignore
 
 
-def cats(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+def _calibrated(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> CatsCalibrator:
+    with CatsCalibrator(model) as calibrator, torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch, logits_to_keep=1)
+            tick()
+    return calibrator
+
+
+def cats(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> list[Variant]:
     """A copy of the model with CATS MLPs, at several thresholds from one calibration."""
     converted = copy.deepcopy(model)
     convert(converted, mlp="cats")
-    with CatsCalibrator(converted) as calibrator, torch.no_grad():
-        for batch in batches:
-            converted(input_ids=batch, logits_to_keep=1)
-            tick()
+    calibrator = _calibrated(converted, batches, tick)
 
     def variant(target: float) -> Variant:
         calibrator.apply(target)
@@ -83,17 +92,31 @@ def cats(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], N
     return [variant(target) for target in CATS_TARGETS]
 
 
+def quantised(
+    model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick, gguf_file: Path | None = None
+) -> list[Variant]:
+    """A copy with weights in few bits: those of the file, or 8 bits where there is none; and CATS, calibrated on them."""
+    small = copy.deepcopy(model)
+    if gguf_file is None:
+        convert(small, mlp="cats", weights="int8")
+    else:
+        convert(small, mlp="cats", weights="gguf", gguf_file=gguf_file)
+    _calibrated(small, batches, tick).apply(CODES_TARGET)
+    name = "8 bits" if gguf_file is None else "file's bits"
+    return [Variant(f"{name}, CATS {CODES_TARGET:.0%}", "quantised", small, CODES_TARGET)]
+
+
 def _switch(model: nn.Module, implementation: str) -> Callable[[], None]:
     return lambda: model.set_attn_implementation(implementation)  # type: ignore[operator]
 
 
-def attention(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+def attention(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> list[Variant]:
     """The very model, its attention computed by `subquad.interval_attention`."""
     register()
     return [Variant("our attention", "attention", model, activate=_switch(model, "subquad"))]
 
 
-def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> list[Variant]:
     """The model with linear attention that was shown the calibration text: in all layers, and in most of them."""
     linear = _sharing(model)
     convert(linear, attention="lawcat")
@@ -117,7 +140,7 @@ def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[],
     return [Variant(n, "lawcat", m, answers=False) for n, m in (("LAWCAT", linear), ("LAWCAT hybrid", hybrid))]
 
 
-def superlinear(model: nn.Module, batches: Sequence[torch.Tensor], tick: Callable[[], None]) -> list[Variant]:
+def superlinear(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> list[Variant]:
     """The very weights, with spans that nothing has trained behind a window."""
     spans = _sharing(model)
     convert(spans, attention=SUPERLINEAR)
@@ -130,7 +153,16 @@ def _sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-FAMILIES: dict[str, Builder] = {
-    "dense": dense, "cats": cats, "lawcat": lawcat, "superlinear": superlinear, "attention": attention,
-}  # fmt: skip
-PASSES = {"cats": 1, "lawcat": LAWCAT_PASSES}  # how often a family runs every calibration batch
+def families(gguf_file: Path | None = None) -> dict[str, Builder]:
+    """What is built, by name, in the order of the rows.
+
+    Args:
+        gguf_file: that the model was loaded from, if it was.
+    """
+    return {
+        "dense": dense, "cats": cats, "quantised": functools.partial(quantised, gguf_file=gguf_file), "lawcat": lawcat,
+        "superlinear": superlinear, "attention": attention,
+    }  # fmt: skip
+
+
+PASSES = {"cats": 1, "quantised": 1, "lawcat": LAWCAT_PASSES}  # how often a family runs every calibration batch

@@ -24,7 +24,6 @@ class Choice:
     Args:
         model: whose `generation_config` says what is not given.
         prompt: ids [B, T].
-        masked: whether there is an attention mask.
         given: entries of a generation config, None for those of the model's.
         processors: of the user's, called with ids [B, T] and scores [B, V] after those of the config.
         generator: of the random numbers; None for torch's own.
@@ -41,7 +40,6 @@ class Choice:
         self,
         model: Any,
         prompt: torch.Tensor,
-        masked: bool,
         given: dict[str, Any],
         processors: Sequence[Processor],
         generator: torch.Generator | None,
@@ -57,7 +55,7 @@ class Choice:
                 raise ValueError(f"{name}: expected {neutral}, got {value!r}; use model.generate for that")
         if config.do_sample and (config.temperature or 0) <= 0:
             raise ValueError(f"temperature: expected a positive number to sample with, got {config.temperature}")
-        model._prepare_special_tokens(config, masked, device=prompt.device, batch_size=prompt.shape[0])
+        model._prepare_special_tokens(config, True, device=prompt.device)  # True: no advice about masks
         self.processors = model._get_logits_processor(
             generation_config=config, input_ids_seq_length=prompt.shape[1], device=prompt.device, model_kwargs={},
             logits_processor=None,

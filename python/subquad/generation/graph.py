@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -51,7 +51,8 @@ def _compiled(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Call
         return result
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(graph, examples, config_patches=INDUCTOR)  # type: ignore[no-any-return, arg-type]
+    compiled: Any = compile_fx(graph, examples, config_patches=INDUCTOR)  # type: ignore[arg-type]
+    return cast("Callable[..., Any]", compiled)
 
 
 class Closed:

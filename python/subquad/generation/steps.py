@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .._backends import SubquadWarning
+from ..cache.sink_state import SinkState
 from .graph import Closed, Record, Recorder, closed
 
 OPTIONS: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile
@@ -146,7 +147,12 @@ def grows(cache: Any) -> str | None:
     for layer in cache.layers:
         preallocated = getattr(layer, "max_cache_len", None) is not None and not hasattr(layer, "cumulative_length_int")
         if _keeps_keys(layer) and not preallocated:
-            return f"a {type(cache).__name__} with a {type(layer).__name__} is no cache of constant size"
+            hint = (
+                "; convert(model, attention='sink') has one"
+                if isinstance(getattr(layer, "state", None), SinkState)
+                else ""
+            )
+            return f"a {type(cache).__name__} with a {type(layer).__name__} is no cache of constant size{hint}"
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .interval_mask import IntervalMask
@@ -26,6 +28,9 @@ class ModelMask(IntervalMask):
     sequence_ids: torch.Tensor | None = None
     sliding_window: int = -1
     first_row: int | torch.Tensor | None = None
+    # Of tokens that lie on several ranks: what computes softmax attention of them, and a LAWCAT layer.
+    attend: Callable[..., torch.Tensor] | None = None
+    mix: Callable[..., torch.Tensor] | None = None
 
     @classmethod
     def of(

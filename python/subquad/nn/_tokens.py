@@ -94,7 +94,7 @@ def keys_of(
     Raises:
         ValueError: a mask without columns for what a cache has seen.
     """
-    mask = _of_one_kind(mask)
+    mask = of_one_kind(mask)
     if mask is None or (isinstance(mask, ModelMask) and mask.padded_causal and mask.padding is None):
         return None
     if isinstance(mask, ModelMask) and mask.padded_causal:
@@ -156,7 +156,7 @@ def tokens_of(
 
 def padding_of(mask: Any, batch: int, length: int, seen: int | torch.Tensor | None = None) -> torch.Tensor | None:
     """`Tokens.real` of any attention, causal or not: a token is real where it sees itself."""
-    mask = _of_one_kind(mask)
+    mask = of_one_kind(mask)
     if isinstance(mask, IntervalMask) and not (isinstance(mask, ModelMask) and mask.padded_causal):
         mask = mask.to_dense(*(() if mask.tq is not None else (length, length)))
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
@@ -198,7 +198,9 @@ def read(
     """
     if told.get("output_attentions"):
         raise ValueError("output_attentions: there is no matrix of weights; expected False, got True")
-    mask = _of_one_kind(mask)
+    mask = of_one_kind(mask)
+    if isinstance(mask, ModelMask) and mask.mix is not None:
+        raise ValueError("attention_mask: this layer cannot attend to tokens that lie on several ranks")
     cos = position_embeddings[0] if isinstance(position_embeddings, tuple | list) and position_embeddings else None
     if not isinstance(cos, torch.Tensor) or torch.compiler.is_compiling():
         return _read(mask, batch, length, window, seen, told)
@@ -225,7 +227,7 @@ def _read(
     return _with_bounds(tokens, batch, length, seen, told, masked=mask is not None)
 
 
-def _of_one_kind(mask: Any) -> Any:
+def of_one_kind(mask: Any) -> Any:
     """One of the masks that a model has by kind of layer: all show the same tokens, the widest most of them."""
     if not isinstance(mask, Mapping):
         return mask

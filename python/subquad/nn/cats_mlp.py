@@ -260,6 +260,7 @@ class CATSMLP(nn.Module):
 
     def _unreadable(self, x: torch.Tensor) -> str | None:
         """The name of a projection that must be called."""
+        child: Any
         for name, child in self._modules.items():
             if child is None or not self._readable(name, child) or child.weight.device != x.device:
                 return name
@@ -271,6 +272,10 @@ class CATSMLP(nn.Module):
     def _readable(self, name: str, child: nn.Module) -> bool:
         """Whether the kernel can read a projection."""
         return plain(child, nn.Linear)
+
+    def share_read(self, woken: torch.Tensor) -> float:
+        """Bytes of weights that a sparse call reads, of all: every gate, and the rows of the neurons in `woken`, bool [I]."""
+        return (1 + 2 * woken.float().mean().item()) / 3
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """z `[..., I]` of x `[..., H]`: what goes into the activation."""

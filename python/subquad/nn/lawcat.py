@@ -13,6 +13,7 @@ from .. import _checks
 from .._packing import Packed
 from ..cache.lawcat import LawcatState, state_of
 from ..masks import IntervalMask
+from ..masks.model_mask import ModelMask
 from ..ops.conv_feature_map import conv_feature_map
 from ..ops.gated_linear_attention import gated_linear_attention
 from ..ops.lawcat_decode_step import MAX_DIM
@@ -25,7 +26,7 @@ from ._scores import normed, scores_of
 from ._sequences import Sequences
 from ._sizes import NORMS, PROJECTIONS, add_projections, check_sizes
 from ._tied import tie, tied_again
-from ._tokens import Tokens, read, sliding_window
+from ._tokens import Tokens, of_one_kind, read, sliding_window
 from ._tokens import tokens_of as tokens_of
 from ._window import hybrid
 from .causal_conv1d import ShortConvolution
@@ -288,6 +289,11 @@ class LawcatAttention(AttentionLayer):
         if position_embeddings is None and self._positioned() and self.scores.positions_needed:
             raise ValueError("position_embeddings: expected (cos, sin), for rope or a window, got None")
         _checks.hidden(hidden_states, self.hidden_size)
+        mask = of_one_kind(attention_mask)
+        if isinstance(mask, ModelMask) and mask.mix is not None:
+            if past_key_values is not None:
+                raise ValueError("past_key_values: expected None for tokens that lie on several ranks")
+            return mask.mix(self, hidden_states, position_embeddings)
         b, t, _ = hidden_states.shape
         window = None if self.original is None else sliding_window(self.original)
         state = state_of(past_key_values, self.layer_idx, self.keep)

@@ -350,6 +350,16 @@ class QuantisedCATSMLP(CATSMLP):
         )
         return y
 
+    def share_read(self, woken: torch.Tensor) -> float:
+        """Scales that 32 neurons share are read if one of them is in `woken`."""
+        (gate, _), (up, _), down = self._projections()
+        read = gate.numel() + woken.float().mean().item() * (up.numel() + down.weight.numel())
+        total = gate.numel() + up.numel() + down.weight.numel()
+        if down.scales is not None:
+            read += woken.unflatten(0, (-1, GROUP)).any(1).float().mean().item() * down.scales.numel()
+            total += down.scales.numel()
+        return read / total
+
     def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A `GatedMLP` with new dense weights, what the codes stand for; the threshold is left out.
 
@@ -357,7 +367,7 @@ class QuantisedCATSMLP(CATSMLP):
             TypeError: dtype is no floating one.
             ValueError: a projection that is not quantised, or has an adapter.
         """
-        children = dict(self.named_children())
+        children: dict[str, Any] = dict(self.named_children())
         for name, child in children.items():
             if not self._readable(name, child):
                 raise ValueError(

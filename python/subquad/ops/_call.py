@@ -71,25 +71,39 @@ def run(
         TypeError: float64 for a kernel that was asked for.
         ValueError: a backend that cannot run.
     """
-    spec, signature = OPERATORS[operator], SIGNATURES[operator]
+    signature = SIGNATURES[operator]
     first = arguments[0]
     device = first.device.type
-    training = torch.is_grad_enabled() and any(
-        arguments[i] is not None and arguments[i].requires_grad for i in signature.differentiable
-    )
+    training = False
+    if torch.is_grad_enabled():
+        training = any(arguments[i] is not None and arguments[i].requires_grad for i in signature.differentiable)
     name = choose(STEM_OF[operator], device, backend, tokens, training, first.dtype)
-    with without_autocast(device):
-        if name == "reference" or by_definition(arguments):
-            return _contiguous(reference(*arguments, *backward_only))
-        _checks.not_double(signature.names[0], first, name)
-        prepared = _laid_out(arguments, signature)
-        if prepare is not None:
-            prepare(name, prepared)
-        if training and spec.backward is not None:
-            results = _Differentiable.apply(operator, name, backward_only, *prepared)
-        else:
-            results = HANDLES[name][operator](*prepared)
-    return results
+    if autocasts(device):
+        with without_autocast(device):
+            return _results(operator, name, arguments, signature, reference, training, backward_only, prepare)
+    return _results(operator, name, arguments, signature, reference, training, backward_only, prepare)
+
+
+def _results(
+    operator: str,
+    name: str,
+    arguments: Sequence[Any],
+    signature: Signature,
+    reference: Callable[..., Any],
+    training: bool,
+    backward_only: tuple[Any, ...],
+    prepare: Callable[[str, list[Any]], None] | None,
+) -> Any:
+    """`run` with its backend chosen, outside autocast."""
+    if name == "reference" or by_definition(arguments):
+        return _contiguous(reference(*arguments, *backward_only))
+    _checks.not_double(signature.names[0], arguments[0], name)
+    prepared = _laid_out(arguments, signature)
+    if prepare is not None:
+        prepare(name, prepared)
+    if training and OPERATORS[operator].backward is not None:
+        return _Differentiable.apply(operator, name, backward_only, *prepared)
+    return HANDLES[name][operator](*prepared)
 
 
 def choose(
@@ -238,23 +252,32 @@ def step(
     _checks.unshared(signature.names, arguments, signature.tensors, signature.written)
     device = arguments[0].device.type
     name = choose(STEM_OF[operator], device, backend, tokens=1, dtype=arguments[0].dtype)
-    with torch.no_grad(), without_autocast(device):
-        if name == "reference" or by_definition(arguments):
-            result, *after = reference(*arguments)
-            for i, state in zip((i for i in signature.written if arguments[i] is not None), after, strict=True):
-                arguments[i].copy_(state)
-            return result
-        _checks.not_double(signature.names[0], arguments[0], name)
-        prepared = _laid_out(arguments, signature)
-        copied = [i for i in signature.written if prepared[i] is not arguments[i]]
-        if copied and torch.compiler.is_compiling():  # which could neither warn nor see what memory states share
-            name_of = signature.names[copied[0]]
-            raise ValueError(f"{name_of}: expected a contiguous tensor under torch.compile, for it is updated in place")
-        if copied:
-            _warn_of_copies(operator, signature.names[copied[0]])
-        result = HANDLES[name][operator](*prepared)
-        for i in copied:
-            arguments[i].copy_(prepared[i])
+    if torch.is_grad_enabled() or autocasts(device):
+        with torch.no_grad(), without_autocast(device):
+            return _move_on(operator, name, arguments, signature, reference)
+    return _move_on(operator, name, arguments, signature, reference)
+
+
+def _move_on(
+    operator: str, name: str, arguments: Sequence[Any], signature: Signature, reference: Callable[..., Any]
+) -> Any:
+    """`step` after its checks, outside autocast and without gradients."""
+    if name == "reference" or by_definition(arguments):
+        result, *after = reference(*arguments)
+        for i, state in zip((i for i in signature.written if arguments[i] is not None), after, strict=True):
+            arguments[i].copy_(state)
+        return result
+    _checks.not_double(signature.names[0], arguments[0], name)
+    prepared = _laid_out(arguments, signature)
+    copied = [i for i in signature.written if prepared[i] is not arguments[i]]
+    if copied and torch.compiler.is_compiling():  # which could neither warn nor see what memory states share
+        name_of = signature.names[copied[0]]
+        raise ValueError(f"{name_of}: expected a contiguous tensor under torch.compile, for it is updated in place")
+    if copied:
+        _warn_of_copies(operator, signature.names[copied[0]])
+    result = HANDLES[name][operator](*prepared)
+    for i in copied:
+        arguments[i].copy_(prepared[i])
     return result
 
 
@@ -267,5 +290,5 @@ def _warn_of_copies(operator: str, argument: str) -> None:
         warnings.warn(
             f"subquad: {operator}: {argument} is not contiguous and is copied at every step, there and back; keep it contiguous",
             SubquadWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -160,18 +160,21 @@ def gated_linear_attention_step(
 
 def _check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, dims: int) -> int:
     """Shapes [..., H, D] of one token or of many; returns the number of states."""
-    form = "[B, T, H, D]" if dims == 4 else "[B, H, D]"
+    _checks.tensor("q", q)
+    lead, device = q.shape[: dims - 2], q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.tensor(name, x)
-        if x.dim() != dims:
-            raise ValueError(f"{name}: expected shape {form}, got {list(x.shape)}")
+        shape = x.shape
+        if len(shape) != dims:
+            form = "[B, T, H, D]" if dims == 4 else "[B, H, D]"
+            raise ValueError(f"{name}: expected shape {form}, got {list(shape)}")
         if x.dtype is not q.dtype:
             raise TypeError(f"{name}: expected {q.dtype} as q has, got {x.dtype}")
-        _same_rows(name, x, q, dims)
-        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}: expected a head dimension in 1..{MAX_HEAD_DIM}, got {x.shape[-1]}")
-        if x.shape[-2] == 0:
-            raise ValueError(f"{name}: expected at least one head, got {list(x.shape)}")
+        _same_rows(name, x, lead, device)
+        if not 1 <= shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: expected a head dimension in 1..{MAX_HEAD_DIM}, got {shape[-1]}")
+        if shape[-2] == 0:
+            raise ValueError(f"{name}: expected at least one head, got {list(shape)}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k: expected a head dimension of {q.shape[-1]} as q has, got {k.shape[-1]}")
     heads = {"k": k.shape[-2], "v": v.shape[-2]}
@@ -186,10 +189,11 @@ def _check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tens
     return states
 
 
-def _same_rows(name: str, x: torch.Tensor, q: torch.Tensor, dims: int) -> None:
-    _checks.same_device(name, x, q.device, "q")
-    if x.shape[: dims - 2] != q.shape[: dims - 2]:
-        raise ValueError(f"{name}: expected leading sizes {list(q.shape[: dims - 2])} as q has, got {list(x.shape)}")
+def _same_rows(name: str, x: torch.Tensor, lead: torch.Size, device: torch.device) -> None:
+    """`x` lies where q does and has its leading sizes."""
+    _checks.same_device(name, x, device, "q")
+    if x.shape[: len(lead)] != lead:
+        raise ValueError(f"{name}: expected leading sizes {list(lead)} as q has, got {list(x.shape)}")
 
 
 def _check_gate(g: torch.Tensor, q: torch.Tensor, dims: int) -> int:
@@ -199,7 +203,7 @@ def _check_gate(g: torch.Tensor, q: torch.Tensor, dims: int) -> int:
         raise ValueError(f"g: expected shape [{lead}, H, {q.shape[-1]}] or [{lead}, H], got {list(g.shape)}")
     if g.dtype not in (torch.float32, q.dtype):
         raise TypeError(f"g: expected float32 or {q.dtype} as q has, got {g.dtype}")
-    _same_rows("g", g, q, dims)
+    _same_rows("g", g, q.shape[: dims - 2], q.device)
     return g.shape[dims - 2]
 
 

@@ -122,7 +122,7 @@ def lawcat_decode_step(
 def _heads(name: str, x: object, form: str, dims: int) -> None:
     _checks.tensor(name, x)
     assert isinstance(x, torch.Tensor)
-    if x.dim() != dims or any(size < 1 for size in x.shape[1:]):
+    if x.dim() != dims or (x.numel() == 0 and any(size < 1 for size in x.shape[1:])):
         raise ValueError(f"{name}: expected shape {form}, got {list(x.shape)}")
 
 
@@ -173,19 +173,19 @@ def _check_shapes(
     for name, count, whole in (("wphi", maps, queries), ("wphi" if shared else "wphi_k", key_maps, states)):
         if count < 1 or whole % count:
             raise ValueError(f"{name}: expected a number of maps that divides the {whole} heads it is for, got {count}")
-    expected: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]] = {
-        "k0": (k0, (batch, k0.shape[1], d)),
-        "v": (v, (batch, v.shape[1], columns)),
-        "cq": (cq, (queries * d, taps)),
-        "ck": (ck, (states * d, taps)),
-        "cq_bias": (cq_bias, (queries * d,)),
-        "ck_bias": (ck_bias, (states * d,)),
-        "wphi": (wphi, (maps, d, f)),
-        "wphi_k": (wphi_k, (key_maps, d, f)),
-        "conv_q": (conv_q, (pool, queries * d, taps - 1)),
-        "conv_k": (conv_k, (pool, k0.shape[1] * d, taps - 1)),
-    }
-    for name, (tensor, shape) in expected.items():
+    expected: tuple[tuple[str, torch.Tensor | None, tuple[int, ...]], ...] = (
+        ("k0", k0, (batch, k0.shape[1], d)),
+        ("v", v, (batch, v.shape[1], columns)),
+        ("cq", cq, (queries * d, taps)),
+        ("ck", ck, (states * d, taps)),
+        ("cq_bias", cq_bias, (queries * d,)),
+        ("ck_bias", ck_bias, (states * d,)),
+        ("wphi", wphi, (maps, d, f)),
+        ("wphi_k", None if shared else wphi_k, (key_maps, d, f)),
+        ("conv_q", conv_q, (pool, queries * d, taps - 1)),
+        ("conv_k", conv_k, (pool, k0.shape[1] * d, taps - 1)),
+    )
+    for name, tensor, shape in expected:
         if tensor is not None:
             _checks.like(name, tensor, shape, q0, "q0")
     if u is not None:

@@ -118,7 +118,7 @@ def quantised_cats_mlp(
     name = _call.choose("quantised_cats_mlp", x.device.type, backend, dtype=x.dtype)
     biases = (b_gate, b_up, b_down)
     codes = tuple(map(_NAMES.index, formats))
-    arguments = (flat, w_gate, w_up, w_down, down_scales, t, *biases, *codes, code, inclusive, union)
+    arguments: tuple[Any, ...] = (flat, w_gate, w_up, w_down, down_scales, t, *biases, *codes, code, inclusive, union)
     training = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *biases))
     kernels = name != "reference" and not _call.by_definition((x, *biases))
     if tokens == 0 or neurons == 0 or hidden == 0:
@@ -128,7 +128,7 @@ def quantised_cats_mlp(
         for called, tensor in zip(("x", "b_gate", "b_up", "b_down"), (x, *biases), strict=True):
             if tensor is not None:
                 _checks.memory(called, tensor)
-        options = (codes, hidden, code, inclusive, union, straight_through, *_products(x, backend))
+        options: tuple[Any, ...] = (codes, hidden, code, inclusive, union, straight_through, *_products(x, backend))
         layer = (w_gate, w_up, w_down, down_scales, t)
         with without_autocast(x.device.type):
             if training:
@@ -257,7 +257,7 @@ def _many_tokens(
     b_down: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
     """y and the mask, and what the backward needs: z, u, t. All in float32 until y, the mask fused between the products."""
-    gate_bias, up_bias, down_bias = (None if b is None else b.float() for b in (b_gate, b_up, b_down))
+    gate_bias, up_bias, down_bias = (None if b is None else b.float().contiguous() for b in (b_gate, b_up, b_down))
     wide = x.float().contiguous()
     z = layer.rows(wide, layer.w_gate, gate_bias, layer.formats[0])
     u = layer.rows(wide, layer.w_up, up_bias, layer.formats[1])
@@ -292,7 +292,9 @@ class _ManyTokens(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer = _Layer(w_gate, w_up, w_down, down_scales, threshold, *options)
         y, mask, z, u, t = _many_tokens(layer, x, b_gate, b_up, b_down)
-        ctx.save_for_backward(w_gate, w_up, w_down, down_scales, t, z, u)
+        ctx.save_for_backward(
+            w_gate, w_up, w_down, down_scales, t, z, u, x, b_gate, b_up, b_down
+        )  # the last: see _Raise
         ctx.options = options
         ctx.dtypes = (x.dtype, *(None if b is None else b.dtype for b in (b_gate, b_up, b_down)))
         ctx.mark_non_differentiable(mask)
@@ -301,7 +303,7 @@ class _ManyTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor, _mask: Any) -> tuple[torch.Tensor | None, ...]:
-        *tensors, z, u = ctx.saved_tensors
+        *tensors, z, u = ctx.saved_tensors[:7]
         layer = _Layer(*tensors, *ctx.options)
         need_x, need_b_gate, need_b_up, need_b_down = ctx.needs_input_grad[:4]
         x_dtype, gate_dtype, up_dtype, down_dtype = ctx.dtypes

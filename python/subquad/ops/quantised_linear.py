@@ -13,6 +13,7 @@ from ..reference.quantised_linear import FORMATS, GROUP
 from . import _call
 
 _NAMES = tuple(FORMATS)
+_CHUNK = 2**18  # weights that are quantised at a time
 
 
 def quantised_linear(
@@ -107,7 +108,8 @@ def quantise(weight: torch.Tensor, format: str) -> torch.Tensor:
         raise ValueError(
             f"weight: expected finite numbers of at most {limit:g}, got {float(weight.detach().abs().max()):g}"
         )
-    return reference.quantise(weight, format)
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))  # in float64 they fit a cache
+    return torch.cat([reference.quantise(part, format) for part in weight.split(rows)])
 
 
 def dequantise(weight: torch.Tensor, format: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -148,4 +148,4 @@ def _half_within(x: torch.Tensor) -> torch.Tensor:
 def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Rounded quotients, 0 where the scale is."""
     wide = scale.double().unsqueeze(-1)
-    return torch.where(wide == 0, 0.0, x / torch.where(wide == 0, 1.0, wide)).round()
+    return torch.where(wide == 0, 0.0, x / wide).round()

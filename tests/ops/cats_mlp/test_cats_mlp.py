@@ -174,6 +174,24 @@ def test_tokens_beyond_a_panel(backend: str) -> None:
 
 
 @backend_params("cats_mlp", "native")
+@pytest.mark.parametrize("row_major", [False, True])
+@pytest.mark.parametrize(("tokens", "hidden", "neurons"), [(17, 579, 333), (40, 512, 160), (90, 301, 71)])
+def test_many_tokens_in_bfloat16(tokens: int, hidden: int, neurons: int, row_major: bool, backend: str) -> None:
+    """Several slices and blocks of each dimension, the last one odd, on one thread and on three."""
+    sample = draw(Sampler(torch.bfloat16), "blocks", tokens, hidden, neurons, bias=True, row_major=row_major)
+    expected, before = Case(SPEC, "reference").call(sample)[0], torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(Case(SPEC, backend).call(sample)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(results[0], results[1])
+    torch.testing.assert_close(results[0], expected, rtol=2e-2, atol=2e-2)
+
+
+@backend_params("cats_mlp", "native")
 def test_short_sums_are_not_rounded_on_the_way(backend: str) -> None:
     """Two neurons that all but cancel: what is left has more digits than one of them in bfloat16."""
     one = torch.ones(20, 1, dtype=torch.bfloat16)

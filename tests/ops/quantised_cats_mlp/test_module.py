@@ -70,16 +70,21 @@ def test_it_is_cats_of_its_dense_weights(format: str, fused: bool, shared: bool,
     assert not torch.allclose(layer(rows(tokens)), layer.to_dense()(rows(tokens)), rtol=1e-3)  # something was skipped
 
 
-def test_codes_of_a_down_projection_are_the_very_numbers() -> None:
+@pytest.mark.parametrize("neurons", [NEURONS, 1056])
+def test_codes_of_a_down_projection_are_the_very_numbers(neurons: int) -> None:
     for format in FORMATS:
-        linear = nn.QuantisedLinear.from_linear(dense().down_proj, format)  # type: ignore[arg-type]
+        linear = nn.QuantisedLinear.from_linear(torch.nn.Linear(neurons, HIDDEN), format)
         down = nn.QuantisedDown.from_linear(linear)
         assert down.scales is not None and down.weight.nbytes + down.scales.nbytes == linear.weight.nbytes
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             assert torch.equal(down.to_dense(dtype).weight, linear.to_linear(dtype).weight)
         assert down.weight.is_contiguous() and down.scales.is_contiguous()
-        h = torch.randn(2, 5, NEURONS)
-        torch.testing.assert_close(down(h), linear(h), rtol=1e-4, atol=1e-5)
+        h, other = (torch.ones(2, 5, neurons, requires_grad=True) for _ in range(2))
+        y, want = down(h), linear(other)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        y.square().sum().backward()
+        want.square().sum().backward()
+        torch.testing.assert_close(h.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_a_gate_of_more_bits() -> None:
@@ -223,6 +228,21 @@ def test_the_threshold_is_that_of_the_quantised_gate() -> None:
     (row,) = subquad.sparsity_report(layer, [x[:4], x[4:5]])
     assert row.dense_calls == 0 and row.active_mean is not None and row.tokens == 5
     assert layer.cats_meta[1] == 0.5
+
+
+def test_share_of_the_bytes_that_is_read() -> None:
+    """By hand: 96 neurons, of which three blocks share scales; the gate in 8 bits has 34 of its 34 + 18 + 18 bytes."""
+    woken = torch.zeros(NEURONS, dtype=torch.bool)
+    woken[[0, 1, 2, 40]] = True
+    assert made("int4", gate_weights="int8").share_read(woken) == pytest.approx((34 + 4 / 96 * 36) / 70)
+    mlp = dense()
+    mlp.down_proj = nn.QuantisedLinear.from_linear(mlp.down_proj, "int4_min")  # type: ignore[arg-type]
+    layer = nn.QuantisedCATSMLP.from_llama_mlp(mlp, weights="int4_min")
+    assert layer.share_read(woken) == pytest.approx((20 + 4 / 96 * (20 + 16) + 2 / 3 * 4) / 60)
+    assert layer.share_read(~torch.zeros(NEURONS, dtype=torch.bool)) == pytest.approx(1.0)
+    layer.set_threshold(1e9)
+    (row,) = subquad.sparsity_report(layer, [rows(1)])
+    assert row.bytes_ratio == pytest.approx(1 / 3)
 
 
 class Adapter(torch.nn.Module):

@@ -82,3 +82,79 @@ def test_formats_and_shapes_that_do_not_fit_are_named() -> None:
     odd = draw(Sampler(), "odd", 2, 64, 40, threshold=0.1)
     with pytest.raises(ValueError, match="down_scales: expected None, for 40 neurons"):
         call(odd.replace(down_scales=torch.zeros(1, 128, dtype=torch.uint8)))
+
+
+# --- rows of neurons ----------------------------------------
+
+
+@ALL
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("hidden", "neurons"), [(1056, 96), (544, 1088)])
+def test_tokens_do_not_depend_on_each_other(format: str, shared: bool, hidden: int, neurons: int) -> None:
+    """Whole slices of the hidden dimension and a rest, several rounds of neurons; alone, in tiles, in all sixteen."""
+    sample = draw(Sampler(), "alone", 16, hidden, neurons, format=format, shared=shared)
+    y, mask = call(sample, return_mask=True)
+    for first, last in ((0, 1), (3, 5), (5, 8), (7, 12)):
+        part = sample.replace(x=sample["x"][first:last])
+        found, own = call(part, return_mask=True)
+        assert torch.equal(own, mask[first:last])
+        assert torch.equal(found, y[first:last])
+
+
+@ALL
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_rows_of_dead_neurons_are_not_multiplied(format: str, shared: bool, bad: float) -> None:
+    """Neuron 3 is dead for the first token and alive for the second; so is the block of 32 that it stands in."""
+    hidden, neurons, at = 64, 96, 35
+    x = torch.zeros(3, hidden)
+    x[:, 0] = torch.tensor([1.0, -1.0, 1.0])
+    gate = torch.zeros(neurons, hidden)
+    gate[:32, 0], gate[at, 0], gate[64:, 0] = 1.0, -1.0, 1.0  # relu: the second token wakes neuron `at` alone
+    up, down = torch.ones(neurons, hidden), torch.ones(hidden, neurons)
+    sample = draw(Sampler(), "dead", 3, hidden, neurons, format=format, shared=shared, activation="relu")
+    codes, scales = shared_scales(down, format) if shared else (subquad.quantise(down.t(), format), None)
+    up = subquad.quantise(up, format)
+    clean = sample.with_options(threshold=0.0).replace(
+        x=x, w_gate=subquad.quantise(gate, format), w_up=up, w_down=codes, down_scales=scales
+    )
+    expected, mask = call(clean, return_mask=True)
+    assert mask.sum(1).tolist() == [64, 1, 64] and expected.isfinite().all()
+    spoilt_up, spoilt_down = up.clone(), (codes if scales is None else scales).clone()
+    start = (hidden // 32) * FORMATS[format].code_bytes
+    spoilt_up[at, start:].view(torch.float16).fill_(bad)
+    (spoilt_down[at // 32] if shared else spoilt_down[at, start:]).view(torch.float16).fill_(bad)
+    name = "down_scales" if shared else "w_down"
+    for spoilt in (clean.replace(w_up=spoilt_up), clean.replace(**{name: spoilt_down})):
+        for tokens in (slice(None), slice(0, 1), slice(1, 2)):
+            y = call(spoilt.replace(x=x[tokens]))
+            dead = ~mask[tokens, at]
+            assert torch.equal(y[dead], expected[tokens][dead])
+            assert not y[~dead].isfinite().any()
+
+
+@ALL
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_gate_that_is_not_a_number_is_active(format: str, tokens: int) -> None:
+    sample = draw(Sampler(), "nan", tokens, 64, 64, format=format, threshold=float("inf"))
+    w_gate = sample["w_gate"].clone()
+    w_gate[5, -2:].view(torch.float16).fill_(torch.nan)
+    y, mask = call(sample.replace(w_gate=w_gate), return_mask=True)
+    assert mask.nonzero()[:, 1].tolist() == [5] * tokens and y.isnan().all()
+    y, mask = call(sample, return_mask=True)
+    assert not mask.any() and not y.any()
+
+
+@ALL
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_threads_do_not_change_results(format: str, tokens: int) -> None:
+    sample = draw(Sampler(), "threads", tokens, 96, 1100, format=format)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(call(sample))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

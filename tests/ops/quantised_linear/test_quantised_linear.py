@@ -65,6 +65,15 @@ def test_bytes(format: str) -> None:
 
 
 @ALL
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (300, 1024), (1, 2**19)])
+def test_large_weights_are_quantised_in_parts(format: str, shape: tuple[int, int]) -> None:
+    weight = weight_of(*shape)
+    data = subquad.quantise(weight, format)
+    assert torch.equal(data, subquad.reference.quantised_linear.quantise(weight, format)) and data.is_contiguous()
+    assert torch.equal(subquad.quantise(weight.t().contiguous().t(), format), data)
+
+
+@ALL
 def test_groups_that_are_all_alike(format: str) -> None:
     for value in (0.0, 0.125, -0.125):
         weight = torch.full((2, 64), value)
@@ -100,14 +109,25 @@ def test_a_foreign_scale(format: str, backend: str) -> None:
 @pytest.mark.parametrize("tokens", range(1, 20))
 @ALL
 def test_tokens_do_not_depend_on_each_other(format: str, tokens: int) -> None:
-    """Up to 16 of them to the bit; beyond, the other path, near."""
-    data = subquad.quantise(weight_of(45, 160), format)
-    x = torch.randn(tokens, 160, generator=torch.Generator().manual_seed(tokens))
+    """Up to 16 of them to the bit; beyond, the other path, near. 1056 are whole slices and a rest."""
+    data = subquad.quantise(weight_of(45, 1056), format)
+    x = torch.randn(tokens, 1056, generator=torch.Generator().manual_seed(tokens))
     together = subquad.quantised_linear(x, data, format=format)
     apart = torch.cat([subquad.quantised_linear(row, data, format=format) for row in x.split(1)])
     if tokens <= 16:
         assert torch.equal(together, apart)
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@ALL
+def test_the_rows_of_an_output_layer(format: str, tokens: int) -> None:
+    """So many that a share of them takes several rounds."""
+    data = subquad.quantise(weight_of(64 * 272 + 5, 32), format)
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(tokens))
+    y = subquad.quantised_linear(x, data, torch.arange(len(data)).float(), format=format)
+    expected = x.double() @ subquad.dequantise(data, format, torch.float64).t() + torch.arange(len(data))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-5)
 
 
 # --- wrong input ----------------------------------------

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...masks import IntervalMask
+from ...masks.model_mask import ModelMask
 from ...ops.interval_attention import interval_attention
 from .given import mask_of
 from .masks import attention_mask as mask_function
@@ -88,6 +89,9 @@ def attention_forward(
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: attn_implementation={NAME!r} has no such thing; use 'eager' for this model")
+    if isinstance(attention_mask, ModelMask) and attention_mask.attend is not None:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return attention_mask.attend(q, k, v, scaling, s_aux), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = mask_of(attention_mask, query, key, causal, sliding_window, kwargs)
     out = interval_attention(

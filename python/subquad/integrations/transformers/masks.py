@@ -13,6 +13,9 @@ from ...masks import IntervalMask
 from ...masks.model_mask import ModelMask
 from .predicates import Pattern, neighbours, recognised, run_starts, run_stops
 
+# What makes the mask of tokens that lie on several ranks, innermost last; see `subquad.distributed.context_parallel`.
+SHARDED: list[Callable[..., IntervalMask]] = []
+
 
 def attention_mask(
     batch_size: int,
@@ -52,6 +55,8 @@ def attention_mask(
         cache_position = kwargs.pop("cache_position", q_length)
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     pattern = recognised(mask_function, batch_size, kv_length, kwargs)
+    if SHARDED:
+        return SHARDED[-1](pattern, batch_size, q_length, kv_length, attention_mask)
     if pattern is None:
         return _from_predicate(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device, kwargs

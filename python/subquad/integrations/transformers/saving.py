@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...convert import find, named, replace
@@ -51,7 +52,7 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
         model_class = getattr(transformers, config.architectures[0])
     as_saved = kwargs.setdefault("dtype", "auto") == "auto"
     files = _files(Path(path), kwargs.get("variant"))
-    model = _without_conversions(model_class, groups, path, kwargs)
+    model = _without_conversions(model_class, groups, path, kwargs, files)
     for group in groups:
         if group["kind"] not in KINDS:
             continue
@@ -64,7 +65,9 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
     return model
 
 
-def _without_conversions(model_class: Any, groups: list[dict[str, Any]], path: Any, kwargs: dict[str, Any]) -> Any:
+def _without_conversions(
+    model_class: Any, groups: list[dict[str, Any]], path: Any, kwargs: dict[str, Any], files: dict[str, Path]
+) -> Any:
     """`from_pretrained`, which does not report what is loaded afterwards; weights in few bits are loaded into their places."""
     codes = any(group["kind"] == WEIGHT.name for group in groups)
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
@@ -79,27 +82,53 @@ def _without_conversions(model_class: Any, groups: list[dict[str, Any]], path: A
     ]  # without wrappers' names
     later = [rf"(^|\.){re.escape(tail)}\." for tail in tails]
     own: dict[str, Any] = {"_keys_to_ignore_on_load_unexpected": later}
-    tied: dict[str, str] = {}
+    tied: dict[str, tuple[Codes, str | None]] = {}
 
     def build(self: Any, *args: Any, **options: Any) -> None:
         model_class.__init__(self, *args, **options)
         add_shells(self, groups)
-        keys = getattr(self, "all_tied_weights_keys", {})  # of which the library expects parameters
-        tied.update((k, v) for k, v in keys.items() if isinstance(self.get_submodule(k.rpartition(".")[0]), Codes))
-        for key in tied:
-            del keys[key]
-        self._keys_to_ignore_on_load_missing = [*(self._keys_to_ignore_on_load_missing or ()), *map(re.escape, tied)]
+        tied.update(_take_tied(self, files))
 
     quiet: Any = type(model_class.__name__, (model_class,), own | ({"__init__": build} if codes else {}))
     model = quiet.from_pretrained(path, **kwargs)
     model.__class__ = model_class
-    for name, like in tied.items():
-        (module, _, tensor), (other, _, source) = name.rpartition("."), like.rpartition(".")
-        setattr(model.get_submodule(module), tensor, getattr(model.get_submodule(other), source))
-    if tied:
-        del model._keys_to_ignore_on_load_missing
-        model.all_tied_weights_keys |= tied
+    _put_tied(model, tied)
     return model
+
+
+def _take_tied(model: Any, files: dict[str, Path]) -> dict[str, tuple[Codes, str | None]]:
+    """Take out what has no tensor of its own in the files, for that of the embedding is written once. The library ties
+    parameters, and would make a new one."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Codes)
+        and any(module is end for end in ends)
+        and not any(f".{key}".endswith(f".{name}.weight") for key in files)
+    }
+    for name, module in tied.items():
+        place = nn.Module()
+        place.register_parameter("bias", module._parameters.get("bias"))
+        model.set_submodule(name, place)
+    keys = getattr(model, "all_tied_weights_keys", {})  # from transformers 5 on
+    sources = {name: keys.pop(f"{name}.weight", None) for name in tied}
+    return {name: (module, sources[name]) for name, module in tied.items()}
+
+
+def _put_tied(model: Any, tied: dict[str, tuple[Codes, str | None]]) -> None:
+    """Undo `_take_tied`, around the bytes that the other one has."""
+    for name, (module, key) in tied.items():
+        like = next(m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if isinstance(m, Codes))
+        for own, buffer in module._buffers.items():
+            if own != "weight" and buffer is not None:
+                module._buffers[own] = torch.empty_like(buffer, device=like.weight.device)
+        module.weight = like.weight
+        if "bias" in module._parameters:
+            module._parameters["bias"] = model.get_submodule(name).bias
+        model.set_submodule(name, module.train(model.training))
+        if key is not None:
+            model.all_tied_weights_keys[f"{name}.weight"] = key
 
 
 def _load(layer: Any, name: str, files: dict[str, Path], as_saved: bool) -> None:

@@ -85,9 +85,12 @@ def checkpointing(case: Case) -> None:
             assert_same_bits(grad, expected[name], f"gradient of {name} under checkpointing")
         return sum(call.name.endswith("_fwd") for call in calls)
 
+    with record_ops(case.backend) as calls:
+        case.call(sample, **case.leaves(sample))
+    forward = sum(call.name.endswith("_fwd") for call in calls)  # without those that a backward runs
     recomputed, saved = count(False), count(True)
-    assert recomputed == 2 * saved and saved > 0, (
-        f"forward operators ran {recomputed} times recomputed, {saved} times saved"
+    assert recomputed == saved + forward and saved >= forward > 0, (
+        f"forward operators ran {recomputed} times recomputed, {saved} times saved, {forward} times in a forward pass"
     )
 
 

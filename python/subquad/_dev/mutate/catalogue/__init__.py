@@ -21,16 +21,17 @@ from . import (
     nn_span,
     ops,
     ops_span,
+    quantised,
     triton,
     triton_sink,
     triton_span,
 )  # fmt: skip
 
 CATALOGUE: dict[str, tuple[Fault, ...]] = {
-    "cpu": (*cpu.FAULTS, *cpu_attention.FAULTS, *cpu_sink.FAULTS, *cpu_span.FAULTS),
-    "cuda": (*cuda.FAULTS, *cuda_sink.FAULTS, *cuda_span.FAULTS),
-    "triton": (*triton.FAULTS, *triton_sink.FAULTS, *triton_span.FAULTS),
-    "ops": (*ops.FAULTS, *ops_span.FAULTS),
+    "cpu": (*cpu.FAULTS, *cpu_attention.FAULTS, *cpu_sink.FAULTS, *cpu_span.FAULTS, *quantised.CPU),
+    "cuda": (*cuda.FAULTS, *cuda_sink.FAULTS, *cuda_span.FAULTS, *quantised.CUDA),
+    "triton": (*triton.FAULTS, *triton_sink.FAULTS, *triton_span.FAULTS, *quantised.TRITON),
+    "ops": (*ops.FAULTS, *ops_span.FAULTS, *quantised.OPS),
     "nn": (*nn.FAULTS, *nn_span.FAULTS),
     "cache": (*cache.FAULTS, *cache_sink.FAULTS, *cache_span.FAULTS),
     "convert": convert.FAULTS,

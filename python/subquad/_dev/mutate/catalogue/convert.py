@@ -22,6 +22,11 @@ _GATED = _of("nn/_gated.py")
 _CHILDREN = _of("nn/_children.py", "tests/ops/cats_mlp/test_children.py")
 _MLP = _of("nn/cats_mlp.py")
 _INHERITED = _of("nn/_inherited.py")
+_CODES = ("tests/models/test_weights.py", "tests/models/test_gguf.py", "tests/ops/quantised_cats_mlp/test_module.py")
+_WEIGHTS = Where("python/subquad/convert/weights.py", _CODES)
+_GGUF = Where("python/subquad/convert/gguf.py", _CODES)
+_BYTES = Where("python/subquad/nn/_codes.py", _CODES)
+_QUANTISED = Where("python/subquad/nn/quantised_cats_mlp.py", _CODES)
 
 FAULTS = (
     Fault("convert-no-undo", "state", _REPLACE, "undo.callback(by.unsettle, module)", "pass"),
@@ -123,5 +128,53 @@ FAULTS = (
         _INHERITED,
         'for name in ("attention_dropout",) if sinks else ("attention_dropout", "sinks"):',
         'for name in () if sinks else ("sinks",):',
+    ),
+    Fault(
+        "weights-kept-by-originals",
+        "stale",
+        _WEIGHTS,
+        "            setattr(original, child, e.new)",
+        "            pass",
+    ),
+    Fault(
+        "weights-originals-not-undone",
+        "state",
+        _WEIGHTS,
+        "            undo.callback(setattr, original, child, e.old)",
+        "            pass",
+    ),
+    Fault("weights-of-new-parameters", "guard", _WEIGHTS, " and id(module.weight) not in new", ""),
+    Fault("weights-mixed-mlp", "guard", _WEIGHTS, "    if dense and len(dense) < len(parts):", "    if False:"),
+    Fault(
+        "weights-twice",
+        "state",
+        _WEIGHTS,
+        "    known = weights.get(id(linear.weight))",
+        "    known = None",
+    ),
+    Fault("weights-untied", "stale", _BYTES, "            if new is not old and", "            if False and"),
+    Fault("weights-dense-checkpoint", "guard", _BYTES, "value.dtype != torch.uint8", "False"),
+    Fault("gguf-other-model", "guard", _GGUF, "linear.weight, 0, 0, equal_nan=True", "linear.weight, 1, 1"),
+    Fault("gguf-rows-as-they-are", "stride", _GGUF, "for heads in self._heads if name", "for heads in () if name"),
+    Fault(
+        "quantised-gate-format",
+        "dispatch",
+        _QUANTISED,
+        'if name == "gate_proj" and gate_weights',
+        "if False and gate_weights",
+    ),
+    Fault(
+        "quantised-threshold-lost",
+        "state",
+        _QUANTISED,
+        "self.threshold, self.cats_meta = mlp.threshold.clone(), mlp.cats_meta.clone()",
+        "pass",
+    ),
+    Fault(
+        "quantised-blocks-shifted",
+        "bounds",
+        _QUANTISED,
+        "own = None if scales is None else scales[i // GROUP :",
+        "own = None if scales is None else scales[0 * i :",
     ),
 )

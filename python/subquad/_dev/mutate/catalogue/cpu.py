@@ -39,6 +39,7 @@ _GLU_CPU = of("ops/cats_activation/cpu.cpp", "cats_activation")
 _MLP = of("ops/cats_mlp/cpu.isa.cpp", "cats_mlp")
 _MLP_CPU = of("ops/cats_mlp/cpu.cpp", "cats_mlp")
 _DENSE = of("ops/cats_mlp/cpu_dense.h", "cats_mlp", levels=_V4)
+_PAIRS = of("ops/cats_mlp/cpu_pairs.h", "cats_mlp", levels=("v4_bf16",))
 _MLP_ARGUMENTS = of("ops/cats_activation/arguments.h", "cats_activation", "cats_mlp")
 _CONV = of("ops/causal_conv1d/cpu.isa.cpp", "causal_conv1d")
 _CONV_CPU = of("ops/causal_conv1d/cpu.cpp", "causal_conv1d")
@@ -257,10 +258,11 @@ FAULTS = (
         "cpu-dense-mask",
         "mask",
         _DENSE,
-        "u[r * kMaxTokens + j] = active[r][t + j] ? value : 0.0f;",
-        "u[r * kMaxTokens + j] = value;",
+        "u[j] = active[j] ? value : 0.0f;",
+        "u[j] = value;",
     ),
-    Fault("cpu-dense-odd-row", "bounds", _DENSE, "const int pairs = (count + 1) / 2;", "const int pairs = count / 2;"),
+    Fault("cpu-pairs-odd-row", "bounds", _PAIRS, "2 * j + 1 < count;", "true;"),
+    Fault("cpu-pairs-slice", "stride", _PAIRS, "ldz, k > 0, ahead);", "ldz, false, ahead);"),
     Fault("cpu-dense-bias", "stride", _DENSE, "bias<W>(p.b_down, o + c));", "bias<W>(p.b_down, c));"),
     # --- causal convolution
     Fault("cpu-conv-silu-slope", "gradient", _CONV_ROWS, "return s * (1.0f + x * (1.0f - s));", "return s;"),

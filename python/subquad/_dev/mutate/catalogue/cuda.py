@@ -88,8 +88,8 @@ FAULTS = (
         "cuda-mlp-gate-rows",
         "stride",
         _MLP,
-        "rows[r] = static_cast<const T*>(p.w_gate) + (first + r) * p.ld_gate;",
-        "rows[r] = static_cast<const T*>(p.w_gate) + (first + r) * p.hidden;",
+        "CatsDense<T, kAligned>{static_cast<const T*>(p.w_gate), p.ld_gate}",
+        "CatsDense<T, kAligned>{static_cast<const T*>(p.w_gate), p.hidden}",
     ),
     Fault(
         "cuda-mlp-union",
@@ -102,8 +102,8 @@ FAULTS = (
         "cuda-mlp-barrier",
         "barrier",
         _MLP,
-        "for (int j = 0; j < K; ++j) sums[warp * kTile + lane * K + j] = acc[n][j];\n    __syncthreads();",
-        "for (int j = 0; j < K; ++j) sums[warp * kTile + lane * K + j] = acc[n][j];",
+        "for (int j = 0; j < K; ++j) sums[warp * kTile + Rows::place(lane, j)] = acc[n][j];\n    __syncthreads();",
+        "for (int j = 0; j < K; ++j) sums[warp * kTile + Rows::place(lane, j)] = acc[n][j];",
     ),
     Fault(
         "cuda-mlp-last-barrier",

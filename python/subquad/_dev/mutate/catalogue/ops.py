@@ -83,7 +83,13 @@ FAULTS = (
         "",
     ),
     Fault("ops-step-copy-silent", "guard", _CALL, "if operator not in _warned:", "if operator in _warned:"),
-    Fault("ops-double-kernel", "guard", _CALL, "_checks.not_double(signature.names[0], first, name)", ""),
+    Fault(
+        "ops-double-kernel",
+        "guard",
+        _CALL,
+        "    _checks.not_double(signature.names[0], arguments[0], name)\n    prepared = _laid_out(arguments, signature)\n    if",
+        "    prepared = _laid_out(arguments, signature)\n    if",
+    ),
     Fault(
         "ops-functorch",
         "dispatch",

@@ -1,0 +1,220 @@
+"""Other libraries' products with weights in few bits, for the benchmarks: torch's own, onnxruntime's, ggml's.
+
+None is a dependency; what cannot be imported is named by `absent`. ggml and onnxruntime get the numbers of the sample's groups,
+bit for bit, and round activations to 8 bits; torch's int8 has a scale for each row and rounds the weights anew. ggml's kernels
+are those of a plain buffer, not the repacked ones. CATS's peers are dense: three products, the down projection quantised along
+the neurons.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..ops.quantised_linear import dequantise, quantise
+from ..reference.quantised_linear import FORMATS, GROUP, unpack
+from ..testing.spec import Sample
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+Library = Callable[[torch.Tensor, str], Product | None]  # the bytes of a weight and their format
+
+
+# --- torch ----------------------------------------
+
+
+def _torch_int8(weight: torch.Tensor, format: str) -> Product | None:
+    if format != "int8":
+        return None
+    dense = dequantise(weight, format)
+    scale = dense.abs().amax(1) / 127
+    codes, scale = (dense / scale[:, None]).round().to(torch.int8), scale.bfloat16()
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, scale)
+
+
+def _torch_int4(weight: torch.Tensor, format: str) -> Product | None:
+    if format == "int8":
+        return None
+    codes, scale, minimum = unpack(weight, format)
+    # (code - 8) * scale + zero, of groups of 32: these are the sample's numbers but for bfloat16 scales.
+    zero = torch.zeros_like(scale.float()) if minimum is None else minimum.float() + 8 * scale.float()
+    numbers = torch.stack((scale.float(), zero), -1).transpose(0, 1).contiguous().bfloat16()
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes.flatten(1).int(), 1)
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, numbers)
+
+
+def _torch_dynamic(weight: torch.Tensor, format: str) -> Product | None:
+    if format != "int8":
+        return None
+    linear = torch.nn.Linear(1, 1, bias=False)
+    linear.weight = torch.nn.Parameter(dequantise(weight, format), requires_grad=False)
+    linear.out_features, linear.in_features = linear.weight.shape
+    quantised = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear), {torch.nn.Linear}, torch.qint8)
+    return lambda x: quantised(x.float())
+
+
+# --- onnxruntime ----------------------------------------
+
+
+def _onnxruntime(weight: torch.Tensor, format: str) -> Product | None:
+    if find_spec("onnxruntime") is None or find_spec("onnx") is None or FORMATS[format].minimum:
+        return None
+    onnx, runtime = import_module("onnx"), import_module("onnxruntime")
+    codes, scale, _ = unpack(weight, format)
+    (rows, groups), bits = scale.shape, FORMATS[format].bits
+    if bits == 8:  # unsigned, 128 stands for 0
+        data = (codes + 128).to(torch.uint8)
+    else:  # neighbours share a byte
+        low, high = codes.unflatten(-1, (GROUP // 2, 2)).unbind(-1)
+        data = (low | high << 4).to(torch.uint8)
+    tensors = {"B": data, "scales": scale.float().flatten() if bits == 4 else scale.float()}
+    node = onnx.helper.make_node(
+        "MatMulNBits", ["A", *tensors], ["Y"], domain="com.microsoft",
+        K=groups * GROUP, N=rows, bits=bits, block_size=GROUP, accuracy_level=4,
+    )  # fmt: skip
+    value = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT)
+    graph = onnx.helper.make_graph(
+        [node], "product", [value("A", shape=["M", groups * GROUP])], [value("Y", shape=["M", rows])],
+        [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items()],
+    )  # fmt: skip
+    sets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    model = onnx.helper.make_model(graph, opset_imports=sets, ir_version=8)
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"A": x.float().numpy()})[0])
+
+
+# --- ggml ----------------------------------------
+
+_GGML_TYPES = {"int8": 8, "int4": 2, "int4_min": 3}  # Q8_0, Q4_0, Q4_1
+
+
+class _Init(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+@functools.cache
+def _ggml_libraries() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
+    """(base, cpu) of the package libggml-python, None without it."""
+    found = find_spec("libggml")
+    if found is None or not found.submodule_search_locations:
+        return None
+    folder = Path(next(iter(found.submodule_search_locations))) / "lib64"
+    base = ctypes.CDLL(str(folder / "libggml-base.so"), ctypes.RTLD_GLOBAL)
+    cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), ctypes.RTLD_GLOBAL)
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    for library, name, result, *arguments in (
+        (base, "ggml_init", pointer, _Init),
+        (base, "ggml_new_tensor_2d", pointer, pointer, ctypes.c_int, integer, integer),
+        (base, "ggml_mul_mat", pointer, pointer, pointer, pointer),
+        (base, "ggml_get_data", pointer, pointer),
+        (base, "ggml_new_graph", pointer, pointer),
+        (base, "ggml_build_forward_expand", None, pointer, pointer),
+        (base, "ggml_backend_graph_compute", ctypes.c_int, pointer, pointer),
+        (cpu, "ggml_backend_cpu_init", pointer),
+        (cpu, "ggml_backend_cpu_set_n_threads", None, pointer, ctypes.c_int),
+        (cpu, "ggml_cpu_init", None),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    cpu.ggml_cpu_init()
+    return base, cpu
+
+
+@functools.cache
+def _ggml_backend(threads: int) -> Any:
+    libraries = _ggml_libraries()
+    assert libraries is not None
+    backend = libraries[1].ggml_backend_cpu_init()
+    libraries[1].ggml_backend_cpu_set_n_threads(backend, threads)
+    return backend
+
+
+def _ggml(weight: torch.Tensor, format: str) -> Product | None:
+    libraries = _ggml_libraries()
+    if libraries is None:
+        return None
+    base, _ = libraries
+    _, scale, minimum = unpack(weight, format)
+    rows, groups = scale.shape
+    raw = weight[:, : groups * FORMATS[format].code_bytes].unflatten(1, (groups, -1))
+    numbers = [x.contiguous().view(torch.uint8).unflatten(1, (groups, 2)) for x in (scale, minimum) if x is not None]
+    blocks = torch.cat((*numbers, raw), -1).contiguous()
+    backend = _ggml_backend(torch.get_num_threads())
+
+    @functools.cache
+    def prepared(tokens: int) -> Product:
+        size = blocks.nbytes + 4 * tokens * (groups * GROUP + rows) + (1 << 20)
+        context = base.ggml_init(_Init(size, None, False))
+        left = base.ggml_new_tensor_2d(context, _GGML_TYPES[format], groups * GROUP, rows)
+        right = base.ggml_new_tensor_2d(context, 0, groups * GROUP, tokens)
+        result, graph = base.ggml_mul_mat(context, left, right), base.ggml_new_graph(context)
+        base.ggml_build_forward_expand(graph, result)
+        ctypes.memmove(base.ggml_get_data(left), blocks.data_ptr(), blocks.nbytes)
+        place = (ctypes.c_float * (tokens * rows)).from_address(base.ggml_get_data(result))
+        y, into = torch.frombuffer(place, dtype=torch.float32).view(tokens, rows), base.ggml_get_data(right)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            ctypes.memmove(into, x.data_ptr(), x.nbytes)
+            base.ggml_backend_graph_compute(backend, graph)
+            return y
+
+        return run
+
+    return lambda x: prepared(x.shape[0])(x.float().contiguous())
+
+
+LIBRARIES: dict[str, Library] = {
+    "torch int8": _torch_int8,
+    "torch int4": _torch_int4,
+    "torch dynamic": _torch_dynamic,
+    "onnxruntime": _onnxruntime,
+    "ggml": _ggml,
+}
+
+
+def absent() -> list[str]:
+    """The libraries above that are not installed."""
+    needed = {"onnxruntime": ("onnxruntime", "onnx"), "ggml": ("libggml",)}
+    return [name for name, modules in needed.items() if any(find_spec(module) is None for module in modules)]
+
+
+def _linear(library: Library, sample: Sample) -> Callable[[], Any] | None:
+    x, call = sample["x"], library(sample["weight"], sample.kwargs["format"])
+    return None if call is None else lambda: call(x)
+
+
+def _cats(library: Library, sample: Sample) -> Callable[[], Any] | None:
+    x, format = sample["x"], sample.kwargs["format"]
+    if not isinstance(format, str) or sample.args.get("down_scales") is not None or library is _torch_dynamic:
+        return None
+    gate, up = library(sample["w_gate"], format), library(sample["w_up"], format)
+    if gate is None or up is None:
+        return None
+    down = library(quantise(dequantise(sample["w_down"], format).t().contiguous(), format), format)
+    assert down is not None
+    return lambda: down(F.silu(gate(x)) * up(x))
+
+
+_BUILDERS = {"quantised_linear": _linear, "quantised_cats_mlp": _cats}
+OPS = frozenset(_BUILDERS)
+
+
+def peers(op: str, sample: Sample) -> dict[str, Callable[[], Any]]:
+    """The calls of other libraries that stand for this sample on a CPU; {} for ops that have none."""
+    builder = _BUILDERS.get(op)
+    if builder is None or sample["x"].device.type != "cpu":
+        return {}
+    calls = {name: builder(library, sample) for name, library in LIBRARIES.items()}
+    return {name: call for name, call in calls.items() if call is not None}
+
+
+__all__ = ["LIBRARIES", "OPS", "absent", "peers"]

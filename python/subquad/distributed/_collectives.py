@@ -1,0 +1,69 @@
+"""The only file that names a collective of `torch.distributed`: its names changed in torch 2.13."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Group = Any  # a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group
+
+_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+def group_of(group: Group) -> Any:
+    """The process group meant.
+
+    Raises:
+        RuntimeError: torch has no distributed package, or no group was made yet.
+        ValueError: a mesh of several dimensions, or a group without this rank.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("group: expected a process group, got none; call torch.distributed.init_process_group first")
+    if hasattr(group, "mesh_dim_names") or hasattr(group, "get_group"):  # a DeviceMesh, which is not imported here
+        if group.ndim != 1:
+            names = group.mesh_dim_names
+            raise ValueError(
+                f"group: expected a mesh of one dimension, got {names}; pass mesh[{(names or ['name'])[0]!r}]"
+            )
+        group = group.get_group()
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group: expected a group that has this rank ({dist.get_rank()})")
+    return group
+
+
+def rank_and_size(group: Group) -> tuple[int, int]:
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def all_to_all(given: torch.Tensor, receive: list[int], send: list[int], group: Group) -> torch.Tensor:
+    """Rows [sum(receive), ...] of all ranks, in their order, for rows [sum(send), ...] by destination."""
+    got = given.new_empty((sum(receive), *given.shape[1:]))
+    dist.all_to_all_single(got, given.contiguous(), receive, send, group=group)
+    return got
+
+
+def all_gather(given: torch.Tensor, group: Group) -> torch.Tensor:
+    """[R * rows, ...] of [rows, ...] of every rank; all have the same shape."""
+    _, size = rank_and_size(group)
+    every = given.new_empty((size * given.shape[0], *given.shape[1:]))
+    assert _gather is not None
+    _gather(every, given.contiguous(), group=group)  # gloo wants the shape of a concatenation
+    return every
+
+
+def send(x: torch.Tensor, to: int, tag: int, group: Group) -> None:
+    dist.send(x.contiguous(), group_dst=to, group=group, tag=tag)
+
+
+def receive(x: torch.Tensor, source: int, tag: int, group: Group) -> None:
+    dist.recv(x, group_src=source, group=group, tag=tag)
+
+
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """What every rank gave, by rank."""
+    _, size = rank_and_size(group)
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, value, group=group)
+    return found

@@ -1,0 +1,337 @@
+r"""Gated linear attention on shards: a state and a decay of every run of tokens, folded over all runs.
+
+X_j is the state after run j, D_j = exp(sum of its gates), S_j its state from nothing:
+
+    X_j = D_j X_(j-1) + S_j      forward: X_(j-1) enters the local operator as its initial state
+    G_j = R_j + D_j G_(j+1)      backward: R_j = sum_t exp(b_t) scale q_t [dN_t, dD_t]^T is what run j's own outputs ask of the
+                                 state that enters it; G_(j+1) enters the local backward as the gradient of X_j
+
+D_j = 0 where a sequence begins inside the run. z is one more column of S.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .. import _checks
+from .._backends import backward_backend
+from ..ops import _call
+from ..ops._autograd import once_differentiable, without_autocast
+from ..ops.gated_linear_attention import MAX_HEAD_DIM, _check_rows, _initial_state
+from .agreement import checked
+from .exchange import check_layout, check_tokens
+from .layout import Run, SequenceLayout
+from .scan import exclusive_scan, method_of
+
+State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class _Call(NamedTuple):
+    """What a call has besides tensors with gradients."""
+
+    layout: SequenceLayout
+    method: str
+    scale: float
+    eps: float
+    normalize: bool
+    states: int  # heads of the state
+    backend: str
+
+    @property
+    def rows(self) -> list[int]:
+        """States of each of this rank's runs; 0 stands for the batch."""
+        return [run.pieces if self.layout.packed else 0 for run in self.layout.mine]
+
+    def bounds(self, run: Run, device: torch.device) -> torch.Tensor | None:
+        return torch.tensor(run.cuts, device=device) if self.layout.packed else None
+
+    def forward(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = _call.call(
+            "gated_linear_attention_fwd", self.backend, *arguments
+        )
+        return found
+
+
+def gated_linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    *,
+    layout: SequenceLayout,
+    method: str = "auto",
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    normalize: bool = False,
+    eps: float = 1e-10,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, State | None]:
+    """`subquad.gated_linear_attention` of this rank's tokens: one exchange of states forward, one backward, whatever T.
+
+    Args:
+        q, k, v, g: [B, T of this rank, ...], as in `subquad.gated_linear_attention`.
+        layout: where the tokens are, and the bounds of packed sequences.
+        method: "all_gather" (one collective, all states on every rank), "scan" (two all-to-alls of one state each, whatever the
+            number of ranks), "ring" (state from rank to rank; one run per rank), or "auto" by the number of ranks. Same bits.
+        initial_state: of the sequences that begin on this rank, in the form of `subquad.gated_linear_attention`: for one sequence
+            its rows are read by the owner of the first token alone; packed: one row for every piece of a sequence here, of which
+            those that began elsewhere are not read.
+        output_final_state: also return the state after this rank's last token; packed: after every piece, [pieces, ...]. The
+            owner of the last token has the final state.
+        scale, normalize, eps, backend: as in `subquad.gated_linear_attention`.
+
+    Returns:
+        (o [B, T of this rank, HQ, V] in q's dtype, state or None).
+
+    Raises:
+        TypeError, ValueError: as `subquad.gated_linear_attention`; numbers of tokens that are not the layout's; a method that the
+            layout does not have; ranks that differ. On all ranks.
+    """
+    check_layout(layout)
+    q, k, v = _call.autocast(q, k, v)
+    known: dict[str, Any] = {}
+
+    def check() -> None:
+        for name, x in (("q", q), ("k", k), ("v", v), *(() if g is None else (("g", g),))):
+            check_tokens(name, x, layout)
+        states = _check_rows(q, k, v, g, 4)
+        for name, flag in (("normalize", normalize), ("output_final_state", output_final_state)):
+            _checks.flag(name, flag)
+        number = q.shape[3] ** -0.5 if scale is None else _checks.number("scale", scale)
+        count = sum(run.pieces for run in layout.mine) if layout.packed else q.shape[0]
+        shape = (count, states, k.shape[3], v.shape[3])
+        state = initial_state
+        if state is not None and layout.packed:
+            given = state[0] if isinstance(state, (tuple, list)) else state
+            if isinstance(given, torch.Tensor) and given.dim() and given.shape[0] != count:
+                raise ValueError(
+                    f"initial_state: expected {count} rows, one per piece on this rank, got {given.shape[0]}"
+                )
+        s0, z0 = _initial_state(state, normalize, shape, q)
+        chosen = method_of(method, layout)
+        used = _call.choose("gated_linear_attention", q.device.type, backend, dtype=q.dtype)
+        if used == "reference":
+            raise ValueError("backend: expected 'native' or 'triton', got 'reference', which has no states to exchange")
+        _checks.not_double("q", q, used)
+        call = _Call(layout, chosen, number, _checks.number("eps", eps), normalize, states, used)
+        known.update(call=call, s0=s0, z0=z0)
+
+    def signature() -> dict[str, Any]:
+        call = known["call"]
+        shapes = {name: (x.shape[0], *x.shape[2:], x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+        gate = None if g is None else (*g.shape[2:], g.dtype)
+        options = (call.method, call.scale, call.eps, normalize)
+        return {"op": "gated_linear_attention", "options": options, "g": gate, **shapes}
+
+    checked(layout, signature, check)
+    with without_autocast(q.device.type):
+        o, s, z = _Parallel.apply(q, k, v, g, known["s0"], known["z0"], known["call"])
+    if not output_final_state:
+        return o, None
+    if not normalize:
+        return o, s
+    return o, torch.cat([s, z.unsqueeze(-1)], -1) if isinstance(initial_state, torch.Tensor) else (s, z)
+
+
+def _joined(s: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
+    """S with z, or zeros, as its last column."""
+    return torch.cat([s, torch.zeros_like(s[..., :1]) if z is None else z.unsqueeze(-1)], -1)
+
+
+def _apart(x: torch.Tensor, normalize: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return x[..., :-1].contiguous(), x[..., -1].contiguous() if normalize else None
+
+
+def _log_decay(g: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """[B, HS, K, 1], the gates of these tokens summed; `like` is a state [B, HS, K, C]."""
+    if g is None:
+        return torch.zeros_like(like[..., :1])
+    total = g.sum(1, dtype=torch.float32).repeat_interleave(like.shape[1] // g.shape[2], 1)
+    return (total if total.dim() == 3 else total.unsqueeze(-1).expand(like.shape[:3])).unsqueeze(-1)
+
+
+def _walk(call: _Call, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, begin: torch.Tensor) -> torch.Tensor:
+    """The state [B, HS, K, V + 1] after these tokens."""
+    idle = k.new_zeros((1, 1, call.states, k.shape[3])).expand(*k.shape[:2], -1, -1)
+    s0, z0 = _apart(begin, True)
+    _, _, s, z = call.forward(idle, k, v, g, s0, z0, None, 1.0, 1.0, True)
+    return _joined(s, z)
+
+
+def _walk_back(
+    call: _Call, q: torch.Tensor, grads: torch.Tensor, g: torch.Tensor | None, last: torch.Tensor
+) -> torch.Tensor:
+    """R = sum_t exp(b_t) q_t [dN_t, dD_t]^T + exp(b) last: the same recurrence from the last token to the first.
+
+    Y_t = exp(g_t) (Y_(t+1) + q_t [dN_t, dD_t]^T): shifted by one token the gate is that of gated linear attention. Query heads of
+    one state become tokens one after the other, the decay before the first.
+
+    Args:
+        q: [B, T, HQ, K] float32, scaled.
+        grads: [B, T, HQ, V + 1] float32.
+        last: [B, HS, K, V + 1].
+    """
+    (batch, tokens, heads, width), states = q.shape, last.shape[1]
+    if tokens == 0:
+        return last
+    each = heads // states
+    keys, values = (
+        x.unflatten(2, (states, each)).flip(1).transpose(2, 3).reshape(batch, tokens * each, states, x.shape[3])
+        for x in (q, grads)
+    )
+    gates = wide = None
+    if g is not None:
+        wide = (g if g.dim() == 4 else g.unsqueeze(-1).expand(*g.shape, width)).float()
+        wide = wide.repeat_interleave(states // g.shape[2], 2).flip(1)
+        shifted = torch.cat([torch.zeros_like(wide[:, :1]), wide[:, :-1]], 1)
+        gates = F.pad(shifted.unsqueeze(2), (0, 0, 0, 0, 0, each - 1)).flatten(1, 2)
+    idle, parts = keys.new_zeros((1, 1, states, width)).expand_as(keys), []
+    for part, begin in zip(values.split(MAX_HEAD_DIM, -1), last.split(MAX_HEAD_DIM, -1), strict=True):
+        arguments = (idle, keys, part, gates, begin.contiguous(), None, None, 1.0, 1.0, False)
+        parts.append(call.forward(*arguments)[2])
+    y = torch.cat(parts, -1)
+    return y if wide is None else y * wide[:, -1].exp().unsqueeze(-1)
+
+
+class _Parallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor | None,
+        s0: torch.Tensor | None,
+        z0: torch.Tensor | None,
+        call: _Call,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        layout = call.layout
+        runs, packed = layout.mine, layout.packed
+        begins = _begins(call, q, k, v, s0, z0)
+        first, last = (slice(0, 1), slice(-1, None)) if packed else (slice(None), slice(None))
+        messages = []
+        for run, begin in zip(runs, begins, strict=True):
+            end = slice(run.offset + run.cuts[-2], run.offset + run.cuts[-1])
+            gates = None if g is None else g[:, end]
+            own = begin[last]
+            if layout.hands_on(run):
+                own = _walk(call, k[:, end], v[:, end], gates, own)
+            messages.append(torch.cat([own, _log_decay(gates, own)], -1))
+        entered = exclusive_scan(messages, layout, call.method)
+        outputs, finals, saved = [], [], []
+        for run, begin, x in zip(runs, begins, entered, strict=True):
+            if run.continues:
+                begin[first] = x
+            t = run.local
+            s, z = _apart(begin, call.normalize)
+            tensors = (*(x[:, t] for x in (q, k, v)), None if g is None else g[:, t], s, z, call.bounds(run, q.device))
+            o, den, s, z = call.forward(*tensors, call.scale, call.eps, call.normalize)
+            outputs.append(o)
+            finals.append((s, z))
+            saved += [den, o, *tensors]
+        ctx.save_for_backward(*saved, *(m[..., -1:] for m in messages))
+        ctx.call, ctx.given = call, (s0 is not None, z0 is not None)
+        ctx.set_materialize_grads(False)
+        kept = finals if packed else finals[-1:]  # packed: of all pieces; else after the last token
+        return _joined_rows(outputs), torch.cat([s for s, _ in kept]), torch.cat([z for _, z in kept])
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_o: torch.Tensor | None, grad_s: torch.Tensor | None, grad_z: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        call: _Call = ctx.call
+        layout, normalize = call.layout, call.normalize
+        runs, packed = layout.mine, layout.packed
+        each = 9  # saved tensors of a run: den, o, the operator's seven
+        saved = ctx.saved_tensors
+        kept = [saved[each * i : each * (i + 1)] for i in range(len(runs))]
+        decays = saved[each * len(runs) :]
+        first, last = (slice(0, 1), slice(-1, None)) if packed else (slice(None), slice(None))
+        upstream = _upstream(call, kept, grad_s, grad_z)
+        if grad_o is None:
+            tokens = sum(part[1].shape[1] for part in kept)
+            grad_o = kept[0][1].new_zeros((kept[0][1].shape[0], tokens, *kept[0][1].shape[2:]))
+        messages = []
+        for run, (den, o, q, _, _, g, *_), decay, grad in zip(runs, kept, decays, upstream, strict=True):
+            own = torch.zeros_like(grad[first])
+            if run.continues:  # only the piece that came in hands gradients back
+                head = slice(0, run.cuts[1])
+                asked = grad_o[:, run.local][:, head].float()
+                below = torch.zeros_like(asked[..., :1])
+                if normalize:
+                    asked = asked / den[:, head].unsqueeze(-1)
+                    below = -(asked * o[:, head].float()).sum(-1, keepdim=True)
+                wide, gates = q[:, head].float() * call.scale, None if g is None else g[:, head]
+                own = _walk_back(call, wide, torch.cat([asked, below], -1), gates, grad[first].contiguous())
+            messages.append(torch.cat([own, decay], -1))
+        entered = exclusive_scan(messages, layout, call.method, reverse=True)
+        name = backward_backend("gated_linear_attention_fwd", call.backend, grad_o.device.type)
+        found: list[list[torch.Tensor]] = [[] for _ in range(6)]
+        for run, (den, _, *tensors), grad, x in zip(runs, kept, upstream, entered, strict=True):
+            grad = grad.clone()
+            grad[last] += x
+            ds, dz = _apart(grad, normalize)
+            parts = _call.call(
+                "gated_linear_attention_bwd", name, grad_o[:, run.local].contiguous(), ds, dz, den, *tensors, call.scale,
+                call.eps, normalize,
+            )  # fmt: skip
+            for all_parts, part in zip(found, parts, strict=True):
+                all_parts.append(part)
+            if run.continues:  # what came in belongs to another run
+                found[4][-1][first] = 0.0
+                if normalize:
+                    found[5][-1][first] = 0.0
+        dq, dk, dv = (_joined_rows(x) for x in found[:3])
+        dg = None if kept[0][5] is None else _joined_rows(found[3])
+        ds, dz = (torch.cat(x) if packed else x[0] for x in found[4:])
+        given_s, given_z = ctx.given
+        return dq, dk, dv, dg, ds if given_s else None, dz if given_z else None, None
+
+
+def _joined_rows(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _begins(
+    call: _Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    s0: torch.Tensor | None,
+    z0: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """What stands before each run, [pieces or B, HS, K, V + 1]: the given states of sequences that begin here, else zeros."""
+    layout = call.layout
+    runs = layout.mine
+    shape = (call.states, k.shape[3], v.shape[3] + 1)
+    begins = [torch.zeros((n or q.shape[0], *shape), device=q.device) for n in call.rows]
+    if s0 is not None:
+        given = _joined(s0, z0)
+        if layout.packed:
+            begins = [x.clone() for x in given.split(call.rows)]
+        elif runs[0].low == 0 and runs[0].high > 0:
+            begins[0] = given
+    for run, begin in zip(runs, begins, strict=True):
+        if run.continues:
+            begin[slice(0, 1) if layout.packed else slice(None)] = 0.0
+    return begins
+
+
+def _upstream(
+    call: _Call, kept: list[tuple[Any, ...]], grad_s: torch.Tensor | None, grad_z: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """The caller's gradient of the state after each run, z as its last column."""
+    zeros = [_joined(torch.zeros_like(part[6]), None) for part in kept]
+    if grad_s is None and grad_z is None:
+        return zeros
+    wide = torch.cat(zeros) if call.layout.packed else zeros[-1]
+    if grad_s is not None:
+        wide[..., :-1] += grad_s
+    if grad_z is not None and call.normalize:
+        wide[..., -1] += grad_z
+    return list(wide.split(call.rows)) if call.layout.packed else [*zeros[:-1], wide]

@@ -1,0 +1,112 @@
+"""Interval attention on shards: the mask says which keys a rank needs, one message brings them, the local operator runs.
+
+All keys of a row meet in one call: sink logits enter once, and no partial results are merged.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from ..masks import IntervalMask
+from ..masks.parts import keys_seen, part
+from ..ops.interval_attention import interval_attention as _interval_attention
+from ..rope import RopeSpec
+from .agreement import checked
+from .exchange import Plan, check_layout, check_tokens, fetch, union, with_own
+from .heads import by_heads
+from .layout import SequenceLayout
+
+METHODS = ("keys", "heads")
+
+
+def interval_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: IntervalMask,
+    *,
+    layout: SequenceLayout,
+    method: str = "keys",
+    scale: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
+    q_shift: RopeSpec | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`subquad.interval_attention` of this rank's queries and keys.
+
+    "keys" fetches exactly the keys that this rank's rows see and does not own: a halo for windows, the first keys for sinks,
+    everything before it for causal masks, nothing for packed sequences that end at the border. Gradients go home the same way.
+    "heads" exchanges tokens for heads instead, see `by_heads`; it needs no `key_bias` and no log-sum-exp.
+
+    Args:
+        q, k, v: [B, T of this rank, H, D].
+        mask: of the whole sequence, equal on all ranks; of any size, or of as many rows and keys as the layout has tokens.
+        layout: where the tokens are; packed sequences are the mask's business (`IntervalMask.packed`).
+        method: "keys" or "heads".
+        sink_logits: [Hq], equal on all ranks; its gradient is this rank's part of a sum.
+        key_bias: of this rank's keys, [B, T of this rank].
+        scale, q_shift, return_lse, backend: as in `subquad.interval_attention`.
+
+    Returns:
+        out [B, T of this rank, Hq, Dv] in q's dtype; with `return_lse`, (out, lse [B, T of this rank, Hq]).
+
+    Raises:
+        TypeError, ValueError: as `subquad.interval_attention`; numbers of tokens that are not the layout's; ranks that differ.
+    """
+    check_layout(layout)
+
+    def check() -> None:
+        if not isinstance(mask, IntervalMask):
+            raise TypeError(f"mask: expected a subquad.IntervalMask, got {type(mask).__name__}")
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            check_tokens(name, x, layout)
+            if x.dim() != 4:
+                raise ValueError(f"{name}: expected shape [B, T, H, D], got {list(x.shape)}")
+        if mask.tq is not None and (mask.tq, mask.tk) != (layout.tokens, layout.tokens):
+            raise ValueError(
+                f"mask: expected {layout.tokens} rows and keys as the layout has tokens, got {mask.tq} and {mask.tk}"
+            )
+        if key_bias is not None and key_bias.shape != k.shape[:2]:
+            raise ValueError(
+                f"key_bias: expected shape {list(k.shape[:2])}, of this rank's keys, got {list(key_bias.shape)}"
+            )
+        if method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
+        if method == "heads" and (key_bias is not None or return_lse or sink_logits is not None):
+            raise ValueError("method: expected 'keys' with key_bias, sink_logits or return_lse, got 'heads'")
+
+    def signature() -> dict[str, Any]:
+        shapes = {name: (x.shape[0], *x.shape[2:], x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+        given = (scale, sink_logits is not None, key_bias is not None, q_shift is not None, return_lse)
+        return {"op": "interval_attention", "method": method, "options": given, "mask": repr(mask), **shapes}
+
+    checked(layout, signature, check)
+    if method == "heads":
+
+        def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            found = _interval_attention(q, k, v, mask, scale=scale, q_shift=q_shift, backend=backend)
+            return cast("torch.Tensor", found)
+
+        return by_heads(whole, q, k, v, layout=layout)
+    plan, local = _prepared(mask, layout)
+    bias = [] if key_bias is None else [key_bias.float()]
+    fetched = fetch(plan, k, v, *bias)
+    k, v, *bias = (with_own(plan, own, other) for own, other in zip((k, v, *bias), fetched, strict=True))
+    return _interval_attention(
+        q, k, v, local.to(q.device), scale=scale, sink_logits=sink_logits, key_bias=bias[0] if bias else None,
+        q_shift=q_shift, return_lse=return_lse, backend=backend,
+    )  # fmt: skip
+
+
+def _prepared(mask: IntervalMask, layout: SequenceLayout) -> tuple[Plan, IntervalMask]:
+    """What a mask and a layout make of each other: once for all layers."""
+    if mask not in layout.masks:
+        tokens = layout.tokens
+        plan = Plan(layout, [union(keys_seen(mask, rows, tokens, tokens)) for rows in layout.owned])
+        layout.masks[mask] = plan, part(mask, layout.positions(), plan.positions, tokens, tokens)
+    found: tuple[Plan, IntervalMask] = layout.masks[mask]
+    return found

@@ -1,0 +1,119 @@
+"""torchrun --nproc-per-node N operators.py: what the threaded group of the other tests does not have, on gloo processes.
+
+Every rank draws the same tensors and computes the answer of one process by itself. A line for each claim.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import subquad
+import subquad.distributed as sd
+from subquad import IntervalMask
+
+failed = 0
+
+
+def claim(name: str, holds: bool) -> None:
+    """On all ranks."""
+    global failed
+    votes = torch.tensor([int(holds)])
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    failed += int(votes) == 0
+    if dist.get_rank() == 0:
+        print("ok" if int(votes) else "FAIL", name, flush=True)
+
+
+def close(found: torch.Tensor, whole: torch.Tensor, layout: sd.SequenceLayout, limit: float = 3e-6) -> bool:
+    """Of this rank's part, to the largest of the whole."""
+    return bool(((found - layout.shard(whole)).abs() <= limit * float(whole.detach().abs().max())).all())
+
+
+def linear(layout: sd.SequenceLayout, tensors: list[torch.Tensor], method: str) -> list[torch.Tensor]:
+    local = [layout.shard(x).requires_grad_() for x in tensors]
+    o, state = sd.gated_linear_attention(*local, layout=layout, method=method, normalize=True, output_final_state=True)
+    assert isinstance(state, tuple)
+    return [o.detach(), *(x.detach() for x in state), *torch.autograd.grad(o.square().sum(), local)]
+
+
+def exchanges() -> None:
+    """The ring, too, and the same bits in all of them and in repeated calls."""
+    tokens = 61
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.rand(2, tokens, heads, 8, generator=generator) for heads in (4, 2, 2, 2)]
+    tensors[3] = -0.2 * tensors[3]
+    for name, lengths in {
+        "equal": None,
+        "uneven": [tokens - 7 * (dist.get_world_size() - 1), *[7] * (dist.get_world_size() - 1)],
+    }.items():
+        layout = sd.SequenceLayout.contiguous(tokens, lengths=lengths)
+        found = {method: linear(layout, tensors, method) for method in ("all_gather", "scan", "ring")}
+        again = linear(layout, tensors, "ring")
+        whole = [x.clone().requires_grad_() for x in tensors]
+        o, _ = subquad.gated_linear_attention(*whole, normalize=True)
+        grads = torch.autograd.grad(o.square().sum(), whole)
+        for method in ("scan", "ring"):
+            same = all(torch.equal(a, b) for a, b in zip(found["all_gather"], found[method], strict=True))
+            claim(f"{name}: {method} has the bits of all_gather", same)
+        claim(
+            f"{name}: a ring repeats its bits",
+            all(torch.equal(a, b) for a, b in zip(found["ring"], again, strict=True)),
+        )
+        near = [close(found["ring"][0], o, layout)]
+        near += [close(a, b, layout) for a, b in zip(found["ring"][3:], grads, strict=True)]
+        claim(f"{name}: a ring is one process", all(near))
+
+
+def meshes() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    layout = sd.SequenceLayout.zigzag(40, group=mesh["cp"])
+    q, k, v = (torch.randn(1, 40, 2, 8, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    mask = IntervalMask.sink(2, 7)
+    found: Any = sd.interval_attention(*(layout.shard(x) for x in (q, k, v)), mask, layout=layout)
+    whole: Any = subquad.interval_attention(q, k, v, mask)
+    claim("a mesh of one dimension is a group", close(found, whole, layout))
+    wide = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "cp"))
+    try:
+        sd.SequenceLayout.zigzag(40, group=wide)
+        message = "nothing"
+    except ValueError as error:
+        message = str(error)
+    claim("a mesh of two is refused", "pass mesh['dp']" in message)
+
+
+def differ() -> None:
+    rank = dist.get_rank()
+    layout = sd.SequenceLayout.contiguous(8 * dist.get_world_size())
+    x = torch.ones(1, 8 if rank else 5, 4)  # rank 0 is wrong
+    try:
+        sd.causal_conv1d(x, torch.ones(4, 3), layout=layout)
+        message = "nothing"
+    except ValueError as error:
+        message = str(error)
+    claim("one wrong rank raises on all", "x: expected 8 tokens as the layout gives rank 0, got 5" in message)
+    y = sd.causal_conv1d(torch.ones(1, 8, 4), torch.ones(4, 3), layout=layout)
+    claim("and the group works afterwards", bool((y[:, 2:] == 3).all()))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    exchanges()
+    differ()
+    meshes()
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(failed > 0)  # gloo's threads end some processes with an abort while Python unwinds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Programs on two and three gloo processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = Path(__file__).parent / "programs"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def torchrun(program: Path, size: int, *options: str) -> str:
+    """What the ranks print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    done = subprocess.run(
+        [*command, str(program), *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("size", [2, 3])
+def test_operators(size: int) -> None:
+    lines = torchrun(PROGRAMS / "operators.py", size).splitlines()
+    assert len(lines) == 12 and all(line.startswith("ok ") for line in lines), lines
+
+
+@pytest.mark.heavy
+def test_models() -> None:
+    pytest.importorskip("transformers")
+    lines = torchrun(PROGRAMS / "models.py", 3).splitlines()
+    assert len(lines) == 36 and all(line.startswith("ok ") for line in lines), lines
+
+
+@pytest.mark.heavy
+def test_a_rank_that_dies_is_noticed() -> None:
+    assert "raised True" in torchrun(PROGRAMS / "dies.py", 2)
+
+
+@pytest.mark.heavy
+def test_the_example() -> None:
+    pytest.importorskip("transformers")
+    text = torchrun(EXAMPLES / "context_parallel.py", 2, "--tokens", "512", "--steps", "4")
+    assert "the curves are the same" in text
