@@ -16,6 +16,7 @@ from subquad.generation import graph
 from subquad.integrations.transformers import LawcatConfig, SinkConfig, convert, register
 
 from .compiled import Graphs
+from .matrix.kinds import KINDS, VOCABULARY
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -150,6 +151,20 @@ def memory(cache: Any) -> list[torch.Tensor]:
             else [x for name, x in state.tensors().items() if name != "late"]
         )
     return held
+
+
+@pytest.mark.heavy
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model(kind: str, graphs: Graphs) -> None:
+    torch.manual_seed(1)
+    model = KINDS[kind].model()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    ids, mask = prompt(True)
+    given: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 25, "do_sample": False}
+    found = subquad.generate(model, ids % VOCABULARY, compile=True, **given)
+    assert found.tolist() == model.generate(ids % VOCABULARY, **given).tolist()
+    assert graphs.count == 1
 
 
 SAMPLED: list[dict[str, Any]] = [
