@@ -23,6 +23,7 @@ QUICK = Plan(rounds=5, warmup=1, budget=4.0)
 FULL = Plan()
 OVERHEAD = Plan(rounds=200, warmup=20, budget=5.0)
 DECODE = "decode"  # no op, but a whole model
+Measured = tuple[list[Result], list[dict[str, Any]], list[str]]  # results, overheads of calls, what else is to be said
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +118,8 @@ def _overheads(specs: list[OpSpec], backends: dict[str, str], args: argparse.Nam
     return entries
 
 
-def _kernels(args: argparse.Namespace, console: Any) -> tuple[list[Result], list[dict[str, Any]]]:
-    """Results and call overheads of ops, printed as they come."""
+def _kernels(args: argparse.Namespace, console: Any) -> Measured:
+    """Of ops, printed as they come."""
     specs = specs_of(args.family)
     backends = _prepare(specs, args)
     console.print(f"{torch.get_num_threads()} threads, CPU instruction set {_native.cpu_isa()}, backends {backends}")
@@ -126,11 +127,13 @@ def _kernels(args: argparse.Namespace, console: Any) -> tuple[list[Result], list
     for result in _measured(_cases(specs, args), backends, args):
         _say(result, console)
         results.append(result)
-    return results, _overheads(specs, backends, args)
+    missing = quantised_peers.absent() if any(spec.stem in quantised_peers.OPS for spec in specs) else []
+    notes = [f"not installed, so not measured: {', '.join(missing)}"] if missing else []
+    return results, _overheads(specs, backends, args), notes
 
 
-def _whole_models(args: argparse.Namespace, console: Any) -> tuple[list[Result], list[dict[str, Any]]]:
-    """Results of a whole model, and tokens per second."""
+def _whole_models(args: argparse.Namespace, console: Any) -> Measured:
+    """Of a whole model, with tokens per second."""
     from ..demo.model import DemoError
     from . import decode
 
@@ -145,9 +148,7 @@ def _whole_models(args: argparse.Namespace, console: Any) -> tuple[list[Result],
     results = decode.run(subject, _plan(args))
     for result in results:
         _say(result, console)
-    for line in (*decode.absent(subject), *decode.rates(results)):
-        console.print(line)
-    return results, []
+    return results, [], [*decode.absent(subject), *decode.rates(results)]
 
 
 def _say(result: Result, console: Any) -> None:
@@ -164,15 +165,15 @@ def run_from_args(args: argparse.Namespace) -> int:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=170)
     try:
         old = record.load(args.compare) if args.compare else None
-        results, overheads = (_whole_models if args.family == DECODE else _kernels)(args, console)
+        results, overheads, notes = (_whole_models if args.family == DECODE else _kernels)(args, console)
     except ValueError as error:
         print(f"subquad bench: {error}", file=sys.stderr)
         return 2
     data = [result.as_dict() for result in results]
     changes = record.changes(old, data) if old else None
     table.show(console, results, overheads, changes)
-    if any(spec.stem in quantised_peers.OPS for spec in specs) and quantised_peers.absent():
-        console.print(f"not installed, so not measured: {', '.join(quantised_peers.absent())}")
+    for note in notes:
+        console.print(note)
     settings = {"quick": args.quick, "device": args.device, "rounds": _plan(args).rounds, "family": args.family}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
