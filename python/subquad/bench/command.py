@@ -22,12 +22,16 @@ from .timing import Plan
 QUICK = Plan(rounds=5, warmup=1, budget=4.0)
 FULL = Plan()
 OVERHEAD = Plan(rounds=200, warmup=20, budget=5.0)
+DECODE = "decode"  # no op, but a whole model
+Measured = tuple[list[Result], list[dict[str, Any]], list[str]]  # results, overheads of calls, what else is to be said
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     family = STEMS[0].split("_")[0]
-    parser.add_argument("family", nargs="?", help=f"ops whose name starts so, such as {family} (default: all)")
+    parser.add_argument(
+        "family", nargs="?", help=f"ops whose name starts so, such as {family} (default: all); decode: a whole model"
+    )
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds: shows that it works, no more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results with versions and machine")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (PNG, SVG or PDF)")
@@ -81,12 +85,16 @@ def _prepare(specs: list[OpSpec], args: argparse.Namespace) -> dict[str, str]:
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but no CUDA device is available")
+    _set_threads(args)
+    chosen = {s.stem: args.backend or measure.default_backend(s.stem, args.device) for s in specs}
+    return {stem: _backends.resolve(stem, args.device, name) for stem, name in chosen.items()}
+
+
+def _set_threads(args: argparse.Namespace) -> None:
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"threads: expected at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    chosen = {s.stem: args.backend or measure.default_backend(s.stem, args.device) for s in specs}
-    return {stem: _backends.resolve(stem, args.device, name) for stem, name in chosen.items()}
 
 
 def _measured(
@@ -110,6 +118,44 @@ def _overheads(specs: list[OpSpec], backends: dict[str, str], args: argparse.Nam
     return entries
 
 
+def _kernels(args: argparse.Namespace, console: Any) -> Measured:
+    """Of ops, printed as they come."""
+    specs = specs_of(args.family)
+    backends = _prepare(specs, args)
+    console.print(f"{torch.get_num_threads()} threads, CPU instruction set {_native.cpu_isa()}, backends {backends}")
+    results = []
+    for result in _measured(_cases(specs, args), backends, args):
+        _say(result, console)
+        results.append(result)
+    missing = quantised_peers.absent() if any(spec.stem in quantised_peers.OPS for spec in specs) else []
+    notes = [f"not installed, so not measured: {', '.join(missing)}"] if missing else []
+    return results, _overheads(specs, backends, args), notes
+
+
+def _whole_models(args: argparse.Namespace, console: Any) -> Measured:
+    """Of a whole model, with tokens per second."""
+    from ..demo.model import DemoError
+    from . import decode
+
+    if args.device != "cpu" or args.backend is not None or args.case is not None:
+        raise ValueError("family: expected no device, backend or case beside 'decode', which takes them as they come")
+    _set_threads(args)
+    try:
+        subject = decode.tiny() if args.quick else decode.smollm2()
+    except DemoError as error:
+        raise ValueError(f"model: {error}") from error
+    console.print(f"{subject.name}, {torch.get_num_threads()} threads; the first steps compile, which takes a while")
+    results = decode.run(subject, _plan(args))
+    for result in results:
+        _say(result, console)
+    return results, [], [*decode.absent(subject), *decode.rates(results)]
+
+
+def _say(result: Result, console: Any) -> None:
+    verdict = "[red]FAIL[/]" if result.failure else "ok"
+    console.print(f"{result.op} {result.case}: {verdict}" + (f" {result.failure}" if result.failure else ""))
+
+
 def run_from_args(args: argparse.Namespace) -> int:
     """Run, print, write. Returns 0; 1 when a case failed its check; 2 when the arguments make no sense."""
     from rich.console import Console
@@ -118,24 +164,16 @@ def run_from_args(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=170)
     try:
-        specs = specs_of(args.family)
         old = record.load(args.compare) if args.compare else None
-        backends = _prepare(specs, args)
+        results, overheads, notes = (_whole_models if args.family == DECODE else _kernels)(args, console)
     except ValueError as error:
         print(f"subquad bench: {error}", file=sys.stderr)
         return 2
-    console.print(f"{torch.get_num_threads()} threads, CPU instruction set {_native.cpu_isa()}, backends {backends}")
-    results = []
-    for result in _measured(_cases(specs, args), backends, args):
-        verdict = "[red]FAIL[/]" if result.failure else "ok"
-        console.print(f"{result.op} {result.case}: {verdict}" + (f" {result.failure}" if result.failure else ""))
-        results.append(result)
-    overheads = _overheads(specs, backends, args)
     data = [result.as_dict() for result in results]
     changes = record.changes(old, data) if old else None
     table.show(console, results, overheads, changes)
-    if any(spec.stem in quantised_peers.OPS for spec in specs) and quantised_peers.absent():
-        console.print(f"not installed, so not measured: {', '.join(quantised_peers.absent())}")
+    for note in notes:
+        console.print(note)
     settings = {"quick": args.quick, "device": args.device, "rounds": _plan(args).rounds, "family": args.family}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
