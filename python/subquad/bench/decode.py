@@ -22,8 +22,8 @@ from .timing import Candidate, Plan, Timing, interleaved
 
 SPARSITIES = (0.0, 0.5, 0.7)
 PROMPT = 64
-# Logits of a whole model in float32: products in another order. With thresholds, a neuron that passes one by rounding alone moves
-# what comes behind it, and there are millions on the way: .9 to 3.6 % were seen for SmolLM2 at 50 %.
+# Logits of a whole model in float32: products in another order. With thresholds, one gate of millions that passes by rounding alone
+# moves gates of every layer behind it: docs/performance.md follows one.
 TOLERANCE, AT_THRESHOLD = 1e-4, 0.1
 LLAMA_CPP = "llama.cpp"
 
