@@ -23,7 +23,7 @@ from .timing import Candidate, Plan, Timing, interleaved
 SPARSITIES = (0.0, 0.5, 0.7)
 PROMPT = 64
 # Logits of a whole model in float32: products in another order. With thresholds, one gate of millions that passes by rounding
-# alone moves gates of every layer behind it: docs/performance.md follows one.
+# alone moves gates of every layer behind it: docs/performance_quantised.md follows one.
 TOLERANCE, AT_THRESHOLD = 1e-4, 0.1
 LLAMA_CPP = "llama.cpp"
 

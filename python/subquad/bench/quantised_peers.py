@@ -103,17 +103,22 @@ def _onnxruntime(weight: torch.Tensor, format: str) -> Product | None:
 _GGML_TYPES = {"int8": 8, "int4": 2, "int4_min": 3}  # Q8_0, Q4_0, Q4_1
 
 
+# Packages that bring ggml's libraries, and where; the first is built for the machine that it is installed on.
+_GGML_PLACES = {"llama_cpp": "lib", "libggml": "lib64"}
+
+
 class _Init(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
 @functools.cache
 def _ggml_libraries() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
-    """(base, cpu) of the package libggml-python, None without it."""
-    found = find_spec("libggml")
-    if found is None or not found.submodule_search_locations:
+    """(base, cpu) of llama-cpp-python or libggml-python, None without them."""
+    name = next((name for name in _GGML_PLACES if find_spec(name) is not None), None)
+    found = None if name is None else find_spec(name)
+    if name is None or found is None or not found.submodule_search_locations:
         return None
-    folder = Path(next(iter(found.submodule_search_locations))) / "lib64"
+    folder = Path(next(iter(found.submodule_search_locations))) / _GGML_PLACES[name]
     base = ctypes.CDLL(str(folder / "libggml-base.so"), ctypes.RTLD_GLOBAL)
     cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), ctypes.RTLD_GLOBAL)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
@@ -189,8 +194,9 @@ LIBRARIES: dict[str, Library] = {
 
 def absent() -> list[str]:
     """The libraries above that are not installed."""
-    needed = {"onnxruntime": ("onnxruntime", "onnx"), "ggml": ("libggml",)}
-    return [name for name, modules in needed.items() if any(find_spec(module) is None for module in modules)]
+    there = {name: find_spec(name) is not None for name in ("onnxruntime", "onnx", *_GGML_PLACES)}
+    found = {"onnxruntime": there["onnxruntime"] and there["onnx"], "ggml": any(there[name] for name in _GGML_PLACES)}
+    return [name for name, here in found.items() if not here]
 
 
 def _linear(library: Library, sample: Sample) -> Callable[[], Any] | None:
