@@ -323,3 +323,52 @@ def test_what_is_not_a_number_stays_where_it_came_from() -> None:
         )
 
     assert all(all(pair) for pair in on_ranks(3, body))
+
+
+def test_masks_are_compared_to_the_last_bound_and_again_when_written_to() -> None:
+    def differ(rank: int) -> str:
+        layout = sd.SequenceLayout.contiguous(24)
+        mask = IntervalMask.sliding(3 + rank, 24, 24).materialize()
+        x = torch.ones(1, 12, 2, 8)
+        return caught(lambda: sd.interval_attention(x, x, x, mask, layout=layout))
+
+    assert all("mask: expected the same on all ranks" in message for message in on_ranks(2, differ))
+
+    def written(rank: int) -> bool:
+        layout = sd.SequenceLayout.contiguous(24)
+        mask = IntervalMask.sliding(4, 24, 24).materialize()
+        q, k, v = (torch.randn(1, 24, 2, 8, generator=torch.Generator().manual_seed(s)) for s in range(3))
+        local = [layout.shard(x) for x in (q, k, v)]
+        sd.interval_attention(*local, mask, layout=layout)
+        assert mask.starts is not None
+        mask.starts.zero_()
+        found, whole = sd.interval_attention(*local, mask, layout=layout), subquad.interval_attention(q, k, v, mask)
+        assert isinstance(found, torch.Tensor) and isinstance(whole, torch.Tensor)
+        return torch.allclose(found, layout.shard(whole), atol=1e-6)
+
+    assert all(on_ranks(2, written))
+
+
+def test_what_one_rank_alone_is_given_wrongly() -> None:
+    def body(rank: int) -> list[str]:
+        wrong = rank == 0
+        layout = sd.SequenceLayout.contiguous(24)
+        return [
+            caught(lambda: sd.SequenceLayout.contiguous(24, lengths=[9, 9, 9] if wrong else None)),
+            caught(lambda: sd.SequenceLayout.contiguous(24, cu_seqlens=[0, 3.5, 24] if wrong else None)),  # type: ignore[list-item]
+            caught(lambda: sd.SequenceLayout.zigzag(-1 if wrong else 24)),
+            caught(lambda: sd.SequenceLayout.balanced(IntervalMask.causal(24, 24), chunks=9 if wrong else 2)),
+            caught(lambda: sd.halo(torch.ones(1, 5 if wrong else 8, 4), 2, layout=layout)),
+            caught(lambda: sd.halo(torch.ones(1, 8, 4), 3 if wrong else 2, layout=layout)),
+        ]
+
+    for messages in on_ranks(3, body):
+        assert all(message != "nothing" for message in messages), messages
+
+
+def test_heads_of_the_first_tensor_are_never_repeated() -> None:
+    def body(rank: int) -> str:
+        layout, x = sd.SequenceLayout.contiguous(24), torch.ones(1, 6, 2, 8)
+        return caught(lambda: sd.interval_attention(x, x, x, IntervalMask.causal(), layout=layout, method="heads"))
+
+    assert all("tensors[0]: expected shape [B, T, H, D], H a multiple of 4" in message for message in on_ranks(4, body))

@@ -224,6 +224,14 @@ def test_no_ends_at_all() -> None:
     assert subquad.generate(model, ids, eos_token_id=[], **options).shape[1] == ids.shape[1] + 6
 
 
+def test_an_end_that_is_forced() -> None:
+    model = made(eos_token_id=None)
+    ids, _ = prompt()
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "forced_eos_token_id": 7, "pad_token_id": 0}
+    found = subquad.generate(model, ids, compile=False, **options)
+    assert found.tolist() == model.generate(ids, **options).tolist() and bool((found[:, -1] == 7).all())
+
+
 def test_processors_see_what_has_been_said() -> None:
     model, (ids, _) = made(), prompt()
 

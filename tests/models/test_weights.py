@@ -160,13 +160,35 @@ def test_projections_inside_our_attention(attention: str, together: bool, ids: t
 
 
 def test_layers() -> None:
-    model = build()
+    model = build(tied=False)
     report = convert(model, mlp="cats", weights="int4", layers=[0, -1])
     assert isinstance(model.lm_head, nn.Linear) and isinstance(model.model.embed_tokens, nn.Embedding)
     assert {name.split(".")[2] for name in report} == {"0", "2"} and len(report) == 10
     assert not any(isinstance(m, Codes) for m in model.model.layers[1].modules())
     report = convert(model, weights="int8", layers=["model.layers.1.self_attn", "lm_head"])
     assert sorted(report) == ["lm_head", *(f"model.layers.1.self_attn.{n}" for n in sorted(PROJECTIONS))]
+
+
+def test_nothing_is_rounded_that_nobody_named() -> None:
+    model = build()
+    with pytest.raises(ValueError, match=r"layers: expected none whose weight is tied to 'model.embed_tokens'"):
+        convert(model, weights="int8", layers=["lm_head"])
+    with pytest.raises(TypeError, match="threshold: unknown option of weights"):
+        convert(model, weights="int8", threshold=0.1)
+    assert not any(isinstance(m, Codes) for m in model.modules())
+    convert(model, weights="int4", layers=["model.layers.0.mlp.down_proj"])
+    before = model.state_dict()
+    with pytest.raises(ValueError, match="expected a weight in few bits like down_proj, got a dense one"):
+        convert(model, mlp="cats")
+    assert model.state_dict().keys() == before.keys() and isinstance(model.model.layers[1].mlp.up_proj, nn.Linear)
+
+
+def test_ids_are_checked_as_a_dense_embedding_does() -> None:
+    model = build()
+    convert(model, weights="int8")
+    for wrong in (torch.tensor([[1, -1]]), torch.tensor([[1, 160]])):
+        with pytest.raises(IndexError):
+            model(wrong)
 
 
 def test_what_has_no_groups_is_left_and_named(ids: torch.Tensor) -> None:

@@ -279,7 +279,12 @@ def _made(
     """New modules beside a model that has not changed, and what stays dense."""
     check_places(model, list(chosen))
     downs = {f"{name}.down_proj" for name in sparse}
-    tied = _tied(model, chosen) if embeddings else {}
+    tied = _tied(model, chosen)
+    if tied and not embeddings:
+        raise ValueError(
+            f"layers: expected none whose weight is tied to {next(iter(tied))!r}, of which both would have to change, got one; "
+            "convert all layers, or name others"
+        )
     made: dict[int, Any] = {}
     weights: dict[int, Any] = {}
     exchanges: list[Exchange] = []

@@ -93,7 +93,7 @@ def context_parallel(layout: SequenceLayout) -> Iterator[None]:
     check_layout(layout)
     from ..integrations.transformers import masks
 
-    made: dict[Any, ShardedMask] = {}
+    made: dict[Any, tuple[Any, ShardedMask]] = {}  # with what a key names by its id, which then stays its own
 
     def mask(pattern: Any, batch: int, queries: int, keys: int, padding: torch.Tensor | None) -> ShardedMask:
         own = layout.lengths[layout.rank]
@@ -103,13 +103,14 @@ def context_parallel(layout: SequenceLayout) -> Iterator[None]:
             )
         if pattern is None or not pattern.linear:
             raise ValueError("mask_function: expected causal or sliding attention under context_parallel, got another")
-        if padding is not None:
-            _check_padding(padding, batch, layout)
-            padding = None if bool(padding.all()) else padding.bool()
-        key = (pattern.window, None if padding is None else id(padding))
+        key = (pattern.window, None if padding is None else (id(padding), padding._version))
         if key not in made:
-            made[key] = ShardedMask.over(layout, pattern.window, padding)
-        return made[key]
+            real = padding
+            if padding is not None:
+                _check_padding(padding, batch, layout)
+                real = None if bool(padding.all()) else padding.bool()
+            made[key] = padding, ShardedMask.over(layout, pattern.window, real)
+        return made[key][1]
 
     masks.SHARDED.append(mask)
     try:

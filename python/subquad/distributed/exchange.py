@@ -14,6 +14,7 @@ import torch
 
 from .. import _checks
 from . import _collectives
+from .agreement import checked
 from .layout import SequenceLayout, Span
 
 
@@ -169,8 +170,13 @@ def halo(x: torch.Tensor, tokens: int, *, layout: SequenceLayout) -> torch.Tenso
     Raises:
         ValueError: x has another number of tokens than this rank.
     """
-    _checks.size("tokens", tokens)
-    check_tokens("x", x, layout)
+    check_layout(layout)
+
+    def check() -> None:
+        _checks.size("tokens", tokens)
+        check_tokens("x", x, layout)
+
+    checked(layout, lambda: {"op": "halo", "tokens": tokens, "x": (x.shape[0], *x.shape[2:], x.dtype)}, check)
     return torch.cat(halos(x, tokens, layout), 1)
 
 

@@ -20,8 +20,8 @@ def by_heads(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, layo
 
     Args:
         function: of as many tensors [B, T, heads, D], of the whole sequence, to one such tensor.
-        tensors: [B, T of this rank, H, D]. A number of heads that the ranks do not divide must divide the ranks: those heads are
-            repeated.
+        tensors: [B, T of this rank, H, D]; ranks divide the heads of the first. Where they do not divide those of another, its
+            heads must divide the ranks, and are repeated.
         layout: where the tokens are.
 
     Returns:
@@ -36,10 +36,11 @@ def by_heads(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, layo
         for i, x in enumerate(tensors):
             check_tokens(f"tensors[{i}]", x, layout)
             heads = x.shape[2] if x.dim() == 4 else 0
-            if heads == 0 or (heads % layout.size and layout.size % heads):
+            fits = heads > 0 and (heads % layout.size == 0 or (i > 0 and layout.size % heads == 0))
+            if not fits:
+                wanted = "a multiple or a divisor" if i else "a multiple"
                 raise ValueError(
-                    f"tensors[{i}]: expected shape [B, T, H, D], H a multiple or a divisor of {layout.size} ranks, got "
-                    f"{list(x.shape)}"
+                    f"tensors[{i}]: expected shape [B, T, H, D], H {wanted} of {layout.size} ranks, got {list(x.shape)}"
                 )
 
     def signature() -> dict[str, Any]:

@@ -5,6 +5,7 @@ All keys of a row meet in one call: sink logits enter once, and no partial resul
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, cast
 
 import torch
@@ -82,7 +83,7 @@ def interval_attention(
     def signature() -> dict[str, Any]:
         shapes = {name: (x.shape[0], *x.shape[2:], x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
         given = (scale, sink_logits is not None, key_bias is not None, q_shift is not None, return_lse)
-        return {"op": "interval_attention", "method": method, "options": given, "mask": repr(mask), **shapes}
+        return {"op": "interval_attention", "method": method, "options": given, "mask": _digest(mask, layout), **shapes}
 
     checked(layout, signature, check)
     if method == "heads":
@@ -100,6 +101,26 @@ def interval_attention(
         q, k, v, local.to(q.device), scale=scale, sink_logits=sink_logits, key_bias=bias[0] if bias else None,
         q_shift=q_shift, return_lse=return_lse, backend=backend,
     )  # fmt: skip
+
+
+def _tensors(mask: IntervalMask) -> list[torch.Tensor]:
+    return [x for x in (mask.starts, mask.ends, mask.key_start, mask.key_stop, mask.shift) if x is not None]
+
+
+def _digest(mask: IntervalMask, layout: SequenceLayout) -> str:
+    """What ranks compare of a mask: all of it, once for all layers, and again when it was written to."""
+    tensors = _tensors(mask)
+    versions = tuple(x._version for x in tensors)
+    known = layout.digests.get(mask)
+    if known is None or known[0] != versions:
+        content = hashlib.blake2b(digest_size=8)
+        for x in tensors:
+            content.update(repr((x.shape, x.dtype)).encode() + x.cpu().contiguous().numpy().tobytes())
+        known = versions, f"{mask!r} {content.hexdigest()}"
+        layout.digests[mask] = known
+        layout.masks.pop(mask, None)
+    found: str = known[1]
+    return found
 
 
 def _prepared(mask: IntervalMask, layout: SequenceLayout) -> tuple[Plan, IntervalMask]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -57,7 +57,8 @@ class SequenceLayout:
     """Which rank owns which tokens of a sequence; equal on all ranks, which agree on it when it is made.
 
     Args:
-        owned: for every rank its spans (low, high) of positions; together every position once.
+        owned: for every rank its spans (low, high) of positions; together every position once. (Or why there are none: the
+            error that all ranks then raise.)
         group: a process group, a one-dimensional DeviceMesh, or None for the default group.
         cu_seqlens: bounds of packed sequences, from 0 to the number of tokens; None: one sequence.
 
@@ -75,7 +76,7 @@ class SequenceLayout:
 
     def __init__(
         self,
-        owned: Iterable[Iterable[Span]],
+        owned: Iterable[Iterable[Span]] | Exception,
         *,
         group: Group = None,
         cu_seqlens: torch.Tensor | Sequence[int] | None = None,
@@ -85,10 +86,12 @@ class SequenceLayout:
         self.agreed: set[str] = set()  # signatures of calls that all ranks agreed on
         self.plans: dict[Any, Any] = {}  # exchanges by what they are for
         self.masks: WeakKeyDictionary[IntervalMask, Any] = WeakKeyDictionary()  # what attention makes of a mask here
-        problem: ValueError | None = None
+        self.digests: WeakKeyDictionary[IntervalMask, Any] = WeakKeyDictionary()  # and what it was then
+        problem: Exception | None = owned if isinstance(owned, Exception) else None
         try:
-            self._lay_out([[(int(a), int(b)) for a, b in spans] for spans in owned], cu_seqlens)
-        except ValueError as error:  # tell the others, who may have been given the right thing
+            if not isinstance(owned, Exception):
+                self._lay_out([[_span(span) for span in spans] for spans in owned], cu_seqlens)
+        except (TypeError, ValueError) as error:  # tell the others, who may have been given the right thing
             problem = error
         known = ("problem", str(problem)) if problem else (self.owned, self.cu_seqlens)
         try:
@@ -139,27 +142,29 @@ class SequenceLayout:
         Raises:
             ValueError: as the class, or lengths that do not add up to tokens.
         """
-        _checks.size("tokens", tokens)
-        group = _collectives.group_of(group)
-        _, size = _collectives.rank_and_size(group)
-        parts = [tokens // size + (r < tokens % size) for r in range(size)] if lengths is None else list(lengths)
-        if sum(parts) != tokens or any(n < 0 for n in parts):
-            raise ValueError(f"lengths: expected numbers that add up to {tokens}, got {parts}")
-        edges = [sum(parts[:r]) for r in range(len(parts) + 1)]
-        owned = [[span] for span in itertools.pairwise(edges)]
-        return cls(owned, group=group, cu_seqlens=cu_seqlens)
+
+        def owned(size: int) -> list[list[Span]]:
+            _checks.size("tokens", tokens)
+            parts = [tokens // size + (r < tokens % size) for r in range(size)] if lengths is None else list(lengths)
+            if not all(isinstance(n, int) and n >= 0 for n in parts) or sum(parts) != tokens:
+                raise ValueError(f"lengths: expected numbers that add up to {tokens}, got {parts}")
+            edges = [sum(parts[:r]) for r in range(len(parts) + 1)]
+            return [[span] for span in itertools.pairwise(edges)]
+
+        return cls._made(owned, group, cu_seqlens)
 
     @classmethod
     def zigzag(
         cls, tokens: int, *, group: Group = None, cu_seqlens: torch.Tensor | Sequence[int] | None = None
     ) -> SequenceLayout:
         """Rank r owns chunks r and 2 R - 1 - r of 2 R: under a causal mask all ranks have the same work."""
-        _checks.size("tokens", tokens)
-        group = _collectives.group_of(group)
-        _, size = _collectives.rank_and_size(group)
-        edges = [tokens * c // (2 * size) for c in range(2 * size + 1)]
-        owned = [[(edges[c], edges[c + 1]) for c in (r, 2 * size - 1 - r)] for r in range(size)]
-        return cls(owned, group=group, cu_seqlens=cu_seqlens)
+
+        def owned(size: int) -> list[list[Span]]:
+            _checks.size("tokens", tokens)
+            edges = [tokens * c // (2 * size) for c in range(2 * size + 1)]
+            return [[(edges[c], edges[c + 1]) for c in (r, 2 * size - 1 - r)] for r in range(size)]
+
+        return cls._made(owned, group, cu_seqlens)
 
     @classmethod
     def balanced(
@@ -180,25 +185,39 @@ class SequenceLayout:
             chunks: 1 to 4; every one is a run of its own, with a state of its own to be sent.
             group, cu_seqlens: as in the class.
         """
-        _checks.size("chunks", chunks, 1)
-        if chunks > 4:
-            raise ValueError(f"chunks: expected 1 to 4, for every chunk sends a state, got {chunks}")
-        tokens = mask.tq if tokens is None else tokens
-        if tokens is None:
-            raise ValueError("tokens: expected a number, for the mask has no sizes")
+
+        def owned(size: int) -> list[list[Span]]:
+            _checks.size("chunks", chunks, 1)
+            if chunks > 4:
+                raise ValueError(f"chunks: expected 1 to 4, for every chunk sends a state, got {chunks}")
+            count = mask.tq if tokens is None else tokens
+            if count is None:
+                raise ValueError("tokens: expected a number, for the mask has no sizes")
+            if mask.tq is not None and (mask.tq, mask.tk) != (count, count):
+                raise ValueError(f"mask: expected {count} rows and keys, got {mask.tq} and {mask.tk}")
+            whole = mask.materialize(count, count)
+            assert whole.starts is not None and whole.ends is not None
+            pairs = (whole.ends - whole.starts).clamp_min(0).sum((0, 1, 3), dtype=torch.int64).cumsum(0).tolist()
+            edges = [count * c // (chunks * size) for c in range(chunks * size + 1)]
+            until = [pairs[e - 1] if e else 0 for e in edges]
+            work = [b - a for a, b in itertools.pairwise(until)]
+            dealt: list[list[Span]] = [[] for _ in range(size)]
+            for i, c in enumerate(sorted(range(len(work)), key=lambda c: (-work[c], -c))):
+                lap, place = divmod(i, size)
+                dealt[place if lap % 2 == 0 else size - 1 - place].append((edges[c], edges[c + 1]))
+            return dealt
+
+        return cls._made(owned, group, cu_seqlens)
+
+    @classmethod
+    def _made(cls, owned: Callable[[int], list[list[Span]]], group: Group, cu_seqlens: Any) -> SequenceLayout:
+        """Of what `owned` makes of the number of ranks; an error there is raised on all of them."""
         group = _collectives.group_of(group)
-        _, size = _collectives.rank_and_size(group)
-        whole = mask.materialize(tokens, tokens)
-        assert whole.starts is not None and whole.ends is not None
-        pairs = (whole.ends - whole.starts).clamp_min(0).sum((0, 1, 3), dtype=torch.int64).cumsum(0).tolist()
-        edges = [tokens * c // (chunks * size) for c in range(chunks * size + 1)]
-        until = [pairs[e - 1] if e else 0 for e in edges]
-        work = [b - a for a, b in itertools.pairwise(until)]
-        owned: list[list[Span]] = [[] for _ in range(size)]
-        for i, c in enumerate(sorted(range(len(work)), key=lambda c: (-work[c], -c))):
-            lap, place = divmod(i, size)
-            owned[place if lap % 2 == 0 else size - 1 - place].append((edges[c], edges[c + 1]))
-        return cls(owned, group=group, cu_seqlens=cu_seqlens)
+        try:
+            found: Any = owned(_collectives.rank_and_size(group)[1])
+        except (TypeError, ValueError) as error:
+            found = error
+        return cls(found, group=group, cu_seqlens=cu_seqlens)
 
     # --- what this rank has ----------------------------------------
 
@@ -296,13 +315,22 @@ class _Unshard(torch.autograd.Function):
 def _bounds(cu_seqlens: torch.Tensor | Sequence[int] | None, tokens: int) -> list[int]:
     if cu_seqlens is None:
         return [0, tokens]
-    bounds = [int(n) for n in (cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens)]
+    bounds = list(cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens)
+    if not all(isinstance(n, int) for n in bounds):
+        raise TypeError(f"cu_seqlens: expected whole numbers, got {bounds[:8]}")
     steps = itertools.pairwise(bounds)
     if not bounds or bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in steps):
         raise ValueError(
             f"cu_seqlens: expected bounds from 0 to {tokens} that do not decrease, got {_checks.shown(bounds)}"
         )
     return bounds
+
+
+def _span(span: Any) -> Span:
+    low, high = span
+    if not isinstance(low, int) or not isinstance(high, int) or not 0 <= low <= high:
+        raise ValueError(f"owned: expected spans (low, high) of positions, got {span!r}")
+    return low, high
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:

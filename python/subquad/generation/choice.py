@@ -14,7 +14,8 @@ Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 OTHER_LOOPS: dict[str, Any] = {
     "num_beams": 1, "num_return_sequences": 1, "penalty_alpha": None, "dola_layers": None, "guidance_scale": None,
     "prompt_lookup_num_tokens": None, "assistant_early_exit": None, "stop_strings": None, "max_time": None,
-    "prefill_chunk_size": None, "token_healing": False,
+    "prefill_chunk_size": None, "token_healing": False, "encoder_repetition_penalty": 1.0, "constraints": None,
+    "force_words_ids": None, "return_dict_in_generate": False,
 }  # fmt: skip
 
 
@@ -27,6 +28,7 @@ class Choice:
         given: entries of a generation config, None for those of the model's.
         processors: of the user's, called with ids [B, T] and scores [B, V] after those of the config.
         generator: of the random numbers; None for torch's own.
+        new: tokens that will be added at most.
 
     Attributes:
         ends: int64 [E], tokens that end a row; None for none.
@@ -43,6 +45,7 @@ class Choice:
         given: dict[str, Any],
         processors: Sequence[Processor],
         generator: torch.Generator | None,
+        new: int,
     ) -> None:
         for name in given:
             if not hasattr(model.generation_config, name):
@@ -57,6 +60,7 @@ class Choice:
                 raise ValueError(f"{name}: expected {neutral}, got {value!r}; use model.generate for that")
         if config.do_sample and (config.temperature or 0) <= 0:
             raise ValueError(f"temperature: expected a positive number to sample with, got {config.temperature}")
+        config.max_length = prompt.shape[1] + new  # of what forces an end there
         model._prepare_special_tokens(config, True, device=prompt.device)  # True: no advice about masks
         self.processors = model._get_logits_processor(
             generation_config=config, input_ids_seq_length=prompt.shape[1], device=prompt.device, model_kwargs={},

@@ -86,7 +86,7 @@ def generate(
         "pad_token_id": pad_token_id,
     }  # fmt: skip
     length = ids.shape[1]
-    choose = Choice(model, ids, config, processors, generator)
+    choose = Choice(model, ids, config, processors, generator, max_new_tokens)
     past = 0 if cache is None else int(cache.get_seq_length())
     if past >= length:
         raise ValueError(f"ids: expected more than the {past} tokens that the cache has seen, got {length}")

@@ -309,6 +309,12 @@ class QuantisedCATSMLP(CATSMLP):
             raise ValueError(
                 f"gate_weights: expected None for a fused gate_up_proj, whose rows have one format, got {gate_weights!r}"
             )
+        coded = [name for name, child in parts.projections.items() if isinstance(child, Codes)]
+        dense = [name for name in parts.projections if name not in coded]
+        if coded and dense and weights is None:  # dense weights are not rounded unless somebody says so
+            raise ValueError(
+                f"mlp.{dense[0]}: expected a weight in few bits like {coded[0]}, got a dense one; give weights="
+            )
         projections: dict[str, nn.Module] = {}
         for name, child in parts.projections.items():
             wanted = gate_weights if name == "gate_proj" and gate_weights is not None else weights

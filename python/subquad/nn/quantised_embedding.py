@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import _checks
@@ -114,7 +115,7 @@ class QuantisedEmbedding(Codes):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., embedding_dim] of token ids [...]."""
-        rows = self.weight[input.flatten()]
+        rows = F.embedding(input.flatten(), self.weight)  # with its checks of ids
         return dequantise(rows, self.format, self.like.dtype).view(*input.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:

@@ -129,7 +129,8 @@ def quantised_cats_mlp(
             if tensor is not None:
                 _checks.memory(called, tensor)
         options: tuple[Any, ...] = (codes, hidden, code, inclusive, union, straight_through, *_products(x, backend))
-        layer = (w_gate, w_up, w_down, down_scales, t)
+        codes_of = (w_gate, w_up, w_down, down_scales)
+        layer: tuple[Any, ...] = (*(None if w is None else w.contiguous() for w in codes_of), t)
         with without_autocast(x.device.type):
             if training:
                 y, mask = _ManyTokens.apply(flat, *biases, *layer, options)

@@ -104,10 +104,11 @@ def quantise(weight: torch.Tensor, format: str) -> torch.Tensor:
         rows, columns = weight.shape
         return weight.new_empty((rows, columns // GROUP * FORMATS[format].group_bytes), dtype=torch.uint8)
     limit = 65504.0 * {"int8": 127, "int4": 8, "int4_min": 1}[format]
-    if weight.numel() and not bool((weight.abs() <= limit).all()):
-        raise ValueError(
-            f"weight: expected finite numbers of at most {limit:g}, got {float(weight.detach().abs().max()):g}"
-        )
+    largest = (
+        float(weight.detach().abs().max()) if weight.numel() else 0.0
+    )  # in its own dtype the limit may be infinite
+    if not largest <= limit:
+        raise ValueError(f"weight: expected finite numbers of at most {limit:g}, got {largest:g}")
     rows = max(1, _CHUNK // max(1, weight.shape[1]))  # in float64 they fit a cache
     return torch.cat([reference.quantise(part, format) for part in weight.split(rows)])
 

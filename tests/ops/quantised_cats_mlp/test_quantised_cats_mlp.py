@@ -158,3 +158,10 @@ def test_threads_do_not_change_results(format: str, tokens: int) -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_codes_with_any_strides(tokens: int) -> None:
+    sample = draw(Sampler(), "strided", tokens, 64, 64, threshold=0.1)
+    wide = {name: torch.cat([sample[name], sample[name]], 1)[:, : sample[name].shape[1]] for name in WEIGHTS[:3]}
+    assert torch.equal(call(sample.replace(**wide)), call(sample))

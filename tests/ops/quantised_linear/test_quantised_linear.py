@@ -218,3 +218,17 @@ def test_export_with_any_number_of_rows() -> None:
     exported = torch.export.export(layer, (torch.randn(3, 5, 64),), dynamic_shapes=rows)
     x = torch.randn(4, 5, 64)
     assert torch.equal(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@ALL
+def test_infinite_weights_are_refused_in_every_dtype(format: str, dtype: torch.dtype) -> None:
+    for value in (float("inf"), float("-inf"), float("nan")):
+        weight = torch.zeros(2, 32, dtype=dtype)
+        weight[1, 3] = value
+        with pytest.raises(ValueError, match="weight: expected finite numbers"):
+            subquad.quantise(weight, format)
+    beyond = torch.zeros(1, 32, dtype=torch.bfloat16)
+    beyond[0, 0] = -65536.0
+    with pytest.raises(ValueError, match="weight: expected finite numbers of at most 65504"):
+        subquad.quantise(beyond, "int4_min")

@@ -92,6 +92,8 @@ def convert(
         )
     if mlp is not None and attention is not None and options:
         raise TypeError(f"{next(iter(options))}: with mlp and attention, options belong into config objects")
+    if mlp is None and attention is None and options:
+        raise TypeError(f"{next(iter(options))}: unknown option of weights; expected gate_weights, gguf_file or none")
     given = {"attention": attention, "mlp": mlp}
     conversions = [_conversion(kind, given[kind], options) for kind in KINDS if given[kind] is not None]
     source = _source(weights, gate_weights, gguf_file)
