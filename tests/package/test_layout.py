@@ -292,6 +292,11 @@ def test_integrations_do_not_need_each_other(tmp_path: Path) -> None:
     assert crossings(tmp_path) == ["one/parts: ..two", "one/parts: subquad.nn", "two: .one.parts.a"]
 
 
+def test_nothing_needs_several_processes() -> None:
+    users = importing(PACKAGE, r"^\.+distributed(\.|$)|^subquad\.distributed(\.|$)")
+    assert [user for user in users if "/subquad/distributed/" not in user] == []
+
+
 def test_specs_do_not_need_pytest() -> None:
     assert importing(ROOT / "tests" / "specs", r"^(pytest|_pytest|hypothesis|tests)(\.|$)") == []
 
