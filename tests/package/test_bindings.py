@@ -32,8 +32,8 @@ def step(state: torch.Tensor, z: torch.Tensor | None = None, indices: torch.Tens
 def attend(**given: torch.Tensor) -> Bad:
     q, k = torch.ones(1, 4, 2, 1, 8), torch.ones(1, 4, 2, 8)
     mask = [given.get(n) for n in ("starts", "ends", "key_start", "key_stop")]
-    rest = [given.get(n) for n in ("key_bias", "sink_logits")]
-    return lambda: ("interval_attention_fwd", (q, given.get("k", k), k, *mask, 0, -1, True, *rest, 1.0, []))
+    rest = [given.get(n) for n in ("key_bias", "sink_logits", "alibi_slopes")]
+    return lambda: ("interval_attention_fwd", (q, given.get("k", k), k, *mask, 0, -1, True, *rest, 1.0, 0.0, []))
 
 
 BAD: dict[str, tuple[Bad, str]] = {

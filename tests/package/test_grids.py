@@ -66,7 +66,7 @@ def test_grids_hold_a_large_batch_of_many_heads(monkeypatch: pytest.MonkeyPatch)
     q = torch.empty((2**17, 3, 70_000, 16), device="meta")
     gated_linear_attention.gated_linear_attention_fwd(q, q, q, None, None, None, None, 1.0, 0.0, True)
     interval_attention.interval_attention_fwd(
-        q.unsqueeze(3), q, q, None, None, None, None, 0, -1, True, None, None, 0.25, []
+        q.unsqueeze(3), q, q, None, None, None, None, 0, -1, True, None, None, None, 0.25, 0.0, []
     )
     assert len(grids) == 3 and all(len(grid) == 1 and grid[0] >= 2**17 * 70_000 for grid in grids)
 

@@ -26,6 +26,8 @@ def oracle(
     scale: float | None = None,
     sink_logits: torch.Tensor | None = None,
     key_bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
     q_shift: RopeSpec | None = None,
     return_lse: bool = False,
 ) -> Any:
@@ -39,8 +41,10 @@ def oracle(
         key_bias = (
             key_bias[None, None] if key_bias.dim() == 1 else key_bias[:, None] if key_bias.dim() == 2 else key_bias
         )
+    if alibi_slopes is not None and alibi_slopes.dim() == 1:
+        alibi_slopes = alibi_slopes[None]
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    rest: tuple[Any, ...] = (*mask.lower(q.shape[1], k.shape[1]), key_bias, sink_logits, factor)
+    rest: tuple[Any, ...] = (*mask.lower(q.shape[1], k.shape[1]), key_bias, sink_logits, alibi_slopes, factor, softcap)
     out, lse = reference.interval_attention.interval_attention(queries, k, v, *rest)
     return (out, lse) if return_lse else out
 
@@ -69,9 +73,10 @@ def draw(
     *,
     bias: tuple[int, ...] | None = None,
     sinks: float | None = None,
+    slopes: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Sample:
-    """Random tensors for one call. `bias` is the shape of key_bias; sink logits lie around -sinks, 0 and sinks by turns, where 10
+    """Random tensors for one call. `bias` and `slopes` are shapes of key_bias and alibi_slopes; sink logits lie around -sinks, 0 and sinks by turns, where 10
     changes the last digits, and takes nearly all."""
     batch = batch if sampler.tokens is None else sampler.tokens
     args: dict[str, torch.Tensor | None] = {
@@ -84,6 +89,8 @@ def draw(
     if sinks is not None:
         turns = sinks * (torch.arange(heads) % 3 - 1)
         args["sink_logits"] = sampler.normal(heads) + turns.to(sampler.device, sampler.dtype)
+    if slopes is not None:
+        args["alibi_slopes"] = sampler.normal(*slopes) / 4
     shared = mask.starts is None or mask.starts.shape[0] == 1
     # Weights are rounded to 16 bits before they are multiplied, so 16-bit results are not rounded once.
     exact = sampler.dtype is torch.float32
@@ -107,6 +114,7 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         scale=0.3, return_lse=True,
     )  # fmt: skip
     yield new("sink-window", IntervalMask.sink(3, 9), 1, 40, 53, 3, 3, 17, return_lse=True)
+    yield new("capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, softcap=0.7, sinks=1.0, slopes=(2, 4), return_lse=True)
     if sampler.size == "small":
         yield new("full", IntervalMask.full(), 2, 5, 70, 2, 1, 8)
         return
@@ -114,6 +122,9 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
     yield new("sliding-longer-queries", IntervalMask.sliding(50), 2, 150, 100, 2, 2, 33, bias=(100,))
     yield new("tiles", IntervalMask.causal(), 1, 270, 270, 1, 1, 24, return_lse=True)
     yield new("wide", random_mask(sampler, 2, 1, 30, 140), 2, 30, 140, 2, 1, 160, 256)
+    yield new("widest", IntervalMask.sink(2, 40), 1, 33, 70, 2, 1, 512, 320, softcap=2.0)
+    yield new("widest-decode", IntervalMask.causal(), 2, 1, 150, 4, 1, 320, 512)
+    yield new("alibi", IntervalMask.full(), 2, 140, 150, 4, 2, 24, slopes=(4,), bias=(150,), return_lse=True)
     alive = torch.arange(130)[None, None]
     mask = IntervalMask.causal(130, 130).with_key_lifetime(alive.int(), (alive + 1 + alive % 60).int())
     yield new("lifetime", mask.to(sampler.device), 1, 130, 130, 2, 2, 20)
@@ -132,17 +143,19 @@ def random(c: Choices) -> Sample:
     tq, tk = c.extent("tq", 0, 80), c.extent("tk", 0, 140)
     batch, kv_heads = c.integer("batch", 0, 2), c.integer("kv_heads", 1, 2)
     heads = kv_heads * c.pick("group", (1, 1, 2, 3, 7))
-    d, dv = c.extent("d", 1, 256), c.extent("dv", 1, 256)
+    d, dv = c.extent("d", 1, 512), c.extent("dv", 1, 512)
     mask = _random_mask(c, batch, heads, tq, tk, MASK_KINDS if d > 1 else MASK_KINDS[:-1])
     options: dict[str, Any] = {}
     if mask.shift is not None:
         options["q_shift"] = RopeSpec(1.0 / 100 ** (torch.arange(0, d // 2 * 2, 2) / d), d // 2 * 2)
     if c.flag("scaled"):
         options["scale"] = c.pick("scale", (0.3, 0.0, -0.5, 3.0))
+    options["softcap"] = c.pick("softcap", (0.0, 0.0, 0.5, 5.0, 50.0))
+    slopes = c.pick("alibi_slopes", (None, None, (heads,), (batch, heads)))
     bias = c.pick("key_bias", (None, None, (tk,), (batch, tk), (1, heads, tk)))
     sample = draw(
         c.sampler, "random", mask, batch, tq, tk, heads, kv_heads, d, dv, bias=bias, sinks=c.flag("sinks"),
-        return_lse=c.flag("lse"), **options,
+        slopes=slopes, return_lse=c.flag("lse"), **options,
     )  # fmt: skip
     for name in ("key_bias", "sink_logits"):
         if sample.args.get(name) is not None:
@@ -302,8 +315,8 @@ SPEC = OpSpec(
     peers={"sdpa causal": _sdpa_causal, "flex": _flex},
     missing={
         "nn": "attention modules hold projections: transformers' own, through attn_implementation='subquad'",
-        "check:dtypes": "key_bias and sink_logits may have any float dtype; tests/ops checks q, k and v",
-        "check:autocast": "q, k and v are cast, key_bias and sink_logits are not; tests/ops checks that",
+        "check:dtypes": "key_bias, sink_logits and alibi_slopes may have any float dtype; tests/ops checks q, k and v",
+        "check:autocast": "q, k and v are cast, biases are not; tests/ops checks that",
     },
 )
 SPECS = (SPEC,)

@@ -276,4 +276,19 @@ inline Vec vec_exp2(Vec x) {
 #endif
 }
 
+// Coefficients of (tanh(y) - y) / y^3 by powers of y^2, |y| <= 0.625, relative error of tanh 2e-8.
+constexpr float kTanh[] = {-0.33333329f, 0.1333277f, -0.05385091f, 0.020997179f, -0.0060967142f};
+
+/// tanh to three ulp; NaN kept.
+inline Vec vec_tanh(Vec x) {
+  const Vec z = x * x, y = vec_max(-x, x);
+  Vec p = vec_set(kTanh[4]);
+  for (int i = 3; i >= 0; --i) p = vec_fma(p, z, vec_set(kTanh[i]));
+  const Vec small = vec_fma(p * z, x, x);
+  constexpr float kLarge = 10.0f, kTwoLog2e = 2.8853900817779268f;  // tanh(10) is 1 in float32
+  const Vec least = y < kLarge ? y : vec_set(kLarge);  // NaN takes the last branch below
+  const Vec large = 1.0f - 2.0f / (1.0f + vec_exp2(least * kTwoLog2e));
+  return y < 0.625f ? small : (x < 0.0f ? -large : x > 0.0f ? large : x);
+}
+
 }  // namespace subquad::cpu::SUBQUAD_ISA

@@ -71,7 +71,7 @@ inline IntervalAttentionParams interval_arguments(const Tensor& q, const Tensor&
                                                   const OptionalTensor& key_start, const OptionalTensor& key_stop,
                                                   int64_t sink_tokens, int64_t window, bool causal,
                                                   const OptionalTensor& key_bias, const OptionalTensor& sink_logits,
-                                                  double scale) {
+                                                  const OptionalTensor& alibi_slopes, double scale, double softcap) {
   const Anchor like_q{q, "q"};
   check_head_rows(q, "q", 5, like_q);
   check_head_rows(k, "k", 4, like_q);
@@ -92,11 +92,19 @@ inline IntervalAttentionParams interval_arguments(const Tensor& q, const Tensor&
     p.key_bias = floats_of(key_bias, "key_bias", {key_bias->size(0), key_bias->size(1), m.tk}, like_q);
   }
   p.sink_logits = floats_of(sink_logits, "sink_logits", {p.heads}, like_q);
+  if (alibi_slopes.has_value()) {
+    check_dims(*alibi_slopes, "alibi_slopes", 2);
+    const int64_t rows = alibi_slopes->size(0) == 1 ? 1 : p.batch;
+    p.alibi_slopes = floats_of(alibi_slopes, "alibi_slopes", {rows, p.heads}, like_q);
+    p.slope_stride_b = rows == 1 ? 0 : p.heads;
+  }
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   p.q_stride_b = q.stride(0), p.q_stride_t = q.stride(1), p.q_stride_h = q.stride(2), p.q_stride_s = q.stride(3);
   p.k_stride_b = k.stride(0), p.k_stride_t = k.stride(1), p.k_stride_h = k.stride(2);
   p.v_stride_b = v.stride(0), p.v_stride_t = v.stride(1), p.v_stride_h = v.stride(2);
   p.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(softcap >= 0, "softcap: expected >= 0, got ", softcap);
+  p.softcap = static_cast<float>(softcap);
   return p;
 }
 
@@ -106,17 +114,17 @@ std::tuple<Tensor, Tensor, Tensor> interval_attention_fwd(const Tensor& q, const
                                                           const OptionalTensor& key_start,
                                                           const OptionalTensor& key_stop, int64_t sink_tokens,
                                                           int64_t window, bool causal, const OptionalTensor& key_bias,
-                                                          const OptionalTensor& sink_logits, double scale,
+                                                          const OptionalTensor& sink_logits, const OptionalTensor& alibi_slopes, double scale, double softcap,
                                                           [[maybe_unused]] std::vector<Tensor> plan) {
   IntervalAttentionParams p = interval_arguments(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window,
-                                                 causal, key_bias, sink_logits, scale);
+                                                 causal, key_bias, sink_logits, alibi_slopes, scale, softcap);
   const DType dtype = dtype_of(q, "q");
   const Tensor out = empty_on(q, {p.batch, p.mask.tq, p.heads, p.dv}, q.scalar_type());
   const Tensor lse = empty_on(q, {p.batch, p.mask.tq, p.heads}, ScalarType::Float);
   const Tensor stats = empty_on(q, {p.batch, p.mask.tq, p.heads, 2}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = floats_in(lse), p.stats = floats_in(stats);
-  Device::forward(p, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, out, lse, stats);
+  Device::forward(p, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, alibi_slopes, out, lse, stats);
   return {out, lse, stats};
 }
 
@@ -125,11 +133,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& stats, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptionalTensor& starts, const OptionalTensor& ends,
     const OptionalTensor& key_start, const OptionalTensor& key_stop, int64_t sink_tokens, int64_t window, bool causal,
-    const OptionalTensor& key_bias, const OptionalTensor& sink_logits, double scale,
+    const OptionalTensor& key_bias, const OptionalTensor& sink_logits, const OptionalTensor& alibi_slopes, double scale, double softcap,
     [[maybe_unused]] std::vector<Tensor> plan) {
   const Anchor like_q{q, "q"};
   IntervalAttentionParams p = interval_arguments(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window,
-                                                 causal, key_bias, sink_logits, scale);
+                                                 causal, key_bias, sink_logits, alibi_slopes, scale, softcap);
   const DType dtype = dtype_of(q, "q");
   const int64_t tq = p.mask.tq, tk = p.mask.tk;
   p.out = const_cast<void*>(data_of(out, "out", {p.batch, tq, p.heads, p.dv}, like_q));
@@ -145,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
   grads.dq = dq.mutable_data_ptr(), grads.dk = dk.mutable_data_ptr(), grads.dv = dv.mutable_data_ptr();
   grads.delta = floats_in(delta);
   if (key_bias.has_value()) grads.dkey_bias = floats_in(dkey_bias);
-  Device::backward(p, grads, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, out, stats,
+  Device::backward(p, grads, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, alibi_slopes, out, stats,
                    grad_out, grad_lse, dq, dk, dv, dkey_bias, delta);
   return {dq, dk, dv, dkey_bias, delta};
 }

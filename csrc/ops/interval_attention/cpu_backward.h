@@ -171,14 +171,18 @@ class BackwardRange {
       zero_words(x, begin), zero_words(d, begin);
       zero_words(x + end, kKeys - end), zero_words(d + end, kKeys - end);
       if (!any) continue;
-      const float* bias = bias_row(p_, *rows_, i, key);
-      scale_scores(x, begin, end, p_.scale, bias, live);
-      if (biased && bias != nullptr) hide_biased(bias, begin, smaller(end, live), x);
+      const ScoreTerms terms = score_terms(p_, *rows_, i, key);
+      alignas(64) float rates[kKeys];
+      finish_products(terms, begin, end, live, x, rates);
+      if (biased && terms.bias != nullptr) hide_biased(terms.bias, begin, smaller(end, live), x);
       if (!hull.full || end > live) seen.fill_hidden(i, key, begin, end, -__builtin_inff(), x);
       score_gradients(x, d, begin, end, top_[i], log2_sum_[i], delta_[i]);
       if (grads_.dkey_bias != nullptr && i < rows_->count) {
         float* dbias = grads_.dkey_bias + (rows_->b * p_.heads + rows_->head(i)) * p_.mask.tk + key;
         for (int64_t j = hull.begin; j < hull.end; ++j) dbias[j] += d[j];
+      }
+      if (terms.softcap != 0.0f) {
+        for (int64_t j = begin; j < end; j += kLanes) vec_store(d + j, vec_mul(vec_load(d + j), vec_load(rates + j)));
       }
     }
     narrow(row, rows);
@@ -228,7 +232,8 @@ class BackwardRange {
   void add_visible_pairs(const VisibleKeys& seen, int64_t row, int64_t key) {
     const auto* q = reinterpret_cast<const Element*>(q_ + row * q_words_);
     const auto* grad = reinterpret_cast<const Element*>(grad_ + row * v_words_);
-    const float* bias = bias_row(p_, *rows_, row, key);
+    const ScoreTerms terms = score_terms(p_, *rows_, row, key);
+    const float* bias = terms.bias;
     for (int64_t j = 0; j < smaller(kKeys, p_.mask.tk - key); ++j) {
       if (!seen.sees(row, key, j) || (bias != nullptr && bias[j] == -__builtin_inff())) continue;
       const auto* k = reinterpret_cast<const Element*>(k_ + j * q_words_);
@@ -236,15 +241,19 @@ class BackwardRange {
       float score = 0.0f, d = 0.0f;
       for (int64_t c = 0; c < p_.d; ++c) score += to_float(q[c]) * to_float(k[c]);
       for (int64_t c = 0; c < p_.dv; ++c) d += to_float(grad[c]) * to_float(v[c]);
-      score = score * p_.scale + (bias == nullptr ? 0.0f : bias[j]);
+      const float t = terms.softcap != 0.0f ? tanhf(score * terms.scale / terms.softcap) : 0.0f;
+      score = terms.softcap != 0.0f ? t * terms.softcap : score * terms.scale;
+      score -= terms.slope * fabsf(static_cast<float>(terms.own - j));
+      if (bias != nullptr) score += bias[j];
       const float weight = exp2f((score - top_[row]) * kLog2e - log2_sum_[row]);
-      d = weight * (d - delta_[row]);
+      const float dbias = weight * (d - delta_[row]);
+      d = dbias * (1.0f - t * t);
       float *dk = dk_ + (key - first_ + j) * q_cols_, *dv = dv_ + (key - first_ + j) * v_cols_;
       for (int64_t c = 0; c < p_.dv; ++c) dv[c] += weight * to_float(grad[c]);
       for (int64_t c = 0; c < p_.d; ++c) dk[c] += d * to_float(q[c]);
       for (int64_t c = 0; c < p_.d; ++c) dq_[row * q_cols_ + c] += d * to_float(k[c]);
       if (grads_.dkey_bias != nullptr)
-        grads_.dkey_bias[(rows_->b * p_.heads + rows_->head(row)) * p_.mask.tk + key + j] += d;
+        grads_.dkey_bias[(rows_->b * p_.heads + rows_->head(row)) * p_.mask.tk + key + j] += dbias;
     }
   }
 

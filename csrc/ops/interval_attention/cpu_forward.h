@@ -49,16 +49,47 @@ inline bool masks_by_bias(const IntervalAttentionParams& p, const RowTile& rows,
   return found;
 }
 
-/// x = scale * x + bias over columns [begin, end), multiples of kLanes; `live` keys have a bias. Returns the largest;
-/// NaN is passed over. Not yet in units of log2: the largest floats, which masks and sinks may hold, would overflow.
-inline float scale_scores(float* x, int64_t begin, int64_t end, float scale, const float* bias, int64_t live) {
-  const Vec factor = vec_set(scale);
+/// What turns the products of a row with the keys of a tile into scores.
+struct ScoreTerms {
+  float scale, softcap;
+  const float* bias;  // of the tile's keys, or null
+  float slope;        // taken from the score for each key between the row's own and the key; 0 where there is none
+  int64_t own;        // column of the row's own key
+};
+
+inline ScoreTerms score_terms(const IntervalAttentionParams& p, const RowTile& rows, int64_t row, int64_t key) {
+  ScoreTerms terms{p.scale, p.softcap, bias_row(p, rows, row, key), 0.0f, 0};
+  if (p.alibi_slopes == nullptr || row >= rows.count) return terms;
+  terms.slope = p.alibi_slopes[rows.b * p.slope_stride_b + rows.head(row)];
+  terms.own = rows.position(row) + p.mask.tk - p.mask.tq - key;
+  return terms;
+}
+
+/// x = cap(scale x) - slope |own - column| + bias over columns [begin, end), multiples of kLanes; `live` keys have a
+/// bias. Returns the largest; NaN is passed over. Not yet in units of log2: the largest floats, which masks and sinks
+/// may hold, would overflow. `rates`, where given: the derivative of the cap, where there is one.
+inline float finish_products(const ScoreTerms& terms, int64_t begin, int64_t end, int64_t live, float* x,
+                             float* rates = nullptr) {
+  const Vec factor = vec_set(terms.scale), cap = vec_set(terms.softcap), slope = vec_set(terms.slope);
+  const Vec per_cap = vec_set(1.0f / terms.softcap);
+  const bool capped = terms.softcap != 0.0f, sloped = terms.slope != 0.0f;
+  Vec lanes = vec_zero();
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(i);
   Vec top = vec_set(-__builtin_inff());
   for (int64_t j = begin; j < end; j += kLanes) {
     Vec s = vec_mul(vec_load(x + j), factor);
-    if (bias != nullptr) {
+    if (capped) {
+      const Vec t = vec_tanh(vec_mul(s, per_cap));
+      s = vec_mul(t, cap);
+      if (rates != nullptr) vec_store(rates + j, 1.0f - t * t);
+    }
+    if (sloped) {
+      const Vec distance = vec_set(static_cast<float>(terms.own - j)) - lanes;
+      s = s - slope * vec_max(distance, -distance);
+    }
+    if (terms.bias != nullptr) {
       float b[kLanes] = {};
-      std::memcpy(b, bias + j, static_cast<size_t>(smaller(kLanes, larger(0, live - j))) * sizeof(float));
+      std::memcpy(b, terms.bias + j, static_cast<size_t>(smaller(kLanes, larger(0, live - j))) * sizeof(float));
       s = vec_add(s, vec_load(b));
     }
     top = vec_max(s, top);
@@ -225,13 +256,13 @@ class ForwardTile {
     }
   }
 
-  /// Products become scores: scaled, biased, -inf where hidden. Returns the largest.
+  /// Products become scores, -inf where hidden. Returns the largest.
   float finish_scores(const VisibleKeys& seen, const Hull& hull, int64_t row, int64_t key, int64_t live, bool biased,
                       int64_t begin, int64_t end, float* x) const {
-    const float* bias = bias_row(p_, *rows_, row, key);
-    const float found = scale_scores(x, begin, end, p_.scale, bias, live);
-    const bool some_biased = biased && bias != nullptr, some_hidden = !hull.full || end > live;
-    if (some_biased) hide_biased(bias, begin, smaller(end, live), x);
+    const ScoreTerms terms = score_terms(p_, *rows_, row, key);
+    const float found = finish_products(terms, begin, end, live, x);
+    const bool some_biased = biased && terms.bias != nullptr, some_hidden = !hull.full || end > live;
+    if (some_biased) hide_biased(terms.bias, begin, smaller(end, live), x);
     if (some_hidden) seen.fill_hidden(row, key, begin, end, -__builtin_inff(), x);
     return some_biased || some_hidden ? largest(x, begin, end) : found;
   }

@@ -7,7 +7,7 @@
 
 namespace subquad {
 
-constexpr int64_t kIntervalMaxDim = 256;  // of D and of Dv
+constexpr int64_t kIntervalMaxDim = 512;  // of D and of Dv
 
 /// Which keys a row sees. With `starts`, interval r of row t is [starts, ends) at
 /// b * mask_stride_b + h * mask_stride_h + t * intervals + r; without, the analytic form (see `row_interval`).
@@ -33,6 +33,7 @@ struct IntervalAttentionParams {
   const void* v;             // [B, Tk, Hkv, Dv]
   const float* key_bias;     // [B|1, Hq|1, Tk] or null
   const float* sink_logits;  // [Hq] or null
+  const float* alibi_slopes;  // [B|1, Hq] or null: of every key, slope * |t + Tk - Tq - j| is taken from the score
   void* out;                 // [B, Tq, Hq, Dv], contiguous
   float* lse;                // [B, Tq, Hq], contiguous
   float* stats;              // [B, Tq, Hq, 2], contiguous: the largest score of a row, the sink logit among them, and
@@ -42,7 +43,9 @@ struct IntervalAttentionParams {
   int64_t k_stride_b, k_stride_t, k_stride_h;
   int64_t v_stride_b, v_stride_t, v_stride_h;
   int64_t bias_stride_b, bias_stride_h;  // 0 where broadcast
+  int64_t slope_stride_b;                // 0 where broadcast
   float scale;
+  float softcap;  // scaled scores become softcap * tanh(score / softcap) before biases; 0 leaves them
 };
 
 /// The rest of a backward call; element types as in the forward, all contiguous.

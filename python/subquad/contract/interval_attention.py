@@ -8,12 +8,13 @@ import torch
 
 from ._contract import Contract, Operator, new_like
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 _MASK = ("starts", "ends", "key_start", "key_stop")
 _ARGS = (
     "Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? ends, Tensor? key_start, Tensor? key_stop, int sink_tokens, "
-    "int window, bool causal, Tensor? key_bias, Tensor? sink_logits, float scale, Tensor[] plan"
+    "int window, bool causal, Tensor? key_bias, Tensor? sink_logits, Tensor? alibi_slopes, float scale, float softcap, "
+    "Tensor[] plan"
 )
 
 

@@ -23,23 +23,29 @@ def interval_attention(
     scale: float | None = None,
     sink_logits: torch.Tensor | None = None,
     key_bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float = 0.0,
     q_shift: RopeSpec | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    r"""softmax(scale q k^T + key_bias) v over the keys that `mask` lets each row see, in one pass (FlashAttention, 2205.14135).
+    r"""softmax(cap(scale q k^T) + key_bias) v over the keys that `mask` lets each row see, in one pass (FlashAttention, 2205.14135).
 
     Work is proportional to the visible keys; no [Tq, Tk] tensor exists on any backend but "reference". Differentiable in
     q, k, v, key_bias and sink_logits, through both results. A row that sees nothing gives 0, and lse -inf.
 
     Args:
-        q: queries [B, Tq, Hq, D], float32, bfloat16, float16 (float64 on the reference backend), D in 1..256; any strides.
+        q: queries [B, Tq, Hq, D], float32, bfloat16, float16 (float64 on the reference backend), D in 1..512; any strides.
         k: keys [B, Tk, Hkv, D]; Hkv divides Hq, and query head h reads key head h // (Hq // Hkv).
-        v: values [B, Tk, Hkv, Dv], Dv in 1..256.
+        v: values [B, Tk, Hkv, Dv], Dv in 1..512.
         mask: which keys each row sees; see `IntervalMask`. Its sizes, where it has any, must be those of q and k.
         scale: factor of the scores; None for D ** -0.5.
         sink_logits: [Hq], any float dtype: one more term exp(sink_logits[h]) in the softmax denominator (gpt-oss).
         key_bias: [Tk], [B, Tk] or [B|1, Hq|1, Tk], any float dtype, added to the scores; -inf masks a key.
+        alibi_slopes: [Hq] or [B, Hq], any float dtype, without a gradient: -alibi_slopes[h] * |i + Tk - Tq - j| is added to the
+            score of row i and key j (ALiBi, arXiv 2108.12409; the distance counts both ways, as in flash-attn).
+        softcap: scores become softcap * tanh(score / softcap) before anything is added to them (Gemma 2, arXiv 2408.00118);
+            0 leaves them.
         q_shift: rotates the query of every interval by `mask.shift` positions; q and k are already rotated (PINE).
         return_lse: also return the log-sum-exp of the scores, sink logit included.
         backend: "native", "triton", "reference", or None to choose.
@@ -49,7 +55,8 @@ def interval_attention(
 
     Raises:
         TypeError: wrong type or dtype of an argument.
-        ValueError: shapes or devices that do not fit, a mask of other sizes, a scale that is not finite, `q_shift` without
+        ValueError: shapes or devices that do not fit, a mask of other sizes, a scale that is not finite, a softcap that is not
+            finite or negative, slopes that require a gradient, `q_shift` without
             `mask.shift` or the reverse, a backend that cannot run.
 
     Example:
@@ -64,6 +71,7 @@ def interval_attention(
         raise TypeError(f"mask: expected a subquad.IntervalMask, got {type(mask).__name__}")
     scale = _scale(scale, q.shape[3])
     bias, sinks = _key_bias(key_bias, q, k), _sink_logits(sink_logits, q)
+    slopes, softcap = _alibi_slopes(alibi_slopes, q), _softcap(softcap)
     _checks.flag("return_lse", return_lse)
     lowered = _lower(mask, q, k)
     queries = _rotated(q, mask, q_shift)
@@ -72,7 +80,7 @@ def interval_attention(
         if backend == "triton" and lowered[0] is not None:
             arguments[-1] = mask.plan(per_slot=queries.shape[3] > 1)
 
-    arguments = (queries, k, v, *lowered, bias, sinks, scale, [])
+    arguments = (queries, k, v, *lowered, bias, sinks, slopes, scale, softcap, [])
     out, lse, *_ = _call.run("interval_attention_fwd", backend, arguments, _define, tokens=q.shape[1], prepare=plan)
     return (out, lse) if return_lse else out
 
@@ -147,6 +155,28 @@ def _sink_logits(sinks: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | 
     if sinks.shape != (q.shape[2],):
         raise ValueError(f"sink_logits: expected shape [{q.shape[2]}], one per query head, got {list(sinks.shape)}")
     return _wide("sink_logits", sinks, q).contiguous()
+
+
+def _alibi_slopes(slopes: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """As float32 [B|1, Hq], contiguous (float64 beside a float64 q)."""
+    if slopes is None:
+        return None
+    _checks.tensor("alibi_slopes", slopes)
+    batch, heads = q.shape[0], q.shape[2]
+    wide = slopes[None] if slopes.dim() == 1 else slopes
+    if wide.dim() != 2 or wide.shape[0] not in (1, batch) or wide.shape[1] != heads:
+        raise ValueError(f"alibi_slopes: expected shape [{heads}] or [{batch} or 1, {heads}], got {list(slopes.shape)}")
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes: expected a tensor without a gradient, got one that requires it")
+    return _wide("alibi_slopes", wide, q).contiguous()
+
+
+def _softcap(softcap: float) -> float:
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap: expected a float, got {type(softcap).__name__}")
+    if softcap != 0 and not torch.finfo(torch.float32).tiny <= softcap <= torch.finfo(torch.float32).max:
+        raise ValueError(f"softcap: expected 0 or a finite positive float32, got {softcap}")
+    return float(softcap)
 
 
 def _wide(name: str, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Softmax attention where every query row sees a union of key intervals: the dense definition.
 
-s_ij = scale * q_i . k_j + key_bias_j over the keys j that row i sees;
+s_ij = cap(scale * q_i . k_j) - alibi_slope * |i + Tk - Tq - j| + key_bias_j over the keys j that row i sees, where
+cap(x) = softcap * tanh(x / softcap), or x where softcap is 0;
 lse_i = log(exp(sink_logit) + sum_j exp(s_ij));  P_ij = exp(s_ij - lse_i);  out_i = sum_j P_ij v_j.
 
-Sources: FlashAttention (arXiv 2205.14135) for lse and its gradients; gpt-oss for the sink logit in the denominator;
+Sources: FlashAttention (arXiv 2205.14135) for lse and its gradients; gpt-oss for the sink logit in the denominator; Gemma 2
+(arXiv 2408.00118) for the cap of the logits; ALiBi (arXiv 2108.12409), with the distance both ways, as flash-attn has it;
 PINE (arXiv 2407.01100) for a query that is rotated differently for every interval.
 """
 
@@ -46,6 +48,12 @@ def visible(
     return keep
 
 
+def distance(tq: int, tk: int, device: torch.device) -> torch.Tensor:
+    """How far each key is from each row, of which the last stands at the last key: [Tq, Tk]."""
+    own = torch.arange(tq, device=device)[:, None] + (tk - tq)
+    return (own - torch.arange(tk, device=device)).abs()
+
+
 def interval_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,11 +67,13 @@ def interval_attention(
     causal: bool,
     key_bias: torch.Tensor | None,
     sink_logits: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B, Tq, H, Dv] in q's dtype, lse [B, Tq, H]) by dense matrices; differentiable, any float dtype.
 
-    q is [B, Tq, H, R, D]: R = 1, or one query per interval. float64 input is computed and lse returned in float64,
+    q is [B, Tq, H, R, D]: R = 1, or one query per interval; alibi_slopes [B|1, H]. float64 input is computed and lse returned in float64,
     anything else in float32.
     """
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
@@ -73,6 +83,10 @@ def interval_attention(
     scores = torch.einsum("bthrd,bshd->bhtrs", q.to(dtype), wide_k) * scale
     # Intervals with queries of their own are disjoint, so one term of the sum is not zero.
     scores = torch.where(keep, scores, 0.0).sum(3) if q.shape[3] > 1 else scores[:, :, :, 0]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(dtype)[:, :, None, None] * distance(*scores.shape[2:], scores.device)
     keep = keep.any(3)
     if key_bias is not None:
         scores = scores + key_bias.to(dtype)[:, :, None]

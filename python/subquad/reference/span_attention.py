@@ -59,7 +59,7 @@ def slots(
         key_stop = torch.full_like(key_mask, _NEVER, dtype=torch.int32)[:, None]
         key_start = key_stop.masked_fill(key_mask[:, None], 0)
     out, lse = interval_attention(
-        rows, upcast(k), upcast(v), starts, ends, key_start, key_stop, 0, -1, False, None, None, scale
+        rows, upcast(k), upcast(v), starts, ends, key_start, key_stop, 0, -1, False, None, None, None, scale, 0.0
     )
     return out.unflatten(1, (tokens, spans)).transpose(2, 3), lse.unflatten(1, (tokens, spans)).transpose(2, 3)
 

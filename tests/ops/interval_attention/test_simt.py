@@ -39,7 +39,8 @@ class Call:
             "v": self.normal(batch, tk, kv_heads, dv or d).to(dtype),
         }
         none = dict.fromkeys(("starts", "ends", "key_start", "key_stop"))
-        rest = {"sink_tokens": 0, "window": -1, "causal": True, "key_bias": None, "sink_logits": None, "scale": 0.3}
+        rest = {"sink_tokens": 0, "window": -1, "causal": True, "key_bias": None, "sink_logits": None}
+        rest |= {"alibi_slopes": None, "scale": 0.3, "softcap": 0.0}
         self.mask: dict[str, Any] = none | rest | mask
 
     def normal(self, *shape: int) -> torch.Tensor:
