@@ -300,17 +300,19 @@ MASKS: dict[str, Callable[[], IntervalMask]] = {
 def test_interval_attention(size: int, kind: str, mask: str, extras: bool) -> None:
     made = MASKS[mask]()
     rows = {n: normal(2, TOKENS, h, 8, seed=i) for i, (n, h) in enumerate((("q", 4), ("k", 2), ("v", 2)))}
-    whole = {}
+    whole: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if extras:  # far from 0, so that a sink logit that is dropped or counted twice shows
         rows["key_bias"] = normal(2, TOKENS, seed=8)
         whole["sink_logits"] = torch.tensor([10.0, -10.0, 3.0, 0.0])
+        options["softcap"] = 2.0
     compare(
         size,
         LAYOUTS[kind],
         rows,
         whole,
-        lambda **x: subquad.interval_attention(**x, mask=made),
-        lambda **x: sd.interval_attention(**x, mask=made),
+        lambda **x: subquad.interval_attention(**x, mask=made, **options),
+        lambda **x: sd.interval_attention(**x, mask=made, **options),
     )
 
 

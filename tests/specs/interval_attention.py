@@ -76,8 +76,8 @@ def draw(
     slopes: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Sample:
-    """Random tensors for one call. `bias` and `slopes` are shapes of key_bias and alibi_slopes; sink logits lie around -sinks, 0 and sinks by turns, where 10
-    changes the last digits, and takes nearly all."""
+    """Random tensors for one call. `bias` and `slopes` are shapes of key_bias and alibi_slopes; sink logits lie around -sinks, 0
+    and sinks by turns, where 10 changes the last digits, and takes nearly all."""
     batch = batch if sampler.tokens is None else sampler.tokens
     args: dict[str, torch.Tensor | None] = {
         "q": sampler.normal(batch, tq, heads, d),
@@ -91,7 +91,7 @@ def draw(
         args["sink_logits"] = sampler.normal(heads) + turns.to(sampler.device, sampler.dtype)
     if slopes is not None:
         args["alibi_slopes"] = sampler.normal(*slopes) / 4
-    shared = mask.starts is None or mask.starts.shape[0] == 1
+    shared = (mask.starts is None or mask.starts.shape[0] == 1) and (slopes is None or len(slopes) == 1)
     # Weights are rounded to 16 bits before they are multiplied, so 16-bit results are not rounded once.
     exact = sampler.dtype is torch.float32
     return Sample(name, args, {"mask": mask, **options}, rows_independent=shared, rounded_once=exact)
@@ -114,17 +114,16 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         scale=0.3, return_lse=True,
     )  # fmt: skip
     yield new("sink-window", IntervalMask.sink(3, 9), 1, 40, 53, 3, 3, 17, return_lse=True)
-    yield new("capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, softcap=0.7, sinks=1.0, slopes=(2, 4), return_lse=True)
     if sampler.size == "small":
         yield new("full", IntervalMask.full(), 2, 5, 70, 2, 1, 8)
+        yield new(
+            "capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, softcap=0.7, sinks=1.0, slopes=(2, 4), return_lse=True
+        )
         return
     yield new("full-decode", IntervalMask.full(), 3, 1, 300, 6, 2, 72, 40, sinks=3.0)
     yield new("sliding-longer-queries", IntervalMask.sliding(50), 2, 150, 100, 2, 2, 33, bias=(100,))
     yield new("tiles", IntervalMask.causal(), 1, 270, 270, 1, 1, 24, return_lse=True)
     yield new("wide", random_mask(sampler, 2, 1, 30, 140), 2, 30, 140, 2, 1, 160, 256)
-    yield new("widest", IntervalMask.sink(2, 40), 1, 33, 70, 2, 1, 512, 320, softcap=2.0)
-    yield new("widest-decode", IntervalMask.causal(), 2, 1, 150, 4, 1, 320, 512)
-    yield new("alibi", IntervalMask.full(), 2, 140, 150, 4, 2, 24, slopes=(4,), bias=(150,), return_lse=True)
     alive = torch.arange(130)[None, None]
     mask = IntervalMask.causal(130, 130).with_key_lifetime(alive.int(), (alive + 1 + alive % 60).int())
     yield new("lifetime", mask.to(sampler.device), 1, 130, 130, 2, 2, 20)
@@ -133,6 +132,12 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
     shift = sampler.integers(-40, 40, *mask.starts.shape).int() if mask.starts is not None else None
     assert shift is not None
     yield new("shifted", mask.with_shift(shift.to(sampler.device)), 2, 25, 60, 4, 2, 12, q_shift=rope)
+    yield new(
+        "capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, softcap=0.7, sinks=1.0, slopes=(2, 4), return_lse=True
+    )
+    yield new("widest", IntervalMask.sink(2, 40), 1, 33, 70, 2, 1, 512, 320, softcap=2.0)
+    yield new("widest-decode", IntervalMask.causal(), 2, 1, 150, 4, 1, 320, 512)
+    yield new("alibi", IntervalMask.full(), 2, 140, 150, 4, 2, 24, slopes=(4,), bias=(150,), return_lse=True)
 
 
 MASK_KINDS = ("causal", "full", "sliding", "sink", "random", "lifetime", "prefix", "packed", "shifted")

@@ -286,7 +286,7 @@ inline Vec vec_tanh(Vec x) {
   for (int i = 3; i >= 0; --i) p = vec_fma(p, z, vec_set(kTanh[i]));
   const Vec small = vec_fma(p * z, x, x);
   constexpr float kLarge = 10.0f, kTwoLog2e = 2.8853900817779268f;  // tanh(10) is 1 in float32
-  const Vec least = y < kLarge ? y : vec_set(kLarge);  // NaN takes the last branch below
+  const Vec least = y < kLarge ? y : vec_set(kLarge);               // NaN takes the last branch below
   const Vec large = 1.0f - 2.0f / (1.0f + vec_exp2(least * kTwoLog2e));
   return y < 0.625f ? small : (x < 0.0f ? -large : x > 0.0f ? large : x);
 }

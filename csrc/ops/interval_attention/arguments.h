@@ -109,13 +109,11 @@ inline IntervalAttentionParams interval_arguments(const Tensor& q, const Tensor&
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> interval_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                          const OptionalTensor& starts, const OptionalTensor& ends,
-                                                          const OptionalTensor& key_start,
-                                                          const OptionalTensor& key_stop, int64_t sink_tokens,
-                                                          int64_t window, bool causal, const OptionalTensor& key_bias,
-                                                          const OptionalTensor& sink_logits, const OptionalTensor& alibi_slopes, double scale, double softcap,
-                                                          [[maybe_unused]] std::vector<Tensor> plan) {
+std::tuple<Tensor, Tensor, Tensor> interval_attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& starts, const OptionalTensor& ends,
+    const OptionalTensor& key_start, const OptionalTensor& key_stop, int64_t sink_tokens, int64_t window, bool causal,
+    const OptionalTensor& key_bias, const OptionalTensor& sink_logits, const OptionalTensor& alibi_slopes, double scale,
+    double softcap, [[maybe_unused]] std::vector<Tensor> plan) {
   IntervalAttentionParams p = interval_arguments(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window,
                                                  causal, key_bias, sink_logits, alibi_slopes, scale, softcap);
   const DType dtype = dtype_of(q, "q");
@@ -124,7 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> interval_attention_fwd(const Tensor& q, const
   const Tensor stats = empty_on(q, {p.batch, p.mask.tq, p.heads, 2}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = floats_in(lse), p.stats = floats_in(stats);
-  Device::forward(p, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, alibi_slopes, out, lse, stats);
+  Device::forward(p, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, alibi_slopes, out, lse,
+                  stats);
   return {out, lse, stats};
 }
 
@@ -133,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& stats, const Tensor& q,
     const Tensor& k, const Tensor& v, const OptionalTensor& starts, const OptionalTensor& ends,
     const OptionalTensor& key_start, const OptionalTensor& key_stop, int64_t sink_tokens, int64_t window, bool causal,
-    const OptionalTensor& key_bias, const OptionalTensor& sink_logits, const OptionalTensor& alibi_slopes, double scale, double softcap,
-    [[maybe_unused]] std::vector<Tensor> plan) {
+    const OptionalTensor& key_bias, const OptionalTensor& sink_logits, const OptionalTensor& alibi_slopes, double scale,
+    double softcap, [[maybe_unused]] std::vector<Tensor> plan) {
   const Anchor like_q{q, "q"};
   IntervalAttentionParams p = interval_arguments(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window,
                                                  causal, key_bias, sink_logits, alibi_slopes, scale, softcap);
@@ -153,8 +152,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> interval_attention_bwd(
   grads.dq = dq.mutable_data_ptr(), grads.dk = dk.mutable_data_ptr(), grads.dv = dv.mutable_data_ptr();
   grads.delta = floats_in(delta);
   if (key_bias.has_value()) grads.dkey_bias = floats_in(dkey_bias);
-  Device::backward(p, grads, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, alibi_slopes, out, stats,
-                   grad_out, grad_lse, dq, dk, dv, dkey_bias, delta);
+  Device::backward(p, grads, dtype, q, k, v, starts, ends, key_start, key_stop, key_bias, sink_logits, alibi_slopes,
+                   out, stats, grad_out, grad_lse, dq, dk, dv, dkey_bias, delta);
   return {dq, dk, dv, dkey_bias, delta};
 }
 

@@ -28,16 +28,16 @@ struct IntervalMaskParams {
 /// One forward call. q, k, v and out share one element type; the last dimensions are contiguous.
 struct IntervalAttentionParams {
   IntervalMaskParams mask;
-  const void* q;             // [B, Tq, Hq, slots, D]; with slots > 1, interval r of a row uses slot r
-  const void* k;             // [B, Tk, Hkv, D]
-  const void* v;             // [B, Tk, Hkv, Dv]
-  const float* key_bias;     // [B|1, Hq|1, Tk] or null
-  const float* sink_logits;  // [Hq] or null
+  const void* q;              // [B, Tq, Hq, slots, D]; with slots > 1, interval r of a row uses slot r
+  const void* k;              // [B, Tk, Hkv, D]
+  const void* v;              // [B, Tk, Hkv, Dv]
+  const float* key_bias;      // [B|1, Hq|1, Tk] or null
+  const float* sink_logits;   // [Hq] or null
   const float* alibi_slopes;  // [B|1, Hq] or null: of every key, slope * |t + Tk - Tq - j| is taken from the score
-  void* out;                 // [B, Tq, Hq, Dv], contiguous
-  float* lse;                // [B, Tq, Hq], contiguous
-  float* stats;              // [B, Tq, Hq, 2], contiguous: the largest score of a row, the sink logit among them, and
-                             // log of the sum of exp(score - largest); lse is their sum. 0, inf where nothing is seen
+  void* out;                  // [B, Tq, Hq, Dv], contiguous
+  float* lse;                 // [B, Tq, Hq], contiguous
+  float* stats;               // [B, Tq, Hq, 2], contiguous: the largest score of a row, the sink logit among them, and
+                              // log of the sum of exp(score - largest); lse is their sum. 0, inf where nothing is seen
   int64_t batch, heads, kv_heads, slots, d, dv;
   int64_t q_stride_b, q_stride_t, q_stride_h, q_stride_s;
   int64_t k_stride_b, k_stride_t, k_stride_h;

@@ -33,6 +33,7 @@ def interval_attention(
     scale: float | None = None,
     sink_logits: torch.Tensor | None = None,
     key_bias: torch.Tensor | None = None,
+    softcap: float = 0.0,
     q_shift: RopeSpec | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -50,7 +51,7 @@ def interval_attention(
         method: "keys" or "heads".
         sink_logits: [Hq], equal on all ranks; its gradient is this rank's part of a sum.
         key_bias: of this rank's keys, [B, T of this rank].
-        scale, q_shift, return_lse, backend: as in `subquad.interval_attention`.
+        scale, softcap, q_shift, return_lse, backend: as in `subquad.interval_attention`.
 
     Returns:
         out [B, T of this rank, Hq, Dv] in q's dtype; with `return_lse`, (out, lse [B, T of this rank, Hq]).
@@ -82,14 +83,14 @@ def interval_attention(
 
     def signature() -> dict[str, Any]:
         shapes = {name: (x.shape[0], *x.shape[2:], x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
-        given = (scale, sink_logits is not None, key_bias is not None, q_shift is not None, return_lse)
+        given = (scale, softcap, sink_logits is not None, key_bias is not None, q_shift is not None, return_lse)
         return {"op": "interval_attention", "method": method, "options": given, "mask": _digest(mask, layout), **shapes}
 
     checked(layout, signature, check)
     if method == "heads":
 
         def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            found = _interval_attention(q, k, v, mask, scale=scale, q_shift=q_shift, backend=backend)
+            found = _interval_attention(q, k, v, mask, scale=scale, softcap=softcap, q_shift=q_shift, backend=backend)
             return cast("torch.Tensor", found)
 
         return by_heads(whole, q, k, v, layout=layout)
@@ -99,7 +100,7 @@ def interval_attention(
     k, v, *bias = (with_own(plan, own, other) for own, other in zip((k, v, *bias), fetched, strict=True))
     return _interval_attention(
         q, k, v, local.to(q.device), scale=scale, sink_logits=sink_logits, key_bias=bias[0] if bias else None,
-        q_shift=q_shift, return_lse=return_lse, backend=backend,
+        softcap=softcap, q_shift=q_shift, return_lse=return_lse, backend=backend,
     )  # fmt: skip
 
 

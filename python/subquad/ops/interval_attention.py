@@ -29,7 +29,7 @@ def interval_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    r"""softmax(cap(scale q k^T) + key_bias) v over the keys that `mask` lets each row see, in one pass (FlashAttention, 2205.14135).
+    """softmax(cap(scale q k^T) + biases) v over the keys that `mask` lets each row see, in one pass (FlashAttention, 2205.14135).
 
     Work is proportional to the visible keys; no [Tq, Tk] tensor exists on any backend but "reference". Differentiable in
     q, k, v, key_bias and sink_logits, through both results. A row that sees nothing gives 0, and lse -inf.

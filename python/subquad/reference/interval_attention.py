@@ -73,8 +73,8 @@ def interval_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B, Tq, H, Dv] in q's dtype, lse [B, Tq, H]) by dense matrices; differentiable, any float dtype.
 
-    q is [B, Tq, H, R, D]: R = 1, or one query per interval; alibi_slopes [B|1, H]. float64 input is computed and lse returned in float64,
-    anything else in float32.
+    q is [B, Tq, H, R, D]: R = 1, or one query per interval; alibi_slopes is [B|1, H]. float64 input is computed and lse
+    returned in float64, anything else in float32.
     """
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     groups = q.shape[2] // k.shape[2]
@@ -86,7 +86,8 @@ def interval_attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(dtype)[:, :, None, None] * distance(*scores.shape[2:], scores.device)
+        slopes = alibi_slopes.to(dtype)[:, :, None, None]
+        scores = scores - slopes * distance(q.shape[1], k.shape[1], q.device)
     keep = keep.any(3)
     if key_bias is not None:
         scores = scores + key_bias.to(dtype)[:, :, None]

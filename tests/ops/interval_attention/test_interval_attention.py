@@ -138,6 +138,44 @@ def test_sink_logits_as_a_column(backend: str) -> None:
         assert (column(wrong) - column(1)).norm() > 0.2 * column(1).norm()
 
 
+@backend_params("interval_attention")
+def test_softcap_as_gemma_has_it(backend: str) -> None:
+    """Scores up to 40 under a cap of 5, with gradients."""
+    q, k, v = (x.requires_grad_() for x in tensors(2, 33, 50, 16, heads=(4, 2)))
+    mask = IntervalMask.causal()
+    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) * 2.5
+    assert scores.abs().max() > 30
+    scores = (5 * torch.tanh(scores / 5)).masked_fill(~mask.to_dense(33, 50), -torch.inf)
+    want = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v.repeat_interleave(2, 2))
+    out = subquad.interval_attention(q, k, v, mask, scale=2.5, softcap=5.0, backend=backend)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    weight = Sampler(seed=9).normal(*out.shape)
+    found, wanted = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, want))
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+
+
+@backend_params("interval_attention")
+@pytest.mark.parametrize("causal", [True, False])
+def test_alibi_is_a_bias_by_distance(backend: str, causal: bool) -> None:
+    """The last row stands at the last key; causal ALiBi is a bias of the keys, up to a constant of each row."""
+    q, k, v = tensors(2, 20, 45, 24, heads=(4, 2))
+    mask = IntervalMask.causal() if causal else IntervalMask.full()
+    slopes = torch.tensor([0.5, 0.1, 0.0, -0.2])
+    distance = (torch.arange(20)[:, None] + 25 - torch.arange(45)).abs()
+    bias = (-slopes[:, None, None] * distance).masked_fill(~mask.to_dense(20, 45)[0], -torch.inf)
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias.expand(2, -1, -1, -1), enable_gqa=True
+    ).transpose(1, 2)
+    for given_slopes in (slopes, slopes.expand(2, 4)):
+        out = subquad.interval_attention(q, k, v, mask, alibi_slopes=given_slopes, backend=backend)
+        torch.testing.assert_close(out, expected)
+    if causal:
+        by_key = slopes[None, :, None] * torch.arange(45.0)
+        torch.testing.assert_close(
+            subquad.interval_attention(q, k, v, mask, key_bias=by_key, backend=backend), expected
+        )
+
+
 def three_layers(x: torch.Tensor, mask: IntervalMask, backend: str) -> torch.Tensor:
     """A stack in which what a token sees spreads from layer to layer."""
     for layer in range(3):
@@ -406,7 +444,7 @@ WRONG: dict[str, tuple[str, type[Exception], dict[str, Any]]] = {
     "k of another head dimension": ("k", ValueError, {"k": torch.zeros(1, 6, 2, 9)}),
     "heads that do not divide": ("k", ValueError, {"k": torch.zeros(1, 6, 3, 8), "v": torch.zeros(1, 6, 3, 8)}),
     "v of another length": ("v", ValueError, {"v": torch.zeros(1, 5, 2, 8)}),
-    "head dimension 257": ("q", ValueError, {"q": torch.zeros(1, 4, 2, 257), "k": torch.zeros(1, 6, 2, 257)}),
+    "head dimension 513": ("q", ValueError, {"q": torch.zeros(1, 4, 2, 513), "k": torch.zeros(1, 6, 2, 513)}),
     "mask is a tensor": ("mask", TypeError, {"mask": torch.ones(4, 6)}),
     "mask of other sizes": ("mask", ValueError, {"mask": IntervalMask.causal(5, 6)}),
     "mask of another batch": ("mask", ValueError, {"mask": IntervalMask.from_dense(torch.ones(3, 1, 4, 6) > 0)}),
@@ -418,6 +456,15 @@ WRONG: dict[str, tuple[str, type[Exception], dict[str, Any]]] = {
     "sinks of another length": ("sink_logits", ValueError, {"sink_logits": torch.zeros(3)}),
     "sinks are ints": ("sink_logits", TypeError, {"sink_logits": torch.zeros(2, dtype=torch.int64)}),
     "bias of another length": ("key_bias", ValueError, {"key_bias": torch.zeros(5)}),
+    "slopes of another length": ("alibi_slopes", ValueError, {"alibi_slopes": torch.zeros(3)}),
+    "slopes of another batch": ("alibi_slopes", ValueError, {"alibi_slopes": torch.zeros(2, 2)}),
+    "slopes are ints": ("alibi_slopes", TypeError, {"alibi_slopes": torch.zeros(2, dtype=torch.int64)}),
+    "slopes with a gradient": ("alibi_slopes", ValueError, {"alibi_slopes": torch.zeros(2, requires_grad=True)}),
+    "negative softcap": ("softcap", ValueError, {"softcap": -1.0}),
+    "infinite softcap": ("softcap", ValueError, {"softcap": float("inf")}),
+    "softcap is nan": ("softcap", ValueError, {"softcap": float("nan")}),
+    "softcap below float32": ("softcap", ValueError, {"softcap": 1e-40}),
+    "softcap is None": ("softcap", TypeError, {"softcap": None}),
     "shift without a mask that has one": (
         "q_shift",
         ValueError,

@@ -163,7 +163,9 @@ def test_largest_score_and_log_of_the_sum(sinks: torch.Tensor | None, backend: s
     dense = torch.stack([torch.arange(tk) >= RANGE, torch.zeros(tk, dtype=torch.bool)])
     mask = IntervalMask.from_dense(dense)
     lowered = mask.lower(2, tk)
-    _, lse, stats = torch.ops.subquad.interval_attention_fwd(q[:, :, :, None], k, v, *lowered, None, sinks, None, 0.25, 0.0, [])
+    _, lse, stats = torch.ops.subquad.interval_attention_fwd(
+        q[:, :, :, None], k, v, *lowered, None, sinks, None, 0.25, 0.0, []
+    )
     scores = torch.einsum("thd,sd->ths", q[0].double(), k[0, :, 0].double()) / 4
     scores = scores.masked_fill(~dense[:, None], -torch.inf)
     if sinks is not None:
