@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {}),
     "gemma3": ("Gemma3", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma2": ("Gemma2", {"sliding_window": 4, "attn_logit_softcapping": 2.0}),
     "gpt-oss": ("GptOss", {"sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1}),
 }
 
@@ -43,13 +44,10 @@ def _registered() -> None:
     register()
 
 
-MODELS_REFUSED = {"gemma2": ("Gemma2", {"sliding_window": 4})}
-
-
 def models(name: str) -> tuple[Any, Any]:
     """The same random weights under both implementations."""
     torch.manual_seed(0)
-    family, more = (MODELS | MODELS_REFUSED)[name]
+    family, more = MODELS[name]
     configs = [getattr(transformers, f"{family}{kind}", None) for kind in ("TextConfig", "Config")]
     config = next(c for c in configs if c is not None)(**TINY, **more)
     config._attn_implementation = "eager"
@@ -228,7 +226,8 @@ def test_a_mask_says_what_is_in_it(keys: int) -> None:
     }  # fmt: skip
     assert {name: mask.window for name, mask in made.items() if mask.starts is not None and mask.window != -1} == {}
     assert [name for name, mask in made.items() if mask.padded_causal] == ["sliding", "causal"]
-    assert all((made[name].padding is not None) == made[name].padded_causal for name in made)
+    assert all((mask.padding is not None) == (mask.first_row is not None) for mask in made.values())
+    assert [name for name, mask in made.items() if mask.causal] == ["sliding", "causal"]
     assert [mask.first_row for mask in made.values()] == [0, 0, 0, None]
     layer = LawcatAttention(8, 2)
     for name in ("sliding", "causal"):
@@ -249,12 +248,6 @@ def check_window(mask: Any, dense: torch.Tensor, tq: int, tk: int) -> None:
     torch.testing.assert_close(out.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_with_capped_scores_is_refused() -> None:
-    _, model = models("gemma2")
-    with pytest.raises(ValueError, match=r"^softcap: "):
-        model(input_ids=tokens())
-
-
 def test_an_encoder_sees_both_ways() -> None:
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -270,6 +263,31 @@ def test_an_encoder_sees_both_ways() -> None:
         model.set_attn_implementation("subquad")
         b = model(input_ids=tokens(), attention_mask=mask).last_hidden_state
     torch.testing.assert_close(b[mask.bool()], a[mask.bool()], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Bert", "ViT"])
+def test_probabilities_are_refused(family: str) -> None:
+    """Of whole models too, of which transformers' own "sdpa" returns none and says nothing."""
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, attn_implementation="subquad",
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    inputs = {"pixel_values": torch.zeros(1, 3, 8, 8)} if family == "ViT" else {"input_ids": tokens()}
+    with pytest.raises(ValueError, match=r"^output_attentions: "):
+        model(**inputs, output_attentions=True)
+
+
+def test_alibi() -> None:
+    """What a layer of a user's may give; the reference has the formula."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 8, generator=generator) for n in (5, 12, 12))
+    slopes = torch.tensor([0.5, 0.25, 0.125, 2.0])
+    out, _ = attention_forward(torch.nn.Module().eval(), q, k, v, None, alibi_slopes=slopes)
+    away = torch.arange(7, 12)[:, None] - torch.arange(12)
+    bias = (-slopes[:, None, None] * away.abs()).masked_fill(away < 0, -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(out.transpose(1, 2), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_gradient_checkpointing() -> None:
@@ -316,12 +334,15 @@ def refused(**options: Any) -> None:
     ("name", "options"),
     [
         ("dropout", {"dropout": 0.1}),
-        ("softcap", {"softcap": 30.0}),
+        ("softcap", {"softcap": -30.0}),
         ("output_attentions", {"output_attentions": True}),
         ("sinks", {"sinks": torch.zeros(1, 2, 4, 1)}),
         ("indices", {"indices": torch.zeros(1, 4, 2)}),
         ("block_indices", {"block_indices": torch.zeros(1, 1, 4, 2)}),
         ("position_bias", {"position_bias": torch.zeros(1)}),
+        ("head_mask", {"head_mask": torch.ones(2)}),
+        ("cache", {"cache": object()}),
+        ("alibi_slopes", {"alibi_slopes": torch.zeros(3)}),
         ("attention_mask", {"attention_mask": torch.full((1, 1, 4, 4), -1.5)}),
         ("attention_mask", {"attention_mask": torch.zeros(1, 4)}),
     ],

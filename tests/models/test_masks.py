@@ -54,6 +54,8 @@ def overlaid(function: Any, over: str) -> Any:
         function = utils.remap_positions_for_packed_sequence(function, POSITIONS)
     if "blocks" in over:
         function = utils.or_masks(function, utils.blockwise_overlay(BLOCKS))
+    if "cut" in over:
+        function = utils.and_masks(function, utils.sliding_window_overlay(3))
     if "packed" in over:
         function = utils.and_masks(function, utils.packed_sequence_mask_function(IDS))
     return function
@@ -69,7 +71,7 @@ def made(function: Any, rows: int, first: int, padding: torch.Tensor | None, **m
 
 
 @pytest.mark.parametrize("padded", ["no", "left", "inside"])
-@pytest.mark.parametrize("over", ["", "packed", "blocks", "packed-blocks"])
+@pytest.mark.parametrize("over", ["", "packed", "blocks", "packed-blocks", "blocks-cut", "packed-blocks-cut"])
 @pytest.mark.parametrize("base", BASES)
 def test_predicates(base: str, over: str, padded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole prompts, chunks and steps, in a growing cache and in a preallocated one (whose offset is a tensor)."""
@@ -77,7 +79,8 @@ def test_predicates(base: str, over: str, padded: str, monkeypatch: pytest.Monke
     if padding is not None:
         padding[1, slice(0, 3) if padded == "left" else slice(4, 7)] = False
     function = composed(base, over)
-    recognised = not ("blocks" in over and base in ("chunked", "full", "both-ways"))
+    unknown = ("chunked", "full", "both-ways", *(("sliding", "sliding-1") if "cut" in over else ()))
+    recognised = not ("blocks" in over and base in unknown)
     for rows, first in ((12, 0), (1, 11), (4, 3), (5, torch.tensor(2))):
         mask, dense = made(function, rows, first, padding)
         assert torch.equal(mask.to_dense().expand_as(dense), dense), (rows, first)
@@ -324,13 +327,15 @@ def packing(kind: str) -> dict[str, Any]:
         "cu_seqlens": {"cu_seqlens": CU},
         "Packed": {"cu_seqlens": Packed(CU)},
         "positions": {"position_ids": positions},
+        "positions-ones": {"position_ids": positions, "attention_mask": torch.ones(1, 12, dtype=torch.long)},
         "seq_idx": {"seq_idx": of[None].int()},
         "all": flash | {"position_ids": positions, "cu_seqlens": CU, "seq_idx": of[None].int()},
     }[kind]
 
 
 @pytest.mark.parametrize(
-    "kind", ["flash", "flash-int32", "collator", "cu_seqlens", "Packed", "positions", "seq_idx", "all"]
+    "kind",
+    ["flash", "flash-int32", "collator", "cu_seqlens", "Packed", "positions", "positions-ones", "seq_idx", "all"],
 )
 @pytest.mark.parametrize(("family", "more"), [("Llama", {}), ("Mistral", {"sliding_window": 4})])
 def test_packed_sequences_stay_apart(family: str, more: dict[str, Any], kind: str) -> None:
@@ -341,11 +346,65 @@ def test_packed_sequences_stay_apart(family: str, more: dict[str, Any], kind: st
         alone = torch.cat([made["sdpa"](ids[:, a:b], use_cache=False).logits for a, b in pairs], 1)
         out = made["subquad"](ids, use_cache=False, **packing(kind)).logits
         torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-4)
-        if kind in ("positions", "collator"):
-            return
         for cache in (None, transformers.StaticCache(config=made["subquad"].config, max_cache_len=16)):
             out = made["subquad"](ids, cache=cache, use_cache=True, **packing(kind)).logits
             torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-4)
+
+
+POSITIONS_APART = torch.stack([torch.arange(12), torch.cat([torch.arange(5), torch.arange(7)])])
+
+
+def test_rows_of_a_batch_are_packed_each_for_itself() -> None:
+    """By positions beside a mask of ones; a row whose positions go on is one sequence."""
+    model, ids = models("Mistral", sliding_window=4)["subquad"], torch.randint(60, (2, 12))
+    with torch.no_grad():
+        out = model(ids, attention_mask=torch.ones(2, 12), position_ids=POSITIONS_APART).logits
+        alone = [model(x, use_cache=False).logits for x in (ids[:1], ids[1:, :5], ids[1:, 5:])]
+    torch.testing.assert_close(out, torch.cat([alone[0], torch.cat(alone[1:], 1)]), atol=1e-5, rtol=1e-4)
+
+
+def test_packed_rows_of_a_model_that_does_not_tell_its_masks() -> None:
+    """GPT-OSS gives positions to its layers alone."""
+    torch.manual_seed(0)
+    more = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**S, **more, attn_implementation="subquad")).eval()
+    ids = torch.randint(60, (1, 12))
+    with torch.no_grad():
+        out = model(ids, position_ids=POSITIONS_APART[1:], use_cache=False).logits
+        alone = torch.cat([model(x, use_cache=False).logits for x in ids.split((5, 7), 1)], 1)
+    torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["padding", "zeros", "jumps", "four dimensions"])
+def test_positions_that_say_nothing_about_sequences(kind: str) -> None:
+    """Beside padding, all alike, not from 0, or under a mask that says all: transformers' own attention is followed."""
+    made, ids = models("Llama"), torch.randint(60, (2, 12))
+    mask, positions = torch.ones(2, 12, dtype=torch.long), POSITIONS_APART
+    if kind == "padding":
+        mask[1, 10:] = 0
+    elif kind == "four dimensions":
+        mask = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
+    else:
+        positions = torch.zeros_like(positions) if kind == "zeros" else positions + 3
+    with torch.no_grad():
+        want, out = (
+            made[name](ids, attention_mask=mask, position_ids=positions).logits for name in ("sdpa", "subquad")
+        )
+    seen = mask.bool() if kind == "padding" else slice(None)
+    torch.testing.assert_close(out[seen], want[seen], atol=1e-5, rtol=1e-4)
+
+
+def test_positions_that_a_mask_contradicts_are_refused() -> None:
+    """Sequences that begin behind cached tokens, or in chunks that are counted from where the row begins."""
+    model, ids = models("Llama")["subquad"], torch.randint(60, (2, 12))
+    ones = torch.ones(2, 24, dtype=torch.long)
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids, attention_mask=ones[:, :12], cache=cache)
+    with pytest.raises(ValueError, match=r"^position_ids: expected numbers that go on behind cached tokens"):
+        model(ids, attention_mask=ones, position_ids=POSITIONS_APART, cache=cache)
+    chunked = attention_mask(2, 12, 12, mask_function=BASES["chunked"](), attention_mask=ones[:, :12])
+    with pytest.raises(ValueError, match=r"^position_ids: expected numbers that go on beside a mask of chunks"):
+        attention_forward(layer(), *qkv(), chunked, position_ids=POSITIONS_APART)
 
 
 def test_packed_gradients() -> None:

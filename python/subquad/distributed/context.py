@@ -54,9 +54,10 @@ class ShardedMask(ModelMask):
         value: torch.Tensor,
         scale: float | None,
         sinks: torch.Tensor | None,
+        softcap: float,
     ) -> torch.Tensor:
         """Softmax attention [B, T, Hq, D] of this rank's tokens."""
-        options = {"scale": scale, "sink_logits": sinks}
+        options = {"scale": scale, "sink_logits": sinks, "softcap": softcap}
         out = interval_attention(query, key, value, self.whole, layout=self.layout, **options)  # type: ignore[arg-type]
         assert isinstance(out, torch.Tensor)
         return out

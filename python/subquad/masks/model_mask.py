@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,7 +15,9 @@ class ModelMask(IntervalMask):
 
     Attributes:
         padded_causal: whether it is causal but for padding, a window and packed sequences: what linear attention can follow.
-        padding: bool [B, Tk], False at keys that are padding; None: all are tokens, or it is not causal.
+        causal: whether no token sees one behind it, blocks of tokens that see each other apart.
+        chunked: whether there are chunks in it, counted from where each row begins.
+        padding: bool [B, Tk], False at keys that are padding; None: all are tokens, or the mask is final.
         sequence_ids: int [B|1, Tk], not decreasing: tokens of a row with different numbers belong to different sequences and do
             not see each other; None: each row is one sequence. Where values cannot be read, under torch.compile for example,
             it may be there with one number for a whole row. A layer that cannot keep sequences apart must refuse it.
@@ -24,6 +27,8 @@ class ModelMask(IntervalMask):
 
     ndim = 4  # transformers' `generate` asks for the rank, and for a contiguous copy, as of a tensor
     padded_causal: bool = False
+    causal: bool = False
+    chunked: bool = False
     padding: torch.Tensor | None = None
     sequence_ids: torch.Tensor | None = None
     sliding_window: int = -1
@@ -33,22 +38,23 @@ class ModelMask(IntervalMask):
     mix: Callable[..., torch.Tensor] | None = None
 
     @classmethod
-    def of(
-        cls,
-        mask: IntervalMask,
-        *,
-        padded_causal: bool = False,
-        padding: torch.Tensor | None = None,
-        sequence_ids: torch.Tensor | None = None,
-        sliding_window: int = -1,
-        first_row: int | torch.Tensor | None = None,
-    ) -> ModelMask:
+    def of(cls, mask: IntervalMask, **attributes: Any) -> ModelMask:
         """The same mask, with these attributes."""
         result = cls.__new__(cls)
         result.__dict__.update(mask.__dict__)
-        result.padded_causal, result.padding, result.sequence_ids = padded_causal, padding, sequence_ids
-        result.sliding_window, result.first_row = sliding_window, first_row
+        result.__dict__.update(attributes)
         return result
+
+    def to(self, device: torch.device | str) -> ModelMask:
+        """With what it says about itself, on another device."""
+        own = {name: value for name, value in vars(self).items() if name in ModelMask.__annotations__}
+        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in own.items()}
+        return ModelMask.of(super().to(device), **moved)
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Of models that compute their attention themselves, which take it for a tensor. Operators of Python hide a TypeError.
+        raise ValueError("attention_mask: this model does not use the attention interface of transformers; use 'eager'")
 
     def contiguous(self) -> ModelMask:
         return self

@@ -340,7 +340,7 @@ def _with_bounds(
         if ids.shape != (batch, length):
             raise ValueError(f"seq_idx: expected shape [{batch}, {length}], got {list(ids.shape)}")
     elif not masked or not torch.compiler.is_compiling():
-        ids = _restarts(told.get("position_ids"), real, length, anywhere=not masked and seen is None)
+        ids = restarts(told.get("position_ids"), real, length, anywhere=not masked and seen is None)
     if ids is not None:
         apart = _apart(ids, real)
         begins = apart if begins is None else begins | apart
@@ -370,8 +370,11 @@ def _bounds(name: str, told: dict[str, Any], batch: int, length: int) -> Packed:
     return packed
 
 
-def _restarts(positions: Any, real: torch.Tensor | None, length: int, anywhere: bool) -> torch.Tensor | None:
-    """The sequence of every token, by positions that do not go on: anywhere, or from 0 where there is no padding."""
+def restarts(positions: Any, real: torch.Tensor | None, length: int, anywhere: bool) -> torch.Tensor | None:
+    """The sequence of every token, int64 [B|1, T], by positions that do not go on: anywhere, or from 0 where there is no padding.
+
+    Rows whose positions never count on, all zeros for example, say nothing about sequences. None: each row is one.
+    """
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or positions.shape[1] != length or length == 1:
         return None
     compiling = torch.compiler.is_compiling()
@@ -380,7 +383,10 @@ def _restarts(positions: Any, real: torch.Tensor | None, length: int, anywhere: 
 
     def make() -> torch.Tensor | None:
         restart = positions != positions.roll(1, 1) + 1
-        restart = _but_first(restart if anywhere else restart & (positions == 0))
+        if not anywhere:
+            counts = (positions.diff(dim=1) == 1).any(1, keepdim=True)
+            restart = restart & (positions == 0) & counts
+        restart = _but_first(restart)
         return restart.cumsum(1) if compiling or bool(restart.any()) else None
 
     return _RESTARTS.get(positions, (anywhere,), make)

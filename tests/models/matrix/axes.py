@@ -74,12 +74,6 @@ class Case:
         return CONVERSIONS[self.conversion].attends
 
     @property
-    def softmax(self) -> bool:
-        """Whether any layer still has softmax."""
-        count = len(KINDS[self.kind].windows)
-        return not all(CONVERSIONS[self.conversion].converts(layer, count) for layer in range(count))
-
-    @property
     def compiled(self) -> bool:
         return self.variant == "compiled"
 
@@ -131,12 +125,6 @@ REFUSALS = (  # in the order in which they are met
         "layers that slide are linear as they are, and keep no keys for spans",
         r"layers\.\d+\.self_attn: attention: expected one that sees every key before it, got one with a sliding window of \d",
         lambda case: case.superlinear and any(window is not None for window in KINDS[case.kind].windows),
-    ),
-    Refusal(
-        "capped scores",
-        "the kernels have no cap of scores",
-        "softcap: attn_implementation='subquad' has no such thing",
-        lambda case: case.kind == "gemma2" and case.implementation == "subquad" and case.softmax,
     ),
 )
 

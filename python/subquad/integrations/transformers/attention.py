@@ -16,7 +16,7 @@ from .masks import attention_mask as mask_function
 NAME = "subquad"  # the value of attn_implementation
 # Arguments that models give to their attention functions and that change the result: refused where they are given.
 UNSUPPORTED = (
-    "softcap", "head_mask", "position_bias", "cache", "output_attentions", "sinks", "indices", "block_indices",
+    "head_mask", "position_bias", "cache", "output_attentions", "sinks", "indices", "block_indices",
 )  # fmt: skip
 
 
@@ -24,7 +24,9 @@ def register() -> None:
     """Make `attn_implementation="subquad"` known to transformers: its models then run `subquad.interval_attention`.
 
     Causal, sliding, chunked, padded and packed attention, and blocks of images, with or without a cache, compiled and exported,
-    need no [T, T] mask; masks given in four dimensions and predicates of a user's are exact too, through their dense mask.
+    need no [T, T] mask; masks given in four dimensions and predicates of a user's are exact too, through their dense mask,
+    of which the loggers of this package speak at level DEBUG.
+
     May be called any number of times.
 
     Raises:
@@ -54,6 +56,8 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function.
@@ -70,9 +74,12 @@ def attention_forward(
         sliding_window: keys up to the row's own that it sees, where there is no mask, or a causal one that transformers made
             without a window.
         s_aux: [Hq] sink logits (gpt-oss), with gradients.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
+        alibi_slopes: [Hq] or [B, Hq], see `subquad.interval_attention`; no model of transformers gives them.
         kwargs: what other models pass; those that would change the result are refused. Packed sequences of a batch of one stay
             apart by `cu_seq_lens_q` and `cu_seq_lens_k` (int [N + 1], as flash attention takes them; the latter may be left out),
-            `cu_seqlens` (a tensor or a `subquad.Packed`) or `seq_idx` (int [B, T], the sequence of each token).
+            `cu_seqlens` (a tensor or a `subquad.Packed`) or `seq_idx` (int [B, T], the sequence of each token); of any batch by
+            `position_ids` [B, T] that begin at 0 again, without padding, and beside a mask that transformers made.
 
     Returns:
         (out [B, Tq, Hq, D], None).
@@ -91,7 +98,9 @@ def attention_forward(
             raise ValueError(f"{name}: attn_implementation={NAME!r} has no such thing; use 'eager' for this model")
     if isinstance(attention_mask, ModelMask) and attention_mask.attend is not None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return attention_mask.attend(q, k, v, scaling, s_aux), None
+        if alibi_slopes is not None:
+            raise ValueError("alibi_slopes: expected none under context_parallel, got some")
+        return attention_mask.attend(q, k, v, scaling, s_aux, softcap or 0.0), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = mask_of(attention_mask, query, key, causal, sliding_window, kwargs)
     out = interval_attention(
@@ -101,6 +110,8 @@ def attention_forward(
         mask,
         scale=scaling,
         sink_logits=s_aux,
+        softcap=softcap or 0.0,
+        alibi_slopes=alibi_slopes,
     )
     assert isinstance(out, torch.Tensor)
     return out, None

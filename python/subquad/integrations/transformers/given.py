@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from ... import _checks
 from ..._derived import Derived
@@ -12,10 +14,12 @@ from ..._packing import Packed, bounds
 from ...masks import IntervalMask, builders
 from ...masks.additive import shown
 from ...masks.model_mask import ModelMask
+from ...nn._tokens import restarts
 from .masks import plain
 from .predicates import run_starts, run_stops
 
 _FORMS = "a mask [B|1, H|1, Tq|1, Tk], bool, or float of 0 and numbers below -1000"
+_LOG = logging.getLogger(__name__)
 _DENSE, _APART = Derived(), Derived()
 
 
@@ -41,13 +45,13 @@ def mask_of(
         width = -1 if window is None else window if causal else window - 1
         mask: IntervalMask = ModelMask.of(
             plain(causal, width, tq, tk, tk - tq, query.device),
-            padded_causal=causal, sliding_window=width, first_row=tk - tq,
+            padded_causal=causal, causal=causal, sliding_window=width, first_row=tk - tq,
         )  # fmt: skip
     elif isinstance(given, torch.Tensor):
         _check(given, query, tk)
         mask = _DENSE.get(given, (tq, tk), lambda: from_tensor(given, tq, tk))
     elif isinstance(given, IntervalMask):
-        mask = given
+        mask = _by_positions(given, tq, tk, arguments.get("position_ids"))
         if window is not None and isinstance(mask, ModelMask) and mask.padded_causal and mask.sliding_window < 0:
             assert mask.first_row is not None
             mask = mask & plain(True, window, tq, tk, mask.first_row, query.device)
@@ -78,6 +82,8 @@ def _check(mask: torch.Tensor, query: torch.Tensor, tk: int) -> None:
 
 def from_tensor(mask: torch.Tensor, tq: int, tk: int) -> IntervalMask:
     """A mask in four dimensions, bool or additive, of which a size of 1 counts for all; keys beyond `tk` are not there yet."""
+    if mask.shape[2] > 1 and not torch.compiler.is_compiling():
+        _LOG.debug("dense mask %s: given in four dimensions", list(mask.shape))
     if mask.shape[3] == 1 and tk != 1:
         mask = mask.expand(-1, -1, -1, tk)
     mask = mask[..., :tk]
@@ -92,6 +98,49 @@ def from_tensor(mask: torch.Tensor, tq: int, tk: int) -> IntervalMask:
 
 
 # --- packed sequences ----------------------------------------
+
+
+def _by_positions(mask: IntervalMask, tq: int, tk: int, positions: Any) -> IntervalMask:
+    """The mask within sequences whose positions begin at 0 again, which transformers asks only without a mask and a cache.
+
+    `restarts` has the rule, which the layers of this package follow too. Masks of encoders and final ones stay as they are.
+    """
+    if not isinstance(mask, ModelMask) or not mask.causal or mask.sequence_ids is not None:
+        return mask
+    if not isinstance(positions, torch.Tensor) or positions.is_floating_point() or _checks.traced(positions):
+        return mask
+
+    def make() -> IntervalMask:
+        real = mask.padding
+        if real is not None and real.shape[1] > tq:  # a preallocated cache has room for later keys
+            first = int(mask.first_row or 0)
+            real = real[:, first : first + tq]
+        ids = restarts(positions, real, tq, anywhere=False)
+        if ids is None:
+            return mask
+        if mask.chunked:
+            raise ValueError(
+                "position_ids: expected numbers that go on beside a mask of chunks, got some that begin at 0 again; "
+                "packed sequences need use_cache=False and no attention_mask here"
+            )
+        if int(mask.first_row or 0):
+            raise ValueError(
+                "position_ids: expected numbers that go on behind cached tokens, got some that begin at 0 again"
+            )
+        attributes = {
+            name: getattr(mask, name) for name in ("padded_causal", "causal", "padding", "sliding_window", "first_row")
+        }
+        return ModelMask.of(
+            mask & _of_sequences(ids, tk), sequence_ids=nn.functional.pad(ids, (0, tk - tq), value=tq), **attributes
+        )
+
+    return _APART.get(positions, (mask, tk), make)
+
+
+def _of_sequences(ids: torch.Tensor, tk: int) -> IntervalMask:
+    """Rows that see the tokens of their own sequence, ids [B, T]; of keys behind, which are not there yet, the last one's."""
+    start, stop = run_starts(ids == ids.roll(1, -1)), run_stops(ids == ids.roll(-1, -1))
+    return IntervalMask.spans(start[:, None, :, None], stop[:, None, :, None], tk)
 
 
 def _apart(mask: IntervalMask, query: torch.Tensor, tk: int, arguments: dict[str, Any]) -> IntervalMask:
@@ -158,5 +207,4 @@ def _of_ids(ids: torch.Tensor, first: int | torch.Tensor | None, query: torch.Te
     starts = tq == tk or (isinstance(first, int) and first == 0)
     if not starts or ids.shape not in ((batch, tq), (1, tq)):
         raise ValueError(f"seq_idx: expected shape [{batch}, {tq}] and no keys before, got {list(ids.shape)}")
-    start, stop = run_starts(ids == ids.roll(1, -1)), run_stops(ids == ids.roll(-1, -1))
-    return IntervalMask.spans(start[:, None, :, None], stop[:, None, :, None], tk)
+    return _of_sequences(ids, tk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...masks import IntervalMask
 from ...masks.model_mask import ModelMask
 from .predicates import Pattern, neighbours, recognised, run_starts, run_stops
 
+_LOG = logging.getLogger(__name__)
 # What makes the mask of tokens that lie on several ranks, innermost last; see `subquad.distributed.context_parallel`.
 SHARDED: list[Callable[..., IntervalMask]] = []
 
@@ -68,7 +70,7 @@ def attention_mask(
     first_row = q_offset - kv_offset
     sequence_ids = None
     if not pattern.broken:
-        mask = plain(pattern.causal, pattern.window, q_length, kv_length, first_row, device)
+        mask = plain(pattern.causal, pattern.window, q_length, kv_length, first_row, device, pattern.ahead)
     else:
         assert mask_function is not None
         seen = neighbours(mask_function, batch_size, kv_offset, kv_length, device)
@@ -83,7 +85,9 @@ def attention_mask(
     return ModelMask.of(
         mask,
         padded_causal=pattern.linear,
-        padding=padding if pattern.linear else None,
+        causal=pattern.causal,
+        chunked=pattern.chunked,
+        padding=padding,
         sequence_ids=sequence_ids,
         sliding_window=pattern.window,
         first_row=first_row,
@@ -104,9 +108,18 @@ def _padding(
 
 
 def plain(
-    causal: bool, window: int, tq: int, tk: int, first_row: int | torch.Tensor, device: torch.device | str
+    causal: bool,
+    window: int,
+    tq: int,
+    tk: int,
+    first_row: int | torch.Tensor,
+    device: torch.device | str,
+    ahead: int | None = None,
 ) -> IntervalMask:
-    """Full, causal or sliding attention of queries of which the first stands at key `first_row`, at the end or not."""
+    """Full, causal or sliding attention of queries of which the first stands at key `first_row`, at the end or not.
+
+    A window that is not causal has as many keys `ahead` as behind, or its own number of them.
+    """
     if not causal and window < 0:
         return IntervalMask.full(tq, tk)
     if causal and not isinstance(first_row, torch.Tensor) and first_row + tq == tk:
@@ -115,7 +128,7 @@ def plain(
     if causal:
         start, stop = (own + 1 - window if window >= 0 else torch.zeros_like(own)), own + 1
     else:
-        start, stop = own - window, own + 1 + window
+        start, stop = own - window, own + 1 + (window if ahead is None else ahead)
     return _of_runs(start[None], stop[None], tk)
 
 
@@ -128,10 +141,10 @@ def _broken(
     place = own.clamp(0, max(0, tk - 1))
     start, stop = run_starts(behind)[:, place], run_stops(ahead)[:, place]
     if pattern.causal:  # a token that sees one ahead sees its whole block, in whatever window
-        block = run_starts(ahead.roll(1, -1))[:, place]
+        block = own if pattern.cut else run_starts(ahead.roll(1, -1))[:, place]
         start = start if pattern.window < 0 else torch.minimum(block, torch.maximum(start, own + 1 - pattern.window))
     elif pattern.window >= 0:
-        start, stop = torch.maximum(start, own - pattern.window), torch.minimum(stop, own + 1 + pattern.window)
+        start, stop = torch.maximum(start, own - pattern.window), torch.minimum(stop, own + 1 + pattern.ahead)
     return _of_runs(start, stop, tk)
 
 
@@ -151,8 +164,18 @@ def _from_predicate(
     device: torch.device | str,
     kwargs: dict[str, Any],
 ) -> IntervalMask:
-    """The mask of any predicate, through transformers' own dense one."""
+    """The mask of any predicate, through transformers' own dense one.
+
+    Raises:
+        TypeError: the predicate does not say True or False.
+    """
     from transformers.masking_utils import sdpa_mask
+
+    if not torch.compiler.is_compiling():
+        name = getattr(function, "__qualname__", repr(function))
+        _LOG.debug(
+            "dense mask [%d, 1, %d, %d]: mask_function %s has no known form", batch_size, q_length, kv_length, name
+        )
 
     more = {name: value for name, value in kwargs.items() if name == "use_vmap"}
     dense: Any = sdpa_mask(
@@ -167,4 +190,6 @@ def _from_predicate(
         device=device,
         **more,
     )
+    if dense.dtype is not torch.bool:
+        raise TypeError(f"mask_function: expected one that returns bool, got {dense.dtype}")
     return ModelMask.of(IntervalMask.from_dense(dense))

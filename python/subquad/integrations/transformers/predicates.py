@@ -15,7 +15,7 @@ masks slower, never wrong.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,10 @@ class Pattern:
 
     Attributes:
         causal: whether no token sees one behind it, blocks apart.
-        window: tokens up to its own that a token sees, or to each side beside its own (not causal); -1: all.
+        window: tokens up to its own that a token sees, or before its own (not causal); -1: all.
+        ahead: tokens behind its own that a token sees, where it is not causal but has a window.
+        cut: whether the window cuts blocks too, which otherwise reach beyond it.
+        chunked: whether there are chunks.
         broken: whether there are sequences, chunks or blocks: runs that the predicate must be asked for.
         sequences: whether only packed sequences break it, and `apart` tells them.
         apart: the predicate, or the part of it, that is False across sequences.
@@ -40,6 +43,9 @@ class Pattern:
 
     causal: bool = True
     window: int = -1
+    ahead: int = -1
+    cut: bool = False
+    chunked: bool = False
     broken: bool = False
     apart: Predicate | None = None
     linear: bool = True
@@ -67,22 +73,25 @@ def _told(function: Predicate, keywords: dict[str, Any]) -> Pattern | None:
     if window == 0:
         return None
     if "allow_is_bidirectional_skip" in keywords:
-        return Pattern(causal=False, window=window, linear=False)
+        return Pattern(causal=False, window=window, ahead=window, linear=False)
     chunks = size is not None and getattr(keywords.get("config"), "attention_chunk_size", None) == size
     blocks = function.__qualname__.startswith("or_masks.")  # dynamo does not tell the module of its closures
     sequences = not chunks and not blocks and size != 1  # with a window of one, no token sees its neighbour
-    return Pattern(window=window, broken=True, apart=function if sequences else None, linear=sequences)
+    return Pattern(window=window, broken=True, chunked=chunks, apart=function if sequences else None, linear=sequences)
 
 
 def _read(function: Predicate, batch_size: int, length: int, trusted: bool) -> Pattern | None:
     """By the closures. `trusted`: the library has made all tables itself; else they are looked at, where that is possible."""
-    packed, blocks = None, False
+    packed, blocks, cut = None, False, None
     pair = _parts(function, "and_masks")
     if pair and _made_by(pair[1], "packed_sequence_mask_function"):
         function, packed = pair
         ids = _closed_over(packed)["packed_sequence_mask"]
         if ids.shape != (batch_size, length) or not _in_runs(ids, trusted):
             return None
+    pair = _parts(function, "and_masks")
+    if pair and _made_by(pair[1], "sliding_window_overlay") and _parts(pair[0], "or_masks"):
+        function, cut = pair[0], _closed_over(pair[1])["sliding_window"]
     pair = _parts(function, "or_masks")
     if pair and _made_by(pair[1], "blockwise_overlay"):
         function, blocks = pair[0], True
@@ -97,36 +106,49 @@ def _read(function: Predicate, batch_size: int, length: int, trusted: bool) -> P
     base = _base(function)
     if base is None:
         return None
-    causal, window, chunks = base
-    if blocks and (chunks or not causal):
+    if blocks and (base.chunked or not base.causal or (cut is not None and base.window >= 0)):
         return None  # a block across the edge of a chunk hides it from neighbours, one beyond a window is cut by it
-    broken = packed is not None or blocks or chunks
+    window = base.window if cut is None else cut
+    broken = packed is not None or blocks or base.chunked
     if broken and window == 0:
         return None  # a token does not see itself
-    return Pattern(causal, window, broken, apart=packed, linear=causal and not chunks and not blocks)
+    return replace(
+        base, window=window, cut=cut is not None, broken=broken, apart=packed, linear=base.linear and not blocks
+    )
 
 
-def _base(function: Predicate) -> tuple[bool, int, bool] | None:
-    """(causal, window, in chunks)"""
+def _base(function: Predicate) -> Pattern | None:
+    """Causal or not, with a window or with chunks."""
     from transformers import masking_utils
 
-    if function is masking_utils.causal_mask_function:
-        return True, -1, False
+    causal = function is masking_utils.causal_mask_function
     both_ways = getattr(masking_utils, "bidirectional_mask_function", None)
-    if function is both_ways:
-        return False, -1, False
-    pair = _parts(function, "and_masks")
-    if not pair:
+    if causal or function is both_ways:
+        return Pattern(causal=causal, linear=causal)
+    pair = _parts(function, "and_masks") or ()
+    base = next((part for part in pair if part in (masking_utils.causal_mask_function, both_ways)), None)
+    if base is None:
         return None
-    narrowed, base = pair
-    causal = base is masking_utils.causal_mask_function
-    if causal and _made_by(narrowed, "sliding_window_overlay"):
-        return True, _closed_over(narrowed)["sliding_window"], False
-    if causal and _made_by(narrowed, "chunked_overlay"):
-        return True, -1, True
-    if base is both_ways and _made_by(narrowed, "sliding_window_bidirectional_overlay"):
-        return False, _closed_over(narrowed)["sliding_window"], False
+    narrowed = pair[0] if pair[1] is base else pair[1]
+    inside = _closed_over(narrowed)
+    if base is not both_ways:
+        if _made_by(narrowed, "sliding_window_overlay"):
+            return Pattern(window=inside["sliding_window"])
+        return Pattern(chunked=True, linear=False) if _made_by(narrowed, "chunked_overlay") else None
+    if _made_by(narrowed, "sliding_window_bidirectional_overlay"):
+        return Pattern(False, inside["sliding_window"], inside["sliding_window"], linear=False)
+    if _made_by(narrowed, "sliding_window_mask_function", "transformers.models."):
+        return _uneven(inside["sliding_window"], inside.get("is_causal", False))
     return None
+
+
+def _uneven(window: Any, causal: bool) -> Pattern | None:
+    """A window of encoders with a number of tokens to each side: (left, own included; right, own included) or both together."""
+    if isinstance(window, int):
+        left, right = (window, 0) if causal else ((window + 1) // 2, window // 2 + 1)
+    else:
+        left, right = window
+    return Pattern(False, left - 1, max(right - 1, 0), linear=False) if left > 0 else None
 
 
 # --- runs ----------------------------------------
@@ -187,8 +209,9 @@ def _consecutive(positions: torch.Tensor, ids: torch.Tensor, trusted: bool) -> b
 # --- closures ----------------------------------------
 
 
-def _made_by(function: Predicate, factory: str) -> bool:
-    ours = getattr(function, "__module__", None) == "transformers.masking_utils"
+def _made_by(function: Predicate, factory: str, module: str = "transformers.masking_utils") -> bool:
+    """Whether it is a closure of this function, of a module whose name begins so."""
+    ours = getattr(function, "__module__", "").startswith(module)
     return ours and getattr(function, "__qualname__", "").startswith(f"{factory}.<locals>.")
 
 

@@ -38,8 +38,8 @@ FAULTS = (
         "hf-made-window",
         "mask",
         _GIVEN,
-        "padded_causal=causal, sliding_window=width, first_row=tk - tq,",
-        "padded_causal=causal, sliding_window=-1, first_row=tk - tq,",
+        "padded_causal=causal, causal=causal, sliding_window=width, first_row=tk - tq,",
+        "padded_causal=causal, causal=causal, sliding_window=-1, first_row=tk - tq,",
     ),
     Fault(
         "hf-window-ignored",
@@ -62,6 +62,9 @@ FAULTS = (
         "if kwargs.get(name) is not None and kwargs[name] is not False:",
         "if kwargs.get(name) is True:",
     ),
+    Fault("hf-softcap-dropped", "formula", _ATTENTION, "softcap=softcap or 0.0,", "softcap=0.0,"),
+    Fault("hf-positions-ignored", "mask", _GIVEN, "        if ids is None:\n", "        if True:\n"),
+    Fault("hf-blocks-uncut", "mask", _MASKS, "block = own if pattern.cut else run_starts", "block = run_starts"),
     Fault("hf-padding-columns", "bounds", _MASKS, "[:, kv_offset : kv_offset + kv_length]", "[:, :kv_length]"),
     Fault(
         "hf-padding-short-mask",
@@ -93,8 +96,8 @@ FAULTS = (
         "hf-predicate-window",
         "mask",
         _PREDICATES,
-        'return True, _closed_over(narrowed)["sliding_window"], False',
-        "return True, -1, False",
+        'return Pattern(window=inside["sliding_window"])',
+        "return Pattern()",
     ),
     Fault(
         "hf-predicate-unknown",
