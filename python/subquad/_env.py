@@ -10,7 +10,7 @@ VARIABLES = {
     "SUBQUAD_BACKEND": "backend for every op: native, triton, simt or reference (default: chosen per op and device)",
     "SUBQUAD_BUILD_EXT": "0: install the pure-Python package; 1: fail when the extension cannot be built",
     "SUBQUAD_JIT": "0: never compile the native extension at run time",
-    "SUBQUAD_CACHE_DIR": "where extensions built at run time are kept (default: the user's cache folder)",
+    "SUBQUAD_CACHE_DIR": "where what is built at run time is kept (default: the user's cache folder)",
     "SUBQUAD_CPU_ISA": "highest CPU instruction set to use: baseline, v3, v4 or v4_bf16 (default: what the CPU has)",
     "SUBQUAD_DEBUG": "1: check values of index and threshold tensors, which costs a device synchronisation",
 }

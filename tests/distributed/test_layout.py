@@ -240,6 +240,9 @@ def test_nothing_is_sent_where_no_sequence_crosses_a_border(op: str, monkeypatch
 def test_wrong_layouts_are_refused_on_all_ranks() -> None:
     cases: list[tuple[Callable[[int], Any], str]] = [
         (lambda r: sd.SequenceLayout([[(0, 4)], [(4, 8)]]), "owned: expected spans of 3 ranks, as many as the group has, got 2"),
+        (lambda r: sd.SequenceLayout(5), "owned: expected spans (low, high) for every rank, got 5"),  # type: ignore[arg-type]
+        (lambda r: sd.SequenceLayout([5, 6, 7]), "owned: expected spans (low, high) for every rank, got [5, 6, 7]"),  # type: ignore[list-item]
+        (lambda r: sd.SequenceLayout([[4], [], []]), "owned: expected spans (low, high) of positions, got 4"),  # type: ignore[list-item]
         (lambda r: sd.SequenceLayout([[(0, 4)], [(5, 8)], []]), "owned: expected every position once, got none at 4"),
         (lambda r: sd.SequenceLayout([[(0, 4)], [(3, 8)], []]), "owned: expected every position once, got two owners at 3"),
         (lambda r: sd.SequenceLayout.contiguous(8, lengths=[3, 3, 3]), "lengths: expected numbers that add up to 8"),
@@ -285,6 +288,10 @@ def test_wrong_arguments_are_refused_on_all_ranks_and_the_group_goes_on() -> Non
         (lambda r, at: sd.causal_conv1d(ones(1, 5, 4), ones(4, 2), layout=at), "x: expected 8 tokens", "line"),
         (lambda r, at: sd.causal_conv1d(ones(1, 8, 4), ones(4, 2 + r), layout=at), "weight: expected the same", "line"),
         (lambda r, at: sd.causal_conv1d(ones(1, 8, 4), ones(4), layout=at), "weight: expected a tensor [D, W]", "line"),
+        (lambda r, at: sd.causal_conv1d(ones(1, 8), ones(4, 2), layout=at), "x: expected shape [B, T, D], got [1, 8]", "line"),
+        (lambda r, at: sd.conv_feature_map(ones(1, 8, 4), ones(4, 2), ones(1, 4, 2), layout=at), "x: expected shape [B,", "line"),
+        (lambda r, at: sd.by_heads(5, ones(1, 8, 3, 4), layout=at), "function: expected a callable, got int", "line"),
+        (lambda r, at: sd.by_heads(torch.neg, layout=at), "tensors: expected at least one, got none", "line"),
         (lambda r, at: sd.halo(ones(1, 5, 4), 2, layout=at), "x: expected 8 tokens", "line"),
         (lambda r, at: at.shard(ones(1, 7)), "x: expected 24 tokens in dimension 1", "line"),
         (lambda r, at: at.unshard(ones(1, 7)), "x: expected 8 tokens in dimension 1", "line"),

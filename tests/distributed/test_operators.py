@@ -232,6 +232,26 @@ def test_states_and_their_gradients(size: int, kind: str, normalize: bool) -> No
     torch.testing.assert_close(total[~empty], wanted[4][~empty], rtol=0, atol=5e-6 * float(wanted[4].abs().max()))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_without_tokens_is_what_was_given(size: int, normalize: bool, packed: bool) -> None:
+    """On every rank, with its gradient; as in one process."""
+    s0 = normal(1, 2, 8, 6 if normalize else 5, seed=5).abs()
+
+    def body(rank: int) -> None:
+        layout = sd.SequenceLayout.contiguous(0, cu_seqlens=[0, 0] if packed else None)
+        q, k, v = (torch.ones(1, 0, 2, d) for d in (8, 8, 5))
+        state = s0.clone().requires_grad_()
+        options: dict[str, Any] = {"initial_state": state, "output_final_state": True, "normalize": normalize}
+        o, after = sd.gated_linear_attention(q, k, v, layout=layout, **options)
+        assert o.shape == (1, 0, 2, 5) and isinstance(after, torch.Tensor) and torch.equal(after, s0)
+        w = normal(*s0.shape, seed=6)
+        assert torch.equal(torch.autograd.grad((after * w).sum(), state)[0], w)
+
+    on_ranks(size, body)
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("kind", ["uneven", "gaps", "packed"])
 def test_all_exchanges_have_the_same_bits(size: int, kind: str) -> None:

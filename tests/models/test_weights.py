@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 16},
     "Gemma": {"head_dim": 16},
+    "Gemma3Text": {"head_dim": 16, "sliding_window": 4},
     "Phi3": {},
 }
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -92,16 +93,13 @@ def identity(model: nn.Module) -> dict[str, Any]:
 @FORMATS
 def test_a_model_is_that_of_its_codes(family: str, mlp: str | None, weights: str, ids: torch.Tensor) -> None:
     model = build(family, bias=True)
-    want, plain = model(ids).logits, type(model.model.embed_tokens) is nn.Embedding
+    want = model(ids).logits
     report = convert(model, mlp=mlp, weights=weights)
-    # One that scales what it looks up, as Gemma's in transformers 5, stays dense, and what is tied to it.
-    scaled = set() if plain else {"lm_head", "model.embed_tokens"}
-    dense = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
-    assert dense == scaled == set(report.left)
+    assert not report.left and not any(isinstance(m, (nn.Linear, nn.Embedding)) for m in model.modules())
     mlps = [layer.mlp for layer in model.model.layers]
     assert all(isinstance(m, QuantisedCATSMLP) for m in mlps) == (mlp is not None)
     assert ("model.layers.0.mlp" in report) == (mlp is not None) and "model.layers.0.self_attn.o_proj" in report
-    assert ({"lm_head", "model.embed_tokens"} <= set(report)) != bool(scaled) and len(report) == len(set(report))
+    assert {"lm_head", "model.embed_tokens"} <= set(report) and len(report) == len(set(report))
     got = model(ids).logits
     assert distance(got, want) < (0.05 if weights == "int8" else 0.6)
     to_dense(model)
@@ -230,6 +228,43 @@ def test_a_tied_embedding_stays_tied(ids: torch.Tensor) -> None:
     assert model(ids).logits.dtype == torch.float32
     model.bfloat16()
     assert model(ids).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["Gemma", "Gemma3Text"])
+def test_an_embedding_that_scales_its_rows(family: str, dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path) -> None:
+    """To the bit: the scale is rounded to the dtype of the rows; saved, loaded, made dense and converted again."""
+    model = build(family, hidden_size=96).to(dtype)  # the root of 96 is no number of any dtype
+    convert(model, weights="int8")
+    embedding, own = model.model.embed_tokens, type(build(family).model.embed_tokens)
+    assert isinstance(embedding, QuantisedEmbedding)
+    rows = embedding(ids)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_converted(tmp_path).model.embed_tokens(ids), rows)
+    to_dense(model, dtype)
+    theirs = model.model.embed_tokens
+    if own is not nn.Embedding:  # before transformers 5 Gemma scaled elsewhere
+        theirs = own(160, 96, 0, 96**0.5).to(dtype)
+        theirs.weight = model.model.embed_tokens.weight
+        assert not torch.equal(theirs(ids), theirs.weight[ids])
+    assert torch.equal(rows, theirs(ids)) and torch.equal(rows, model.model.embed_tokens(ids))
+    assert not convert(model, weights="int8").left
+    torch.testing.assert_close(model.model.embed_tokens(ids), rows, rtol=0.01, atol=0.01)
+
+
+def test_an_embedding_that_does_more_stays(ids: torch.Tensor) -> None:
+    class ShiftedScaledWordEmbedding(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) * 3.0 + 1.0
+
+    model = build()
+    shifted = ShiftedScaledWordEmbedding(160, 64, 0)
+    shifted.weight = model.model.embed_tokens.weight
+    model.model.embed_tokens = shifted
+    report = convert(model, weights="int8")
+    assert set(report.left) == {"lm_head", "model.embed_tokens"} and "ShiftedScaled" in report.left["lm_head"]
 
 
 def test_what_is_used_twice_is_one_module() -> None:

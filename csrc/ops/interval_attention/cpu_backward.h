@@ -182,7 +182,10 @@ class BackwardRange {
         for (int64_t j = hull.begin; j < hull.end; ++j) dbias[j] += d[j];
       }
       if (terms.softcap != 0.0f) {
-        for (int64_t j = begin; j < end; j += kLanes) vec_store(d + j, vec_mul(vec_load(d + j), vec_load(rates + j)));
+        for (int64_t j = begin; j < end; j += kLanes) {
+          const Vec g = vec_load(d + j);
+          vec_store(d + j, g == 0.0f ? g : vec_mul(g, vec_load(rates + j)));  // a hidden product may be NaN
+        }
       }
     }
     narrow(row, rows);

@@ -84,6 +84,20 @@ __device__ __forceinline__ bool sees(const IntervalAttentionParams& p, const Row
          sq::load_nc(p.key_bias + rows.b * p.bias_stride_b + h * p.bias_stride_h + key) != -INFINITY;
 }
 
+/// The score of row i of the group and a key, from their product.
+__device__ __forceinline__ float score_of(const IntervalAttentionParams& p, const RowGroup& rows, int i, int64_t key,
+                                          float product) {
+  const int64_t h = rows.head(i);
+  float score = product * p.scale;
+  if (p.softcap != 0.0f) score = tanhf(score / p.softcap) * p.softcap;
+  if (p.alibi_slopes != nullptr) {
+    const auto distance = static_cast<float>(rows.position(i) + p.mask.tk - p.mask.tq - key);
+    score -= sq::load_nc(p.alibi_slopes + rows.b * p.slope_stride_b + h) * fabsf(distance);
+  }
+  if (p.key_bias != nullptr) score += sq::load_nc(p.key_bias + rows.b * p.bias_stride_b + h * p.bias_stride_h + key);
+  return score;
+}
+
 /// One share of the keys for one group of rows.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kAttentionThreads, 3)
@@ -118,15 +132,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
   const int64_t low = total * split / splits, high = total * (split + 1) / splits;
 
   const auto load_query = [&](int64_t slot) {
-    for (int i = thread; i < kAttentionRows * kAttentionWidth; i += kAttentionThreads) {
-      const int row = i / kAttentionWidth, c = i % kAttentionWidth;
+    const int d = static_cast<int>(p.d);
+    for (int i = thread; i < kAttentionRows * d; i += kAttentionThreads) {
+      const int row = i / d, c = i % d;
       float x = 0.0f;
-      if (row < rows.count && c < p.d) {
+      if (row < rows.count) {
         const T* q = static_cast<const T*>(p.q) + rows.b * p.q_stride_b + rows.position(row) * p.q_stride_t +
                      rows.head(row) * p.q_stride_h + slot * p.q_stride_s;
         x = sq::to_float(sq::load_nc(q + c));
       }
-      query[i] = x;
+      query[row * kAttentionWidth + c] = x;
     }
     __syncthreads();
   };
@@ -167,12 +182,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
             const float dot = warp_sum(dots[i]);
             if (lane == i) score = dot;
           }
-          if (mine) {
-            score *= p.scale;
-            if (p.key_bias != nullptr) {
-              score += sq::load_nc(p.key_bias + rows.b * p.bias_stride_b + rows.head(lane) * p.bias_stride_h + key);
-            }
-          }
+          if (mine) score = score_of(p, rows, lane, key, score);
         }
         if (lane < kAttentionRows) weights[lane * kAttentionKeys + j] = mine ? score : -INFINITY;
       }

@@ -50,7 +50,9 @@ def _call(
     window: int,
     causal: bool,
     key_bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
+    softcap: float,
     plan: list[torch.Tensor],
 ) -> _Call:
     _, tq, heads, slots, d = q.shape
@@ -69,7 +71,10 @@ def _call(
         key_strides = _broadcast_strides(key_start, tk)
     if key_bias is not None:
         bias_strides = _broadcast_strides(key_bias, tk)
-    mask = Mask(starts, ends, *strides, key_start, key_stop, *key_strides, key_bias, *bias_strides)
+    slope_stride = heads if alibi_slopes is not None and alibi_slopes.shape[0] > 1 else 0
+    mask = Mask(
+        starts, ends, *strides, key_start, key_stop, *key_strides, key_bias, *bias_strides, alibi_slopes, slope_stride
+    )  # fmt: skip
     tensors = (
         Heads(q, q.stride(0), q.stride(1), q.stride(2), d, q.stride(3)),
         Heads(k, k.stride(0), k.stride(1), k.stride(2), d),
@@ -80,12 +85,14 @@ def _call(
         CAUSAL=causal,
         WINDOWED=causal and window >= 0,
         PER_KEY=key_start is not None or key_bias is not None,
+        CAPPED=softcap != 0.0,
         INTERVALS=intervals,
         SLOTS=slots,
         GROUP=heads // kv_heads,
         PRECISION=precision("tf32x3" if q.dtype is torch.float32 else "tf32"),
     )
-    sizes = {"tq": tq, "tk": tk, "sink_tokens": sink_tokens, "window": window, "heads": heads, "scale": scale}
+    sizes = {"tq": tq, "tk": tk, "sink_tokens": sink_tokens, "window": window}
+    sizes |= {"heads": heads, "scale": scale, "softcap": softcap}
     blocks = {"BD": max(16, triton.next_power_of_2(d)), "BDV": max(16, triton.next_power_of_2(dv))}
     by_rows, by_keys = (Plan(None, None),) * 2 if starts is None else (Plan(*plan[:2]), Plan(*plan[2:]))
     return _Call(tensors, by_rows, by_keys, sizes, {"FLAGS": flags, **blocks}, max(blocks.values()))
@@ -104,7 +111,9 @@ def interval_attention_fwd(
     causal: bool,
     key_bias: torch.Tensor | None,
     sink_logits: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
+    softcap: float,
     plan: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(out, lse, stats) of softmax attention over the intervals.
@@ -114,7 +123,8 @@ def interval_attention_fwd(
             contiguous.
         starts, ends: int32 `[B|1, Hq|1, Tq, m]` or None for the plain mask of `sink_tokens`, `window` (-1: none), `causal`.
         key_start, key_stop: int32 `[B|1, Hq|1, Tk]` or None.
-        key_bias: fp32 `[B|1, Hq|1, Tk]` or None; sink_logits: fp32 `[Hq]` or None.
+        key_bias: fp32 `[B|1, Hq|1, Tk]` or None; sink_logits: fp32 `[Hq]` or None; alibi_slopes: fp32 `[B|1, Hq]` or None.
+        softcap: 0 for none.
         plan: of the mask, where `starts` is given; per interval when R > 1.
 
     Returns:
@@ -124,7 +134,9 @@ def interval_attention_fwd(
         ValueError: a mask without its plan, or slots that do not fit it.
     """
     batch, tq, heads = q.shape[:3]
-    c = _call(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, scale, plan)
+    c = _call(
+        q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, alibi_slopes, scale, softcap, plan
+    )  # fmt: skip
     out = q.new_empty((batch, tq, heads, v.shape[3]))
     lse = q.new_empty((batch, tq, heads), dtype=torch.float32)
     stats = lse.new_empty((batch, tq, heads, 2))
@@ -153,7 +165,9 @@ def interval_attention_bwd(
     causal: bool,
     key_bias: torch.Tensor | None,
     sink_logits: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     scale: float,
+    softcap: float,
     plan: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and key_bias, and delta = rowsum(grad_out * out) - grad_lse.
@@ -168,7 +182,9 @@ def interval_attention_bwd(
     """
     batch, tq, heads = q.shape[:3]
     tk, kv_heads = k.shape[1:3]
-    c = _call(q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, scale, plan)
+    c = _call(
+        q, k, v, starts, ends, key_start, key_stop, sink_tokens, window, causal, key_bias, alibi_slopes, scale, softcap, plan
+    )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dkey_bias = grad_lse.new_empty((0,) if key_bias is None else (batch, heads, tk))
     delta = torch.empty_like(grad_lse)
@@ -186,7 +202,7 @@ def interval_attention_bwd(
     return dq, dk, dv, dkey_bias, delta
 
 
-def _aot_args(dtype: torch.dtype, d: int, kind: str, backward: bool = False) -> tuple[Any, ...]:
+def _aot_args(dtype: torch.dtype, d: int, kind: str, backward: bool = False, softcap: float = 0.0) -> tuple[Any, ...]:
     """A prefill of 4096 tokens with 8 key heads of 32."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -201,7 +217,7 @@ def _aot_args(dtype: torch.dtype, d: int, kind: str, backward: bool = False) -> 
         mask = (index(1, 1, t, 2), index(1, 1, t, 2), None, None, 0, -1, False)
         plan = [index(1, 1, nq, 2), index(1, 1, nq, nk), index(1, 1, nk, 2), index(1, 1, nk, nq)]
     q, k, v = empty(1, t, heads, 1, d), empty(1, t, kv_heads, d), empty(1, t, kv_heads, d)
-    call = (q, k, v, *mask, None, None, 0.125, plan)
+    call = (q, k, v, *mask, None, None, None, 0.125, softcap, plan)
     if not backward:
         return call
     out, wide = empty(1, t, heads, d), partial(empty, 1, t, heads, dtype=torch.float32)

@@ -33,9 +33,10 @@ class Rows(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The tensors of a mask, None where it has none; strides of batch and head are 0 where it is broadcast.
+    """The tensors of a mask and of biases, None where there are none; strides of batch and head are 0 where broadcast.
 
-    starts, ends [B, H, Tq, INTERVALS], strides in heads; key_start, key_stop and key_bias [B, H, Tk], strides in elements.
+    starts, ends [B, H, Tq, INTERVALS], strides in heads; key_start, key_stop and key_bias [B, H, Tk] and alibi_slopes [B, H],
+    strides in elements.
     """
 
     starts: Any
@@ -49,6 +50,8 @@ class Mask(NamedTuple):
     key_bias: Any
     bias_stride_b: Any
     bias_stride_h: Any
+    alibi_slopes: Any
+    slope_stride_b: Any
 
 
 class Offsets(NamedTuple):
@@ -70,6 +73,14 @@ class HeadMask(NamedTuple):
     window: Any
 
 
+class ScoreTerms(NamedTuple):
+    """What makes a score of a product: cap(scale * product) - slope * distance, where cap(x) = softcap * tanh(x / softcap)."""
+
+    scale: Any
+    softcap: Any
+    slope: Any  # of the head
+
+
 class Plan(NamedTuple):
     """Half of `IntervalMask.plan`, or None: how many tiles are seen in part and wholly, and the list of them."""
 
@@ -88,11 +99,12 @@ class RowResults(NamedTuple):
 
 
 class Flags(NamedTuple):
-    """Constants of a call. PER_KEY: lifetimes or biases of keys, which no tile is known to pass wholly."""
+    """Constants of a call. PER_KEY: lifetimes or biases of keys, which no tile is known to pass wholly; CAPPED: a softcap."""
 
     CAUSAL: bool
     WINDOWED: bool
     PER_KEY: bool
+    CAPPED: bool
     INTERVALS: int  # of a row
     SLOTS: int  # queries per row, one for each interval, or 1
     GROUP: int  # query heads per key head
@@ -126,3 +138,12 @@ def offsets_of_head(mask, b, h, tq, INTERVALS: tl.constexpr):
         b * mask.key_stride_b + h.to(tl.int64) * mask.key_stride_h,
         b * mask.bias_stride_b + h.to(tl.int64) * mask.bias_stride_h,
     )
+
+
+@triton.jit
+def slope_of_head(mask, b, h):
+    """0 without slopes."""
+    if mask.alibi_slopes is not None:
+        return tl.load(mask.alibi_slopes + b * mask.slope_stride_b + h)
+    else:
+        return tl.cast(0.0, tl.float32)

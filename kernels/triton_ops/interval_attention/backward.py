@@ -9,25 +9,46 @@ import triton
 import triton.language as tl
 
 from .._common.numerics import cast
-from .arguments import HeadMask, Rows, offsets_of_head, place_of_program, rows_of_head, rows_of_slot
-from .pairs import add_nonfinite, dot, finite_part, load_bias, load_rows, load_stats, visible, weights
+from .arguments import (
+    HeadMask,
+    Rows,
+    ScoreTerms,
+    offsets_of_head,
+    place_of_program,
+    rows_of_head,
+    rows_of_slot,
+    slope_of_head,
+)
+from .pairs import (
+    add_nonfinite,
+    biased,
+    cap_slope,
+    dot,
+    finite_part,
+    load_bias,
+    load_rows,
+    load_stats,
+    scaled,
+    visible,
+    weights,
+)
 from .tiles import find_tiles, start_of_tile
 
 
 @triton.jit
 def _dq_tile(
-    dq, nonfinite, q, grad, top, log2_sum, delta, k, v, mask, rows, start, slot, scale,
+    dq, nonfinite, q, grad, top, log2_sum, delta, k, v, mask, rows, start, slot, terms,
     MASKED: tl.constexpr, FLAGS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     cols = start + tl.arange(0, BN)
     b_k = load_rows(k, start, BN, BD)  # [BN, BD]
     b_v = load_rows(v, start, BN, BDV)  # [BN, BDV]
     bias = load_bias(mask, cols)  # [BN]
-    scores = dot(q, tl.trans(b_k), FLAGS) * scale  # [BM, BN]
-    if mask.tensors.key_bias is not None:
-        scores += bias[None, :]
-    p = weights(scores, top[:, None], log2_sum[:, None])  # [BM, BN]
+    capped = scaled(dot(q, tl.trans(b_k), FLAGS), terms, FLAGS)  # [BM, BN]
+    p = weights(biased(capped, rows, cols, bias, mask, terms, False), top[:, None], log2_sum[:, None])  # [BM, BN]
     ds = p * (dot(grad, tl.trans(b_v), FLAGS) - delta[:, None])  # [BM, BN]
+    if FLAGS.CAPPED:
+        ds *= cap_slope(capped, terms)
     if MASKED:
         ds = tl.where(visible(rows, cols, bias, mask, slot, False, FLAGS), ds, 0.0)
     keys, nonfinite = finite_part(b_k, nonfinite, MASKED)
@@ -36,7 +57,7 @@ def _dq_tile(
 
 @triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window"])
 def interval_attention_dq_kernel(
-    q, k, v, mask, plan, results, grads, dq_ptr, delta_ptr, tq, tk, sink_tokens, window, heads, scale,
+    q, k, v, mask, plan, results, grads, dq_ptr, delta_ptr, tq, tk, sink_tokens, window, heads, scale, softcap,
     FLAGS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     b, h, first = place_of_program(tl.cdiv(tq, BM), heads, BM)
@@ -44,6 +65,7 @@ def interval_attention_dq_kernel(
     k_rows = rows_of_head(k, b, h // FLAGS.GROUP, tk)
     v_rows = rows_of_head(v, b, h // FLAGS.GROUP, tk)
     seen = HeadMask(mask, offsets_of_head(mask, b, h, tq, FLAGS.INTERVALS), tq, tk, sink_tokens, window)
+    terms = ScoreTerms(scale, softcap, slope_of_head(mask, b, h))
     live = rows < tq
     row = (b * tq + rows) * heads + h
     values = tl.arange(0, BDV)
@@ -63,13 +85,13 @@ def interval_attention_dq_kernel(
         for n in range(tiles.masked):
             start = start_of_tile(n, tiles, plan, True, BN)
             dq, nonfinite = _dq_tile(
-                dq, nonfinite, b_q, grad, top, log2_sum, delta, k_rows, v_rows, seen, rows, start, slot, scale,
+                dq, nonfinite, b_q, grad, top, log2_sum, delta, k_rows, v_rows, seen, rows, start, slot, terms,
                 True, FLAGS, BN, BD, BDV,
             )  # fmt: skip
         for n in range(tiles.masked, tiles.count):
             start = start_of_tile(n, tiles, plan, True, BN)
             dq, nonfinite = _dq_tile(
-                dq, nonfinite, b_q, grad, top, log2_sum, delta, k_rows, v_rows, seen, rows, start, slot, scale,
+                dq, nonfinite, b_q, grad, top, log2_sum, delta, k_rows, v_rows, seen, rows, start, slot, terms,
                 FLAGS.PER_KEY, FLAGS, BN, BD, BDV,
             )  # fmt: skip
         if nonfinite > 0:
@@ -86,7 +108,7 @@ def interval_attention_dq_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, dbias, nonfinite, k, v, bias, q, grad, stats_ptr, delta_ptr, heads, mask, cols, start, slot, scale,
+    dk, dv, dbias, nonfinite, k, v, bias, q, grad, stats_ptr, delta_ptr, heads, mask, cols, start, slot, terms,
     MASKED: tl.constexpr, FLAGS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Keys down and rows across: scores are [BN, BM]."""
@@ -99,26 +121,29 @@ def _dkdv_tile(
     delta = tl.load(delta_ptr + at, live, other=0.0)  # [BM]
     if MASKED:
         keep = visible(rows, cols, bias, mask, slot, True, FLAGS)  # [BN, BM]
-    scores = dot(k, tl.trans(b_q), FLAGS) * scale  # [BN, BM]
-    if mask.tensors.key_bias is not None:
-        scores += bias[:, None]
-    p = weights(scores, top[None, :], log2_sum[None, :])  # [BN, BM]
+    capped = scaled(dot(k, tl.trans(b_q), FLAGS), terms, FLAGS)  # [BN, BM]
+    p = weights(biased(capped, rows, cols, bias, mask, terms, True), top[None, :], log2_sum[None, :])  # [BN, BM]
     ds = p * (dot(v, tl.trans(b_grad), FLAGS) - delta[None, :])  # [BN, BM]
     if MASKED:
         p = tl.where(keep, p, 0.0)
         ds = tl.where(keep, ds, 0.0)
+    if mask.tensors.key_bias is not None:
+        dbias += tl.sum(ds, 1)
+    if FLAGS.CAPPED:
+        ds *= cap_slope(capped, terms)
+        if MASKED:
+            ds = tl.where(keep, ds, 0.0)  # not 0 * NaN
     grads, nonfinite = finite_part(b_grad, nonfinite, MASKED)
     queries, nonfinite = finite_part(b_q, nonfinite, MASKED)
     dv += dot(cast(p, b_grad.dtype), grads, FLAGS)  # [BN, BDV]
     dk += dot(cast(ds, b_q.dtype), queries, FLAGS)  # [BN, BD]
-    if mask.tensors.key_bias is not None:
-        dbias += tl.sum(ds, 1)
     return dk, dv, dbias, nonfinite
 
 
 @triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window"])
 def interval_attention_dkdv_kernel(
-    q, k, v, mask, plan, grad_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr, tq, tk, sink_tokens, window, heads, scale,
+    q, k, v, mask, plan, grad_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr, dbias_ptr,
+    tq, tk, sink_tokens, window, heads, scale, softcap,
     FLAGS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     kv_heads = heads // FLAGS.GROUP
@@ -131,6 +156,7 @@ def interval_attention_dkdv_kernel(
     for g in range(FLAGS.GROUP):
         h = kv_head * FLAGS.GROUP + g
         seen = HeadMask(mask, offsets_of_head(mask, b, h, tq, FLAGS.INTERVALS), tq, tk, sink_tokens, window)
+        terms = ScoreTerms(scale, softcap, slope_of_head(mask, b, h))
         bias = load_bias(seen, cols)  # [BN]
         dbias = tl.zeros([BN], tl.float32)
         at = b * tq * heads + h
@@ -144,13 +170,13 @@ def interval_attention_dkdv_kernel(
                 start = start_of_tile(n, tiles, plan, False, BM)
                 dk, dv, dbias, nonfinite = _dkdv_tile(
                     dk, dv, dbias, nonfinite, b_k, b_v, bias, q_rows, grad_rows, stats_ptr + 2 * at, delta_ptr + at, heads, seen,
-                    cols, start, slot, scale, True, FLAGS, BM, BD, BDV,
+                    cols, start, slot, terms, True, FLAGS, BM, BD, BDV,
                 )  # fmt: skip
             for n in range(tiles.masked, tiles.count):
                 start = start_of_tile(n, tiles, plan, False, BM)
                 dk, dv, dbias, nonfinite = _dkdv_tile(
                     dk, dv, dbias, nonfinite, b_k, b_v, bias, q_rows, grad_rows, stats_ptr + 2 * at, delta_ptr + at, heads, seen,
-                    cols, start, slot, scale, FLAGS.PER_KEY, FLAGS, BM, BD, BDV,
+                    cols, start, slot, terms, FLAGS.PER_KEY, FLAGS, BM, BD, BDV,
                 )  # fmt: skip
             if nonfinite > 0:
                 for n in range(tiles.count if FLAGS.PER_KEY else tiles.masked):

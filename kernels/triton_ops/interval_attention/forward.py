@@ -6,24 +6,31 @@ import triton
 import triton.language as tl
 
 from .._common.numerics import LN2, cast
-from .arguments import HeadMask, offsets_of_head, place_of_program, rows_of_head, rows_of_slot
-from .pairs import add_nonfinite, dot, finite_part, load_bias, load_rows, visible, weights
+from .arguments import (
+    HeadMask,
+    ScoreTerms,
+    offsets_of_head,
+    place_of_program,
+    rows_of_head,
+    rows_of_slot,
+    slope_of_head,
+)
+from .pairs import add_nonfinite, biased, dot, finite_part, load_bias, load_rows, scaled, visible, weights
 from .tiles import find_tiles, start_of_tile
 
 
 @triton.jit
 def _fwd_tile(
-    acc, row_max, row_sum, nonfinite, q, k, v, mask, rows, start, slot, scale,
+    acc, row_max, row_sum, nonfinite, q, k, v, mask, rows, start, slot, terms,
     MASKED: tl.constexpr, FLAGS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys in the running softmax."""
     cols = start + tl.arange(0, BN)
     b_k = load_rows(k, start, BN, BD)  # [BN, BD]
     b_v = load_rows(v, start, BN, BDV)  # [BN, BDV]
-    scores = dot(q, tl.trans(b_k), FLAGS) * scale  # [BM, BN]
+    scores = scaled(dot(q, tl.trans(b_k), FLAGS), terms, FLAGS)  # [BM, BN]
     bias = load_bias(mask, cols)  # [BN]
-    if mask.tensors.key_bias is not None:
-        scores += bias[None, :]
+    scores = biased(scores, rows, cols, bias, mask, terms, False)
     if MASKED:
         scores = tl.where(visible(rows, cols, bias, mask, slot, False, FLAGS), scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))  # [BM]
@@ -37,7 +44,7 @@ def _fwd_tile(
 
 @triton.jit(do_not_specialize=["tq", "tk", "sink_tokens", "window"])
 def interval_attention_fwd_kernel(
-    q, k, v, mask, plan, sink_logits_ptr, results, tq, tk, sink_tokens, window, heads, scale,
+    q, k, v, mask, plan, sink_logits_ptr, results, tq, tk, sink_tokens, window, heads, scale, softcap,
     FLAGS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     b, h, first = place_of_program(tl.cdiv(tq, BM), heads, BM)
@@ -45,6 +52,7 @@ def interval_attention_fwd_kernel(
     k_rows = rows_of_head(k, b, h // FLAGS.GROUP, tk)
     v_rows = rows_of_head(v, b, h // FLAGS.GROUP, tk)
     seen = HeadMask(mask, offsets_of_head(mask, b, h, tq, FLAGS.INTERVALS), tq, tk, sink_tokens, window)
+    terms = ScoreTerms(scale, softcap, slope_of_head(mask, b, h))
     acc = tl.zeros([BM, BDV], tl.float32)
     if sink_logits_ptr is not None:
         row_max = tl.zeros([BM], tl.float32) + tl.load(sink_logits_ptr + h)
@@ -60,13 +68,13 @@ def interval_attention_fwd_kernel(
         for n in range(tiles.masked):
             start = start_of_tile(n, tiles, plan, True, BN)
             acc, row_max, row_sum, nonfinite = _fwd_tile(
-                acc, row_max, row_sum, nonfinite, b_q, k_rows, v_rows, seen, rows, start, slot, scale,
+                acc, row_max, row_sum, nonfinite, b_q, k_rows, v_rows, seen, rows, start, slot, terms,
                 True, FLAGS, BN, BD, BDV,
             )  # fmt: skip
         for n in range(tiles.masked, tiles.count):
             start = start_of_tile(n, tiles, plan, True, BN)
             acc, row_max, row_sum, nonfinite = _fwd_tile(
-                acc, row_max, row_sum, nonfinite, b_q, k_rows, v_rows, seen, rows, start, slot, scale,
+                acc, row_max, row_sum, nonfinite, b_q, k_rows, v_rows, seen, rows, start, slot, terms,
                 FLAGS.PER_KEY, FLAGS, BN, BD, BDV,
             )  # fmt: skip
         if nonfinite > 0:

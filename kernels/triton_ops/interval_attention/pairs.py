@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._common.numerics import LOG2E, cast, is_finite, widen_if_interpreted
+from .._common.numerics import LOG2E, cast, is_finite, tanh, widen_if_interpreted
 
 
 @triton.jit
@@ -34,6 +34,35 @@ def load_bias(mask, cols):
         return tl.load(mask.tensors.key_bias + mask.offsets.bias + cols, cols < mask.tk, other=0.0)
     else:
         return tl.zeros([cols.shape[0]], tl.float32)
+
+
+@triton.jit
+def scaled(products, terms, FLAGS: tl.constexpr):
+    """Scores before anything is added to them: products scaled, and capped where the call has a softcap."""
+    scores = products * terms.scale
+    if FLAGS.CAPPED:
+        scores = tanh(scores * (1.0 / terms.softcap)) * terms.softcap
+    return scores
+
+
+@triton.jit
+def cap_slope(scores, terms):
+    """The derivative of the cap where its values are `scores`."""
+    t = scores * (1.0 / terms.softcap)
+    return 1.0 - t * t
+
+
+@triton.jit
+def biased(scores, rows, cols, bias, mask, terms, KEYS_DOWN: tl.constexpr):
+    """Scores less slope times distance, plus the biases of keys. The last row stands at the last key."""
+    R: tl.constexpr = 0 if KEYS_DOWN else 1  # as in `visible`
+    C: tl.constexpr = 1 - R
+    if mask.tensors.alibi_slopes is not None:
+        own = tl.expand_dims(rows + (mask.tk - mask.tq), R)
+        scores -= tl.abs(own - tl.expand_dims(cols, C)).to(tl.float32) * terms.slope
+    if mask.tensors.key_bias is not None:
+        scores += tl.expand_dims(bias, C)
+    return scores
 
 
 @triton.jit

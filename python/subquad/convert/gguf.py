@@ -15,6 +15,7 @@ from ..nn.quantised_cats_mlp import QuantisedDown
 from ..nn.quantised_linear import QuantisedLinear
 from ..ops.quantised_linear import dequantise
 from ..reference.quantised_linear import FORMATS, pack
+from . import gguf_header
 from .weights import Left
 
 BLOCKS = {kind.gguf: name for name, kind in FORMATS.items()}
@@ -43,17 +44,16 @@ class GgufFile:
                 "weights='gguf' needs the Python package gguf; install it with: pip install gguf"
             ) from error
         try:
-            reader = gguf.GGUFReader(path)
+            header = gguf_header.read(path)
         except ValueError as error:
             raise ValueError(f"gguf_file: expected a GGUF file, got {str(path)!r}: {error}") from error
-        fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        name = fields.get("general.architecture")
+        self.fields, self.tensors = header.fields, header.tensors
+        name = self.fields.get("general.architecture")
         known = {text: architecture for architecture, text in gguf.MODEL_ARCH_NAMES.items()}
         if name not in known:
             raise ValueError(f"gguf_file: expected an architecture that the package gguf knows, got {name!r}")
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._names = gguf.get_tensor_name_map(known[name], fields.get(f"{name}.block_count", 0))
-        counts = (fields.get(f"{name}.attention.{key}", []) for key in ("head_count", "head_count_kv"))
+        self._names = gguf.get_tensor_name_map(known[name], self.fields.get(f"{name}.block_count", 0))
+        counts = (self.fields.get(f"{name}.attention.{key}", []) for key in ("head_count", "head_count_kv"))
         self._heads = {heads for count in counts for heads in (count if isinstance(count, list) else [count])}
 
     def make(self, name: str, linear: nn.Linear, down: bool) -> QuantisedLinear | QuantisedDown:
@@ -64,7 +64,7 @@ class GgufFile:
             ValueError: the file has none of this name, blocks without a kernel, another shape or other numbers than the model.
         """
         tensor = self._tensor(name)
-        kind = tensor.tensor_type.name
+        kind = tensor.kind
         if kind in DENSE:
             raise Left(f"dense in the file: {tensor.name} is in {kind}")
         if kind not in BLOCKS:
@@ -73,9 +73,9 @@ class GgufFile:
                 "is no kernel"
             )
         shape = list(linear.weight.shape)
-        if list(tensor.shape[::-1]) != shape:
+        if list(tensor.shape) != shape:
             raise ValueError(
-                f"gguf_file: expected {tensor.name} of shape {shape} as in the model, got {tensor.shape[::-1].tolist()}"
+                f"gguf_file: expected {tensor.name} of shape {shape} as in the model, got {list(tensor.shape)}"
             )
         format = BLOCKS[kind]
         for rows in self._orders(tensor.name, rows_of(tensor.data, format)):
@@ -86,15 +86,26 @@ class GgufFile:
             f"gguf_file: expected the numbers of the model in {tensor.name}, got others: this file is another model's"
         )
 
+    def numbers(self, name: str) -> torch.Tensor:
+        """float32: what the tensor says that the model calls `name`, its rows in the order of the file.
+
+        Raises:
+            ValueError: the file has none of this name.
+        """
+        import gguf
+
+        tensor = self._tensor(name.removesuffix(".weight"))
+        return torch.tensor(gguf.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.kind]))
+
     def check(self, name: str, module: Codes) -> None:
         """What is in few bits already stays so."""
 
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> gguf_header.Tensor:
         """Of a Linear, whose name may have those of wrappers in front. An output layer may be the embedding."""
         tail = name
         while tail:
             found = self._names.get_name(f"{tail}.weight", try_suffixes=(".weight",))
-            if found in self.tensors:
+            if found is not None and found in self.tensors:
                 return self.tensors[found]
             if found == "output.weight" and "token_embd.weight" in self.tensors:
                 return self.tensors["token_embd.weight"]

@@ -1,4 +1,4 @@
-"""The demo's model and text, both from installed packages: nothing is downloaded."""
+"""The demo's models and text, all from installed packages: nothing is downloaded. Here SmolLM2, and what models share."""
 
 from __future__ import annotations
 
@@ -27,12 +27,23 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Subject:
-    """What the demo converts: a causal language model, its tokenizer, a name for headings, and its file, if it is a GGUF file."""
+    """What the demo converts.
+
+    Attributes:
+        name: for headings.
+        model: a causal language model of transformers.
+        tokenizer: of the model.
+        gguf_file: of the model, where `convert(weights="gguf")` takes its blocks.
+        first: token that every text of this model begins with.
+        families: of variants that it is compared in; None for all.
+    """
 
     name: str
     model: nn.Module
     tokenizer: Any
     gguf_file: Path | None = None
+    first: int | None = None
+    families: tuple[str, ...] | None = None
 
 
 def require(packages: dict[str, str]) -> None:
@@ -44,6 +55,17 @@ def require(packages: dict[str, str]) -> None:
     for package, command in packages.items():
         if importlib.util.find_spec(package) is None:
             raise DemoError(f"the Python package {package!r} is missing; install it with: {command}")
+
+
+def require_environment(device: str) -> None:
+    """Check what every model needs here.
+
+    Raises:
+        DemoError: if a package is missing or the device is not there.
+    """
+    require(_NEEDED)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DemoError("--device cuda: this torch sees no CUDA device")
 
 
 def weights_file() -> Path:
@@ -67,10 +89,8 @@ def load(device: str, dtype: str) -> Subject:
     Raises:
         DemoError: if a package is missing or the device is not there.
     """
-    require(_NEEDED)
+    require_environment(device)
     file = weights_file()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DemoError("--device cuda: this torch sees no CUDA device")
     import transformers
 
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
@@ -104,11 +124,23 @@ def cache_name(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def windows(tokenizer: Any, text: str, tokens: int, length: int, device: torch.device | str) -> list[torch.Tensor]:
-    """The first `tokens` tokens of a text, in windows `[1, length]`."""
+def windows(
+    tokenizer: Any, text: str, tokens: int, length: int, device: torch.device | str, first: int | None = None
+) -> list[torch.Tensor]:
+    """The first `tokens` tokens of a text, in windows `[1, length]`, each behind the token `first` if there is one."""
     # A few characters a token: enough text for the tokens wanted, without tokenising all of it.
     ids = torch.tensor(tokenizer(text[: 10 * tokens], add_special_tokens=False)["input_ids"][:tokens])
-    return [part[None].to(device) for part in ids.split(length) if len(part) == length]
+    begin = torch.tensor([] if first is None else [first], dtype=ids.dtype)
+    parts = (torch.cat([begin, part]) for part in ids.split(length - len(begin)))
+    return [part[None].to(device) for part in parts if len(part) == length]
+
+
+def prompt(subject: Subject, question: str, device: torch.device | str) -> torch.Tensor:
+    """Token ids `[1, T]` that a subject answers a question after: its chat format, or a text that asks for the answer."""
+    if subject.first is None:
+        return chat_prompt(subject.tokenizer, question, device)
+    ids = subject.tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False)["input_ids"]
+    return torch.tensor([[subject.first, *ids]], device=device)
 
 
 def chat_prompt(tokenizer: Any, question: str, device: torch.device | str) -> torch.Tensor:

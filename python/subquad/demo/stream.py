@@ -28,13 +28,16 @@ def steps(tokens: int, chunk: int) -> int:
 
 
 @torch.no_grad()
-def streams(model: nn.Module, ids: torch.Tensor, window: int, chunk: int, tick: Tick) -> dict[str, Any]:
+def streams(
+    model: nn.Module, ids: torch.Tensor, window: int, chunk: int, tick: Tick, first: int | None = None
+) -> dict[str, Any]:
     """Read `ids` [1, T] chunk by chunk, which for a streaming cache means the same as token by token.
 
     Args:
         model: a stock model, which is left alone.
         window: capacity of the streaming cache, its sinks included.
         chunk: tokens of a call.
+        first: token that texts begin with, as `ids` does; windows computed anew do, too.
 
     Returns:
         "chunk", "window", and in "rows" by name of the cache, "sinks + window", "all tokens" or "windows anew": "loss", nats per
@@ -48,7 +51,10 @@ def streams(model: nn.Module, ids: torch.Tensor, window: int, chunk: int, tick: 
     for i in range(0, len(parts), STRIDE):
         end = (i + 1) * chunk
         begin = max(0, end - window)
-        logits = model(input_ids=ids[:, begin:end], use_cache=False, logits_to_keep=chunk + 1).logits[0]
+        part = ids[:, begin:end]
+        if begin and first is not None:
+            part = torch.cat([torch.full_like(part[:, :1], first), part[:, 1:]], 1)
+        logits = model(input_ids=part, use_cache=False, logits_to_keep=chunk + 1).logits[0]
         anew["loss"][i] = _loss(logits[-chunk - 1 : -1] if begin < end - chunk else logits[:-1], ids[0, :end])
         tick()
     return {"chunk": chunk, "window": window, "rows": rows | {"windows anew": anew}}

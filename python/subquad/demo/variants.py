@@ -153,16 +153,18 @@ def _sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def families(gguf_file: Path | None = None) -> dict[str, Builder]:
+def families(gguf_file: Path | None = None, wanted: Sequence[str] | None = None) -> dict[str, Builder]:
     """What is built, by name, in the order of the rows.
 
     Args:
-        gguf_file: that the model was loaded from, if it was.
+        gguf_file: whose blocks the quantised model takes, if there is one.
+        wanted: names; None for all.
     """
-    return {
+    found: dict[str, Builder] = {
         "dense": dense, "cats": cats, "quantised": functools.partial(quantised, gguf_file=gguf_file), "lawcat": lawcat,
         "superlinear": superlinear, "attention": attention,
     }  # fmt: skip
+    return {name: build for name, build in found.items() if wanted is None or name in wanted}
 
 
 PASSES = {"cats": 1, "quantised": 1, "lawcat": LAWCAT_PASSES}  # how often a family runs every calibration batch

@@ -51,7 +51,7 @@ def causal_conv1d(
         )[0]  # fmt: skip
 
     facts = {"op": "causal_conv1d", "activation": activation, "channel_groups": channel_groups}
-    return _over_runs(x, weight, layout, call, facts, residual=residual)
+    return _over_runs(x, weight, layout, call, facts, "[B, T, D]", residual=residual)
 
 
 def conv_feature_map(
@@ -89,7 +89,7 @@ def conv_feature_map(
         )[0]  # fmt: skip
 
     facts = {"op": "conv_feature_map", "kind": kind, "fullspace": fullspace}
-    return _over_runs(x, conv_weight, layout, call, facts)
+    return _over_runs(x, conv_weight, layout, call, facts, "[B, T, Hx, d]")
 
 
 def _over_runs(
@@ -98,6 +98,7 @@ def _over_runs(
     layout: SequenceLayout,
     call: Callable[[Run, torch.Tensor, torch.Tensor | None], torch.Tensor],
     facts: dict[str, Any],
+    shape: str,
     **rows: torch.Tensor | None,
 ) -> torch.Tensor:
     check_layout(layout)
@@ -106,6 +107,8 @@ def _over_runs(
         for name, tensor in ({"x": x} | rows).items():
             if tensor is not None:
                 check_tokens(name, tensor, layout)
+                if tensor.dim() != shape.count(",") + 1:
+                    raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
         if not isinstance(weight, torch.Tensor) or weight.dim() < 2:
             raise TypeError(f"weight: expected a tensor [D, W], got {getattr(weight, 'shape', type(weight).__name__)}")
 

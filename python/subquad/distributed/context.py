@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._derived import Derived
 from ..masks import IntervalMask
 from ..masks.model_mask import ModelMask
 from .exchange import check_layout
@@ -94,7 +95,8 @@ def context_parallel(layout: SequenceLayout) -> Iterator[None]:
     check_layout(layout)
     from ..integrations.transformers import masks
 
-    made: dict[Any, tuple[Any, ShardedMask]] = {}  # with what a key names by its id, which then stays its own
+    derived = Derived()  # masks of a padding, while it is what it was
+    made: dict[int, ShardedMask] = {}  # without padding, by window
 
     def mask(pattern: Any, batch: int, queries: int, keys: int, padding: torch.Tensor | None) -> ShardedMask:
         own = layout.lengths[layout.rank]
@@ -104,14 +106,17 @@ def context_parallel(layout: SequenceLayout) -> Iterator[None]:
             )
         if pattern is None or not pattern.linear:
             raise ValueError("mask_function: expected causal or sliding attention under context_parallel, got another")
-        key = (pattern.window, None if padding is None else (id(padding), padding._version))
-        if key not in made:
-            real = padding
-            if padding is not None:
-                _check_padding(padding, batch, layout)
-                real = None if bool(padding.all()) else padding.bool()
-            made[key] = padding, ShardedMask.over(layout, pattern.window, real)
-        return made[key][1]
+        window = pattern.window
+        if window not in made:
+            made[window] = ShardedMask.over(layout, window, None)
+        if padding is None:
+            return made[window]
+
+        def padded() -> ShardedMask:
+            _check_padding(padding, batch, layout)
+            return made[window] if bool(padding.all()) else ShardedMask.over(layout, window, padding != 0)
+
+        return derived.get(padding, (window,), padded)
 
     masks.SHARDED.append(mask)
     try:

@@ -28,11 +28,16 @@ def by_heads(function: Callable[..., torch.Tensor], *tensors: torch.Tensor, layo
         [B, T of this rank, H of the first result, ...].
 
     Raises:
+        TypeError: no callable, no tensors.
         ValueError: numbers of heads or tokens that do not fit, ranks that differ.
     """
     check_layout(layout)
 
     def check() -> None:
+        if not callable(function):
+            raise TypeError(f"function: expected a callable, got {type(function).__name__}")
+        if not tensors:
+            raise TypeError("tensors: expected at least one, got none")
         for i, x in enumerate(tensors):
             check_tokens(f"tensors[{i}]", x, layout)
             heads = x.shape[2] if x.dim() == 4 else 0

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..nn._children import plain
-from ..nn._window import window_terms
+from ..nn._window import joined, rotated, window_terms
 from ..nn.causal_conv1d import ShortConvolution
 from ..nn.feature_map import LearnedFeatureMap
 from ..nn.lawcat import LawcatAttention
@@ -144,8 +144,7 @@ def _hybrid(
     real: torch.Tensor | None,
 ) -> torch.Tensor:
     """Window and linear attention over one denominator; a column of ones in v gives the linear one's."""
-    if layer.rope == "none":
-        q0, k0 = layer.scores.rotate(q0, positions), layer.scores.rotate(k0, positions)
+    q0, k0 = rotated(layer, q0, k0, positions)
     here = torch.ones_like(v[..., :1, :1]) if real is None else real.to(v.dtype)[..., None, None]
     past = layer.window_size - 1
     plan = halo_plan(layout, past)
@@ -165,10 +164,4 @@ def _hybrid(
     sums, _ = gated_linear_attention(
         q.float(), k.float(), wide, g, layout=layout, scale=layer.linear_scale, backend=layer.backend
     )
-    assert layer.window_factor is not None
-    factor = layer.window_factor.float().sigmoid()[:, None]
-    rest = 1 - factor if layer.affine_window else 1.0
-    y = (factor * torch.cat(near, 1) + rest * sums[..., :-1]) / (
-        factor * torch.cat(total, 1) + rest * sums[..., -1:] + layer.eps
-    )
-    return y.to(k0.dtype)
+    return joined(layer, torch.cat(near, 1), torch.cat(total, 1), sums).to(k0.dtype)

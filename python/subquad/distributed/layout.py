@@ -57,8 +57,7 @@ class SequenceLayout:
     """Which rank owns which tokens of a sequence; equal on all ranks, which agree on it when it is made.
 
     Args:
-        owned: for every rank its spans (low, high) of positions; together every position once. (Or why there are none: the
-            error that all ranks then raise.)
+        owned: for every rank its spans (low, high) of positions; together every position once.
         group: a process group, a one-dimensional DeviceMesh, or None for the default group.
         cu_seqlens: bounds of packed sequences, from 0 to the number of tokens; None: one sequence.
 
@@ -76,21 +75,24 @@ class SequenceLayout:
 
     def __init__(
         self,
-        owned: Iterable[Iterable[Span]] | Exception,
+        owned: Iterable[Iterable[Span]],
         *,
         group: Group = None,
         cu_seqlens: torch.Tensor | Sequence[int] | None = None,
     ) -> None:
+        self._make(lambda size: owned, group, cu_seqlens)
+
+    def _make(self, owned: Callable[[int], Iterable[Iterable[Span]]], group: Group, cu_seqlens: Any) -> None:
+        """Of what `owned` makes of the number of ranks; an error on one rank is raised on all of them."""
         self.group = _collectives.group_of(group)
         self.rank, self.size = _collectives.rank_and_size(self.group)
         self.agreed: set[str] = set()  # signatures of calls that all ranks agreed on
         self.plans: dict[Any, Any] = {}  # exchanges by what they are for
         self.masks: WeakKeyDictionary[IntervalMask, Any] = WeakKeyDictionary()  # what attention makes of a mask here
         self.digests: WeakKeyDictionary[IntervalMask, Any] = WeakKeyDictionary()  # and what it was then
-        problem: Exception | None = owned if isinstance(owned, Exception) else None
+        problem: Exception | None = None
         try:
-            if not isinstance(owned, Exception):
-                self._lay_out([[_span(span) for span in spans] for spans in owned], cu_seqlens)
+            self._lay_out(_spans(owned(self.size)), cu_seqlens)
         except (TypeError, ValueError) as error:  # tell the others, who may have been given the right thing
             problem = error
         known = ("problem", str(problem)) if problem else (self.owned, self.cu_seqlens)
@@ -211,13 +213,9 @@ class SequenceLayout:
 
     @classmethod
     def _made(cls, owned: Callable[[int], list[list[Span]]], group: Group, cu_seqlens: Any) -> SequenceLayout:
-        """Of what `owned` makes of the number of ranks; an error there is raised on all of them."""
-        group = _collectives.group_of(group)
-        try:
-            found: Any = owned(_collectives.rank_and_size(group)[1])
-        except (TypeError, ValueError) as error:
-            found = error
-        return cls(found, group=group, cu_seqlens=cu_seqlens)
+        layout = cls.__new__(cls)
+        layout._make(owned, group, cu_seqlens)
+        return layout
 
     # --- what this rank has ----------------------------------------
 
@@ -326,11 +324,19 @@ def _bounds(cu_seqlens: torch.Tensor | Sequence[int] | None, tokens: int) -> lis
     return bounds
 
 
+def _spans(owned: Any) -> list[list[Span]]:
+    """Of every rank."""
+    given = list(owned) if isinstance(owned, Iterable) else []
+    if not isinstance(owned, Iterable) or not all(isinstance(spans, Iterable) for spans in given):
+        raise TypeError(f"owned: expected spans (low, high) for every rank, got {given or owned!r}")
+    return [[_span(span) for span in spans] for spans in given]
+
+
 def _span(span: Any) -> Span:
-    low, high = span
-    if not isinstance(low, int) or not isinstance(high, int) or not 0 <= low <= high:
+    pair = tuple(span) if isinstance(span, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(n, int) for n in pair) or not 0 <= pair[0] <= pair[1]:
         raise ValueError(f"owned: expected spans (low, high) of positions, got {span!r}")
-    return low, high
+    return pair[0], pair[1]
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:

@@ -19,6 +19,28 @@ OTHER_LOOPS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, float) or _integer(value)
+
+
+def _integers(value: Any) -> bool:
+    return _integer(value) or (isinstance(value, (list, tuple)) and all(map(_integer, value)))
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "do_sample": (lambda value: isinstance(value, bool), "a bool"),
+    "temperature": (_number, "a float"),
+    "top_k": (_integer, "an int"),
+    "top_p": (_number, "a float"),
+    "eos_token_id": (_integers, "an int or a list of them"),
+    "pad_token_id": (_integer, "an int"),
+}
+
+
 class Choice:
     """How tokens are chosen, and which of them end a row.
 
@@ -48,9 +70,12 @@ class Choice:
         new: int,
     ) -> None:
         for name in given:
-            if not hasattr(model.generation_config, name):
+            if name.startswith("_") or name not in vars(model.generation_config):
                 raise TypeError(f"{name}: expected arguments of subquad.generate or entries of a generation config")
         given = {name: value for name, value in given.items() if value is not None}
+        for name, (known, words) in _TYPES.items():
+            if name in given and not known(given[name]):
+                raise TypeError(f"{name}: expected {words}, got {given[name]!r}")
         config, _ = model._prepare_generation_config(None, **given)
         if isinstance(config.eos_token_id, list) and not config.eos_token_id:
             config.eos_token_id = None  # transformers would ask for the first of them

@@ -145,14 +145,18 @@ def check_room(cache: Any, columns: int) -> None:
 def grows(cache: Any) -> str | None:
     """Why every token after the prompt would need a graph of its own; None: a single one does."""
     for layer in cache.layers:
-        preallocated = getattr(layer, "max_cache_len", None) is not None and not hasattr(layer, "cumulative_length_int")
-        if _keeps_keys(layer) and not preallocated:
+        if not _keeps_keys(layer):
+            continue
+        where = f"a {type(cache).__name__} with a {type(layer).__name__}"
+        if hasattr(layer, "cumulative_length_int"):
+            return f"{where}, whose ring stands at a number, no tensor; without cache= such layers get all columns"
+        if getattr(layer, "max_cache_len", None) is None:
             hint = (
                 "; convert(model, attention='sink') has one"
                 if isinstance(getattr(layer, "state", None), SinkState)
                 else ""
             )
-            return f"a {type(cache).__name__} with a {type(layer).__name__} is no cache of constant size{hint}"
+            return f"{where} is no cache of constant size{hint}"
     return None
 
 

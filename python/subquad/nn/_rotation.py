@@ -63,27 +63,32 @@ def check_positions(
 ) -> None:
     """Whether a model's cosines and sines [B|1, T, n] at `positions` [B|1, T] are those of `spec`.
 
+    Frequencies may have been rounded: a model that was cast to 16 bits has such ones for good.
+
     Raises:
         ValueError: they are not.
     """
     places, scaling = positions[:1, :_PLACES].long(), spec.attention_scaling
     if spec.max_positions is not None and int(places.max()) >= spec.max_positions:
         return  # the model uses other frequencies there, and what it does is no stream
-    own = list(spec.cos_sin(places))
-    # Angles in float32; and after model.to(torch.bfloat16) frequencies are rounded, too.
     eps = torch.finfo(given[0].dtype).eps
-    off = places[..., None].abs() * spec.inv_freq.to(places.device).double() * max(eps, 2.0**-21)
-    if scores.rotation == "interleaved":
-        *own, off = (x.repeat_interleave(2, -1) for x in (*own, off))
-    elif scores.rotation != "once":
-        *own, off = (torch.cat([x, x], -1) for x in (*own, off))
-    if off.shape[-1] != given[0].shape[-1]:
-        expected = f"{off.shape[-1]} channels, as the config says"
-        raise ValueError(f"position_embeddings: expected {expected}, got {given[0].shape[-1]}")
-    for x, wanted in zip(given, own, strict=True):
-        far = (x[:1, :_PLACES].double() - wanted * scaling).abs()
-        if bool((far > TOLERANCE + scaling * (2 * eps + off)).any()):
-            raise ValueError(
-                "position_embeddings: expected the rotation of the config, got one that differs by "
-                f"{float(far.max()):.3g}: the layer would rotate otherwise than the model does"
-            )
+    exact = spec.inv_freq.to(places.device).double()
+    differ = []
+    for frequencies in (exact, exact.to(torch.bfloat16).double(), exact.to(torch.float16).double()):
+        angles = places[..., None] * frequencies
+        own = [angles.cos(), angles.sin(), angles.abs() * max(eps, 2.0**-21)]  # the model's angles are in float32
+        if scores.rotation == "interleaved":
+            own = [x.repeat_interleave(2, -1) for x in own]
+        elif scores.rotation != "once":
+            own = [torch.cat([x, x], -1) for x in own]
+        if own[0].shape[-1] != given[0].shape[-1]:
+            expected = f"{own[0].shape[-1]} channels, as the config says"
+            raise ValueError(f"position_embeddings: expected {expected}, got {given[0].shape[-1]}")
+        far = torch.stack([x[:1, :_PLACES].double() - y * scaling for x, y in zip(given, own[:2], strict=True)]).abs()
+        if bool((far <= TOLERANCE + scaling * (2 * eps + own[2])).all()):
+            return
+        differ.append(float(far.max()))
+    raise ValueError(
+        f"position_embeddings: expected the rotation of the config, got one that differs by {differ[0]:.3g}: "
+        "the layer would rotate otherwise than the model does"
+    )

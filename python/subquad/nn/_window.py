@@ -136,8 +136,7 @@ def hybrid(
     entering: dict[str, torch.Tensor] | None,
 ) -> torch.Tensor:
     """Window and linear attention over one denominator; a column of ones in v gives the linear one's."""
-    if layer.rope == "none":
-        q0, k0 = layer.scores.rotate(q0, positions), layer.scores.rotate(k0, positions)
+    q0, k0 = rotated(layer, q0, k0, positions)
     if entering is not None:
         entering |= {"window_k": k0, "window_v": v}
     near, near_sum = _near(layer, q0, k0, v, state, None if sequences is None else sequences.packed)
@@ -159,12 +158,25 @@ def hybrid(
     if state is not None:
         assert isinstance(final, torch.Tensor)
         state.s = final
+    return joined(layer, near, near_sum, wide).to(k0.dtype).flatten(2)
+
+
+def rotated(
+    layer: LawcatAttention, q: torch.Tensor, k: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys [B, T, H, d] of the window, which sees positions also where linear attention sees none."""
+    if layer.rope != "none":
+        return q, k
+    return layer.scores.rotate(q, positions), layer.scores.rotate(k, positions)
+
+
+def joined(layer: LawcatAttention, near: torch.Tensor, near_sum: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """The window's terms and the sums of linear attention [B, T, HQ, V + 1], its denominator last, as one mean."""
     assert layer.window_factor is not None
     factor = layer.window_factor.float().sigmoid()[:, None]
     rest_of = 1 - factor if layer.affine_window else 1.0
     far, far_sum = wide[..., :-1], wide[..., -1:]
-    y = (factor * near + rest_of * far) / (factor * near_sum + rest_of * far_sum + layer.eps)
-    return y.to(k0.dtype).flatten(2)
+    return (factor * near + rest_of * far) / (factor * near_sum + rest_of * far_sum + layer.eps)
 
 
 def _near(

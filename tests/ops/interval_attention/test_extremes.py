@@ -95,3 +95,17 @@ def test_scores_near_the_end_of_float32(rows: int, backend: str) -> None:
     torch.testing.assert_close(lse, torch.full_like(lse, 3.24e38))
     (grad,) = torch.autograd.grad(out.sum(), v)
     torch.testing.assert_close(grad.flatten(), rows * torch.tensor([0.5, 0.0, 0.0, 0.5, 0.0]))
+
+
+@backend_params("interval_attention", *KERNELS)
+def test_the_cap_is_accurate(backend: str) -> None:
+    """One key, whose score the log-sum-exp is: tanh to a few units in the last place, also near 0, and NaN for NaN alone."""
+    x = torch.cat([torch.logspace(-30, 2, 300), torch.linspace(0.5, 0.75, 101), torch.tensor([0.0, 3e38, torch.inf])])
+    x = torch.cat([x, -x, torch.tensor([torch.nan])])
+    one = torch.ones(1, 1, 1, 1)
+    for softcap in (1.0, 2.0**-20, 2.0**20):
+        q = (x * softcap).view(1, -1, 1, 1)
+        options: dict[str, Any] = {"scale": 1.0, "softcap": softcap, "return_lse": True, "backend": backend}
+        _, lse = subquad.interval_attention(q, one, one, IntervalMask.full(), **options)
+        expected = torch.tanh(q.double() / softcap).flatten() * softcap
+        torch.testing.assert_close(lse.double().flatten(), expected, rtol=5e-7, atol=0.0, equal_nan=True)

@@ -68,9 +68,11 @@ def problems(draw_: st.DrawFn, small: bool) -> Sample:
     d, dv = draw_(strategies.extents(1, 40 if small else 130)), draw_(strategies.extents(1, 40 if small else 130))
     mask = draw_(masks(sampler, tq, tk, batch, heads))
     bias = draw_(st.sampled_from((None, (tk,), (batch, tk), (1, heads, tk))))
+    slopes = draw_(st.sampled_from((None, None, (heads,), (batch, heads))))
     return draw(
         sampler, "random", mask, batch, tq, tk, heads, kv_heads, d, dv,
-        bias=bias, sinks=draw_(st.sampled_from((None, 0.0, 10.0))), return_lse=draw_(st.booleans()),
+        bias=bias, sinks=draw_(st.sampled_from((None, 0.0, 10.0))), slopes=slopes,
+        softcap=draw_(st.sampled_from((0.0, 0.0, 0.5, 20.0))), return_lse=draw_(st.booleans()),
     )  # fmt: skip
 
 
@@ -217,8 +219,9 @@ def test_an_open_set_is_reached(backend: str) -> None:
 
 
 @backend_params("interval_attention")
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("where", ["k", "v", "q"])
-def test_nan_stays_where_it_is_seen(where: str, backend: str) -> None:
+def test_nan_stays_where_it_is_seen(where: str, softcap: float, backend: str) -> None:
     """A NaN, at every place in turn of a tile, reaches the rows that see it and no other, gradients included."""
     t = 37
     mask = IntervalMask.sink(2, 7)
@@ -227,7 +230,7 @@ def test_nan_stays_where_it_is_seen(where: str, backend: str) -> None:
         args = dict(zip("qkv", (x.clone() for x in tensors(1, t, t, 8)), strict=True))
         args[where][0, at] = float("nan")
         leaves = {n: x.requires_grad_() for n, x in args.items()}
-        out = subquad.interval_attention(**leaves, mask=mask, backend=backend)
+        out = subquad.interval_attention(**leaves, mask=mask, softcap=softcap, backend=backend)
         reached = dense[:, at] if where != "q" else torch.arange(t) == at
         assert torch.equal(out.isnan().any(-1).any(-1)[0], reached)
         if backend == "reference":  # dense products: its gradients are not what this is about
@@ -284,17 +287,19 @@ def test_garbage_indices_stay_inside(backend: str) -> None:
 
 @backend_params("interval_attention")
 @pytest.mark.parametrize("tq", [1, 20])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
 @pytest.mark.parametrize(("where", "value"), [("v", torch.nan), ("k", torch.nan), ("k", torch.inf), ("k", 3e38)])
-def test_bias_of_minus_infinity_masks(where: str, value: float, tq: int, backend: str) -> None:
+def test_bias_of_minus_infinity_masks(where: str, value: float, softcap: float, tq: int, backend: str) -> None:
     """Whatever the hidden keys and values hold; a product with 3e38 overflows, though all elements are finite."""
     hidden = torch.arange(30) % 3 == 0
     args = dict(zip("qkv", tensors(1, tq, 30, 8), strict=True))
     args[where][:, hidden] = value
     bias = torch.where(hidden, -torch.inf, 0.0)
     leaves = {n: x.requires_grad_() for n, x in args.items()}
-    out = subquad.interval_attention(**leaves, mask=IntervalMask.full(), key_bias=bias, backend=backend)
+    mask = IntervalMask.full()
+    out = subquad.interval_attention(**leaves, mask=mask, key_bias=bias, softcap=softcap, backend=backend)
     seen = {"q": args["q"], **{n: args[n][:, ~hidden] for n in "kv"}}
-    expected = subquad.interval_attention(**seen, mask=IntervalMask.full(), backend="reference")
+    expected = subquad.interval_attention(**seen, mask=mask, softcap=softcap, backend="reference")
     torch.testing.assert_close(out, expected)
     if backend == "reference":  # dense products: its gradients are not what this is about
         return

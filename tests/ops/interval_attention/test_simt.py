@@ -84,7 +84,7 @@ def test_any_number_of_rows(emulator: ctypes.CDLL, tq: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("d", "dv"), [(1, 3), (33, 7), (64, 256), (256, 1), (255, 200)])
+@pytest.mark.parametrize(("d", "dv"), [(1, 3), (33, 7), (64, 256), (256, 1), (255, 200), (512, 257), (300, 512)])
 def test_head_dimensions(emulator: ctypes.CDLL, dtype: torch.dtype, d: int, dv: int) -> None:
     Call(tq=3, tk=35, group=2, d=d, dv=dv, dtype=dtype, scale=d**-0.5).check()
 
@@ -109,6 +109,25 @@ def test_analytic_masks(emulator: ctypes.CDLL, tq: int, mask: dict[str, Any]) ->
     out, lse = call.check()
     if tq == 70 and call.mask["causal"]:
         assert bool((lse[:, :20] == -INF).all()) and bool((out[:, :20] == 0).all())
+
+
+@pytest.mark.parametrize("tk", [50, 700])
+@pytest.mark.parametrize("causal", [False, True])
+def test_caps_and_slopes(emulator: ctypes.CDLL, causal: bool, tk: int) -> None:
+    call = Call(batch=2, tq=11, tk=tk, group=3, d=12, causal=causal, softcap=0.8)
+    call.check()
+    call.mask["alibi_slopes"] = call.normal(2, 6) / 10
+    call.check()
+    call.mask["key_bias"], call.mask["sink_logits"] = call.normal(1, 6, tk), call.normal(6)
+    call.check()
+    call.mask["alibi_slopes"], call.mask["softcap"] = call.normal(1, 6) / 10, 0.0
+    call.check()
+
+
+def test_a_cap_of_the_largest_products(emulator: ctypes.CDLL) -> None:
+    call = Call(tq=2, tk=40, d=1, softcap=3.0)
+    call.tensors["k"] *= 3e38  # what overflows lies at the cap
+    call.check()
 
 
 @pytest.mark.parametrize("tk", [50, 700])
@@ -273,12 +292,15 @@ def test_offsets_beyond_32_bits(emulator: ctypes.CDLL, name: str) -> None:
     [
         ("k", torch.zeros(1, 40, 2, 7)),
         ("v", torch.zeros(1, 39, 2, 8)),
-        ("v", torch.zeros(1, 40, 2, 257)),
+        ("v", torch.zeros(1, 40, 2, 513)),
         ("starts", torch.zeros(1, 1, 2, 1, dtype=torch.int64)),
         ("ends", torch.zeros(1, 1, 3, 1, dtype=torch.int32)),
         ("key_stop", torch.zeros(1, 1, 39, dtype=torch.int32)),
         ("key_bias", torch.zeros(1, 3, 40)),
         ("sink_logits", torch.zeros(1)),
+        ("alibi_slopes", torch.zeros(2)),
+        ("alibi_slopes", torch.zeros(1, 3)),
+        ("alibi_slopes", torch.zeros(2, 2)),
     ],
 )
 def test_errors_name_the_argument(emulator: ctypes.CDLL, name: str, bad: torch.Tensor) -> None:

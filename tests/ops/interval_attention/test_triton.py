@@ -46,6 +46,7 @@ CASES: dict[str, tuple[int, int, int, int, IntervalMask]] = {
 }
 
 
+CAPPED = ("causal, more keys", "window wider than a tile", "planned, whole tiles", "lifetimes")
 QUICK = ("window wider than a tile", "sinks", "planned, whole tiles", "lifetimes")
 
 
@@ -59,13 +60,25 @@ QUICK = ("window wider than a tile", "sinks", "planned, whole tiles", "lifetimes
     ],
 )
 def test_tiles(name: str, dtype: torch.dtype, backend: str) -> None:
+    check(name, dtype, backend)
+
+
+@backend_params("interval_attention", "triton")
+@pytest.mark.parametrize("name", CAPPED)
+def test_caps_and_slopes_in_tiles(name: str, backend: str) -> None:
+    heads = CASES[name][2]
+    check(name, torch.float32, backend, softcap=0.6, alibi_slopes=torch.linspace(0.02, -0.01, heads), scale=0.4)
+
+
+def check(name: str, dtype: torch.dtype, backend: str, **options: Any) -> None:
+    """Results and gradients, against the reference in float64."""
     tq, tk, heads, kv_heads, mask = CASES[name]
     sampler = Sampler(dtype)
     args: list[torch.Tensor] = [sampler.normal(1, n, h, 16) for n, h in ((tq, heads), (tk, kv_heads), (tk, kv_heads))]
     results = []
     for which, tensors in ((backend, args), ("reference", [x.double() for x in args])):
         leaves = [x.clone().requires_grad_() for x in tensors]
-        out: Any = subquad.interval_attention(*leaves, mask, return_lse=True, backend=which)
+        out: Any = subquad.interval_attention(*leaves, mask, return_lse=True, backend=which, **options)
         seen = out[1] != -torch.inf
         upstream = torch.randn(out[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out[0].dtype)
         loss = (out[0] * upstream).sum() + out[1][seen].sum()
@@ -113,8 +126,9 @@ def test_tiles_of_a_plan_have_one_size(backend: str) -> None:
 
 
 @backend_params("interval_attention", "triton")
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("where", ["k", "v", "q"])
-def test_nan_in_several_tiles(where: str, backend: str) -> None:
+def test_nan_in_several_tiles(where: str, softcap: float, backend: str) -> None:
     """In tiles seen in part and wholly, planned and plain: the rows that see it, and no gradient of a key they do not."""
     for mask in (IntervalMask.causal(), runs(150, 150, whole=True)):
         dense = mask.to_dense(150, 150)[0, 0]
@@ -122,7 +136,7 @@ def test_nan_in_several_tiles(where: str, backend: str) -> None:
             args = dict(zip("qkv", (Sampler(seed=i).normal(1, 150, 1, 8) for i in range(3)), strict=True))
             args[where][0, at, 0, 5] = float("nan")
             leaves = {n: x.requires_grad_() for n, x in args.items()}
-            out = subquad.interval_attention(**leaves, mask=mask, backend=backend)
+            out = subquad.interval_attention(**leaves, mask=mask, softcap=softcap, backend=backend)
             assert isinstance(out, torch.Tensor)
             reached = dense[:, at] if where != "q" else (torch.arange(150) == at) & dense.any(1)
             assert torch.equal(out.isnan().any(-1).any(-1)[0], reached)

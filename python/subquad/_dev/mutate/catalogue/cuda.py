@@ -396,6 +396,30 @@ FAULTS = (
         "merged.empty() ? -INFINITY : merged.shift + log_sum);",
         "merged.empty() ? -INFINITY : log_sum);",
     ),
+    Fault(
+        "cuda-attention-distance",
+        "formula",
+        _ATTENTION,
+        "rows.position(i) + p.mask.tk - p.mask.tq - key);",
+        "rows.position(i) + p.mask.tk - key);",
+    ),
+    Fault(
+        "cuda-attention-slope-batch",
+        "stride",
+        _ATTENTION,
+        "p.alibi_slopes + rows.b * p.slope_stride_b + h)",
+        "p.alibi_slopes + h)",
+    ),
+    Fault(
+        "cuda-attention-slope-head",
+        "stride",
+        _ATTENTION,
+        "p.alibi_slopes + rows.b * p.slope_stride_b + h)",
+        "p.alibi_slopes + rows.b * p.slope_stride_b + rows.kv_head)",
+    ),
+    Fault(
+        "cuda-attention-cap", "formula", _ATTENTION, "tanhf(score / p.softcap) * p.softcap", "tanhf(score) * p.softcap"
+    ),
     # --- LAWCAT's step
     Fault(
         "cuda-decode-key-moves-early",
