@@ -22,7 +22,7 @@ from .timing import Plan
 QUICK = Plan(rounds=5, warmup=1, budget=4.0)
 FULL = Plan()
 OVERHEAD = Plan(rounds=200, warmup=20, budget=5.0)
-DECODE = "decode"  # no op, but a whole model
+WHOLE = ("decode", "models")  # no ops, but whole models
 Measured = tuple[list[Result], list[dict[str, Any]], list[str]]  # results, overheads of calls, what else is to be said
 
 
@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     family = STEMS[0].split("_")[0]
     parser.add_argument(
-        "family", nargs="?", help=f"ops whose name starts so, such as {family} (default: all); decode: a whole model"
+        "family",
+        nargs="?",
+        help=f"ops whose name starts so, such as {family} (default: all); decode, models: whole models",
     )
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds: shows that it works, no more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results with versions and machine")
@@ -135,11 +137,18 @@ def _kernels(args: argparse.Namespace, console: Any) -> Measured:
 def _whole_models(args: argparse.Namespace, console: Any) -> Measured:
     """Of a whole model, with tokens per second."""
     from ..demo.model import DemoError
-    from . import decode
+    from . import decode, models
 
     if args.device != "cpu" or args.backend is not None or args.case is not None:
-        raise ValueError("family: expected no device, backend or case beside 'decode', which takes them as they come")
+        raise ValueError(
+            f"family: expected no device, backend or case beside {args.family!r}, which takes them as they come"
+        )
     _set_threads(args)
+    if args.family == "models":
+        results = models.run(args.quick, _plan(args))
+        for result in results:
+            _say(result, console)
+        return results, [], []
     try:
         subject = decode.tiny() if args.quick else decode.smollm2()
     except DemoError as error:
@@ -165,7 +174,7 @@ def run_from_args(args: argparse.Namespace) -> int:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=170)
     try:
         old = record.load(args.compare) if args.compare else None
-        results, overheads, notes = (_whole_models if args.family == DECODE else _kernels)(args, console)
+        results, overheads, notes = (_whole_models if args.family in WHOLE else _kernels)(args, console)
     except ValueError as error:
         print(f"subquad bench: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,7 +71,6 @@ class Entry:
         attention: what is particular about it, for the table.
         sides: of the padding that is tried.
         generations: which of `run.GENERATIONS` are tried.
-        options: further arguments of a call.
         notes: why something is not tried, for the table.
         refused: a pattern of the error that this attention raises; nothing else is then tried.
     """
@@ -84,7 +83,6 @@ class Entry:
     attention: str = "causal"
     sides: tuple[str, ...] = ("left", "right")
     generations: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
     notes: str = ""
     refused: str = ""
 
@@ -100,7 +98,3 @@ class Entry:
     def by_token(self) -> bool:
         """Whether results are those of the tokens of `input_ids`."""
         return self.kind in ("decoder", "encoder", "image in text", "prefix")
-
-    @property
-    def pads(self) -> bool:
-        return bool(self.sides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import statistics
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def inputs_of(
 
 def result(output: Any) -> torch.Tensor:
     """What a model says: logits, hidden states or embeddings."""
-    names = ("logits", "logits_per_image", "last_hidden_state", "prediction_logits")
+    names = ("logits", "logits_per_image", "last_hidden_state")
     found = next(x for name in names if (x := getattr(output, name, None)) is not None)
     assert isinstance(found, torch.Tensor)
     return found
@@ -108,7 +109,7 @@ def logits_and_gradients(entry: Entry, model: Any, dtype: torch.dtype) -> tuple[
     """Of a call without padding; gradients of all parameters for a loss that any of them shows in."""
     arguments, _ = inputs_of(entry, dtype=dtype)
     model.zero_grad(set_to_none=True)
-    found = result(model(**arguments, **entry.options))
+    found = result(model(**arguments))
     probe = torch.arange(found.numel(), dtype=found.dtype).cos().view(found.shape)
     (probe * found).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -120,25 +121,19 @@ def logits_and_gradients(entry: Entry, model: Any, dtype: torch.dtype) -> tuple[
 def padded(entry: Entry, model: Any, dtype: torch.dtype, side: str) -> torch.Tensor:
     """Results [n, ...] of tokens beside padding."""
     arguments, real = inputs_of(entry, side, dtype)
-    found = result(model(**arguments, **entry.options))
+    found = result(model(**arguments))
     return found if real is None else found[real]
 
 
 @torch.no_grad()
 def generated(entry: Entry, model: Any, dtype: torch.dtype, **options: Any) -> torch.Tensor:
     """Token ids, the second row's prompt padded on the left where there is a prompt of tokens."""
-    arguments, _ = inputs_of(entry, "left" if entry.pads else None, dtype)
+    arguments, _ = inputs_of(entry, "left" if entry.sides else None, dtype)
     arguments.pop("decoder_input_ids", None)
     model.generation_config.eos_token_id = None
     return model.generate(
-        **arguments,
-        max_new_tokens=NEW,
-        min_new_tokens=NEW,
-        do_sample=False,
-        disable_compile=True,
-        pad_token_id=0,
-        **options,
-    )
+        **arguments, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, disable_compile=True, pad_token_id=0, **options
+    )  # fmt: skip
 
 
 GENERATIONS: dict[str, dict[str, Any]] = {
@@ -153,9 +148,11 @@ def distance(found: torch.Tensor, want: torch.Tensor, floor: float = 1e-30) -> f
     return float((found.double() - want.double()).abs().max()) / max(float(want.abs().max()), floor)
 
 
-def _gradient_distance(found: torch.Tensor, want: torch.Tensor) -> float:
-    """Of one parameter; where all is 0 but for roundings, as of a bias of keys, absolute."""
-    return distance(found, want, floor=1e-3)
+def _gradient_distance(found: Tensors, want: Tensors) -> float:
+    """Of each parameter. Some are 0 but for roundings, as of a bias of keys: those are measured by what others are."""
+    largest = {name: float(x.abs().max()) for name, x in want.items() if x.numel()}
+    floor = 0.1 * statistics.median(largest.values())
+    return float(torch.tensor([distance(found[name], want[name], floor) for name in largest]).max())  # NaN stays NaN
 
 
 def within(found: dict[str, float], dtype: torch.dtype) -> bool:
@@ -171,7 +168,7 @@ def errors(entry: Entry, dtype: torch.dtype) -> dict[str, float]:
         want, got = logits_and_gradients(entry, eager, torch.float64), logits_and_gradients(entry, ours, dtype)
         found["logits"] = distance(got[0], want[0])
         assert got[1].keys() == want[1].keys()
-        found["gradients"] = max(_gradient_distance(got[1][name], x) for name, x in want[1].items() if x.numel())
+        found["gradients"] = _gradient_distance(got[1], want[1])
         for side in entry.sides:
             found[f"padding, {side}"] = distance(
                 padded(entry, ours, dtype, side), padded(entry, eager, torch.float64, side)

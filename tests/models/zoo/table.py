@@ -17,7 +17,7 @@ HEAD = ("Model", "Class", "Attention", "Logits, gradients", "Padding", *(name.ca
 def row(entry: Entry) -> tuple[str, ...]:
     """Of one model: what is compared, or what the error says."""
     if entry.refused:
-        told = entry.refused.strip("^").replace(r"\.", ".").rstrip()
+        told = entry.refused.strip("^ ")
         return (entry.name, f"`{entry.model}`", entry.attention, f"refused: `{told}`", *["-"] * (len(HEAD) - 4))
     padding = "yes" if len(entry.sides) == 2 else " ".join(entry.sides) or "-"
     ticks = ("yes" if name in entry.generations else "-" for name in GENERATIONS)
