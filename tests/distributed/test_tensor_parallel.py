@@ -351,6 +351,11 @@ REFUSED: dict[str, tuple[int, Callable[[int, DeviceMesh], Any], str]] = {
         lambda rank, mesh: sd.parallelize(CATSMLP(HIDDEN, 64, prefill=("masked", "dense")[rank]), mesh),
         "options: expected the same on all ranks of the group",
     ),
+    "embeddings that differ": (
+        2,
+        lambda rank, mesh: sd.parallelize(nn.Sequential(nn.Embedding(7 + rank, HIDDEN), CATSMLP(HIDDEN, 64)), mesh),
+        "0.weight: expected the same on all ranks of the group, got ((7, 48), torch.float32) on rank 0, ((8, 48)",
+    ),
     "thresholds that differ": (
         2,
         lambda rank, mesh: sd.parallelize(CATSMLP(HIDDEN, 64, threshold=0.1 * rank), mesh),

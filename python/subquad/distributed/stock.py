@@ -58,7 +58,7 @@ def _fits(module: Any, kind: Kind, styles: dict[str, str], size: int) -> bool:
     linears = {name: getattr(module, name) for name in styles}
     if not all(plain(linear, nn.Linear) and not sharded(linear.weight) for linear in linears.values()):
         return False
-    if [style for style in styles.values()].count("rowwise") != 1:
+    if list(styles.values()).count("rowwise") != 1:
         return False
     unit = module.head_dim if kind is ATTENTION else 1
     parts = [x.out_features if styles[name] == "colwise" else x.in_features for name, x in linears.items()]

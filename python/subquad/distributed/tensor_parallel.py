@@ -160,11 +160,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None
         if isinstance(module, style.layer)
     ]
     others = stock.plans(model, mesh.size())
-    _agreed(found, mesh, others=list(others))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    _agreed(found, mesh, others=list(others), **{name: (tuple(x.shape), x.dtype) for name, x in tensors})
     for _, module, _ in found:
         module._split(mesh, src_data_rank)
-    for name, styles in others.items():
-        parallelize_module(model.get_submodule(name), mesh, styles, src_data_rank=src_data_rank)
+    for name, plan in others.items():
+        parallelize_module(model.get_submodule(name), mesh, plan, src_data_rank=src_data_rank)
     if src_data_rank is not None:
         _copy_whole(model, mesh, src_data_rank)
     split = {name for name, _, _ in found} | others.keys()
