@@ -230,12 +230,16 @@ def test_parameters_look_whole() -> None:
         thresholds = torch.linspace(0.3, 0, 66)
         split.set_threshold(thresholds)
         assert torch.equal(whole(split.threshold), thresholds) and split.threshold.to_local().numel() == 22
+        split_state = split.state_dict()
         split.set_threshold(0.1)
         other = copy.deepcopy(one)
         other.set_threshold(0.1)
         with torch.no_grad():
             close(split(x[:1, :2]), other(x[:1, :2]))
-        repr(split)
+        split.load_state_dict({**split.state_dict(), "threshold": split_state["threshold"]})
+        assert torch.equal(whole(split.threshold), thresholds)
+        if rank == 0:
+            assert "threshold [66] in parts" in repr(split)  # asks no other rank
 
     on_ranks(3, body)
 

@@ -399,6 +399,8 @@ class CATSMLP(nn.Module):
         text = f"{self.hidden_size}, {self.intermediate_size}, activation={self.activation!r}, "
         if _checks.traced(self.threshold):
             text += "threshold without values"
+        elif sharded(self.threshold):  # whose least and greatest value all processes would have to ask for
+            text += f"threshold [{self.intermediate_size}] in parts"
         elif self.threshold.dim():
             text += f"threshold [{self.intermediate_size}] in [{self.threshold.min():.4g}, {self.threshold.max():.4g}]"
         else:
@@ -438,7 +440,7 @@ class CATSMLP(nn.Module):
             error_msgs.append(f"{prefix}{problem}")
             return
         if threshold is not None and threshold.shape != self.threshold.shape:
-            self.threshold = torch.empty(threshold.shape, dtype=torch.float32, device=self.threshold.device)
+            self.threshold = torch.empty_like(threshold, dtype=torch.float32, device=self.threshold.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -453,7 +455,8 @@ class CATSMLP(nn.Module):
         if threshold is not None:
             if threshold.shape not in ((), (self.intermediate_size,)):
                 return f"threshold: expected shape [] or [{self.intermediate_size}], got {list(threshold.shape)}"
-            if not _checks.traced(threshold) and bool(threshold.isnan().any()):
+            values: Any = threshold.to_local() if sharded(threshold) else threshold  # type: ignore[operator]
+            if not _checks.traced(values) and bool(values.isnan().any()):
                 return "threshold: expected numbers, got NaN"
         if meta is not None:
             if meta.shape != self.cats_meta.shape:
