@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import _checks
-from ..nn._children import check_whole, places_children
+from ..nn._children import places_children
 from .record import record
 
 
@@ -292,7 +292,6 @@ def _made(by: Replacement, config: Any, chosen: dict[str, nn.Module]) -> list[Ex
     for name, old in chosen.items():
         if id(old) not in made:
             try:
-                check_whole(old)
                 made[id(old)] = by.make(old, **options)
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
