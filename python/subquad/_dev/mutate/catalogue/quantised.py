@@ -263,7 +263,7 @@ OPS = (
         "self.down_scales[i // GROUP : (i + _BLOCK) // GROUP]",
         "self.down_scales[: _BLOCK // GROUP]",
     ),
-    Fault("ops-quantised-mlp-union", "mask", _CALL, "woken = mask.any(0)", "woken = mask.all(0)"),
+    Fault("ops-quantised-mlp-union", "mask", _CALL, "mask.any(0).expand_as(mask)", "mask.all(0).expand_as(mask)"),
     Fault(
         "ops-quantised-mlp-union-gradient",
         "gradient",
