@@ -44,7 +44,7 @@ class GgufFile:
             ) from error
         try:
             reader = gguf.GGUFReader(path)
-        except ValueError as error:
+        except Exception as error:  # the reader runs into the end of a file in many ways
             raise ValueError(f"gguf_file: expected a GGUF file, got {str(path)!r}: {error}") from error
         fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         name = fields.get("general.architecture")
