@@ -105,6 +105,21 @@ def named(kind: str) -> dict[str, Replacement]:
     return {name: replacement for (of, name), replacement in _REGISTRY.items() if of == kind}
 
 
+def recorded_replacement(group: dict[str, Any]) -> tuple[Replacement, Any]:
+    """What a group of a record was converted by, with its config.
+
+    Raises:
+        ValueError: an unknown kind, name or option.
+    """
+    try:
+        if not isinstance(group["layers"], list):
+            raise ValueError("layers are no list")
+        by = _REGISTRY[group["kind"], group["name"]]
+        return by, by.config(**group["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"config: expected a conversion that convert has written, got {group!r}: {error!r}") from error
+
+
 def replacement_of(module: nn.Module, kind: str) -> Replacement | None:
     """What made a module; None if it is an original one."""
     return next((r for r in named(kind).values() if isinstance(module, r.layer)), None)

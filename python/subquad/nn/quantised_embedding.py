@@ -108,8 +108,11 @@ class QuantisedEmbedding(Codes):
         self.weight, self.like = weight, torch.empty(0, dtype=self.like.dtype, device=weight.device)
         return self if like is None else self.train(like.training)
 
-    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The dense embedding: its weight is what the codes stand for.
+
+        Args:
+            dtype: of the weight; None for that of the result.
 
         Raises:
             TypeError: dtype is no floating one.
@@ -117,7 +120,7 @@ class QuantisedEmbedding(Codes):
         dense = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         if self.embed_scale != 1:
             dense = ScaledWordEmbedding(dense, self.embed_scale)
-        dense.weight = nn.Parameter(dequantise(self.weight, self.format, dtype))
+        dense.weight = nn.Parameter(dequantise(self.weight, self.format, self._dense_dtype(dtype)))
         return dense.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
