@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import sys
 from pathlib import Path
@@ -104,6 +105,54 @@ def test_a_run_is_saved_resumed_and_loaded(example: Any, tmp_path: Path, monkeyp
         want, found, stock = (m(ids).logits for m in (student, loaded, model))
     off = (found - want).abs().max()
     assert off < 0.1 * (want - stock).abs().max() and off < 0.05 * want.abs().max()  # bfloat16 in the file
+
+
+class Tokenizer:
+    """Characters as tokens."""
+
+    eos_token_id = 63
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % 61 for c in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([self(messages[0]["content"], False)["input_ids"]])}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(64 + i) for i in ids)
+
+
+def test_export_writes_weights_numbers_and_documents(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    recipe, run = example
+    from distill import export
+    from distill.texts import Corpus
+
+    document = tmp_path / "lawcat.md"
+    document.write_text(f"before\n{export.MARKS[0]}\nold\n{export.MARKS[1]}\nafter\n", encoding="utf-8")
+    for name, value in {"WEIGHTS": tmp_path / "weights", "DOCUMENT": document, "LENGTH": 96, "TOKENS": 4}.items():
+        monkeypatch.setattr(export, name, value)
+    model = tiny()
+    trained(run, recipe, model, tmp_path, 0.5)
+    subject = Subject("tiny", model, Tokenizer())
+    corpus = Corpus({}, {"one": "abc d" * 200, "two": "xyz, " * 200})
+    export.export(subject, corpus, tmp_path / run.STATE, Console(file=io.StringIO()), 0)
+    path = tmp_path / "weights" / export.DISTILLED
+    report = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    softmax, linear, hybrid = report["models"]
+    assert softmax["relative"] == {"one": 1.0, "two": 1.0, "all": 1.0} and linear["relative"]["all"] != 1.0
+    assert hybrid["perplexity"]["all"] not in (linear["perplexity"]["all"], softmax["perplexity"]["all"])
+    assert report["bytes"] == path.stat().st_size and path.with_suffix(".png").stat().st_size > 1000
+    assert f"{linear['relative']['all']:.3f} |" in (tmp_path / "weights" / "README.md").read_text(encoding="utf-8")
+    told = document.read_text(encoding="utf-8")
+    assert (
+        told.startswith("before\n") and told.endswith("\nafter\n") and "old" not in told.split("after")[0].split("\n")
+    )
+    assert "all layers linear" in told
+    converted = load_distilled(tiny(), path)
+    assert len(converted) == 3
 
 
 def test_layers_of_a_hybrid_that_stay_softmax_have_no_lora(tmp_path: Path) -> None:
