@@ -91,7 +91,7 @@ def _call(
         GROUP=heads // kv_heads,
         PRECISION=precision("tf32x3" if q.dtype is torch.float32 else "tf32"),
     )
-    sizes = {"tq": tq, "tk": tk, "sink_tokens": sink_tokens, "window": window}
+    sizes: dict[str, Any] = {"tq": tq, "tk": tk, "sink_tokens": sink_tokens, "window": window}
     sizes |= {"heads": heads, "scale": scale, "softcap": softcap}
     blocks = {"BD": max(16, triton.next_power_of_2(d)), "BDV": max(16, triton.next_power_of_2(dv))}
     by_rows, by_keys = (Plan(None, None),) * 2 if starts is None else (Plan(*plan[:2]), Plan(*plan[2:]))

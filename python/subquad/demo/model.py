@@ -101,7 +101,7 @@ def load(device: str, dtype: str) -> Subject:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, dtype), **source)
     torch.nn.Module.to(model, device)
-    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer, file, shipped())
+    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer, file, distilled=shipped())
 
 
 def shipped() -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -151,10 +153,12 @@ def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
     return rows * torch.full((), scale, dtype=rows.dtype, device=rows.device)
 
 
-def _scales(embedding: nn.Module) -> bool:
+def _scales(embedding: Any) -> bool:
     """Whether an embedding multiplies its rows by a number that is rounded to their dtype, and does nothing else."""
+    if not isinstance(embedding, nn.Embedding):
+        return False
     kind = type(embedding)
-    if not (isinstance(embedding, nn.Embedding) and kind.__name__.endswith("ScaledWordEmbedding")):
+    if not kind.__name__.endswith("ScaledWordEmbedding"):
         return False
     if not (plain(embedding, kind) and (kind is ScaledWordEmbedding or torch.is_tensor(embedding.embed_scale))):
         return False

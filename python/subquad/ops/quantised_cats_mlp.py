@@ -138,11 +138,12 @@ def quantised_cats_mlp(
                 y, z = _ManyTokens.apply(flat, *biases, *tensors, options)
             else:
                 y, z, *_ = _many_tokens(layer, flat, *biases)
-            mask = layer.mask(z) if return_mask else None
+            if return_mask:
+                mask = layer.mask(z)
     else:
         y, mask = _call.run("quantised_cats_mlp_fwd", backend, arguments, define)
     y = y if flat is x else y.view(x.shape)
-    return y if not return_mask else (y, mask.view(*x.shape[:-1], neurons))
+    return (y, mask.view(*x.shape[:-1], neurons)) if return_mask else y
 
 
 def _formats(format: str | tuple[str, str, str]) -> tuple[str, str, str]:
