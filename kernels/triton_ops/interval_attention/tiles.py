@@ -138,8 +138,8 @@ def start_of_tile(n, tiles, plan, KEYS: tl.constexpr, BLOCK: tl.constexpr):
 
 # (BM, BN, warps, stages, and sometimes a limit of registers above the need: without one, ptxas may spill to fit another block)
 # by kernel, of bf16 and fp16 up to a head dimension of 64, up to 256 and up to 512, and of fp32, where a product is three. The
-# largest tiles that need no spills, beyond 128 the fewest, with the matrix units of each generation (8: mma, 9: wgmma,
-# 10: tcgen05), as `subquad gpu-report` shows; not measured on a GPU.
+# largest tiles that need no spills up to 128, with the matrix units of each generation (8: mma, 9: wgmma, 10: tcgen05), as
+# `subquad gpu-report` shows; those of wider heads fit, but spill. Not measured on a GPU.
 TILES: dict[str, dict[int | str, tuple[tuple[int, ...], ...]]] = {
     "fwd": {"any": ((128, 32, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 2))},
     "dq": {

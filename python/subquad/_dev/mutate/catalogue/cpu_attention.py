@@ -12,6 +12,7 @@ _GLA_CHUNK = of("ops/gated_linear_attention/cpu_chunk.h", "gated_linear_attentio
 _GLA_BACK = of("ops/gated_linear_attention/cpu_backward.h", "gated_linear_attention")
 _ATTENTION = of("ops/interval_attention/cpu_forward.h", "interval_attention")
 _ATTENTION_BACK = of("ops/interval_attention/cpu_backward.h", "interval_attention")
+_BASE_ATTENTION_BACK = of("ops/interval_attention/cpu_backward.h", "interval_attention", levels=("baseline",))
 _ATTENTION_SUMS = of("ops/interval_attention/cpu_sums.h", "interval_attention")
 _ATTENTION_ROWS = of("ops/interval_attention/cpu_rows.h", "interval_attention")
 _ATTENTION_ITEMS = of("ops/interval_attention/cpu.isa.cpp", "interval_attention")
@@ -244,7 +245,7 @@ FAULTS = (
     Fault(
         "cpu-attention-hidden-cap-slope",
         "nan",
-        _ATTENTION_BACK,
+        _BASE_ATTENTION_BACK,  # a sum of fused multiply-adds that overflowed stays infinite
         "g == 0.0f ? g : vec_mul(g, vec_load(rates + j)));",
         "vec_mul(g, vec_load(rates + j)));",
     ),
