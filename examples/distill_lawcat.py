@@ -1,11 +1,11 @@
-"""Give a pretrained model linear attention: LAWCAT's attention transfer on SmolLM2-135M, on a CPU, from packages alone.
+"""Give a pretrained model linear attention: LAWCAT's distillation on SmolLM2-135M, on a CPU, from packages alone.
 
-    python examples/distill_lawcat.py --quick     # two or three minutes on two cores
-    python examples/distill_lawcat.py             # half an hour
+    python examples/distill_lawcat.py --quick     # two or three minutes on two cores: a demonstration of the machinery
+    python examples/distill_lawcat.py             # an hour: the distillation in examples/distill, checkpoints and all
 
-Every softmax layer gets a LAWCAT layer that shares its projections. The new parameters (convolutions, feature maps, gates: 2 %
-of the model) learn to say what the softmax layer says, layer by layer, and then, for a few steps, to predict the next token
-together. Two models come out: all layers linear, and a hybrid that keeps some softmax layers. Both are saved, loaded again,
+In short: every softmax layer gets a LAWCAT layer that shares its projections. The new parameters (convolutions, feature maps,
+gates: 2 % of the model) learn to say what the softmax layer says, layer by layer, and then, for a few steps, to predict the next
+token together. Two models come out: all layers linear, and a hybrid that keeps some softmax layers. Both are saved, loaded again,
 judged by perplexity on held-out text, and generate; where all layers are linear, with a memory that does not grow.
 """
 
@@ -39,21 +39,28 @@ console = Console()
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter steps")
-    parser.add_argument("--steps", type=int, help="of attention transfer (default: 240, quick 40)")
-    parser.add_argument("--finetune", type=int, help="steps on the next token (default: 60, quick 8)")
-    parser.add_argument("--length", type=int, help="tokens of a step (default: 512, quick 256)")
-    parser.add_argument(
+    parser.add_argument("--quick", action="store_true", help="a small demonstration; the options below it are for it")
+    quick = parser.add_argument_group("with --quick")
+    quick.add_argument("--steps", type=int, default=40, help="of attention transfer (default: 40)")
+    quick.add_argument("--finetune", type=int, default=8, help="steps on the next token (default: 8)")
+    quick.add_argument("--length", type=int, default=256, help="tokens of a step (default: 256)")
+    quick.add_argument(
         "--keep", type=int, default=5, help="every how many layers the hybrid keeps softmax (default: 5)"
+    )
+    whole = parser.add_argument_group("without")
+    whole.add_argument("--minutes", type=float, default=60, help="wall time of the training (default: 60)")
+    whole.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    whole.add_argument("--texts", type=Path, default=Path("demo/texts"), help="folder of the books' archives")
+    whole.add_argument("--seed", type=int, default=0)
+    whole.add_argument(
+        "--export",
+        action="store_true",
+        help="write examples/weights from the last checkpoint, measure, and train nothing",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("demo/lawcat"), help="folder for checkpoints and report.json"
     )
-    args = parser.parse_args()
-    for name, quick, full in (("steps", 40, 240), ("finetune", 8, 60), ("length", 256, 512)):
-        if getattr(args, name) is None:
-            setattr(args, name, quick if args.quick else full)
-    return args
+    return parser.parse_args()
 
 
 def batches(ids: Sequence[torch.Tensor], count: int, label: str) -> Iterator[torch.Tensor]:
@@ -155,6 +162,11 @@ def reloaded(softmax_layers: Sequence[int], path: Path) -> nn.Module:
 
 def main() -> int:
     args = arguments()
+    if not args.quick:
+        from distill.run import run  # beside this file
+
+        run(args, console)
+        return 0
     torch.manual_seed(0)
     args.output.mkdir(parents=True, exist_ok=True)
     subject = load("cpu", "float32")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import _checks
+from .nn._sharded import mesh_of
 from .nn.lawcat import LawcatAttention, sliding_window, tokens_of
 
 STAGES = (1, 2)
@@ -166,7 +167,13 @@ def _check_ddp(layer_local: bool) -> None:
 
 
 def _check_whole(model: nn.Module, layers: dict[str, LawcatAttention]) -> None:
-    """FSDP reduces gradients, and keeps weights until then, only where the loss comes from its modules' outputs."""
+    """FSDP reduces gradients, and keeps weights until then, only where the loss comes from its modules' outputs; and the heads of
+    other processes are no part of it."""
+    split = next((name for name, layer in layers.items() if mesh_of(layer.o_proj) is not None), None)
+    if split is not None:
+        raise ValueError(
+            f"{split}: expected all heads, got those of this process; transfer attention before parallelize"
+        )
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return

@@ -1,4 +1,4 @@
-"""Programs on two and three gloo processes."""
+"""Programs on two to four gloo processes."""
 
 from __future__ import annotations
 
@@ -39,6 +39,25 @@ def test_models() -> None:
     pytest.importorskip("transformers")
     lines = torchrun(PROGRAMS / "models.py", 3).splitlines()
     assert len(lines) == 36 and all(line.startswith("ok ") for line in lines), lines
+
+
+@pytest.mark.heavy
+def test_training_and_checkpoints(tmp_path: Path) -> None:
+    """Saved by four processes, over two dimensions; loaded by three, in other ways."""
+    pytest.importorskip("transformers")
+    lines = torchrun(PROGRAMS / "parallel.py", 4, str(tmp_path)).splitlines()
+    assert len(lines) == 12 and all(line.startswith("ok ") for line in lines), lines
+    lines = torchrun(PROGRAMS / "checkpoint.py", 3, str(tmp_path)).splitlines()
+    assert len(lines) == 12 and all(line.startswith("ok ") for line in lines), lines
+
+
+@pytest.mark.heavy
+def test_the_page_about_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    page = (EXAMPLES.parent / "docs" / "distributed.md").read_text()
+    start = page.index("# torchrun --nproc-per-node 2 split.py")
+    (tmp_path / "split.py").write_text(page[start : page.index("```", start)])
+    assert torchrun(tmp_path / "split.py", 2).count("'model.layers.1.self_attn', 'model.layers.1.mlp'") == 2
 
 
 @pytest.mark.heavy

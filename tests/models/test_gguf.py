@@ -306,6 +306,16 @@ def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         GgufFile(tmp_path / "x.gguf")
 
 
+@pytest.mark.parametrize("size", [0, 3, 8, 24, 60, 120, 199, 400, 3000, -1])
+def test_a_file_that_was_cut(size: int, tmp_path: Path) -> None:
+    """In its header, among its names, among its tensors."""
+    model = build()
+    write(tmp_path / "x.gguf", model, {"proj": "Q4_0", "embed": "Q8_0"})
+    data = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(data[:size])
+    refused(model, tmp_path / "x.gguf", "gguf_file: expected a GGUF file, got .*x.gguf")
+
+
 # --- a whole model ----------------------------------------
 
 

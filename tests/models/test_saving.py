@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,130 @@ def test_layers_are_found_in_models_with_more_or_fewer_modules_around_them() -> 
     for name in ("layers.2.mlp", "mlp", "1.mlp.x"):
         with pytest.raises(ValueError, match="model: expected one layer"):
             same_layer(name, names)
+
+
+# --- folders that are damaged ----------------------------------------
+
+
+def _edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """The tensors of a folder with a single file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _config(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    """What the config says is converted."""
+    text = json.loads((folder / "config.json").read_text())
+    change(text["subquad"]["converted"])
+    (folder / "config.json").write_text(json.dumps(text))
+
+
+def _cut(folder: Path, size: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def _reshape(name: str, *shape: int) -> Callable[[Path], None]:
+    return lambda folder: _edit(folder, lambda t: t.update({name: torch.zeros(shape, dtype=t[name].dtype)}))
+
+
+def _cast(name: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    return lambda folder: _edit(folder, lambda t: t.update({name: t[name].to(dtype)}))
+
+
+def _drop(*names: str) -> Callable[[Path], None]:
+    return lambda folder: _edit(folder, lambda t: [t.pop(name) for name in names if name in t])
+
+
+CODES, TAPS, GATE = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.conv_q.weight", "mlp.threshold"
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no codes": (_drop(CODES), rf"path: expected codes '{CODES}' among the weights, got none"),
+    "no scales": (_drop(f"{CODES[:19]}down_proj.weight"), r"path: expected codes '.*down_proj.weight' .* got none"),
+    "no embedding": (
+        _drop("model.embed_tokens.weight", "lm_head.weight"),
+        r"path: expected codes '(lm_head|model.embed_tokens).weight' among the weights, got none",
+    ),
+    "other codes": (_reshape(CODES, 96, 34), rf"path: expected codes '{CODES}' in U8 \[96, 68\], got U8 \[96, 34\]"),
+    "codes in floats": (_cast(CODES, torch.float32), rf"path: expected codes '{CODES}' in U8 .*, got F32"),
+    "no taps": (_drop(TAPS), rf"path: expected a parameter '{TAPS}' among the weights, got none"),
+    "other taps": (
+        _reshape(TAPS, 3, 4),
+        "(?s)path: expected weights that fit model.layers.0.self_attn: .*conv_q.weight",
+    ),
+    "integer taps": (_cast(TAPS, torch.int32), rf"path: expected floating numbers in '{TAPS}', got torch.int32"),
+    "other threshold": (
+        _reshape(f"model.layers.0.{GATE}", 7),
+        r"(?s)fit model.layers.0.mlp: .*threshold: expected shape",
+    ),
+    "empty": (lambda folder: _cut(folder, 0), "path: expected a whole safetensors file model.safetensors, got"),
+    "no header": (lambda folder: _cut(folder, 100), "path: expected a whole safetensors file model.safetensors, got"),
+    "half": (lambda folder: _cut(folder, 60_000), "path: expected a whole safetensors file model.safetensors, got"),
+    "unknown": (
+        lambda f: _config(f, lambda g: g[0].update(name="x")),
+        "config: expected a conversion that .* KeyError",
+    ),
+    "no options": (
+        lambda f: _config(f, lambda g: g[0].pop("options")),
+        "config: expected a conversion that .* KeyError",
+    ),
+    "an option": (
+        lambda f: _config(f, lambda g: g[0]["options"].update(colour=3)),
+        "config: expected a conversion .*colour",
+    ),
+    "a layer": (lambda f: _config(f, lambda g: g[0]["layers"].append("layers.9.x")), "model: expected one layer"),
+    "another kind of layer": (
+        lambda f: _config(f, lambda g: [x["layers"].append("model.norm") for x in g if x["name"] == "linear"]),
+        "config: model.norm: expected a layer that was converted, got",
+    ),
+    "no list": (lambda f: _config(f, lambda g: g.insert(0, 3)), "config: expected a conversion that"),  # type: ignore[arg-type]
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with taps, thresholds and codes."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+    convert(model, attention=LawcatConfig(), mlp=CatsConfig(threshold=0.1), weights="int8")
+    path = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder(damage: str, folder: Path, tmp_path: Path) -> None:
+    """Never a model with memory that nobody has written, nor an error without a name."""
+    spoil, message = DAMAGES[damage]
+    shutil.copytree(folder, tmp_path / "other")
+    load_converted(tmp_path / "other")
+    spoil(tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
+        load_converted(tmp_path / "other")
+
+
+def test_a_damaged_index(tmp_path: Path) -> None:
+    mixed().save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    text = index.read_text()
+    for wrong, message in (
+        ("{", "path: expected a weight_map in model.safetensors.index.json, got JSON"),
+        ("{}", "path: expected a weight_map in model.safetensors.index.json, got KeyError"),
+        (
+            text.replace("conv_q", "conv_x"),
+            r"path: expected '.*conv_x.weight' in model-.*, as .*index.json says, got none",
+        ),
+    ):
+        index.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            load_converted(tmp_path)
+    index.write_text(text)
+    load_converted(tmp_path)
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(ValueError, match=r"path: expected a whole safetensors file model-00002.*, got"):
+        load_converted(tmp_path)
+    with pytest.raises(TypeError, match="output_loading_info: expected False"):
+        load_converted(tmp_path, output_loading_info=True)

@@ -353,12 +353,18 @@ def test_revert_says_that_dense_weights_are_gone() -> None:
         to_dense(model, torch.int8)
 
 
-def test_to_dense_in_a_dtype(ids: torch.Tensor) -> None:
-    model = build().bfloat16()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_to_dense_in_the_dtype_of_the_model(dtype: torch.dtype, bias: bool, ids: torch.Tensor) -> None:
+    model = build(**({"bias": True} if bias else {})).to(dtype)
     convert(model, mlp="cats", weights="int8")
-    to_dense(model, torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    model(ids)
+    if bias:  # what a layer has says it by itself
+        layer = model.model.layers[0]
+        for part in (layer.self_attn.q_proj, layer.mlp, layer.mlp.down_proj):
+            assert {p.dtype for p in part.to_dense().parameters()} == {dtype}
+    to_dense(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(ids).logits.isfinite().all()
 
 
 # --- training ----------------------------------------

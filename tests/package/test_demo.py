@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from rich.console import Console  # noqa: E402
 
-from subquad.demo import measure, run, variants  # noqa: E402
+from subquad.demo import lengths, measure, run, variants  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
 
@@ -51,7 +51,7 @@ def tiny() -> Subject:
     return Subject("tiny", model, Tokenizer())
 
 
-SMALL = run.Settings(512, 256, 128, 4, 3, 5, 192, 32, 16)
+SMALL = run.Settings(512, 256, 128, 4, 3, 5, 192, 32, 16, (256, 300))
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,11 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
     assert memory["Superlinear"] == memory["dense"]
     assert memory["dense"] == {"64": 64 * 2 * 2 * 32 * 4, "128": 128 * 2 * 2 * 32 * 4}  # keys and values of two layers
     assert memory["LAWCAT"]["64"] == memory["LAWCAT"]["128"] > 0
+    contexts = [(row["name"], row["tokens"]) for row in report["contexts"]]
+    assert contexts == [(name, n) for name in ("dense", "LAWCAT", "LAWCAT hybrid") for n in (256, 300)]
+    held = {(row["name"], row["tokens"]): row["bytes"] for row in report["contexts"]}
+    assert held["dense", 256] == (256 + 4) * 2 * 2 * 32 * 4 and held["LAWCAT", 256] == held["LAWCAT", 300] > 0
+    assert all(row["seconds"] > 0 for row in report["contexts"])
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
     for text in (
         "CATS 70%",
@@ -112,6 +117,8 @@ def test_whole_demo_on_a_tiny_model(tmp_path: Path) -> None:
         "convert, calibrate, transfer ...",
         "Cache after 64 and 128 tokens",
         "sees the last 399 tokens and 3 spans",
+        "after 256, 300 tokens: dense",
+        "come with the repository",
     ):
         assert text in screen
     assert [id(m) for m in subject.model.modules()] == modules  # the baseline stays the stock model
@@ -233,3 +240,10 @@ def test_real_model_answers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     half = variants.cats(subject.model, ids, lambda: None)[1]
     for variant in (base, half):
         assert "Paris" in measure.answer(variant, prompt, subject.tokenizer, 12, lambda: None)
+    assert subject.distilled is not None and subject.distilled.stat().st_size < 8e6
+    linear, hybrid = variants.lawcat(subject.model, [], lambda: None, subject.distilled)
+    heldout = windows(subject.tokenizer, texts()[1], 1024, 1024, "cpu")
+    found = [measure.perplexity(v, heldout, lambda: None)[0] for v in (base, linear, hybrid)]
+    assert found[1] < 1.6 * found[0] and found[2] < 1.25 * found[0]
+    rows = lengths.by_length([linear], prompt, (1024, 65536), 1, lambda: None)
+    assert rows[0]["bytes"] == rows[1]["bytes"]

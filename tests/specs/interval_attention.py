@@ -108,6 +108,10 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         yield new("causal", IntervalMask.causal(), 2, 300, 300, 4, 2, 64, sinks=10.0)
         yield new("long-one-head", IntervalMask.sink(4, 200), 1, 700, 700, 1, 1, 32, bias=(700,))
         return
+    capped = functools.partial(
+        new, "capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, bias=(2, 23), sinks=1.0, slopes=(2, 4), softcap=0.7,
+        return_lse=True,
+    )  # fmt: skip
     yield new("causal", IntervalMask.causal(), 2, 21, 21, 4, 2, 16)
     yield new(
         "everything", random_mask(sampler, 1, 6, 19, 37), 2, 19, 37, 6, 2, 12, 20, bias=(1, 6, 37), sinks=10.0,
@@ -116,9 +120,7 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
     yield new("sink-window", IntervalMask.sink(3, 9), 1, 40, 53, 3, 3, 17, return_lse=True)
     if sampler.size == "small":
         yield new("full", IntervalMask.full(), 2, 5, 70, 2, 1, 8)
-        yield new(
-            "capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, softcap=0.7, sinks=1.0, slopes=(2, 4), return_lse=True
-        )
+        yield capped()
         return
     yield new("full-decode", IntervalMask.full(), 3, 1, 300, 6, 2, 72, 40, sinks=3.0)
     yield new("sliding-longer-queries", IntervalMask.sliding(50), 2, 150, 100, 2, 2, 33, bias=(100,))
@@ -132,9 +134,7 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
     shift = sampler.integers(-40, 40, *mask.starts.shape).int() if mask.starts is not None else None
     assert shift is not None
     yield new("shifted", mask.with_shift(shift.to(sampler.device)), 2, 25, 60, 4, 2, 12, q_shift=rope)
-    yield new(
-        "capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, softcap=0.7, sinks=1.0, slopes=(2, 4), return_lse=True
-    )
+    yield capped()
     yield new("widest", IntervalMask.sink(2, 40), 1, 33, 70, 2, 1, 512, 320, softcap=2.0)
     yield new("widest-decode", IntervalMask.causal(), 2, 1, 150, 4, 1, 320, 512)
     yield new("alibi", IntervalMask.full(), 2, 140, 150, 4, 2, 24, slopes=(4,), bias=(150,), return_lse=True)

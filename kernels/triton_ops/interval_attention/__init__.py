@@ -91,7 +91,7 @@ def _call(
         GROUP=heads // kv_heads,
         PRECISION=precision("tf32x3" if q.dtype is torch.float32 else "tf32"),
     )
-    sizes = {"tq": tq, "tk": tk, "sink_tokens": sink_tokens, "window": window}
+    sizes: dict[str, Any] = {"tq": tq, "tk": tk, "sink_tokens": sink_tokens, "window": window}
     sizes |= {"heads": heads, "scale": scale, "softcap": softcap}
     blocks = {"BD": max(16, triton.next_power_of_2(d)), "BDV": max(16, triton.next_power_of_2(dv))}
     by_rows, by_keys = (Plan(None, None),) * 2 if starts is None else (Plan(*plan[:2]), Plan(*plan[2:]))
@@ -202,7 +202,7 @@ def interval_attention_bwd(
     return dq, dk, dv, dkey_bias, delta
 
 
-def _aot_args(dtype: torch.dtype, d: int, kind: str, backward: bool = False, softcap: float = 0.0) -> tuple[Any, ...]:
+def _aot_args(dtype: torch.dtype, d: int, kind: str, backward: bool = False) -> tuple[Any, ...]:
     """A prefill of 4096 tokens with 8 key heads of 32."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -217,7 +217,7 @@ def _aot_args(dtype: torch.dtype, d: int, kind: str, backward: bool = False, sof
         mask = (index(1, 1, t, 2), index(1, 1, t, 2), None, None, 0, -1, False)
         plan = [index(1, 1, nq, 2), index(1, 1, nq, nk), index(1, 1, nk, 2), index(1, 1, nk, nq)]
     q, k, v = empty(1, t, heads, 1, d), empty(1, t, kv_heads, d), empty(1, t, kv_heads, d)
-    call = (q, k, v, *mask, None, None, None, 0.125, softcap, plan)
+    call = (q, k, v, *mask, None, None, None, 0.125, 50.0 if kind == "capped" else 0.0, plan)
     if not backward:
         return call
     out, wide = empty(1, t, heads, d), partial(empty, 1, t, heads, dtype=torch.float32)
@@ -228,19 +228,25 @@ _SPILL = (
     "136 bytes on sm_90: the sums of dk and dv and 64 keys and values of width 128 fill the registers of wgmma's warps"
 )
 _SPILL_PLANNED = "16 bytes on sm_90: the places of the plan beside 128 sums of width 128, where 255 registers end"
+_SPILL_WIDE = (
+    "wider than 128, sums and what they are made of exceed 255 registers; smaller tiles would read keys more often"
+)
+_SPILLS: dict[int, dict[str, str]] = {
+    64: {},
+    128: {"interval_attention_dkdv_kernel": _SPILL, "interval_attention_fwd_kernel": _SPILL_PLANNED},
+    256: {f"interval_attention_{name}_kernel": _SPILL_WIDE for name in ("fwd", "dq", "dkdv")},
+    512: {f"interval_attention_{name}_kernel": _SPILL_WIDE for name in ("fwd", "dq", "dkdv")},
+}
 
 AOT = [
-    AotCase(
-        f"{name} D{d} {kind}",
-        launcher,
-        partial(_aot_args, dtype, d, kind, backward),
-        {"interval_attention_dkdv_kernel": _SPILL, "interval_attention_fwd_kernel": _SPILL_PLANNED} if d == 128 else {},
-    )
+    AotCase(f"{name} D{d} {kind}", launcher, partial(_aot_args, dtype, d, kind, backward), _SPILLS[d])
     for name, dtype, d, kind in (
         ("bf16", torch.bfloat16, 64, "causal"),
         ("bf16", torch.bfloat16, 64, "sink"),
         ("bf16", torch.bfloat16, 128, "causal"),
         ("bf16", torch.bfloat16, 128, "planned"),
+        ("bf16", torch.bfloat16, 256, "capped"),
+        ("bf16", torch.bfloat16, 512, "causal"),
         ("fp32", torch.float32, 64, "causal"),
     )
     for launcher, backward in ((interval_attention_fwd, False), (interval_attention_bwd, True))

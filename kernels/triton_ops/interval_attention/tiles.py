@@ -137,19 +137,19 @@ def start_of_tile(n, tiles, plan, KEYS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 # (BM, BN, warps, stages, and sometimes a limit of registers above the need: without one, ptxas may spill to fit another block)
-# by kernel, of bf16 and fp16 up to a head dimension of 64, of 128 and beyond, and of fp32, where a product is three. The largest
-# tiles that need no spills, with the matrix units of each generation (8: mma, 9: wgmma, 10: tcgen05), as `subquad gpu-report`
-# shows; not measured on a GPU.
+# by kernel, of bf16 and fp16 up to a head dimension of 64, up to 256 and up to 512, and of fp32, where a product is three. The
+# largest tiles that need no spills, beyond 128 the fewest, with the matrix units of each generation (8: mma, 9: wgmma,
+# 10: tcgen05), as `subquad gpu-report` shows; not measured on a GPU.
 TILES: dict[str, dict[int | str, tuple[tuple[int, ...], ...]]] = {
-    "fwd": {"any": ((128, 32, 8, 2), (64, 64, 8, 1), (32, 32, 4, 2))},
+    "fwd": {"any": ((128, 32, 8, 2), (64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 2))},
     "dq": {
-        "any": ((64, 32, 8, 1), (64, 32, 8, 1), (16, 32, 4, 1)),
-        10: ((64, 32, 8, 1), (64, 64, 8, 1, 168), (16, 16, 4, 1)),
+        "any": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 4, 1)),
+        10: ((64, 32, 8, 1), (64, 64, 8, 1, 168), (32, 32, 8, 1), (16, 16, 4, 1)),
     },
     "dkdv": {
-        "any": ((32, 64, 8, 1), (32, 64, 8, 1), (16, 16, 4, 1)),
-        8: ((64, 32, 8, 1), (64, 32, 8, 1), (16, 16, 4, 1)),
-        9: ((32, 64, 8, 1), (16, 64, 8, 2), (16, 16, 4, 1)),
+        "any": ((32, 64, 8, 1), (32, 64, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+        8: ((64, 32, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+        9: ((32, 64, 8, 1), (16, 64, 8, 2), (16, 32, 8, 1), (16, 16, 4, 1)),
     },
 }
 
@@ -175,16 +175,24 @@ def _fitting(tiles: tuple[int, ...], kernel: str, row_bytes: int) -> tuple[int, 
             rows //= 2
         else:
             keys //= 2
+    if _room(kernel, rows, keys, stages) * row_bytes > limit:
+        raise ValueError(
+            f"q: expected heads whose tiles fit {limit} bytes of shared memory, got {row_bytes} bytes for each row"
+        )
     return rows, keys, warps, stages, *rest
 
 
 def launch_options(width: int, wide_floats: bool, kernel: str) -> dict[str, int]:
-    """Tile sizes, warps, stages and registers for the larger head dimension `width`."""
+    """Tile sizes, warps, stages and registers for the larger head dimension `width`.
+
+    Raises:
+        ValueError: heads too wide for the shared memory of this device: gradients of 512 in float32 below 172 KiB.
+    """
     if INTERPRET.value:
         tiles: tuple[int, ...] = (64, 32, 4, 1)
     else:
-        small, large, fp32 = TILES[kernel].get(generation(), TILES[kernel]["any"])
-        tiles = fp32 if wide_floats else small if width <= 64 else large
+        small, large, widest, fp32 = TILES[kernel].get(generation(), TILES[kernel]["any"])
+        tiles = fp32 if wide_floats else small if width <= 64 else large if width <= 256 else widest
         if generation():
             tiles = _fitting(tiles, kernel, width * (4 if wide_floats else 2))
     return dict(zip(("BM", "BN", "num_warps", "num_stages", "maxnreg"), tiles, strict=False))

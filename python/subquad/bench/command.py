@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ QUICK = Plan(rounds=5, warmup=1, budget=4.0)
 FULL = Plan()
 OVERHEAD = Plan(rounds=200, warmup=20, budget=5.0)
 WHOLE = ("decode", "models")  # no ops, but whole models
+DISTRIBUTED = "distributed"  # no times, but bytes; nothing else here needs several processes, so it is imported late
 Measured = tuple[list[Result], list[dict[str, Any]], list[str]]  # results, overheads of calls, what else is to be said
 
 
@@ -32,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "family",
         nargs="?",
-        help=f"ops whose name starts so, such as {family} (default: all); decode, models: whole models",
+        help=f"ops whose name starts so, such as {family} (default: all); decode, models: whole models; "
+        "distributed: bytes between processes",
     )
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds: shows that it works, no more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results with versions and machine")
@@ -171,6 +174,8 @@ def run_from_args(args: argparse.Namespace) -> int:
 
     from . import record, table
 
+    if args.family == DISTRIBUTED:
+        return int(import_module("subquad.distributed.traffic").main())
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=170)
     try:
         old = record.load(args.compare) if args.compare else None

@@ -16,14 +16,14 @@ DOCUMENTS = 16
 DENSE, ALONE, SDPA = "sdpa, dense mask", "sdpa, one by one", "sdpa"
 TOLERANCE = 1e-4  # logits and gradients of float32, sums in another order
 # SmolLM2-135M, but for the vocabulary and the layers, which cost the same each.
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
     "vocab_size": 1000, "num_hidden_layers": 2,
 }  # fmt: skip
 TINY = SMOLLM2 | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def _model(config: dict[str, int], tokens: int) -> Any:
+def _model(config: dict[str, Any], tokens: int) -> Any:
     import transformers
 
     register()

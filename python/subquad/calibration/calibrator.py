@@ -15,6 +15,7 @@ from torch import nn
 from .._backends import SubquadWarning
 from ..convert import CatsConfig, convert_mlps, find_mlps, match_layer, restore
 from ..nn._gated import gated_activation
+from ..nn._sharded import mesh_of
 from ..nn._tokens import padding_of
 from ..nn.cats_mlp import CATSMLP
 from ..reference.cats_activation import activate
@@ -110,6 +111,8 @@ class CatsCalibrator:
             activation = mlp.activation
         else:
             activation = gated_activation(mlp)
+        if mesh_of(mlp.down_proj) is not None:  # type: ignore[arg-type]
+            raise ValueError(f"{name}: expected whole weights, got a part of them; calibrate before the model is split")
         fused = isinstance(getattr(mlp, "gate_up_proj", None), nn.Module)
 
         def after(module: nn.Module, args: Any, z: torch.Tensor) -> None:

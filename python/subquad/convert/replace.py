@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import _checks
-from ..nn._children import check_whole, places_children
+from ..nn._children import places_children
 from .record import record
 
 
@@ -103,6 +103,21 @@ def register(replacement: Replacement) -> Replacement:
 def named(kind: str) -> dict[str, Replacement]:
     """The replacements of a kind, by name."""
     return {name: replacement for (of, name), replacement in _REGISTRY.items() if of == kind}
+
+
+def recorded_replacement(group: dict[str, Any]) -> tuple[Replacement, Any]:
+    """What a group of a record was converted by, with its config.
+
+    Raises:
+        ValueError: an unknown kind, name or option.
+    """
+    try:
+        if not isinstance(group["layers"], list):
+            raise ValueError("layers are no list")
+        by = _REGISTRY[group["kind"], group["name"]]
+        return by, by.config(**group["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"config: expected a conversion that convert has written, got {group!r}: {error!r}") from error
 
 
 def replacement_of(module: nn.Module, kind: str) -> Replacement | None:
@@ -292,7 +307,6 @@ def _made(by: Replacement, config: Any, chosen: dict[str, nn.Module]) -> list[Ex
     for name, old in chosen.items():
         if id(old) not in made:
             try:
-                check_whole(old)
                 made[id(old)] = by.make(old, **options)
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError

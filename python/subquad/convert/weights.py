@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .. import _checks
-from ..nn._children import check_whole, plain
-from ..nn._codes import Codes
+from ..nn._children import check_whole, placement, plain
+from ..nn._codes import Codes, check_dense_dtype
 from ..nn._gated import FUSED, SPLIT
 from ..nn.cats_mlp import CATSMLP
 from ..nn.quantised_cats_mlp import QuantisedCATSMLP, QuantisedDown
@@ -32,7 +32,7 @@ from .replace import (
     find,
     listed,
     match_layer,
-    named,
+    recorded_replacement,
     register,
     replace,
     replacement_of,
@@ -221,19 +221,23 @@ def add_shells(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
     for group in groups:
         if group["kind"] != WEIGHT.name:
             continue
-        by = named(WEIGHT.name)[group["name"]]
+        by, _ = recorded_replacement(group)
         modules = dict(model.named_modules(remove_duplicate=False))
         for recorded_name in group["layers"]:
             name = same_layer(recorded_name, modules)
-            model.set_submodule(name, by.make(modules[name], **group["options"]), strict=True)
+            try:
+                shell = by.make(modules[name], **group["options"])
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"config: {name}: expected a layer that was converted, got {error}") from error
+            model.set_submodule(name, shell, strict=True)
 
 
-def to_dense(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[str]:
+def to_dense(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Exchange weights in few bits for dense ones, in place: what the codes stand for. CATS goes with them.
 
     Args:
         model: any module.
-        dtype: of the new weights; what is tied stays tied.
+        dtype: of the new weights; None for that of the model's parameters. What is tied stays tied.
 
     Returns:
         Names of the modules exchanged.
@@ -242,8 +246,7 @@ def to_dense(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[str]:
         TypeError: dtype is no floating one.
     """
     _checks.module("model", model)
-    if dtype not in _checks.FLOAT_DTYPES:
-        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    dtype = placement(model)[1] if dtype is None else check_dense_dtype(dtype)
     names = [name for name, module in model.named_modules() if name and isinstance(module, QuantisedCATSMLP)]
     for name in names:
         mlp: Any = model.get_submodule(name)

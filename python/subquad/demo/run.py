@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .. import _backends
-from . import measure, model, report, stream
-from .variants import PASSES, Variant, families
+from . import lengths, measure, model, report, stream
+from .variants import Variant, families, passes
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
 LIKELIHOOD_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-3}  # nats per token
+_STEPS = 3  # timed at each length of context
 _PROMPT = 64  # tokens of held-out text before decoding starts
 
 
@@ -35,10 +36,11 @@ class Settings:
     stream_tokens: int
     stream_window: int  # tokens that the streaming cache holds, sinks included
     stream_chunk: int
+    contexts: tuple[int, ...]  # tokens after which decoding is timed
 
 
-QUICK = Settings(2048, 2048, 512, 24, 20, 40, 4096, 512, 256)
-FULL = Settings(8192, 8192, 512, 128, 100, 96, 20480, 1024, 256)
+QUICK = Settings(2048, 2048, 512, 24, 20, 40, 4096, 512, 256, (4096, 16384))
+FULL = Settings(8192, 8192, 512, 128, 100, 96, 20480, 1024, 256, (1024, 4096, 16384, 65536))
 
 
 class _Stages:
@@ -119,12 +121,16 @@ def run(
                     (heldout_text, settings.heldout_tokens),
                 )
             )
-        builders = families(subject.gguf_file, subject.families)
-        passes = sum(PASSES.get(family, 0) for family in builders)
-        with stages.stage("convert, calibrate, transfer", passes * len(batches)) as tick:
+        builders = families(subject.gguf_file, subject.families, subject.distilled)
+        with stages.stage("convert, calibrate, transfer", passes(builders, subject.distilled) * len(batches)) as tick:
             variants = [v for build in builders.values() for v in build(subject.model, batches, tick)]
         check, rows = _measure(stages, subject, variants, heldout, settings)
         found = _stream(stages, subject, variants[0], heldout_text, settings)
+        contexts: list[dict[str, Any]] = []
+        if "lawcat" in builders:
+            timed = [variant for variant in variants if variant.family in lengths.FAMILIES]
+            with stages.stage("decoding after long contexts", len(timed) * len(settings.contexts)) as tick:
+                contexts = lengths.by_length(timed, heldout[0][:, :_PROMPT], settings.contexts, _STEPS, tick)
     largest = max(check["prefill_max_difference"], check["decode_max_difference"])
     check["tolerance"] = TOLERANCE[dtype] * check["max_logit"]
     check["attention"] = attention = _attention_check(rows, dtype)
@@ -141,6 +147,8 @@ def run(
         "question": model.QUESTION,
         "check": check,
         "variants": rows,
+        "distilled": None if subject.distilled is None else subject.distilled.name,
+        "contexts": contexts,
         "stream": stream.summary(found) | {"chunks": found},
     } | report.environment()
     report.show(console, result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from ..distillation import attention_transfer, trainable_parameters
 from ..integrations.transformers import convert, register
 from ..nn.cats_mlp import CATSMLP
 from ..superlinear import SuperlinearConfig
+from .distilled import load_distilled
 
 CATS_TARGETS = (0.3, 0.5, 0.7)
 CODES_TARGET = 0.5  # of the model with weights in few bits
-LAWCAT_KEEP = 5  # one layer of so many stays softmax in the hybrid
+LAWCAT_KEEP = 4  # one layer of so many stays softmax in the hybrid
 LAWCAT_PASSES = 4  # over the calibration text
 SUPERLINEAR = SuperlinearConfig(sw_index=19, search_scale=0.125)  # a window of 399 tokens, gates scaled as attention is
 
@@ -39,8 +40,8 @@ class Variant:
         model: may be shared with other variants.
         target: target sparsity of the MLPs, None where that means nothing.
         activate: puts the model into this variant's state; called before every use.
-        answers: whether to ask it a question. Linear attention that has seen a few pages of text speaks no sentences yet, and in
-            a window that holds question and answer Superlinear attention is the model's own.
+        answers: whether to ask it a question. Linear attention that was trained for a moment speaks no sentences yet, and in a
+            window that holds question and answer Superlinear attention is the model's own.
     """
 
     name: str
@@ -116,8 +117,12 @@ def attention(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> 
     return [Variant("our attention", "attention", model, activate=_switch(model, "subquad"))]
 
 
-def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> list[Variant]:
-    """The model with linear attention that was shown the calibration text: in all layers, and in most of them."""
+def lawcat(
+    model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick, distilled: Path | None = None
+) -> list[Variant]:
+    """The model with linear attention in all layers, and in most of them: distilled, or shown the calibration text."""
+    if distilled is not None:
+        return _distilled(model, distilled)
     linear = _sharing(model)
     convert(linear, attention="lawcat")
     parameters = list(trainable_parameters(linear).values())
@@ -140,6 +145,20 @@ def lawcat(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> lis
     return [Variant(n, "lawcat", m, answers=False) for n, m in (("LAWCAT", linear), ("LAWCAT hybrid", hybrid))]
 
 
+def _distilled(model: nn.Module, path: Path) -> list[Variant]:
+    found = []
+    for name, kept in (("LAWCAT", []), ("LAWCAT hybrid", _kept(model))):
+        linear = _sharing(model)
+        load_distilled(linear, path, [i for i in range(len(find_attentions(model))) if i not in kept])
+        found.append(Variant(name, "lawcat", linear.requires_grad_(False)))
+    return found
+
+
+def _kept(model: nn.Module) -> list[int]:
+    """Numbers of the hybrid's softmax layers."""
+    return list(range(LAWCAT_KEEP // 2, len(find_attentions(model)), LAWCAT_KEEP))
+
+
 def superlinear(model: nn.Module, batches: Sequence[torch.Tensor], tick: Tick) -> list[Variant]:
     """The very weights, with spans that nothing has trained behind a window."""
     spans = _sharing(model)
@@ -153,18 +172,24 @@ def _sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def families(gguf_file: Path | None = None, wanted: Sequence[str] | None = None) -> dict[str, Builder]:
+def families(
+    gguf_file: Path | None = None, wanted: Sequence[str] | None = None, distilled: Path | None = None
+) -> dict[str, Builder]:
     """What is built, by name, in the order of the rows.
 
     Args:
         gguf_file: whose blocks the quantised model takes, if there is one.
         wanted: names; None for all.
+        distilled: weights of linear attention for this model; None has it trained for a moment.
     """
     found: dict[str, Builder] = {
-        "dense": dense, "cats": cats, "quantised": functools.partial(quantised, gguf_file=gguf_file), "lawcat": lawcat,
-        "superlinear": superlinear, "attention": attention,
+        "dense": dense, "cats": cats, "quantised": functools.partial(quantised, gguf_file=gguf_file),
+        "lawcat": functools.partial(lawcat, distilled=distilled), "superlinear": superlinear, "attention": attention,
     }  # fmt: skip
     return {name: build for name, build in found.items() if wanted is None or name in wanted}
 
 
-PASSES = {"cats": 1, "quantised": 1, "lawcat": LAWCAT_PASSES}  # how often a family runs every calibration batch
+def passes(builders: Iterable[str], distilled: Path | None = None) -> int:
+    """How often these families together run every calibration batch."""
+    runs = {"cats": 1, "quantised": 1, "lawcat": LAWCAT_PASSES if distilled is None else 0}
+    return sum(runs.get(family, 0) for family in builders)

@@ -17,8 +17,11 @@ from .gated_linear_attention import gated_linear_attention
 from .heads import by_heads
 from .interval_attention import interval_attention
 from .layout import Run, SequenceLayout
+from .tensor_parallel import CATSParallel, LawcatParallel, parallelize
 
 __all__ = [
+    "CATSParallel",
+    "LawcatParallel",
     "Run",
     "SequenceLayout",
     "agree",
@@ -29,4 +32,5 @@ __all__ = [
     "gated_linear_attention",
     "halo",
     "interval_attention",
+    "parallelize",
 ]

@@ -1,4 +1,4 @@
-"""The only file that names a collective of `torch.distributed`: its names changed in torch 2.13."""
+"""The only file of the package `distributed` that names a collective: names changed in torch 2.13."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def all_gather(given: torch.Tensor, group: Group) -> torch.Tensor:
     assert _gather is not None
     _gather(every, given.contiguous(), group=group)  # gloo wants the shape of a concatenation
     return every
+
+
+def broadcast(x: torch.Tensor, source: int, group: Group) -> None:
+    """Give x, in place, the values that it has on one rank of the group."""
+    whole = x if x.is_contiguous() else x.contiguous()
+    dist.broadcast(whole, group_src=source, group=group)
+    if whole is not x:
+        x.copy_(whole)
 
 
 def send(x: torch.Tensor, to: int, tag: int, group: Group) -> None:

@@ -78,7 +78,7 @@ def gated_linear_attention(
         method: "all_gather" (one collective, all states on every rank), "scan" (two all-to-alls of one state each, whatever the
             number of ranks), "ring" (state from rank to rank; one run per rank), or "auto" by the number of ranks. Same bits.
         initial_state: of the sequences that begin on this rank, in the form of `subquad.gated_linear_attention`: for one sequence
-            its rows are read by the owner of the first token alone, or by all ranks where there is none; packed: one row for every
+            its rows are read by the owner of the first token alone, or by all where there is none; packed: one row for every
             piece of a sequence here, of which those that began elsewhere are not read.
         output_final_state: also return the state after this rank's last token; packed: after every piece, [pieces, ...]. The
             owner of the last token has the final state.

@@ -15,7 +15,7 @@ class ModelMask(IntervalMask):
 
     Attributes:
         padded_causal: whether it is causal but for padding, a window and packed sequences: what linear attention can follow.
-        causal: whether no token sees one behind it, blocks of tokens that see each other apart.
+        autoregressive: whether no token sees one behind it, blocks of tokens that see each other apart.
         chunked: whether there are chunks in it, counted from where each row begins.
         padding: bool [B, Tk], False at keys that are padding; None: all are tokens, or the mask is final.
         sequence_ids: int [B|1, Tk], not decreasing: tokens of a row with different numbers belong to different sequences and do
@@ -27,7 +27,7 @@ class ModelMask(IntervalMask):
 
     ndim = 4  # transformers' `generate` asks for the rank, and for a contiguous copy, as of a tensor
     padded_causal: bool = False
-    causal: bool = False
+    autoregressive: bool = False
     chunked: bool = False
     padding: torch.Tensor | None = None
     sequence_ids: torch.Tensor | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from .. import _checks
 from ..reference.cats_activation import ACTIVATIONS, activate
 from ._children import FLOATS, features, placement, plain
+from ._sharded import NEURONS, check_placed, localised, mesh_of
 
 SPLIT = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("gate_up_proj", "down_proj")
@@ -103,7 +104,11 @@ def gated_parts(mlp: nn.Module) -> GatedParts:
     if slices > 1:
         raise ValueError(f"mlp.config.pretraining_tp: expected 1, got {slices}")
     _check_shapes(parts.projections)
-    _check_formula(mlp, parts)
+    check_placed(mlp, NEURONS, halves=FUSED[0])
+    down = parts.projections["down_proj"]
+    mesh = mesh_of(down)
+    with nullcontext() if mesh is None else localised(mlp, mesh, down):
+        _check_formula(mlp, parts)
     return parts
 
 

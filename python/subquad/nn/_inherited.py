@@ -11,6 +11,7 @@ from torch import nn
 
 from ..cache.state import adapter_for
 from ._children import placement, set_mode
+from ._sharded import check_restored
 from ._sizes import NORMS, PROJECTIONS
 from ._tokens import chunk_size
 
@@ -93,6 +94,7 @@ def give_back(layer: Any, names: tuple[str, ...] = PROJECTIONS + NORMS) -> nn.Mo
     original: nn.Module | None = layer.original
     if original is None:
         raise ValueError("original: expected a layer made by from_attention, got one made on its own")
+    check_restored(layer.o_proj)
     for name in names:
         if getattr(layer, name) is not getattr(original, name, None):
             setattr(original, name, getattr(layer, name))

@@ -18,6 +18,7 @@ from ..reference.cats_activation import activate, active_mask, cats_glu
 from ._children import placement, plain, set_mode
 from ._gated import activation_name, gated_parts
 from ._options import CatsConfig
+from ._sharded import check_restored, in_parts, mesh_of, relaid, sharded, split, split_like
 from ._sizes import check_sizes
 
 DOWN_LAYOUTS = ("auto", "strided", "keep")
@@ -211,6 +212,8 @@ class CATSMLP(nn.Module):
             raise ValueError(f"threshold: expected shape [] or [{self.intermediate_size}], got {list(value.shape)}")
         if not _checks.traced(value) and bool(value.isnan().any()):
             raise ValueError("threshold: expected numbers, got NaN")
+        if value.dim() and (mesh := mesh_of(self.down_proj)) is not None:
+            value = split_like(value, mesh)
         if value.shape == self.threshold.shape:
             self.threshold.copy_(value)
         else:
@@ -222,12 +225,24 @@ class CATSMLP(nn.Module):
 
     def lay_out(self) -> None:
         """Bring the down projection into its layout; needed only after replacing `down_proj.weight` by hand."""
-        if self.down_layout == "keep" or not plain(self.down_proj, nn.Linear):
-            return
-        weight = self.down_proj.weight
-        if not weight.t().is_contiguous():
+        weight = self._own_down()
+        if self.down_layout != "keep" and weight is not None and not weight.t().is_contiguous():
             self._layout = weight.shape, weight.stride()  # first, so that an interrupted change can be undone
-            weight.data = weight.data.t().contiguous().t()
+            self._lay(weight, weight.data.t().contiguous().t())
+
+    def _own_down(self) -> torch.Tensor | None:
+        """The weight of the down projection, or this process's part of it; None if it cannot be read."""
+        weight = getattr(self.down_proj, "weight", None)
+        if mesh_of(self.down_proj) is None:
+            return weight if plain(self.down_proj, nn.Linear) else None
+        return weight.to_local().detach() if weight.device_mesh.ndim == 1 else None  # type: ignore[union-attr]
+
+    def _lay(self, weight: torch.Tensor, data: torch.Tensor) -> None:
+        """Bring what `_own_down` gave to other strides."""
+        if sharded(self.down_proj.weight):
+            self.down_proj.weight = relaid(self.down_proj.weight, data)
+        else:
+            weight.data = data
 
     def set_down_layout(self, down_layout: str) -> None:
         """Change the layout strategy.
@@ -247,10 +262,23 @@ class CATSMLP(nn.Module):
         shape, strides = self._layout
         down = self.down_proj
         inside = (p for p in down.parameters() if p.shape == shape and p.t().is_contiguous())
-        weight = down.weight if plain(down, nn.Linear) else next(inside, None)
+        weight = own if (own := self._own_down()) is not None else next(inside, None)
         if weight is not None:
-            weight.data = _with_layout(weight.data, shape, strides)
+            self._lay(weight, _with_layout(weight.data, shape, strides))
         self._layout = None
+
+    def _split_dims(self) -> dict[str, int | None]:
+        """How neurons are split over processes: a dimension for every parameter, None for what stays whole."""
+        own = {"down_proj.weight": 1, "down_proj.bias": None}
+        return {name: own.get(name, 0) for name, _ in self.named_parameters()}
+
+    def _split(self, mesh: Any, source: int | None = 0) -> None:
+        """Split the neurons over the processes of a mesh of one dimension. A threshold for all of them stays whole."""
+        split(self, mesh, self._split_dims(), "gate_up_proj", source)
+        if self.threshold.dim():
+            self.threshold = split_like(self.threshold, mesh)
+        self._layout = None
+        self.lay_out()
 
     # --- module ------------------------------------------------------------------------------------------------------
 
@@ -279,15 +307,21 @@ class CATSMLP(nn.Module):
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """z `[..., I]` of x `[..., H]`: what goes into the activation."""
+        if mesh_of(self.down_proj) is not None:
+            raise ValueError(
+                "mlp: expected whole weights where gates are asked for, got a part; calibrate, then parallelize"
+            )
         z: torch.Tensor = self.gate_up_proj(x).chunk(2, dim=-1)[0] if self._fused else self.gate_proj(x)
         return z
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `[..., H]` of x `[..., H]`, in x's dtype."""
         _checks.tensor("x", x)
-        if not self.reads(x):
-            return self._called(x)
-        return self._read(x)
+        mesh = mesh_of(self.down_proj)
+        return self._computed(x) if mesh is None else in_parts(self, self.down_proj, mesh, self._computed, x)
+
+    def _computed(self, x: torch.Tensor) -> torch.Tensor:
+        return self._read(x) if self.reads(x) else self._called(x)
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` by the operator."""
@@ -351,6 +385,7 @@ class CATSMLP(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The dense module this one was made from (or a `GatedMLP`), sharing the weights, in their original layout."""
+        check_restored(self.down_proj)
         self.restore_layout()
         original = self.original
         if original is None:
@@ -364,6 +399,8 @@ class CATSMLP(nn.Module):
         text = f"{self.hidden_size}, {self.intermediate_size}, activation={self.activation!r}, "
         if _checks.traced(self.threshold):
             text += "threshold without values"
+        elif sharded(self.threshold):  # whose least and greatest value all processes would have to ask for
+            text += f"threshold [{self.intermediate_size}] in parts"
         elif self.threshold.dim():
             text += f"threshold [{self.intermediate_size}] in [{self.threshold.min():.4g}, {self.threshold.max():.4g}]"
         else:
@@ -403,7 +440,7 @@ class CATSMLP(nn.Module):
             error_msgs.append(f"{prefix}{problem}")
             return
         if threshold is not None and threshold.shape != self.threshold.shape:
-            self.threshold = torch.empty(threshold.shape, dtype=torch.float32, device=self.threshold.device)
+            self.threshold = torch.empty_like(threshold, dtype=torch.float32, device=self.threshold.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -418,7 +455,8 @@ class CATSMLP(nn.Module):
         if threshold is not None:
             if threshold.shape not in ((), (self.intermediate_size,)):
                 return f"threshold: expected shape [] or [{self.intermediate_size}], got {list(threshold.shape)}"
-            if not _checks.traced(threshold) and bool(threshold.isnan().any()):
+            values: Any = threshold.to_local() if sharded(threshold) else threshold  # type: ignore[attr-defined]
+            if not _checks.traced(values) and bool(values.isnan().any()):
                 return "threshold: expected numbers, got NaN"
         if meta is not None:
             if meta.shape != self.cats_meta.shape:

@@ -24,6 +24,7 @@ from ._lawcat_steps import step
 from ._options import LawcatConfig
 from ._scores import normed, scores_of
 from ._sequences import Sequences
+from ._sharded import HEADS, check_heads, check_placed, in_parts, mesh_of, split
 from ._sizes import NORMS, PROJECTIONS, add_projections, check_sizes
 from ._tied import tie, tied_again
 from ._tokens import Tokens, of_one_kind, read, sliding_window
@@ -210,6 +211,7 @@ class LawcatAttention(AttentionLayer):
             ValueError: one of another form, or with chunks, dropout, sinks or parts that linear attention has no place for; with
                 a window or `rope`, one that scores keys in a way that `scores` cannot say.
         """
+        check_placed(attention, HEADS)
         given = Inherited.of(attention, "linear attention")
         defaults = {"layer_idx": given.layer_idx, "device": given.device, "dtype": given.dtype}
         sizes: dict[str, Any] = {"num_kv_heads": given.kv_heads, "head_dim": given.head_dim, "parts": given.parts}
@@ -218,6 +220,9 @@ class LawcatAttention(AttentionLayer):
             layer.scores = scores_of(attention, given.heads, given.kv_heads, given.head_dim)
         layer.window_size = min(layer.window_size, sliding_window(attention) or layer.window_size)
         remember(layer, attention)
+        if (mesh := mesh_of(layer.o_proj)) is not None:  # transformers has split the projections: the rest follows
+            check_heads(layer, mesh.size())
+            layer._split(mesh, norms=False)
         return layer
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LawcatAttention:
@@ -229,6 +234,22 @@ class LawcatAttention(AttentionLayer):
         """What LAWCAT adds to the projections, by name: convolutions, feature maps, gate, window factor."""
         inherited = tuple(f"{name}." for name in PROJECTIONS + NORMS)
         return {name: p for name, p in self.named_parameters() if not name.startswith(inherited)}
+
+    def _split_dims(self, norms: bool = True) -> dict[str, int | None]:
+        """How heads are split over processes: a dimension for every parameter, None for what stays whole; without the norms of q
+        and k if not told, which may be plain tensors then."""
+        whole = (*(f"{name}." for name in NORMS), "output_norm.", "o_proj.bias")
+        if self.gate is not None and len(self.gate) > 1:
+            whole = (*whole, "gate.0.")
+        dims: dict[str, int | None] = {}
+        for name, _ in self.named_parameters(remove_duplicate=False):
+            if norms or not name.startswith(whole[: len(NORMS)]):
+                dims[name] = None if name.startswith(whole) else int(name == "o_proj.weight")
+        return dims
+
+    def _split(self, mesh: Any, source: int | None = 0, norms: bool = True) -> None:
+        """Split the heads over the processes of a mesh of one dimension, which divides them."""
+        split(self, mesh, self._split_dims(norms), source=source)
 
     def forward(
         self,
@@ -273,8 +294,13 @@ class LawcatAttention(AttentionLayer):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        mixed = self.mix(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        return self.o_proj(mixed), None
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            return self.o_proj(self.mix(x, position_embeddings, attention_mask, past_key_values, **kwargs))
+
+        mesh = mesh_of(self.o_proj)
+        y = attend(hidden_states) if mesh is None else in_parts(self, self.o_proj, mesh, attend, hidden_states)
+        return y, None
 
     def mix(
         self,

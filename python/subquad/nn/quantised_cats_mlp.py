@@ -18,17 +18,16 @@ from ..reference._common import upcast
 from ..reference.quantised_cats_mlp import by_neuron, dequantise_down
 from ..reference.quantised_linear import FORMATS, GROUP
 from ._children import plain, set_mode
-from ._codes import Codes
+from ._codes import Codes, LinearCodes
 from ._gated import GatedParts, activation_name, gated_parts
 from ._options import CatsConfig
-from ._sizes import check_sizes
 from .cats_mlp import CATSMLP, DENSE, GatedMLP
 from .quantised_linear import QuantisedLinear
 
 _BLOCK = 512  # neurons that are dequantised at a time
 
 
-class QuantisedDown(Codes):
+class QuantisedDown(LinearCodes):
     """The down projection y = h W^T + b of a gated MLP, with the codes of a neuron behind each other.
 
     `weight` is a uint8 buffer: rows of `subquad.quantise` of the transposed weight, [I, row bytes]. With `scales`, where 32
@@ -49,7 +48,6 @@ class QuantisedDown(Codes):
     """
 
     scales: torch.Tensor | None
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -62,24 +60,16 @@ class QuantisedDown(Codes):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_sizes(0, in_features=in_features, out_features=out_features)
-        _checks.flag("bias", bias)
+        super().__init__(in_features, out_features, bias, format, "out_features", device, dtype)
         _checks.flag("shared", shared)
-        _checks.choice("format", format, tuple(FORMATS))
-        if out_features % GROUP:
-            raise ValueError(f"out_features: expected a multiple of {GROUP}, got {out_features}")
         if shared and in_features % GROUP:
             raise ValueError(f"in_features: expected a multiple of {GROUP} with shared scales, got {in_features}")
-        self.in_features, self.out_features, self.format = in_features, out_features, format
-        kind, made = FORMATS[format], {"dtype": torch.uint8, "device": _checks.device("device", device)}
+        kind, made = FORMATS[format], {"dtype": torch.uint8, "device": device}
         row = out_features // GROUP * (kind.code_bytes if shared else kind.group_bytes)
         numbers = out_features * (kind.group_bytes - kind.code_bytes)
         self.register_buffer("weight", torch.zeros((in_features, row), **made))  # type: ignore[arg-type]
         scales = torch.zeros((in_features // GROUP, numbers), **made) if shared else None  # type: ignore[arg-type]
         self.register_buffer("scales", scales)
-        zeros = torch.zeros(out_features, dtype=dtype, device=made["device"]) if bias else None  # type: ignore[arg-type]
-        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
     @property
     def shared(self) -> bool:
@@ -117,22 +107,21 @@ class QuantisedDown(Codes):
         self.bias = linear.bias
         return self.train(linear.training)
 
-    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The dense layer that computes the same: its weight is what the codes stand for, its bias the same parameter.
+
+        Args:
+            dtype: of the weight; None for that of the bias, or float32.
 
         Raises:
             TypeError: dtype is no floating one.
         """
-        if dtype not in _checks.FLOAT_DTYPES:
-            raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
-        linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
+        dtype = self._dense_dtype(dtype)
         wide = dtype if dtype == torch.float64 else torch.float32
         weight = torch.empty((self.out_features, self.in_features), dtype=dtype, device=self.weight.device)
         for neurons, block in _blocks(self.weight, self.scales, self.format, wide):
             weight[:, neurons] = block.t().to(dtype)
-        linear.weight = nn.Parameter(weight)
-        linear.bias = self.bias  # type: ignore[assignment]  # None is what nn.Linear has without one
-        return linear.train(self.training)
+        return self._dense(weight)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """y `[..., H]` of h `[..., I]`, in h's dtype, through blocks of dequantised rows; `QuantisedCATSMLP` skips rows."""
@@ -144,8 +133,7 @@ class QuantisedDown(Codes):
         return y.to(h.dtype).view(*h.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{text}, format={self.format!r}, shared={self.shared}"
+        return f"{super().extra_repr()}, shared={self.shared}"
 
 
 def _blocks(
@@ -266,7 +254,7 @@ class QuantisedCATSMLP(CATSMLP):
         Raises:
             ValueError: as there; or H is no multiple of 32, a projection is quantised in another format, `gate_weights` of a
                 fused gate_up_proj, weights that are not finite. `mlp` is unchanged.
-            TypeError: a projection with adapters or hooks; an unknown option.
+            TypeError: a projection to be quantised that has adapters or hooks; an unknown option.
         """
         self = cls._of(gated_parts(mlp), weights, gate_weights, CatsConfig(**options), mlp)
         set_mode(self, mlp.training, besides=mlp)
@@ -366,8 +354,11 @@ class QuantisedCATSMLP(CATSMLP):
             total += down.scales.numel()
         return read / total
 
-    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A `GatedMLP` with new dense weights, what the codes stand for; the threshold is left out.
+
+        Args:
+            dtype: of the weights; None for that of the biases, or float32.
 
         Raises:
             TypeError: dtype is no floating one.
@@ -390,10 +381,10 @@ class QuantisedCATSMLP(CATSMLP):
 
 
 def _quantised(child: nn.Module, weights: str | None, *, down: bool) -> nn.Module:
-    """A projection in the form that the kernel reads: the child itself if it has that."""
-    if down and not plain(child, QuantisedDown):
-        return QuantisedDown.from_linear(child, weights)  # type: ignore[arg-type]  # which checks it
-    if not plain(child, QuantisedDown) and not plain(child, QuantisedLinear):
+    """A projection in the form that the kernel reads: the child itself if it has that, be it offloaded or with hooks."""
+    if not isinstance(child, QuantisedDown if down else QuantisedLinear):
+        if down:
+            return QuantisedDown.from_linear(child, weights)  # type: ignore[arg-type]  # which checks it
         return QuantisedLinear.from_linear(child, "int8" if weights is None else weights)  # type: ignore[arg-type]
     if weights not in (None, child.format):
         raise ValueError(f"weights: expected {child.format!r}, which the codes are in, got {weights!r}")

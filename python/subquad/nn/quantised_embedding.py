@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -108,8 +110,11 @@ class QuantisedEmbedding(Codes):
         self.weight, self.like = weight, torch.empty(0, dtype=self.like.dtype, device=weight.device)
         return self if like is None else self.train(like.training)
 
-    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The dense embedding: its weight is what the codes stand for.
+
+        Args:
+            dtype: of the weight; None for that of the result.
 
         Raises:
             TypeError: dtype is no floating one.
@@ -117,7 +122,7 @@ class QuantisedEmbedding(Codes):
         dense = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         if self.embed_scale != 1:
             dense = ScaledWordEmbedding(dense, self.embed_scale)
-        dense.weight = nn.Parameter(dequantise(self.weight, self.format, dtype))
+        dense.weight = nn.Parameter(dequantise(self.weight, self.format, self._dense_dtype(dtype)))
         return dense.train(self.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -148,10 +153,12 @@ def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
     return rows * torch.full((), scale, dtype=rows.dtype, device=rows.device)
 
 
-def _scales(embedding: nn.Module) -> bool:
+def _scales(embedding: Any) -> bool:
     """Whether an embedding multiplies its rows by a number that is rounded to their dtype, and does nothing else."""
+    if not isinstance(embedding, nn.Embedding):
+        return False
     kind = type(embedding)
-    if not (isinstance(embedding, nn.Embedding) and kind.__name__.endswith("ScaledWordEmbedding")):
+    if not kind.__name__.endswith("ScaledWordEmbedding"):
         return False
     if not (plain(embedding, kind) and (kind is ScaledWordEmbedding or torch.is_tensor(embedding.embed_scale))):
         return False

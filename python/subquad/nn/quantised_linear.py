@@ -10,11 +10,10 @@ from .._backends import BACKENDS
 from ..ops.quantised_linear import check_weight, dequantise, quantise, quantised_linear
 from ..reference.quantised_linear import FORMATS, GROUP
 from ._children import plain
-from ._codes import Codes
-from ._sizes import check_sizes
+from ._codes import LinearCodes
 
 
-class QuantisedLinear(Codes):
+class QuantisedLinear(LinearCodes):
     """y = x W^T + b with W in groups of 32 codes; see `subquad.quantised_linear`.
 
     `weight` is a uint8 buffer `[out_features, row bytes]`: `.to(dtype)`, `.half()` and optimisers leave it alone, `state_dict`
@@ -34,8 +33,6 @@ class QuantisedLinear(Codes):
         ValueError: sizes without groups of 32, an unknown format or backend.
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -47,20 +44,12 @@ class QuantisedLinear(Codes):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_sizes(0, in_features=in_features, out_features=out_features)
-        _checks.flag("bias", bias)
-        _checks.choice("format", format, tuple(FORMATS))
-        if in_features % GROUP:
-            raise ValueError(f"in_features: expected a multiple of {GROUP}, got {in_features}")
+        super().__init__(in_features, out_features, bias, format, "in_features", device, dtype)
         if backend is not None:
             _checks.choice("backend", backend, BACKENDS)
-        device = _checks.device("device", device)
-        self.in_features, self.out_features, self.format, self.backend = in_features, out_features, format, backend
+        self.backend = backend
         row = in_features // GROUP * FORMATS[format].group_bytes
         self.register_buffer("weight", torch.zeros((out_features, row), dtype=torch.uint8, device=device))
-        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weights: str = "int8", *, backend: str | None = None) -> QuantisedLinear:
@@ -105,28 +94,24 @@ class QuantisedLinear(Codes):
         self.bias = bias
         return self
 
-    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The dense layer that computes the same: its weight is what the codes stand for, its bias the same parameter.
+
+        Args:
+            dtype: of the weight; None for that of the bias, or float32.
 
         Raises:
             TypeError: dtype is no floating one.
         """
-        linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
-        linear.weight = nn.Parameter(dequantise(self.weight, self.format, dtype))
-        linear.bias = self.bias  # type: ignore[assignment]  # None is what nn.Linear has without one
-        return linear.train(self.training)
+        return self._dense(dequantise(self.weight, self.format, self._dense_dtype(dtype)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `[..., N]` of x `[..., K]`, in x's dtype."""
         return quantised_linear(x, self.weight, self.bias, format=self.format, backend=self.backend)
 
-    def to_dense(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """`to_linear`, under the name that it has for every module in few bits."""
         return self.to_linear(dtype)
-
-    def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, format={self.format!r}"
 
 
 __all__: list[str] = ["QuantisedLinear"]

@@ -16,7 +16,7 @@ from ..masks import IntervalMask
 from ..recipes.sink import sink_attention
 from ..rope import RopeSpec
 from ._attention import AttentionLayer
-from ._children import placement
+from ._children import check_whole, placement
 from ._inherited import Inherited, give_back, remember
 from ._options import SinkConfig
 from ._rotation import check_positions, rope_of
@@ -135,6 +135,7 @@ class SinkAttention(AttentionLayer):
                 or a rotation that are none of those known; frequencies that depend on the length, beyond the length for which
                 they do not.
         """
+        check_whole(attention)
         given = Inherited.of(attention, "attention with sinks", sinks=True)
         scores = scores_of(attention, given.heads, given.kv_heads, given.head_dim)
         if scores.softcap is not None:

@@ -17,7 +17,7 @@ from ..recipes.superlinear import attended
 from ..rope import RopeSpec, check_rope
 from ..superlinear import SuperlinearConfig, warn_of_gaps
 from ._attention import AttentionLayer
-from ._children import plain
+from ._children import check_whole, plain
 from ._inherited import Inherited, remember
 from ._scores import normed, scores_of
 from ._sizes import add_projections
@@ -131,6 +131,7 @@ class SuperlinearAttention(AttentionLayer):
         """
         config = _config(config, options)
         _checks.choice("init_search", init_search, SEARCHES)
+        check_whole(attention)
         given = Inherited.of(attention, "Superlinear attention")
         if (own := sliding_window(attention)) is not None:
             raise ValueError(

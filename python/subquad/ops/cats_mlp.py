@@ -119,6 +119,8 @@ def cats_mlp(
         return y.view(x.shape)
     arguments = (flat, w_gate, w_up, w_down, t, b_gate, b_up, b_down, code, inclusive, union)
     y = _call.run("cats_mlp_fwd", backend, arguments, define)
+    if kernels and not torch.compiler.is_compiling() and tokens > MAX_SPARSE_TOKENS and not_finite(y):
+        y = y if bool(w_down.isfinite().all()) else define()  # dense products read the columns of dead neurons, too
     return y if flat is x else y.view(x.shape)
 
 
@@ -187,7 +189,16 @@ def _dense(
         woken = active_mask(activate(z, activation), t, inclusive).any(0)
         t = torch.where(woken, -1.0, torch.inf)
     h = _call.call("cats_glu_fwd", backend, z, u, t, code, inclusive)
-    return linear_fp32(h, w_down, b_down).to(x.dtype), z, u, h, t
+    y = linear_fp32(h, w_down, b_down)
+    if not_finite(y):
+        bias = None if b_down is None else b_down.float()
+        y = reference.down_product(h, w_down.float(), bias, active_mask(activate(z, activation), t, inclusive))
+    return y.to(x.dtype), z, u, h, t
+
+
+def not_finite(y: torch.Tensor) -> bool:
+    """Whether a product may have read an Inf or NaN in the column of a dead neuron. Nothing is read back from a GPU for that."""
+    return _checks.readable(y) and not bool(y.isfinite().all())
 
 
 class _DenseMLP(torch.autograd.Function):

@@ -11,12 +11,13 @@ from .. import _checks
 from .._backends import backward_backend
 from ..reference import quantised_cats_mlp as reference
 from ..reference.cats_activation import ACTIVATIONS, activate, active_mask
+from ..reference.cats_mlp import down_product
 from ..reference.quantised_cats_mlp import dequantise_down
 from ..reference.quantised_linear import FORMATS, GROUP
 from . import _call
 from ._autograd import once_differentiable, without_autocast
 from .cats_activation import GRADS
-from .cats_mlp import MASK_MODES, PREFILLS, sparse_limit
+from .cats_mlp import MASK_MODES, PREFILLS, not_finite, sparse_limit
 from .quantised_linear import check_weight
 
 _NAMES = tuple(FORMATS)
@@ -130,12 +131,15 @@ def quantised_cats_mlp(
                 _checks.memory(called, tensor)
         options: tuple[Any, ...] = (codes, hidden, code, inclusive, union, straight_through, *_products(x, backend))
         codes_of = (w_gate, w_up, w_down, down_scales)
-        layer: tuple[Any, ...] = (*(None if w is None else w.contiguous() for w in codes_of), t)
+        tensors: tuple[Any, ...] = (*(None if w is None else w.contiguous() for w in codes_of), t)
+        layer = _Layer(*tensors, *options)
         with without_autocast(x.device.type):
             if training:
-                y, mask = _ManyTokens.apply(flat, *biases, *layer, options)
+                y, z = _ManyTokens.apply(flat, *biases, *tensors, options)
             else:
-                y, mask, *_ = _many_tokens(_Layer(*layer, *options), flat, *biases)
+                y, z, *_ = _many_tokens(layer, flat, *biases)
+            if return_mask:
+                mask = layer.mask(z)
     else:
         y, mask = _call.run("quantised_cats_mlp_fwd", backend, arguments, define)
     y = y if flat is x else y.view(x.shape)
@@ -221,6 +225,11 @@ class _Layer(NamedTuple):
         y: torch.Tensor = _call.call("quantised_linear_bwd", self.transposed, x, weight, self.hidden, format)
         return y
 
+    def mask(self, z: torch.Tensor) -> torch.Tensor:
+        """Which neurons are active, bool [N, I], of z [N, I]."""
+        mask = active_mask(activate(z, ACTIVATIONS[self.activation]), self.threshold, self.inclusive)
+        return mask.any(0).expand_as(mask).contiguous() if self.union else mask
+
     def down(self, h: torch.Tensor) -> torch.Tensor:
         """y [N, H] of h [N, I]."""
         if self.down_scales is None:
@@ -257,21 +266,21 @@ def _many_tokens(
     b_up: torch.Tensor | None,
     b_down: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """y and the mask, and what the backward needs: z, u, t. All in float32 until y, the mask fused between the products."""
+    """y and what the backward needs: z, u, t. All in float32 until y, the mask fused between the products."""
     gate_bias, up_bias, down_bias = (None if b is None else b.float().contiguous() for b in (b_gate, b_up, b_down))
     wide = x.float().contiguous()
     z = layer.rows(wide, layer.w_gate, gate_bias, layer.formats[0])
     u = layer.rows(wide, layer.w_up, up_bias, layer.formats[1])
-    t = layer.threshold
-    mask = active_mask(activate(z, ACTIVATIONS[layer.activation]), t, layer.inclusive)
-    if layer.union:  # a column woken by any token is active for all, any other for none
-        woken = mask.any(0)
-        mask, t = woken.expand_as(mask).contiguous(), torch.where(woken, -1.0, torch.inf)
+    # With "union" a column woken by any token is active for all, any other for none.
+    t = torch.where(layer.mask(z)[0], -1.0, torch.inf) if layer.union else layer.threshold
     h = _call.call("cats_glu_fwd", layer.elementwise, z, u, t, layer.activation, layer.inclusive)
     y = layer.down(h)
     if down_bias is not None:
         y = y + down_bias
-    return y.to(x.dtype), mask, z, u, t
+    if not_finite(y):
+        w_down = dequantise_down(layer.w_down, _NAMES[layer.formats[2]], layer.down_scales)
+        y = down_product(h, w_down.t(), down_bias, layer.mask(z))
+    return y.to(x.dtype), z, u, t
 
 
 class _ManyTokens(torch.autograd.Function):
@@ -292,18 +301,18 @@ class _ManyTokens(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer = _Layer(w_gate, w_up, w_down, down_scales, threshold, *options)
-        y, mask, z, u, t = _many_tokens(layer, x, b_gate, b_up, b_down)
+        y, z, u, t = _many_tokens(layer, x, b_gate, b_up, b_down)
         ctx.save_for_backward(
             w_gate, w_up, w_down, down_scales, t, z, u, x, b_gate, b_up, b_down
         )  # the last: see _Raise
         ctx.options = options
         ctx.dtypes = (x.dtype, *(None if b is None else b.dtype for b in (b_gate, b_up, b_down)))
-        ctx.mark_non_differentiable(mask)
-        return y, mask
+        ctx.mark_non_differentiable(z)
+        return y, z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: torch.Tensor, _mask: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         *tensors, z, u = ctx.saved_tensors[:7]
         layer = _Layer(*tensors, *ctx.options)
         need_x, need_b_gate, need_b_up, need_b_down = ctx.needs_input_grad[:4]

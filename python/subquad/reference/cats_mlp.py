@@ -45,11 +45,11 @@ def cats_mlp(
         if mask_mode == "union":
             mask = mask.any(0, keepdim=True).expand_as(mask)
     h = cats_glu(z, u, threshold, activation=activation, inclusive=inclusive, grad=grad, mask=mask)
-    return _down(h, upcast(w_down), bias_down, mask).to(x.dtype)
+    return down_product(h, upcast(w_down), bias_down, mask).to(x.dtype)
 
 
-def _down(h: torch.Tensor, w_down: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over active neurons only: columns with Inf or NaN are added by selection, for 0 * Inf is NaN."""
+def down_product(h: torch.Tensor, w_down: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    """h [N, I] w_down [H, I]^T + bias over active neurons only: columns with Inf or NaN by selection, for 0 * Inf is NaN."""
     wild = ~torch.isfinite(w_down).all(0)
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if traced or wild.is_meta or isinstance(wild, torch._subclasses.FakeTensor) or not bool(wild.any()):

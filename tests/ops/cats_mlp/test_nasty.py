@@ -152,9 +152,16 @@ def test_6_non_finite(backend: str, dtype: torch.dtype, tokens: int) -> None:
     clean = right(case, sample, w_gate=gate)
     for value in (math.inf, math.nan):  # nothing of a dead neuron may leak: 0 * inf is NaN
         up[dead] = value
-        if tokens <= SPARSE:  # dense products read all of w_down
-            down[:, dead] = value
-        assert_same_bits(case.call(sample, w_gate=gate, w_up=up, w_down=down)[0], clean)
+        assert_same_bits(case.call(sample, w_gate=gate, w_up=up)[0], clean)
+        down[:, dead] = value
+        spoilt = sample.replace(w_gate=gate, w_up=up, w_down=down)
+        same(case, case.call(spoilt)[0], clean)
+        assert not bool(case.call(spoilt.with_options(threshold=-1.0))[0].isfinite().any())
+        if dtype is torch.float32 and tokens:  # and in training
+            x = sample["x"].clone().requires_grad_()
+            y = case.call(spoilt.replace(x=x, w_up=sample["w_up"]))[0]
+            assert_close(y.detach(), clean, SPEC.tol.forward[dtype])
+            assert bool(torch.autograd.grad(y.sum(), x)[0].isfinite().all())
     if tokens > 1:
         x = sample["x"].clone()
         x[1, 2] = math.nan

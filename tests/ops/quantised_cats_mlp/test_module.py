@@ -187,12 +187,20 @@ def test_casts_leave_the_bytes_alone(format: str) -> None:
     torch.testing.assert_close(y.float(), made(format, threshold=0.07)(rows()), rtol=5e-2, atol=5e-2)
 
 
-def test_a_cast_of_the_bytes_is_refused() -> None:
-    layer = made()
-    with pytest.raises(TypeError, match=r"weight: expected uint8 codes, got a cast to torch.float32; use to_dense"):
-        layer._apply(lambda t: t.float())
-    assert layer.gate_proj.weight.dtype == torch.uint8
-    layer(rows())
+def test_casts_of_everything_leave_bytes_thresholds_and_ties_alone() -> None:
+    """As `.type(dtype)` does, which asks no tensor whether it is one of numbers."""
+    layer = made(threshold=0.07)
+    before, want = {name: b.clone() for name, b in layer.named_buffers()}, layer(rows())
+    assert layer.type(torch.float16).gate_proj.bias.dtype == torch.float16
+    assert layer(rows().half()).dtype == torch.float16
+    layer.type(torch.float32)
+    assert all(torch.equal(b, before[name]) and b.dtype == before[name].dtype for name, b in layer.named_buffers())
+    torch.testing.assert_close(layer(rows()), want, rtol=1e-2, atol=1e-2)  # biases were in 16 bits
+    head = nn.QuantisedLinear.from_linear(torch.nn.Linear(64, 50, False), "int4")
+    model = torch.nn.ModuleDict({"head": head, "embed": nn.QuantisedEmbedding.from_bytes(head.weight, format="int4")})
+    model.type(torch.bfloat16)
+    assert model["head"].weight is model["embed"].weight
+    assert model["embed"](torch.tensor([1])).dtype == torch.bfloat16
 
 
 def test_a_meta_device() -> None:
@@ -408,7 +416,8 @@ def test_embedding(format: str) -> None:
     layer = nn.QuantisedEmbedding.from_embedding(embedding, format)
     ids = torch.tensor([[0, 3, 49], [7, 7, 1]])
     exact = subquad.dequantise(layer.weight, format)
-    assert torch.equal(layer(ids), exact[ids].bfloat16()) and torch.equal(layer.to_dense()(ids), exact[ids])
+    assert torch.equal(layer(ids), exact[ids].bfloat16()) and torch.equal(layer.to_dense()(ids), layer(ids))
+    assert torch.equal(layer.to_dense(torch.float32)(ids), exact[ids])
     assert layer.padding_idx == layer.to_dense().padding_idx == 3
     assert torch.equal(layer.float()(ids), exact[ids]) and list(layer.state_dict()) == ["weight"]
     assert layer(ids[:0]).shape == (0, 3, 64)

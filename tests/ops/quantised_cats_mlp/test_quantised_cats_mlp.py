@@ -131,6 +131,11 @@ def test_rows_of_dead_neurons_are_not_multiplied(format: str, shared: bool, bad:
             dead = ~mask[tokens, at]
             assert torch.equal(y[dead], expected[tokens][dead])
             assert not y[~dead].isfinite().any()
+        for many in (x.repeat(8, 1), x.clone().requires_grad_()):  # products of all rows
+            y = call(spoilt.replace(x=many)).detach()
+            dead = ~mask[:, at].repeat(len(many) // 3)
+            torch.testing.assert_close(y[dead], expected.repeat(len(many) // 3, 1)[dead])
+            assert not y[~dead].isfinite().any()
 
 
 @ALL

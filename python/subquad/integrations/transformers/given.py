@@ -45,7 +45,7 @@ def mask_of(
         width = -1 if window is None else window if causal else window - 1
         mask: IntervalMask = ModelMask.of(
             plain(causal, width, tq, tk, tk - tq, query.device),
-            padded_causal=causal, causal=causal, sliding_window=width, first_row=tk - tq,
+            padded_causal=causal, autoregressive=causal, sliding_window=width, first_row=tk - tq,
         )  # fmt: skip
     elif isinstance(given, torch.Tensor):
         _check(given, query, tk)
@@ -105,7 +105,7 @@ def _by_positions(mask: IntervalMask, tq: int, tk: int, positions: Any) -> Inter
 
     `restarts` has the rule, which the layers of this package follow too. Masks of encoders and final ones stay as they are.
     """
-    if not isinstance(mask, ModelMask) or not mask.causal or mask.sequence_ids is not None:
+    if not isinstance(mask, ModelMask) or not mask.autoregressive or mask.sequence_ids is not None:
         return mask
     if not isinstance(positions, torch.Tensor) or positions.is_floating_point() or _checks.traced(positions):
         return mask
@@ -128,7 +128,8 @@ def _by_positions(mask: IntervalMask, tq: int, tk: int, positions: Any) -> Inter
                 "position_ids: expected numbers that go on behind cached tokens, got some that begin at 0 again"
             )
         attributes = {
-            name: getattr(mask, name) for name in ("padded_causal", "causal", "padding", "sliding_window", "first_row")
+            name: getattr(mask, name)
+            for name in ("padded_causal", "autoregressive", "padding", "sliding_window", "first_row")
         }
         return ModelMask.of(
             mask & _of_sequences(ids, tk), sequence_ids=nn.functional.pad(ids, (0, tk - tq), value=tq), **attributes

@@ -85,7 +85,7 @@ def attention_mask(
     return ModelMask.of(
         mask,
         padded_causal=pattern.linear,
-        causal=pattern.causal,
+        autoregressive=pattern.causal,
         chunked=pattern.chunked,
         padding=padding,
         sequence_ids=sequence_ids,

@@ -125,7 +125,7 @@ def _base(function: Predicate) -> Pattern | None:
     both_ways = getattr(masking_utils, "bidirectional_mask_function", None)
     if causal or function is both_ways:
         return Pattern(causal=causal, linear=causal)
-    pair = _parts(function, "and_masks") or ()
+    pair: tuple[Any, ...] = _parts(function, "and_masks") or ()
     base = next((part for part in pair if part in (masking_utils.causal_mask_function, both_ways)), None)
     if base is None:
         return None

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...convert import find, named, replace
+from ...convert import find, replace
 from ...convert.record import recorded, same_layer
+from ...convert.replace import recorded_replacement
 from ...convert.weights import WEIGHT, add_shells
 from ...nn._codes import Codes
 from .convert import KINDS
@@ -35,9 +36,14 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
         The model, in evaluation mode.
 
     Raises:
-        ValueError: nothing was converted in this model; a new parameter is missing; or there are no safetensors.
+        ValueError: nothing was converted in this model; what convert has written is not in the config or not among the weights,
+            or has another shape; a file that is no whole one.
+        TypeError: `output_loading_info`, which would be about a model without conversions.
     """
     import transformers
+
+    if kwargs.pop("output_loading_info", False):
+        raise TypeError("output_loading_info: expected False, got True; the model is not as from_pretrained left it")
 
     hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     if not os.path.isdir(path):
@@ -48,6 +54,8 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
         )
     config = transformers.AutoConfig.from_pretrained(path)
     groups = recorded(kwargs.get("config", config))
+    for group in groups:
+        recorded_replacement(group)
     if model_class is None:
         model_class = getattr(transformers, config.architectures[0])
     as_saved = kwargs.setdefault("dtype", "auto") == "auto"
@@ -56,10 +64,10 @@ def load_converted(path: str | os.PathLike[str], model_class: Any = None, **kwar
     for group in groups:
         if group["kind"] not in KINDS:
             continue
-        by = named(group["kind"])[group["name"]]
+        by, config = recorded_replacement(group)
         there = find(model, by.kind)
         layers = [same_layer(name, there) for name in group["layers"]]
-        replace(model, [(by, by.config(**group["options"]))], layers)
+        replace(model, [(by, config)], layers)
         for name in layers:
             _load(model.get_submodule(name), name, files, as_saved)
     return model
@@ -88,12 +96,39 @@ def _without_conversions(
         model_class.__init__(self, *args, **options)
         add_shells(self, groups)
         tied.update(_take_tied(self, files))
+        _check_codes(self, files)
 
     quiet: Any = type(model_class.__name__, (model_class,), own | ({"__init__": build} if codes else {}))
     model = quiet.from_pretrained(path, **kwargs)
     model.__class__ = model_class
     _put_tied(model, tied)
     return model
+
+
+def _check_codes(model: nn.Module, files: dict[str, Path]) -> None:
+    """Codes are among the weights in full: the library would leave memory as it is where there are none, and cast others."""
+    from safetensors import safe_open
+
+    for module_name, module in model.named_modules():
+        for own, tensor in module.state_dict().items() if isinstance(module, Codes) else ():
+            name = f"{module_name}.{own}"
+            key = _key(name, files)
+            if key is None:
+                raise ValueError(f"path: expected codes {name!r} among the weights, got none")
+            with safe_open(files[key], framework="pt") as file:
+                found = file.get_slice(key)
+                kind, shape = found.get_dtype(), list(found.get_shape())
+            if shape != list(tensor.shape) or (kind == "U8") != (tensor.dtype == torch.uint8):
+                wanted = f"{'U8' if tensor.dtype == torch.uint8 else 'floating numbers'} {list(tensor.shape)}"
+                raise ValueError(f"path: expected codes {name!r} in {wanted}, got {kind} {shape}")
+
+
+def _key(name: str, files: dict[str, Path]) -> str | None:
+    """What a tensor is called among the weights, of a model with more or fewer modules around it."""
+    tail = name
+    while tail not in files and "." in tail:
+        tail = tail.partition(".")[2]
+    return tail if tail in files else next((key for key in files if key.endswith(f".{name}")), None)
 
 
 def _take_tied(model: Any, files: dict[str, Path]) -> dict[str, tuple[Codes, str | None]]:
@@ -107,6 +142,8 @@ def _take_tied(model: Any, files: dict[str, Path]) -> dict[str, tuple[Codes, str
         and any(module is end for end in ends)
         and not any(f".{key}".endswith(f".{name}.weight") for key in files)
     }
+    if tied and all(module in tied.values() for module in ends if isinstance(module, Codes)):
+        raise ValueError(f"path: expected codes '{next(iter(tied))}.weight' among the weights, got none")
     for name, module in tied.items():
         place = nn.Module()
         place.register_parameter("bias", module._parameters.get("bias"))
@@ -146,18 +183,39 @@ def _load(layer: Any, name: str, files: dict[str, Path], as_saved: bool) -> None
             raise ValueError(f"path: expected a parameter {f'{name}.{key}'!r} among the weights, got none") from None
         with safe_open(files[full], framework="pt") as file:
             state[key] = file.get_tensor(full).to(own[key].device)
-    layer.load_state_dict(state, strict=False, assign=as_saved)
+        if not state[key].is_floating_point():
+            raise ValueError(f"path: expected floating numbers in {full!r}, got {state[key].dtype}")
+    try:
+        layer.load_state_dict(state, strict=False, assign=as_saved)
+    except RuntimeError as error:  # by name, of a shape or a value that does not fit
+        raise ValueError(f"path: expected weights that fit {name}: {error}") from error
 
 
 def _files(folder: Path, variant: str | None) -> dict[str, Path]:
     """Which file has a tensor."""
-    from safetensors import safe_open
-
     dot = "" if variant is None else f".{variant}"
     whole, index = folder / f"model{dot}.safetensors", folder / f"model.safetensors.index{dot}.json"
     if whole.exists():
-        with safe_open(whole, framework="pt") as file:
-            return dict.fromkeys(file.keys(), whole)
-    if index.exists():
-        return {key: folder / file for key, file in json.loads(index.read_text())["weight_map"].items()}
-    raise ValueError(f"path: expected {whole.name} or {index.name} in {folder}, got neither")
+        return dict.fromkeys(_names(whole), whole)
+    if not index.exists():
+        raise ValueError(f"path: expected {whole.name} or {index.name} in {folder}, got neither")
+    try:
+        where = {str(key): folder / file for key, file in json.loads(index.read_text())["weight_map"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: expected a weight_map in {index.name}, got {error!r}") from error
+    there = {file: set(_names(file)) for file in dict.fromkeys(where.values())}
+    lost = next((key for key, file in where.items() if key not in there[file]), None)
+    if lost is not None:
+        raise ValueError(f"path: expected {lost!r} in {where[lost].name}, as {index.name} says, got none")
+    return where
+
+
+def _names(file: Path) -> list[str]:
+    """The tensors of a whole file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path: expected a whole safetensors file {file.name}, got {error}") from error

@@ -28,10 +28,21 @@ _CACHE = _of(
     "tests/package/test_state_laws.py",
 )
 _CONVERT = _of("integrations/transformers/convert.py", "tests/models/test_convert.py")
+_SAVING = _of("integrations/transformers/saving.py", "tests/models/test_saving.py", "tests/models/test_weights.py")
+_CONTEXT = _of("distributed/context.py", "tests/distributed/test_context.py")
 _FLA = _of("compat/fla.py", "tests/package/test_compat_fla.py")
 _CONV = _of("compat/causal_conv1d.py", "tests/ops/causal_conv1d")
 
 FAULTS = (
+    Fault("hf-codes-unchecked", "guard", _SAVING, "        _check_codes(self, files)\n", ""),
+    Fault("hf-codes-of-another-shape", "guard", _SAVING, "shape != list(tensor.shape) or ", ""),
+    Fault(
+        "hf-context-mask-of-another",
+        "stale",
+        _CONTEXT,
+        "derived.get(padding, (window,), padded)",
+        "made.setdefault(~window, padded())",
+    ),
     Fault("hf-scale-dropped", "formula", _ATTENTION, "scale=scaling,", "scale=None,"),
     Fault("hf-sinks-dropped", "sink", _ATTENTION, "sink_logits=s_aux,", "sink_logits=None,"),
     Fault(

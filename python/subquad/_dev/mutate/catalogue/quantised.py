@@ -263,7 +263,22 @@ OPS = (
         "self.down_scales[i // GROUP : (i + _BLOCK) // GROUP]",
         "self.down_scales[: _BLOCK // GROUP]",
     ),
-    Fault("ops-quantised-mlp-union", "mask", _CALL, "woken = mask.any(0)", "woken = mask.all(0)"),
+    Fault("ops-quantised-mlp-union", "mask", _CALL, "mask.any(0).expand_as(mask)", "mask.all(0).expand_as(mask)"),
+    Fault("ops-quantised-mlp-dead", "nan", _CALL, "    if not_finite(y):\n", "    if False:\n"),
+    Fault(
+        "ops-cats-dead",
+        "nan",
+        _python("ops/cats_mlp.py", "cats_mlp"),
+        "return _checks.readable(y) and not bool",
+        "return bool",
+    ),
+    Fault(
+        "nn-dense-dtype",
+        "dispatch",
+        Where("python/subquad/convert/weights.py", ("tests/models/test_weights.py",)),
+        "placement(model)[1] if dtype is None",
+        "torch.float32 if dtype is None",
+    ),
     Fault(
         "ops-quantised-mlp-union-gradient",
         "gradient",

@@ -1,0 +1,225 @@
+"""Whole models of transformers with split layers, on ranks as threads, beside one process."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import subquad
+import subquad.distributed as sd
+from subquad.integrations.transformers import CatsConfig, LawcatConfig, convert, register, revert
+
+from .threads import caught, on_ranks
+
+transformers = pytest.importorskip("transformers")
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": 96, "pad_token_id": 0, "attn_implementation": "subquad", "initializer_range": 0.1,
+}  # fmt: skip
+LIMIT = 2e-6
+
+
+def llama(**options: Any) -> Any:
+    register()
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+
+
+def converted(layers: list[int] | None = None, **options: Any) -> Any:
+    """LAWCAT and CATS, away from where a conversion starts."""
+    model = llama()
+    convert(model, mlp=CatsConfig(threshold=0.02, down_layout="keep"))
+    convert(model, attention=LawcatConfig(**options), layers=layers)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    return model
+
+
+def tokens(count: int, batch: int = 2) -> torch.Tensor:
+    return torch.randint(1, 96, (batch, count), generator=torch.Generator().manual_seed(1))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, limit: float = LIMIT) -> None:
+    difference = (whole(found).double() - expected.double()).abs().max()
+    assert float(difference / expected.abs().max().clamp_min(1e-30)) <= limit
+
+
+def gradients(model: Any, ids: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.train()
+    model(ids, labels=ids, use_cache=False, **options).loss.backward()
+    model.eval()
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        close(found[name], grad, 2 * LIMIT)  # sums of several layers' roundings
+
+
+def mesh_of(size: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_parallelize(reentrant: bool | None) -> None:
+    """A hybrid model, with padding; a rank that has other weights gets those of the first."""
+    one, ids = converted(layers=[0, 2]), tokens(20)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    expected = gradients(one, ids, attention_mask=mask)
+    with torch.no_grad():
+        logits = one(ids, attention_mask=mask).logits
+    generated = one.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+    def body(rank: int) -> None:
+        model = copy.deepcopy(one)
+        if rank:
+            for p in [*model.parameters(), *model.buffers()]:
+                p.data.mul_(0.5 if p.dim() else 1)
+        names = sd.parallelize(model, mesh_of(2))
+        assert names == [
+            "model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.1.self_attn", "model.layers.1.mlp",
+            "model.layers.2.self_attn", "model.layers.2.mlp",
+        ]  # fmt: skip
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        same_gradients(gradients(model, ids, attention_mask=mask), expected)
+        if reentrant is not None:
+            return
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        assert all(torch.equal(state[name], value) for name, value in one.state_dict().items())
+        with torch.no_grad():
+            close(model(ids, attention_mask=mask).logits[mask.bool()], logits[mask.bool()])
+        assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), generated)
+
+    on_ranks(2, body)
+
+
+def test_gradients_are_clipped_by_their_common_norm() -> None:
+    """As the documentation says: DTensors and plain tensors apart."""
+    from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+
+    one, ids = converted(), tokens(12)
+    gradients(one, ids)
+    expected = clip_grad_norm_(one.parameters(), 0.5)
+
+    def body(rank: int) -> None:
+        model = copy.deepcopy(one)
+        sd.parallelize(model, mesh_of(2))
+        gradients(model, ids)
+        parts = [p for p in model.parameters() if isinstance(p, DTensor)]
+        others = [p for p in model.parameters() if not isinstance(p, DTensor)]
+        norms = [whole(get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in (parts, others)]
+        total = torch.stack(norms).norm()
+        for kind in (parts, others):
+            clip_grads_with_norm_(kind, 0.5, total)
+        close(total, expected)
+        wanted = dict(one.named_parameters())
+        for name, p in model.named_parameters():
+            close(p.grad, wanted[name].grad, 2 * LIMIT)
+
+    on_ranks(2, body)
+
+
+def split_by_transformers(model: Any, mesh: DeviceMesh) -> Any:
+    """As from_pretrained(..., distributed_config=DistributedConfig(tp_size=2)) does."""
+    tensor_parallel = pytest.importorskip("transformers.distributed.tensor_parallel")
+    from transformers.distributed import DistributedConfig
+
+    plan = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))[0]
+    return tensor_parallel.apply_tensor_parallelism(model, mesh, plan)
+
+
+KINDS: dict[str, Any] = {
+    "cats": {"mlp": "cats", "threshold": 0.02},
+    "cats, a threshold for every neuron": {"mlp": "cats", "threshold": torch.linspace(0, 0.1, 100)},
+    "lawcat": {"attention": "lawcat"},
+    "lawcat with a window": {"attention": "lawcat", "window_size": 6, "use_output_gate": True},
+}
+
+
+@pytest.mark.parametrize(("family", "kind"), list(zip(("Llama", "Qwen3") * 2, KINDS, strict=True)))
+def test_layers_that_transformers_has_split_are_converted(family: str, kind: str) -> None:
+    if not hasattr(transformers, "distributed"):
+        pytest.skip("this version of transformers splits models otherwise")
+    register()
+    torch.manual_seed(0)
+    dense = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SIZES)).eval()
+    one, ids = copy.deepcopy(dense), tokens(20)
+    convert(one, **KINDS[kind])
+    expected = gradients(one, ids)
+    with torch.no_grad():
+        logits, before = one(ids).logits, dense(ids).logits
+    generated = one.generate(ids[:1], max_new_tokens=5, do_sample=False)
+
+    def body(rank: int) -> None:
+        model = split_by_transformers(copy.deepcopy(dense), mesh_of(2))
+        convert(model, **KINDS[kind])
+        with torch.no_grad():  # new parameters are drawn, on threads from one generator
+            for (_, p), q in zip(model.named_parameters(), one.parameters(), strict=True):
+                if isinstance(p, DTensor):
+                    p.to_local().copy_(
+                        torch.distributed.tensor.distribute_tensor(q, p.device_mesh, p.placements).to_local()
+                    )
+        same_gradients(gradients(model, ids), expected)
+        with torch.no_grad():
+            close(model(ids).logits, logits)
+            assert torch.equal(model.generate(ids[:1], max_new_tokens=5, do_sample=False), generated)
+            revert(model)
+            close(model(ids).logits, before)
+
+    on_ranks(2, body)
+
+
+def test_refused() -> None:
+    """What a part of a layer cannot do, and what is split in another way."""
+    one, ids = converted(), tokens(12)
+    sinks = llama()
+    convert(sinks, attention="sink", sink_tokens=2, window=8)
+
+    def body(rank: int) -> dict[str, str]:
+        mesh = mesh_of(2)
+        model, stock = copy.deepcopy(one), split_by_transformers(llama(), mesh)
+        sd.parallelize(model, mesh)
+        late = split_by_transformers(copy.deepcopy(one), mesh)
+
+        def transfer() -> None:
+            with subquad.attention_transfer(model):
+                pass
+
+        def calibrate() -> None:
+            with subquad.CatsCalibrator(model):
+                model(ids)
+
+        return {
+            "twice": caught(lambda: sd.parallelize(model, mesh)),
+            "revert": caught(lambda: revert(model)),
+            "transfer": caught(transfer),
+            "calibrate": caught(calibrate),
+            "sinks": caught(lambda: convert(stock, attention="sink")),
+            "split after converting": caught(lambda: late(ids)),
+            "nothing to split": caught(lambda: sd.parallelize(llama(), mesh)),
+        }
+
+    for found in on_ranks(2, body):
+        assert "model.layers.0.self_attn: q_proj.weight: expected a whole parameter, got a DTensor" in found["twice"]
+        assert "got those that parallelize has split" in found["revert"]
+        assert "model.layers.0.self_attn: expected all heads, got those of this process" in found["transfer"]
+        assert "model.layers.0.mlp: expected whole weights, got a part" in found["calibrate"]
+        assert "q_proj.weight: expected a whole parameter, got a DTensor" in found["sinks"]
+        assert "expected a parameter that is split over 2 processes, got a whole one" in found["split after converting"]
+        assert "model: expected layers made by convert" in found["nothing to split"]
