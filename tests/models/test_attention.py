@@ -227,7 +227,7 @@ def test_a_mask_says_what_is_in_it(keys: int) -> None:
     assert {name: mask.window for name, mask in made.items() if mask.starts is not None and mask.window != -1} == {}
     assert [name for name, mask in made.items() if mask.padded_causal] == ["sliding", "causal"]
     assert all((mask.padding is not None) == (mask.first_row is not None) for mask in made.values())
-    assert [name for name, mask in made.items() if mask.causal] == ["sliding", "causal"]
+    assert [name for name, mask in made.items() if mask.autoregressive] == ["sliding", "causal"]
     assert [mask.first_row for mask in made.values()] == [0, 0, 0, None]
     layer = LawcatAttention(8, 2)
     for name in ("sliding", "causal"):

@@ -49,8 +49,8 @@ FAULTS = (
         "hf-made-window",
         "mask",
         _GIVEN,
-        "padded_causal=causal, causal=causal, sliding_window=width, first_row=tk - tq,",
-        "padded_causal=causal, causal=causal, sliding_window=-1, first_row=tk - tq,",
+        "padded_causal=causal, autoregressive=causal, sliding_window=width, first_row=tk - tq,",
+        "padded_causal=causal, autoregressive=causal, sliding_window=-1, first_row=tk - tq,",
     ),
     Fault(
         "hf-window-ignored",
