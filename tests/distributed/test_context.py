@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import subquad.distributed as sd
-from subquad.integrations.transformers import register
+from subquad.integrations.transformers import convert, register
 
 from .threads import on_ranks
 
@@ -51,5 +51,28 @@ def test_a_mask_is_not_taken_for_one_that_is_gone(mode: Any) -> None:
                     for mask in (padded(torch.ones_like(kept), padding), padded(kept, padding)):
                         torch.testing.assert_close(logits(mask)[mask.bool()], want[mask.bool()])
                     del mask
+
+    on_ranks(1, body)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{}, {"window_size": 5}, {"window_size": 5, "affine_window": True, "rope": "linear"}]
+)
+@pytest.mark.parametrize("padding", [0, 6])
+def test_lawcat_layers_on_one_rank_are_those_without_any(options: dict[str, Any], padding: int) -> None:
+    net, ids = model(), torch.randint(40, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    convert(net, attention="lawcat", **options)
+    for name, parameter in net.named_parameters():
+        if "window_factor" in name:
+            parameter.copy_(torch.tensor([0.3, -0.8]))
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[0, :padding] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0), "use_cache": False}
+    want = net(ids, **given).logits[mask.bool()]
+
+    def body(rank: int) -> None:
+        with torch.no_grad(), sd.context_parallel(sd.SequenceLayout.contiguous(TOKENS)):
+            torch.testing.assert_close(net(ids, **given).logits[mask.bool()], want, rtol=1e-4, atol=1e-5)
 
     on_ranks(1, body)

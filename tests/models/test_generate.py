@@ -291,6 +291,20 @@ def test_a_sink_cache_of_a_model_as_it_is() -> None:
     assert found.tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("length", [4, 7])
+def test_rings_of_a_static_cache_run_as_they_are(length: int) -> None:
+    """Prompts and texts that are longer than all of them, with padding."""
+    model, (ids, mask) = made(family="Mistral", sliding_window=5), prompt(True, length)
+    given: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    caches = [transformers.StaticCache(config=model.config, max_cache_len=40) for _ in range(2)]
+    why = "a StaticCache with a StaticSlidingWindowLayer, whose ring stands at a number"
+    with pytest.raises(RuntimeError, match=f"compile: expected a step that can be compiled, got {why}"):
+        subquad.generate(model, ids, compile=True, cache=caches[0], **given)
+    with pytest.warns(subquad.SubquadWarning, match=f"without torch.compile: {why}"):
+        found = subquad.generate(model, ids, cache=caches[1], **given)
+    assert found.tolist() == model.generate(ids, **given).tolist()
+
+
 # --- the compiled step ----------------------------------------
 
 

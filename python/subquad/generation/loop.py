@@ -125,7 +125,10 @@ class _Run:
         self.preallocated = bool(sizes)
         self.mask = None
         if mask is not None and bool((mask == 0).any()):  # of one shape for all steps
-            width = max(sizes, default=steps.room(self.columns))
+            width = max(sizes, default=0)
+            width = (
+                width if width >= self.columns else steps.room(self.columns)
+            )  # rings alone are shorter than the text
             self.mask = nn.functional.pad(mask, (0, width - self.length), value=1)
 
     def text(self, choose: Choice, past: int, on_token: Callable[[torch.Tensor], object] | None) -> torch.Tensor:
