@@ -455,7 +455,7 @@ class CATSMLP(nn.Module):
         if threshold is not None:
             if threshold.shape not in ((), (self.intermediate_size,)):
                 return f"threshold: expected shape [] or [{self.intermediate_size}], got {list(threshold.shape)}"
-            values: Any = threshold.to_local() if sharded(threshold) else threshold  # type: ignore[operator]
+            values: Any = threshold.to_local() if sharded(threshold) else threshold  # type: ignore[attr-defined]
             if not _checks.traced(values) and bool(values.isnan().any()):
                 return "threshold: expected numbers, got NaN"
         if meta is not None:
