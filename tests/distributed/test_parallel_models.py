@@ -74,6 +74,32 @@ def mesh_of(size: int) -> DeviceMesh:
     return init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
 
 
+@pytest.mark.parametrize("options", [{}, {"learned_sink": True, "kv_dtype": "int8"}], ids=["plain", "learned, int8"])
+def test_sinks(options: dict[str, Any]) -> None:
+    one, ids = llama(), tokens(20)
+    convert(one, attention="sink", sink_tokens=2, window=7, **options)
+    with torch.no_grad():
+        for p in one.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    expected = gradients(one, ids)
+    generated = one.generate(ids, max_new_tokens=8, do_sample=False)
+
+    def body(rank: int) -> None:
+        model = copy.deepcopy(one)
+        names = sd.parallelize(model, mesh_of(2))
+        assert names == [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("self_attn", "mlp")]
+        same_gradients(gradients(model, ids), expected)
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), generated)
+        layer, alone = model.model.layers[0].self_attn, one.model.layers[0].self_attn
+        cache, whole_cache = layer.new_cache(1), alone.new_cache(1)
+        x = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            for low, high in ((0, 9), (9, 10), (10, 12)):
+                close(layer(x[:, low:high], cache=cache)[0], alone(x[:, low:high], cache=whole_cache)[0])
+
+    on_ranks(2, body)
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_parallelize(reentrant: bool | None) -> None:
     """A hybrid model, with padding; a rank that has other weights gets those of the first."""

@@ -21,6 +21,7 @@ from ..nn.causal_conv1d import ShortConvolution
 from ..nn.feature_map import LearnedFeatureMap
 from ..nn.lawcat import GateProjection, LawcatAttention
 from ..nn.quantised_cats_mlp import QuantisedCATSMLP
+from ..nn.sink_attention import SinkAttention
 from . import _collectives, stock
 from .agreement import agree
 
@@ -99,7 +100,20 @@ class CATSParallel(_Style):
         return super().facts(module) | {"options": module._options(), "threshold": threshold}
 
 
-class LawcatParallel(_Style):
+class _HeadsParallel(_Style):
+    """By heads, whatever they compute."""
+
+    layer: type[nn.Module] = SinkAttention
+
+    def check(self, module: Any, mesh: DeviceMesh) -> None:
+        super().check(module, mesh)
+        check_heads(module, mesh.size())
+
+    def facts(self, module: Any) -> dict[str, Any]:
+        return super().facts(module) | {"options": module.config}
+
+
+class LawcatParallel(_HeadsParallel):
     """A `LawcatAttention` split by its heads, for `torch.distributed.tensor.parallel.parallelize_module`.
 
     q, k and v, convolutions, feature maps, the gates' last map and the window's factors are split by heads, o_proj by columns;
@@ -116,16 +130,9 @@ class LawcatParallel(_Style):
 
     layer = LawcatAttention
 
-    def check(self, module: Any, mesh: DeviceMesh) -> None:
-        super().check(module, mesh)
-        check_heads(module, mesh.size())
-
-    def facts(self, module: Any) -> dict[str, Any]:
-        return super().facts(module) | {"options": module.config}
-
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0) -> list[str]:
-    """Split every `CATSMLP` of a model by neurons and every `LawcatAttention` by heads, in place.
+    """Split every `CATSMLP` of a model by neurons, every `LawcatAttention` and `SinkAttention` by heads, in place.
 
     Softmax attention and dense MLPs beside them are split by torch's styles where the model's config has a plan for that
     (`base_model_tp_plan`) that knows no other parameters in them, and the ranks divide their heads and neurons. Everything else
@@ -152,7 +159,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None
     """
     _checks.module("model", model)
     _check_mesh(mesh)
-    styles: list[_Style] = [CATSParallel(), LawcatParallel()]
+    styles: list[_Style] = [CATSParallel(), LawcatParallel(), _HeadsParallel()]
     found: list[tuple[str, Any, _Style]] = [
         (name, module, style)
         for name, module in model.named_modules()
@@ -188,7 +195,7 @@ def _agreed(found: list[tuple[str, Any, _Style]], mesh: DeviceMesh, **more: Any)
     try:
         if not found:
             raise ValueError(
-                "model: expected layers made by convert(model, mlp='cats') or attention='lawcat', got none"
+                "model: expected layers made by convert (mlp='cats', attention='lawcat' or 'sink'), got none"
             )
         for name, module, style in found:
             try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .. import _checks
 from ._inherited import give_back
 from ._scores import LLAMA
-from ._sizes import check_sizes
+from ._sharded import split
+from ._sizes import NORMS, check_sizes
 
 
 class AttentionLayer(nn.Module):
@@ -54,6 +57,20 @@ class AttentionLayer(nn.Module):
             ValueError: it was not made from one.
         """
         return give_back(self)
+
+    def _whole(self) -> tuple[str, ...]:
+        """How the names of parameters begin that are not split with the heads; norms of q and k first."""
+        return (*(f"{name}." for name in NORMS), "o_proj.bias")
+
+    def _split(self, mesh: Any, source: int | None = 0, norms: bool = True) -> None:
+        """Split the heads over the processes of a mesh of one dimension, which divides them; without `norms`, those of q and k
+        stay plain tensors."""
+        whole = self._whole()
+        dims: dict[str, int | None] = {}
+        for name, _ in self.named_parameters(remove_duplicate=False):
+            if norms or not name.startswith(whole[: len(NORMS)]):
+                dims[name] = None if name.startswith(whole) else int(name == "o_proj.weight")
+        split(self, mesh, dims, source=source)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, {self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}"

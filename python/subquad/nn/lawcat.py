@@ -24,7 +24,7 @@ from ._lawcat_steps import step
 from ._options import LawcatConfig
 from ._scores import normed, scores_of
 from ._sequences import Sequences
-from ._sharded import HEADS, check_heads, check_placed, in_parts, mesh_of, split
+from ._sharded import HEADS, check_heads, check_placed, in_parts, mesh_of
 from ._sizes import NORMS, PROJECTIONS, add_projections, check_sizes
 from ._tied import tie, tied_again
 from ._tokens import Tokens, of_one_kind, read, sliding_window
@@ -235,21 +235,9 @@ class LawcatAttention(AttentionLayer):
         inherited = tuple(f"{name}." for name in PROJECTIONS + NORMS)
         return {name: p for name, p in self.named_parameters() if not name.startswith(inherited)}
 
-    def _split_dims(self, norms: bool = True) -> dict[str, int | None]:
-        """How heads are split over processes: a dimension for every parameter, None for what stays whole; without the norms of q
-        and k if not told, which may be plain tensors then."""
-        whole = (*(f"{name}." for name in NORMS), "output_norm.", "o_proj.bias")
-        if self.gate is not None and len(self.gate) > 1:
-            whole = (*whole, "gate.0.")
-        dims: dict[str, int | None] = {}
-        for name, _ in self.named_parameters(remove_duplicate=False):
-            if norms or not name.startswith(whole[: len(NORMS)]):
-                dims[name] = None if name.startswith(whole) else int(name == "o_proj.weight")
-        return dims
-
-    def _split(self, mesh: Any, source: int | None = 0, norms: bool = True) -> None:
-        """Split the heads over the processes of a mesh of one dimension, which divides them."""
-        split(self, mesh, self._split_dims(norms), source=source)
+    def _whole(self) -> tuple[str, ...]:
+        low_rank = self.gate is not None and len(self.gate) > 1
+        return (*super()._whole(), "output_norm.", *(("gate.0.",) if low_rank else ()))
 
     def forward(
         self,

@@ -22,6 +22,7 @@ from ._options import SinkConfig
 from ._rotation import check_positions, rope_of
 from ._scores import normed, scores_of
 from ._sequences import Sequences
+from ._sharded import in_parts, mesh_of, sharded
 from ._sizes import NORMS, PROJECTIONS, add_projections
 from ._tokens import Tokens, read, refuse_packed, sliding_window
 
@@ -209,21 +210,41 @@ class SinkAttention(AttentionLayer):
                 another layer's options; a gradient through a cache; another rotation than that of the config.
         """
         _checks.hidden(hidden_states, self.hidden_size)
-        b, t, _ = hidden_states.shape
         if pad is not None:
             attention_mask = self._after(pad, attention_mask, hidden_states)
         cache = cache if past_key_values is None else past_key_values
+        if cu_seqlens is not None:
+            kwargs["cu_seqlens"] = cu_seqlens
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            return self._forward(x, position_embeddings, attention_mask, cache, **kwargs)
+
+        mesh = mesh_of(self.o_proj)
+        y = attend(hidden_states) if mesh is None else in_parts(self, self.o_proj, mesh, attend, hidden_states)
+        return y, None
+
+    def _forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: Any,
+        cache: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The output of the heads there are."""
+        b, t, _ = hidden_states.shape
         state = state_of(cache, self.layer_idx, self._state, self.config.slack)
         if isinstance(state, SinkKVCache):
             self._check(state)
         seen = state.seen if isinstance(state, SinkState) else None
         window = None if self.original is None else sliding_window(self.original)
-        tokens = read(attention_mask, b, t, window, seen, position_embeddings, cu_seqlens=cu_seqlens, **kwargs)
+        tokens = read(attention_mask, b, t, window, seen, position_embeddings, **kwargs)
         self._compare(position_embeddings, kwargs.get("position_ids"))
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         mixed = self._attend(q, k, v, tokens) if state is None else self._stream(q, k, v, tokens, state)
-        return self.o_proj(mixed.flatten(2)), None
+        y: torch.Tensor = self.o_proj(mixed.flatten(2))
+        return y
 
     def _after(self, pad: torch.Tensor, mask: Any, x: torch.Tensor) -> torch.Tensor:
         """The mask that `pad` stands for."""
@@ -280,8 +301,10 @@ class SinkAttention(AttentionLayer):
     # --- with a cache ----------------------------------------
 
     def _state(self) -> SinkState:
+        mesh = mesh_of(self.o_proj)  # None in a forward, where the heads are this process's
+        heads = self.num_kv_heads // (1 if mesh is None else mesh.size())
         return SinkState(
-            self.config.slack, self.slides, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
+            self.config.slack, self.slides, num_kv_heads=heads, head_dim=self.head_dim,
             sink_tokens=self.sink_tokens, window=self.window, kv_dtype=self.config.ring_dtype(),
             key_rope=self.config.key_rope, positions=self.config.positions, rope=self.rope, backend=self.config.backend,
         )  # fmt: skip
@@ -300,7 +323,8 @@ class SinkAttention(AttentionLayer):
     def _give_sinks(self, cache: SinkKVCache) -> None:
         """Those of now: a parameter may be another after a step of an optimizer. A graph keeps what it has."""
         if self.sinks is not None and (cache.sink_logits is None or not torch.compiler.is_compiling()):
-            cache.sink_logits = self.sinks.detach()
+            sinks: Any = self.sinks.detach()
+            cache.sink_logits = sinks.to_local() if sharded(sinks) else sinks
 
     def _stream(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens, state: SinkState | SinkKVCache
