@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import subquad
 from subquad.demo.model import DemoError, Subject, load
 
 from . import recipe
-from .answers import answers
 from .export import export
 from .start import start
 from .texts import SHARES, Corpus, read
@@ -25,7 +25,6 @@ from .texts import SHARES, Corpus, read
 STATE = "state.pt"
 STARTING = 3  # windows that the feature maps start from
 LENGTHS = (1024, 512)  # of the windows, in turn
-ANSWERS = 6_000  # tokens of what the model says itself
 POSITIONS = 0.25  # share of the positions whose logits stage two compares
 EVERY = 180.0  # seconds between checkpoints
 
@@ -43,7 +42,7 @@ class Progress:
     """
 
     minutes: float
-    transfer: float = 0.25
+    transfer: float = 0.2
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     steps: list[int] = field(default_factory=lambda: [0, 0])
     tokens: list[int] = field(default_factory=lambda: [0, 0])
@@ -69,7 +68,7 @@ def run(args: Any, console: Console) -> None:
     if args.export:
         export(subject, corpus, args.output / STATE, console, args.seed)
         return
-    ids = tokens_of(subject, corpus, args.output, ANSWERS, args.seed)
+    ids = tokens_of(subject, corpus, args.output)
     progress = Progress(args.minutes)
     train(subject, recipe.student_of(subject.model), Windows(ids, LENGTHS, args.seed), progress, args.output, console)
     console.print(f"{args.output / STATE} is complete; --export writes the weights and their numbers")
@@ -81,11 +80,7 @@ class Windows:
     def __init__(self, ids: dict[str, torch.Tensor], lengths: Sequence[int], seed: int) -> None:
         """`ids`: tokens [T] by source. `lengths`: of the windows, in turn."""
         self.ids, self.lengths, self.seed = ids, lengths, seed
-        self._names, self._shares = list(ids), torch.tensor([SHARES[name] for name in ids])
-
-    def books(self) -> Windows:
-        """Those of the books and the manual alone."""
-        return Windows({name: ids for name, ids in self.ids.items() if name != "answers"}, self.lengths, self.seed)
+        self._names, self._shares = list(ids), torch.tensor([float(SHARES[name]) for name in ids])
 
     def __getitem__(self, step: int) -> torch.Tensor:
         """Tokens [1, T]."""
@@ -96,17 +91,12 @@ class Windows:
         return ids[None, start : start + length]
 
 
-def tokens_of(subject: Subject, corpus: Corpus, folder: Path, amount: int, seed: int) -> dict[str, torch.Tensor]:
-    """Training tokens by source, with the model's own answers; kept in `folder`, for they take minutes to make."""
+def tokens_of(subject: Subject, corpus: Corpus, folder: Path) -> dict[str, torch.Tensor]:
+    """Training tokens by source; kept in `folder`, for they take a minute to make."""
     path = folder / "tokens.pt"
     if not path.is_file():
-        tokenizer = subject.tokenizer
-        found = {
-            name: torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-            for name, text in corpus.train.items()
-        }
-        found["answers"] = answers(subject.model, tokenizer, amount, seed)
-        _save(found, path)
+        tokenize = partial(subject.tokenizer, add_special_tokens=False)
+        _save({name: torch.tensor(tokenize(text)["input_ids"]) for name, text in corpus.train.items()}, path)
     return torch.load(path, weights_only=True)
 
 
@@ -128,18 +118,17 @@ def train(
         for name in ("seconds", "steps", "tokens", "curve"):
             setattr(progress, name, state[name])
     else:
-        start(student, subject.model, [windows.books()[step] for step in range(STARTING)], windows.seed)
+        start(student, subject.model, [windows[step] for step in range(STARTING)], windows.seed)
     for stage in (1, 2):
         if stage == 2:
             recipe.add_lora(student, windows.seed)
         if state is not None and state["stage"] > stage:
             continue
-        texts = windows if stage == 2 else windows.books()
         optimizer = recipe.optimizer_of(student, stage)
         if state is not None and state["stage"] == stage:
             student.load_state_dict(state["parameters"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
-        _stage(stage, subject.model, student, texts, optimizer, progress, folder, console)
+        _stage(stage, subject.model, student, windows, optimizer, progress, folder, console)
 
 
 def _stage(
