@@ -122,6 +122,7 @@ def quantised_cats_mlp(
     arguments: tuple[Any, ...] = (flat, w_gate, w_up, w_down, down_scales, t, *biases, *codes, code, inclusive, union)
     training = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *biases))
     kernels = name != "reference" and not _call.by_definition((x, *biases))
+    mask: torch.Tensor | None
     if tokens == 0 or neurons == 0 or hidden == 0:
         y, mask = define(*arguments)
     elif kernels and (training or tokens > limit):
@@ -142,7 +143,10 @@ def quantised_cats_mlp(
     else:
         y, mask = _call.run("quantised_cats_mlp_fwd", backend, arguments, define)
     y = y if flat is x else y.view(x.shape)
-    return y if not return_mask else (y, mask.view(*x.shape[:-1], neurons))
+    if not return_mask:
+        return y
+    assert mask is not None
+    return y, mask.view(*x.shape[:-1], neurons)
 
 
 def _formats(format: str | tuple[str, str, str]) -> tuple[str, str, str]:
