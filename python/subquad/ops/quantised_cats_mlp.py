@@ -122,6 +122,7 @@ def quantised_cats_mlp(
     arguments: tuple[Any, ...] = (flat, w_gate, w_up, w_down, down_scales, t, *biases, *codes, code, inclusive, union)
     training = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, *biases))
     kernels = name != "reference" and not _call.by_definition((x, *biases))
+    mask: torch.Tensor | None
     if tokens == 0 or neurons == 0 or hidden == 0:
         y, mask = define(*arguments)
     elif kernels and (training or tokens > limit):
