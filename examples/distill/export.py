@@ -156,7 +156,7 @@ def told(report: Mapping[str, Any]) -> str:
         rows.append(f"| {row['name']} | {values} | {row['relative']['all']:.3f} |")
     answers = "\n".join(f"- {row['name']}: {json.dumps(row['answer'])}" for row in report["models"])
     windows = report["heldout_windows"]
-    return f"""Made by `{report["command"]}`, seed {report["seed"]}, on two cores that did other
+    return f"""Made by `{report["command"]}`, on two cores that did other
 work too: {first["tokens"]:,} tokens of attention transfer in {minutes[0]:.0f} minutes, then {second["tokens"]:,} of distillation
 from the softmax model's logits in {minutes[1]:.0f}. Perplexity on {windows["of each text"]} windows of
 {windows["length"]} tokens of each text, none of which was trained on:

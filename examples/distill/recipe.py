@@ -13,8 +13,13 @@ from torch import nn
 
 import subquad
 from subquad.integrations.transformers import LawcatConfig, convert
+from subquad.nn import LawcatAttention
 
-CONFIG = LawcatConfig(window_size=64, linear_covers_window=False, linear_scale=1.0, tie_qk_feature_map=False)
+WINDOWS = {
+    1: 64,
+    2: 128,
+}  # tokens: with a narrow one at first, linear attention learns what it need not know in the end
+CONFIG = LawcatConfig(window_size=WINDOWS[2], linear_covers_window=False, linear_scale=1.0, tie_qk_feature_map=False)
 RANK, ALPHA = 16, 32
 RATES = {1: {"new": 5e-3}, 2: {"new": 2e-3, "lora": 1e-3}}  # learning rates at their highest
 
@@ -25,6 +30,13 @@ def student_of(model: nn.Module) -> nn.Module:
     student = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     convert(student, attention=CONFIG)
     return student
+
+
+def set_window(student: nn.Module, stage: int) -> None:
+    """The window of every layer in a stage."""
+    for module in student.modules():
+        if isinstance(module, LawcatAttention):
+            module.window_size = WINDOWS[stage]
 
 
 def add_lora(model: nn.Module, seed: int) -> None:

@@ -23,7 +23,7 @@ from .start import start
 from .texts import SHARES, Corpus, read
 
 STATE = "state.pt"
-STARTING = 3  # windows that the feature maps start from
+STARTING = 2  # windows that the feature maps start from
 LENGTHS = (1024, 512)  # of the windows, in turn
 POSITIONS = 0.25  # share of the positions whose logits stage two compares
 EVERY = 180.0  # seconds between checkpoints
@@ -42,7 +42,7 @@ class Progress:
     """
 
     minutes: float
-    transfer: float = 0.2
+    transfer: float = 0.25
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     steps: list[int] = field(default_factory=lambda: [0, 0])
     tokens: list[int] = field(default_factory=lambda: [0, 0])
@@ -118,8 +118,10 @@ def train(
         for name in ("seconds", "steps", "tokens", "curve"):
             setattr(progress, name, state[name])
     else:
+        recipe.set_window(student, 1)
         start(student, subject.model, [windows[step] for step in range(STARTING)], windows.seed)
     for stage in (1, 2):
+        recipe.set_window(student, stage)
         if stage == 2:
             recipe.add_lora(student, windows.seed)
         if state is not None and state["stage"] > stage:

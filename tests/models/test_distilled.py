@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +64,7 @@ def errors(student: nn.Module, ids: torch.Tensor) -> float:
 
 def trained(run: Any, recipe: Any, model: nn.Module, folder: Path, seconds: float) -> tuple[nn.Module, Any]:
     student, progress = recipe.student_of(model), run.Progress(seconds / 60, transfer=0.5)
+    run.time = SimpleNamespace(monotonic=functools.partial(next, itertools.count(0.0, 0.1)))  # a reading takes 0.1 s
     windows = run.Windows(texts(run), (192, 128), 0)
     run.train(Subject("tiny", model, None), student, windows, progress, folder, Console(file=io.StringIO()))
     return student, progress

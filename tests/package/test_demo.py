@@ -244,6 +244,6 @@ def test_real_model_answers(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     linear, hybrid = variants.lawcat(subject.model, [], lambda: None, subject.distilled)
     heldout = windows(subject.tokenizer, texts()[1], 1024, 1024, "cpu")
     found = [measure.perplexity(v, heldout, lambda: None)[0] for v in (base, linear, hybrid)]
-    assert found[1] < 1.6 * found[0] and found[2] < 1.25 * found[0]
+    assert found[0] < found[2] < found[1] < 2 * found[0]
     rows = lengths.by_length([linear], prompt, (1024, 65536), 1, lambda: None)
     assert rows[0]["bytes"] == rows[1]["bytes"]
