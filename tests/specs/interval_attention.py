@@ -109,7 +109,7 @@ def samples(sampler: Sampler) -> Iterator[Sample]:
         yield new("long-one-head", IntervalMask.sink(4, 200), 1, 700, 700, 1, 1, 32, bias=(700,))
         return
     capped = functools.partial(
-        new, "capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, bias=(2, 23), sinks=1.0, slopes=(2, 4), softcap=0.7,
+        new, "capped", IntervalMask.causal(), 2, 20, 23, 4, 2, 16, bias=(1, 4, 23), sinks=1.0, slopes=(4,), softcap=0.7,
         return_lse=True,
     )  # fmt: skip
     yield new("causal", IntervalMask.causal(), 2, 21, 21, 4, 2, 16)

@@ -138,6 +138,7 @@ def _key_bias(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> to
     if bias is None:
         return None
     _checks.tensor("key_bias", bias)
+    _checks.memory("key_bias", bias)
     batch, heads, keys = q.shape[0], q.shape[2], k.shape[1]
     wide = bias[None, None] if bias.dim() == 1 else bias[:, None] if bias.dim() == 2 else bias
     fits = wide.dim() == 3 and wide.shape[2] == keys and wide.shape[0] in (1, batch) and wide.shape[1] in (1, heads)
@@ -152,6 +153,7 @@ def _sink_logits(sinks: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | 
     if sinks is None:
         return None
     _checks.tensor("sink_logits", sinks)
+    _checks.memory("sink_logits", sinks)
     if sinks.shape != (q.shape[2],):
         raise ValueError(f"sink_logits: expected shape [{q.shape[2]}], one per query head, got {list(sinks.shape)}")
     return _wide("sink_logits", sinks, q).contiguous()
@@ -162,6 +164,7 @@ def _alibi_slopes(slopes: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor 
     if slopes is None:
         return None
     _checks.tensor("alibi_slopes", slopes)
+    _checks.memory("alibi_slopes", slopes)
     batch, heads = q.shape[0], q.shape[2]
     wide = slopes[None] if slopes.dim() == 1 else slopes
     if wide.dim() != 2 or wide.shape[0] not in (1, batch) or wide.shape[1] != heads:
@@ -182,7 +185,6 @@ def _softcap(softcap: float) -> float:
 def _wide(name: str, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     if x.device != q.device:
         raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
-    _checks.memory(name, x)
     if q.dtype is torch.float64:
         return x.double()
     if x.dtype is torch.float64:  # what is finite there is finite here
