@@ -2,6 +2,7 @@
 
     python examples/distill_lawcat.py --quick     # two or three minutes on two cores: a demonstration of the machinery
     python examples/distill_lawcat.py             # an hour: the distillation in examples/distill, checkpoints and all
+    torchrun --nproc-per-node 2 examples/distill_lawcat.py    # the same with a thread for each of two texts at a time
 
 In short: every softmax layer gets a LAWCAT layer that shares its projections. The new parameters (convolutions, feature maps,
 gates: 2 % of the model) learn to say what the softmax layer says, layer by layer, and then, for a few steps, to predict the next

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
@@ -63,6 +64,8 @@ def run(args: Any, console: Console) -> None:
     if (args.output / STATE).is_file() != (args.resume or args.export):
         found = "has no checkpoint" if args.resume or args.export else "has a checkpoint: --resume goes on from it"
         raise DemoError(f"{args.output} {found}")
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
     subject = load("cpu", "float32")
     corpus = read(args.texts)
     if args.export:
@@ -143,9 +146,10 @@ def _stage(
     folder: Path,
     console: Console,
 ) -> None:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     begun, saved, i = time.monotonic() - progress.seconds[stage - 1], -EVERY, stage - 1
     while progress.share(stage) < 1:
-        step = sum(progress.steps)
+        step = sum(progress.steps) * world + rank
         ids = windows[step]
         recipe.set_rates(optimizer, progress.share(stage))
         if stage == 1:
@@ -153,24 +157,39 @@ def _stage(
         else:
             chosen = torch.Generator().manual_seed(windows.seed * 1_000_003 + step)
             loss = recipe.logits_step(student, teacher, ids, POSITIONS, chosen)
+        seconds, loss, tokens = _mean(optimizer, (time.monotonic() - begun, loss, ids.shape[1]))
         recipe.clip(optimizer, together=stage == 2)
         optimizer.step()
         optimizer.zero_grad()
-        progress.seconds[i] = time.monotonic() - begun
+        progress.seconds[i] = seconds
         progress.steps[i] += 1
-        progress.tokens[i] += ids.shape[1]
-        progress.curve.append((stage, progress.seconds[i], loss))
+        progress.tokens[i] += round(tokens * world)
+        progress.curve.append((stage, seconds, loss))
         over = progress.share(stage) >= 1
-        if over or time.monotonic() - saved > EVERY:
+        if rank == 0 and (over or time.monotonic() - saved > EVERY):
             _save(_state(stage, student, optimizer, progress), folder / STATE)
             saved = time.monotonic()
-        if over or progress.steps[i] % 10 == 0:
+        if rank == 0 and (over or progress.steps[i] % 10 == 0):
             recent = [row[2] for row in progress.curve[-10:]]
             console.print(
                 f"stage {stage}, {100 * progress.share(stage):.0f} %: step {progress.steps[i]}, {progress.tokens[i]} tokens, "
                 f"loss {sum(recent) / len(recent):.4f}, {progress.tokens[i] / progress.seconds[i]:.0f} tokens/s",
                 highlight=False,
             )
+
+
+def _mean(optimizer: torch.optim.Optimizer, numbers: Sequence[float]) -> list[float]:
+    """Means of the gradients, in place, and of some numbers over all processes; all of them then take the same step."""
+    if not dist.is_initialized():
+        return list(numbers)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(numbers)])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    *means, told = flat.split([*(gradient.numel() for gradient in gradients), len(numbers)])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return told.tolist()
 
 
 def _state(stage: int, student: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:

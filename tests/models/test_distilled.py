@@ -161,7 +161,7 @@ def test_export_writes_weights_numbers_and_documents(
 
 def test_layers_of_a_hybrid_that_stay_softmax_have_no_lora(tmp_path: Path) -> None:
     model, path = tiny(), tmp_path / "weights.safetensors"
-    weights(model, path)
+    made = weights(model, path)
     kept = model.model.layers[1].self_attn
     old = {name: p.data_ptr() for name, p in kept.named_parameters()}
     shared = model.model.layers[0].self_attn.q_proj.weight
@@ -169,7 +169,10 @@ def test_layers_of_a_hybrid_that_stay_softmax_have_no_lora(tmp_path: Path) -> No
     assert load_distilled(model, path, [0, 2]) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
     assert model.model.layers[1].self_attn is kept and {n: p.data_ptr() for n, p in kept.named_parameters()} == old
     assert torch.equal(shared, values)  # whoever shares it keeps it
-    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, values)
+    a, b = (made[f"model.layers.0.self_attn.q_proj.lora_{x}"].bfloat16().float() for x in "AB")
+    torch.testing.assert_close(
+        model.model.layers[0].self_attn.q_proj.weight, values + 2.0 * b @ a
+    )  # 2.0: the file's scale
 
 
 def weights(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
