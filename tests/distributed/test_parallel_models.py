@@ -67,7 +67,7 @@ def gradients(model: Any, ids: torch.Tensor, **options: Any) -> dict[str, torch.
 def same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
-        close(found[name], grad, 2 * LIMIT)  # sums of several layers' roundings
+        close(found[name], grad, 3 * LIMIT)  # sums of several layers' roundings, those of sink logits of both signs
 
 
 def mesh_of(size: int) -> DeviceMesh:

@@ -239,8 +239,9 @@ class CATSMLP(nn.Module):
 
     def _lay(self, weight: torch.Tensor, data: torch.Tensor) -> None:
         """Bring what `_own_down` gave to other strides."""
-        if sharded(self.down_proj.weight):
-            self.down_proj.weight = relaid(self.down_proj.weight, data)
+        whole = getattr(self.down_proj, "weight", None)  # an adapter around it has none
+        if sharded(whole):
+            self.down_proj.weight = relaid(whole, data)
         else:
             weight.data = data
 

@@ -194,7 +194,7 @@ FAULTS = (
         "masks-model-attributes",
         "stale",
         _MODEL,
-        "result.sliding_window, result.first_row = sliding_window, first_row",
-        "result.sliding_window, result.first_row = -1, first_row",
+        "result.__dict__.update(attributes)",
+        'result.__dict__.update(attributes | {"sliding_window": -1})',
     ),
 )

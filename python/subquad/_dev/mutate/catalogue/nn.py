@@ -199,8 +199,8 @@ FAULTS = (
         "nn-cats-adapter-layout",
         "stale",
         _CATS,
-        "weight = down.weight if plain(down, nn.Linear) else next(inside, None)",
-        "weight = down.weight if plain(down, nn.Linear) else None",
+        "weight = own if (own := self._own_down()) is not None else next(inside, None)",
+        "weight = self._own_down()",
     ),
     Fault(
         "nn-cats-reads-anything",
@@ -216,8 +216,8 @@ FAULTS = (
         "nn-cats-layout-undone",
         "state",
         _CATS,
-        "weight.data = _with_layout(weight.data, shape, strides)",
-        "weight.data = weight.data.contiguous()",
+        "self._lay(weight, _with_layout(weight.data, shape, strides))",
+        "self._lay(weight, weight.data.contiguous())",
     ),
     Fault(
         "nn-cats-fused-halves",
