@@ -161,7 +161,7 @@ def test_a_demo_of_it(subject: Subject, tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(run, "_prepare_native", lambda device: "left out in this test")
     part = Subject(subject.name, shortened(subject.model, 6), subject.tokenizer, None, subject.first, subject.families)
-    settings = run.Settings(128, 128, 64, 4, 3, 5, 192, 32, 16)
+    settings = run.Settings(256, 256, 128, 4, 3, 5, 192, 32, 16, ())
     code = run.run(lambda: part, settings, tmp_path, "cpu", "float32", Console(file=io.StringIO()))
     report = json.loads((tmp_path / "report.json").read_text())
     assert code == 0 and report["check"]["passed"]
