@@ -144,7 +144,10 @@ def quantised_cats_mlp(
     else:
         y, mask = _call.run("quantised_cats_mlp_fwd", backend, arguments, define)
     y = y if flat is x else y.view(x.shape)
-    return (y, mask.view(*x.shape[:-1], neurons)) if return_mask else y
+    if not return_mask:
+        return y
+    assert mask is not None
+    return y, mask.view(*x.shape[:-1], neurons)
 
 
 def _formats(format: str | tuple[str, str, str]) -> tuple[str, str, str]:
