@@ -1,4 +1,4 @@
-"""`subquad bench models`: a prompt and packed documents, checked before they are timed."""
+"""`subquad bench models`: a prompt, packed documents and LAWCAT's steps, checked before they are timed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ def test_command(tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     assert cli.main(["bench", "models", "--quick", "--rounds", "2", "--json", str(file)]) == 0
     results = json.loads(file.read_text())["results"]
-    assert [entry["case"] for entry in results] == ["tiny-prefill-256", "tiny-packed-256"]
-    assert [set(entry["ratios"]) for entry in results] == [{models.SDPA}, {models.DENSE, models.ALONE}]
+    assert [entry["case"] for entry in results] == ["tiny-prefill-256", "tiny-packed-256", "tiny-lawcat-decode-512"]
+    assert [set(entry["ratios"]) for entry in results] == [
+        {models.SDPA},
+        {models.DENSE, models.ALONE},
+        {"after 128 tokens"},
+    ]
     assert all(entry["error"] <= 1e-5 for entry in results)
 
 

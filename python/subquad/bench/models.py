@@ -1,4 +1,5 @@
-"""`subquad bench models`: long prompts and packed training of a whole model, beside transformers' own "sdpa"."""
+"""`subquad bench models`: long prompts and packed training of a whole model beside transformers' own "sdpa", and LAWCAT's steps
+after a long and after a short text."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ..integrations.transformers import register
+from ..integrations.transformers import LawcatConfig, convert, register
 from ..testing.compare import relative_l2
 from .measure import OURS, Result
 from .timing import Candidate, Plan, interleaved
 
 DOCUMENTS = 16
 DENSE, ALONE, SDPA = "sdpa, dense mask", "sdpa, one by one", "sdpa"
+LONG, SHORT = (65536, 1024), (512, 128)  # tokens before the steps, of the whole and of the quick case
 TOLERANCE = 1e-4  # logits and gradients of float32, sums in another order
 # SmolLM2-135M, but for the vocabulary and the layers, which cost the same each.
 SMOLLM2: dict[str, Any] = {
@@ -32,7 +34,7 @@ def _model(config: dict[str, Any], tokens: int) -> Any:
 
 
 def run(quick: bool, plan: Plan) -> list[Result]:
-    """One result for a prompt, one for a batch of packed documents.
+    """A result for a prompt, for a batch of packed documents, and for decoding far into a text.
 
     Args:
         quick: a tiny model and few tokens: shows that it works, no more.
@@ -45,6 +47,7 @@ def run(quick: bool, plan: Plan) -> list[Result]:
     return [
         _prefill(f"{name}-prefill-{tokens}", model, ids, plan),
         _packed(f"{name}-packed-{tokens}", model, ids, plan),
+        _decode(name, model, SHORT if quick else LONG, plan),
     ]
 
 
@@ -91,6 +94,23 @@ def _packed(case: str, model: Any, ids: torch.Tensor, plan: Plan) -> Result:
     }
     params = {"tokens": ids.shape[1], "documents": DOCUMENTS, "target": 0.35}
     return _timed(case, relative_l2(calls[OURS](), calls[ALONE]()), calls, params, plan)
+
+
+@torch.no_grad()
+def _decode(name: str, model: Any, lengths: tuple[int, int], plan: Plan) -> Result:
+    """Steps of the model with LAWCAT in every layer after reading a long and a short text. Converts the model."""
+    convert(model, attention=LawcatConfig())
+    long, short = lengths
+    ids, token = torch.randint(1000, (1, long)), torch.zeros(1, 1, dtype=torch.long)
+
+    def after(length: int) -> Candidate:
+        cache = model.model(ids[:, :length], use_cache=True).past_key_values
+        return lambda: model(token, past_key_values=cache, use_cache=True).logits
+
+    whole = model(torch.cat([ids[:, :short], token], 1), use_cache=False, logits_to_keep=1).logits
+    error = relative_l2(after(short)(), whole)
+    calls = {OURS: after(long), f"after {short} tokens": after(short)}
+    return _timed(f"{name}-lawcat-decode-{long}", error, calls, {"tokens": long, "target": 1.1}, plan)
 
 
 def _gradient(model: Any) -> torch.Tensor:
