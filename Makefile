@@ -6,8 +6,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# A worker per core, each on one thread; the worker that is done first takes over what is left of another's tests.
-PYTEST := $(BIN)/pytest -n logical --maxprocesses 16 --dist worksteal --benchmark-disable
+# A worker per core, each on one thread, in the order of the list: what is wanted first begins first.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 16 --dist load --benchmark-disable
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh $(addprefix csrc/*/*/*.,h cpp cu cuh))
 say = @printf '\033[1m== %s\033[0m\n'
 

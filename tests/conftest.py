@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +19,11 @@ from subquad.testing.levels import at_level
 DEVICES = ("cpu", "cuda")
 LANES = ("quick", "whole", "full")
 QUICK_BACKENDS = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+EMULATED = ("triton", "simt")  # on a CPU: in Triton's interpreter and in the emulator of CUDA, a hundred times slower
 # Checks that the quick lane runs in every dtype and at every instruction set, for roundings show there alone, and on the other
 # backends in one dtype.
 NUMBERS = ("forward", "gradients", "levels")
+BEGUN, TOO_LATE = time.monotonic(), "not begun: the time of --minutes is over"
 settings.register_profile(
     "subquad", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -37,8 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lane",
         choices=LANES,
         default="whole",
-        help="quick: native and reference, of others the numbers, one dtype, nothing that compiles; whole: everything, but what "
-        "is slow or compiles at the CPU's best instruction set only; full: at all of them",
+        help="quick: native and reference, of others the numbers, one dtype, nothing that compiles; whole: more than the numbers "
+        "in the interpreter and the emulator in one dtype, what is slow or compiles at the CPU's best instruction set, nothing "
+        "marked full; full: everything",
     )
     parser.addoption(
         "--matrix",
@@ -46,10 +50,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="sample",
         help="cells of tests/models/test_matrix.py that are run",
     )
+    parser.addoption(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="begin no test after so long: what is left is skipped, and how many these are is told at the end",
+    )
     parser.addoption("--device", choices=DEVICES, default="cpu", help="where the generic tests put their tensors")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "full: in the full lane alone, for the whole one has a test of the same that costs less"
+    )
     config.addinivalue_line(
         "markers", "backend(stem, name): needs this backend of this op; skipped with its reason otherwise"
     )
@@ -63,14 +76,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device, lane = config.getoption("--device"), config.getoption("--lane")
-    _select(config, items, [_has_level(item, device, lane) for item in items])
+    if lane != "full":
+        dtypes: dict[tuple[object, ...], torch.dtype] = {}
+        _select(config, items, [_is_whole(item, device, dtypes) for item in items])
     if device == "cuda":  # a test that asks for no device puts its tensors on the CPU
         _select(config, items, ["device" in getattr(item, "fixturenames", ()) for item in items])
+    first: dict[tuple[object, ...], torch.dtype] = {}  # of every test, in the order of collection
+    quick = {item for item in items if _is_quick(item, first)}
     if lane == "quick":
-        first: dict[tuple[object, ...], torch.dtype] = {}  # of every test, in the order of collection
-        _select(config, items, [_is_quick(item, first) for item in items])
-    # The longest first: at the end of a parallel run workers then wait for short ones.
-    items.sort(key=lambda item: 0 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("heavy") else 2)
+        _select(config, items, [item in quick for item in items])
+    items.sort(key=lambda item: (item not in quick, _length(item)))  # what --minutes leaves out comes last
+
+
+def _length(item: pytest.Item) -> int:
+    """The longest first: at the end of a parallel run workers then wait for short ones."""
+    return 0 if item.get_closest_marker("slow") else 1 if item.get_closest_marker("heavy") else 2
 
 
 def _select(config: pytest.Config, items: list[pytest.Item], chosen: list[bool]) -> None:
@@ -78,12 +98,31 @@ def _select(config: pytest.Config, items: list[pytest.Item], chosen: list[bool])
     items[:] = [item for item, taken in zip(items, chosen, strict=True) if taken]
 
 
-def _has_level(item: pytest.Item, device: str, lane: str) -> bool:
-    """Whether a test at an instruction set below the CPU's best is run: where it is cheap, or in the lane that has all."""
-    if not item.get_closest_marker("level"):
+def _is_whole(item: pytest.Item, device: str, first: dict[tuple[object, ...], torch.dtype]) -> bool:
+    """Whether the whole lane has this test: what costs much is run once, the numbers in every dtype and on every backend."""
+    if item.get_closest_marker("full"):
+        return False
+    if item.get_closest_marker("level"):
+        return device == "cpu" and not (item.get_closest_marker("slow") or item.get_closest_marker("heavy"))
+    if device != "cpu":
         return True
-    costly = item.get_closest_marker("slow") or item.get_closest_marker("heavy")
-    return device == "cpu" and (lane == "full" or not costly)
+    task = _params(item).get("task")
+    if not isinstance(task, Task):
+        emulated = any(marker.args[1] in EMULATED for marker in item.iter_markers("backend"))
+        return not emulated or _has_first_dtype(item, first)
+    if task.backend == "reference":  # its loops over tokens make graphs that take a minute to compile
+        return not task.check.name.startswith("compile_")
+    return task.backend not in EMULATED or task.dtype is task.spec.dtypes[0] or task.check.name in NUMBERS
+
+
+def _params(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+
+
+def _has_first_dtype(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -> bool:
+    """Whether a test of many dtypes has the one that was collected first, or a test has none."""
+    dtype = next((p for p in _params(item).values() if isinstance(p, torch.dtype)), None)
+    return dtype is None or first.setdefault((item.path, item.originalname), dtype) is dtype
 
 
 def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -> bool:
@@ -91,8 +130,7 @@ def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -
     if item.get_closest_marker("slow") or item.get_closest_marker("heavy"):
         return False
     backends = QUICK_BACKENDS[item.config.getoption("--device")]
-    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    task = params.get("task")
+    task = _params(item).get("task")
     if isinstance(task, Task):
         leading, numbers = task.dtype is task.spec.dtypes[0], task.check.name in NUMBERS
         if task.backend not in backends:
@@ -105,8 +143,7 @@ def _is_quick(item: pytest.Item, first: dict[tuple[object, ...], torch.dtype]) -
     cheap = needed <= set(backends) or item.get_closest_marker("quick") is not None
     if "emulator" in getattr(item, "fixturenames", ()) or not cheap:
         return False
-    dtype = next((p for p in params.values() if isinstance(p, torch.dtype)), None)
-    return dtype is None or first.setdefault((item.path, item.originalname), dtype) is dtype
+    return _has_first_dtype(item, first)
 
 
 @functools.cache
@@ -139,6 +176,8 @@ def _quicken_interpreter() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - BEGUN > 60 * item.config.getoption("--minutes"):
+        pytest.skip(TOO_LATE)
     from subquad._backends import unavailable
     from subquad.contract import CONTRACTS
 
@@ -155,6 +194,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"backend {name}: {reason}")
         if name == "triton" and device == "cpu":
             _quicken_interpreter()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    late = [r for r in terminalreporter.stats.get("skipped", []) if TOO_LATE in str(r.longrepr)]
+    if late:
+        minutes = config.getoption("--minutes")
+        terminalreporter.write_line(f"{len(late)} tests of this lane were NOT RUN: the {minutes:g} minutes were over")
 
 
 @pytest.fixture(scope="session")

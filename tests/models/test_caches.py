@@ -294,8 +294,11 @@ def _fresh_graphs(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("kind", "options"), [("dynamic", {}), ("static", {}), ("static", {"dynamic": False})])
-@pytest.mark.parametrize("conversion", ["linear", "first"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("dynamic", {}), pytest.param("static", {}, marks=pytest.mark.full), ("static", {"dynamic": False})],
+)
+@pytest.mark.parametrize("conversion", ["linear", pytest.param("first", marks=pytest.mark.full)])
 def test_steps_of_a_compiled_model_share_graphs(kind: str, options: dict[str, Any], conversion: str) -> None:
     """Two at most without a break, of a preallocated cache one; also where nothing ran before it was compiled."""
     from torch._dynamo.testing import CompileCounter
@@ -320,7 +323,7 @@ def test_steps_of_a_compiled_model_share_graphs(kind: str, options: dict[str, An
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["default", "window", "before"])
-@pytest.mark.parametrize("keep", [0, 3])
+@pytest.mark.parametrize("keep", [pytest.param(0, marks=pytest.mark.full), 3])
 @torch.no_grad()
 def test_steps_of_a_compiled_layer_share_graphs(name: str, keep: int) -> None:
     from torch._dynamo.testing import CompileCounter

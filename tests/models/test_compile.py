@@ -75,7 +75,7 @@ def ids_and_mask(length: int, side: str = "left") -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.usefixtures("never_dense")
 @pytest.mark.parametrize("padded", ["no", "left", "inside"])
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("family", ["Llama", pytest.param("Qwen2", marks=pytest.mark.full)])
 def test_prompts_of_many_lengths(family: str, padded: str) -> None:
     sdpa, ours = pair(family)
     graphs = Graphs()
@@ -111,7 +111,7 @@ def test_packed_rows(family: str, kind: str) -> None:
 @pytest.mark.usefixtures("never_dense")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+@pytest.mark.parametrize("family", ["Mistral", pytest.param("Qwen2", marks=pytest.mark.full)])
 def test_decoding(family: str, cache: str, padded: bool) -> None:
     """A prompt, then tokens: a graph for the prompt and at most two for all the steps."""
     sdpa, ours = pair(family)

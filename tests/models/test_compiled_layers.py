@@ -50,7 +50,7 @@ def test_generate_compiles_its_steps_once(name: str, graphs: Graphs) -> None:
     assert 1 <= graphs.count <= 2
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize("name", ["sink", "superlinear"])
 def test_models_without_a_cache(name: str, padded: bool, graphs: Graphs) -> None:
     model = MODELS[name]()

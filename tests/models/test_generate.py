@@ -108,7 +108,16 @@ def test_layers_that_slide(graphs: Graphs) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stock", "cats", "sink", "lawcat", "superlinear"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cats",
+        "sink",
+        "lawcat",
+        pytest.param("stock", marks=pytest.mark.full),
+        pytest.param("superlinear", marks=pytest.mark.full),
+    ],
+)
 def test_compiled_by_inductor(kind: str) -> None:
     """The same text, caches stay where they are, and no memory of their sizes is written beside them."""
     from torch._inductor.utils import run_and_get_code

@@ -1,6 +1,6 @@
 """Model kinds x conversions x attention implementations x caches x padding x adapters: every cell is the float64 model.
 
-CI runs a sample in which any three values meet (compiled cells: each value once), the quick lane one in which any two do;
+A lane runs a sample in which any two values meet, the full lane one in which any three do, and compiled cells (each value once);
 `--matrix whole` runs all, an hour without `-k "not compiled"`. A cell is `matrix.axes.Case`, its truth `matrix.oracle`.
 """
 
@@ -27,9 +27,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if metafunc.config.getoption("--matrix") == "whole":
             chosen = axes.whole()
         else:
-            light, heavy = axes.sample(2 if metafunc.config.getoption("--lane") == "quick" else 3)
+            light, heavy = axes.sample(3 if metafunc.config.getoption("--lane") == "full" else 2)
             chosen = light + heavy
-        marks = {True: [pytest.mark.heavy], False: []}
+        marks = {True: [pytest.mark.heavy, pytest.mark.full], False: []}
         metafunc.parametrize("cell", [pytest.param(case, id=str(case), marks=marks[case.compiled]) for case in chosen])
     if "refusal" in metafunc.fixturenames:
         found = [(refusal, case) for refusal in REFUSALS for case in axes.refused(refusal)]

@@ -36,6 +36,7 @@ def test_the_window_cannot_see_and_chance_cannot_choose(example: ModuleType) -> 
             assert len(stretch) == example.LENGTH and bool((stretch == answer).all())
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_gate_teaches_the_search(example: ModuleType) -> None:
     models = {learns: example.trained(learns) for learns in (True, False)}

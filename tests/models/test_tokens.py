@@ -135,7 +135,15 @@ def test_gradients_do_not_see_padding(name: str) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["default", "values", "window", "before"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("default", marks=pytest.mark.full),
+        pytest.param("values", marks=pytest.mark.full),
+        "window",
+        "before",
+    ],
+)
 @torch.no_grad()
 def test_padding_where_a_graph_is_compiled(name: str) -> None:
     """Compiled code cannot count tokens: prefill, a second chunk and steps, without a break."""
@@ -327,7 +335,17 @@ def test_gradients_of_packed_sequences() -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["default", "plain", "scalar", "window", "before", "lolcats"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("default", marks=pytest.mark.full),
+        pytest.param("plain", marks=pytest.mark.full),
+        pytest.param("scalar", marks=pytest.mark.full),
+        pytest.param("before", marks=pytest.mark.full),
+        "window",
+        "lolcats",
+    ],
+)
 def test_packed_sequences_where_a_graph_is_compiled(name: str) -> None:
     """Values and gradients, with and without padding between them."""
     torch._dynamo.reset()

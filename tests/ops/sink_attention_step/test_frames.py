@@ -154,7 +154,9 @@ def test_passes_leave_no_trace() -> None:
 
 @each_option
 @pytest.mark.parametrize("keep_sink", [True, False])
-@pytest.mark.parametrize("blocks", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    "blocks", [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full), 6]
+)
 def test_recache(options: dict[str, Any], keep_sink: bool, blocks: int) -> None:
     """Under a new prompt, sinks kept or written anew: what follows is as if the frames had been such from the start."""
     cache = cache_of(**options)
