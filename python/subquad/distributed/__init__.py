@@ -17,6 +17,7 @@ from .gated_linear_attention import gated_linear_attention
 from .heads import by_heads
 from .interval_attention import interval_attention
 from .layout import Run, SequenceLayout
+from .sink_cache import ShardedSinkKVCache
 from .tensor_parallel import CATSParallel, LawcatParallel, parallelize
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LawcatParallel",
     "Run",
     "SequenceLayout",
+    "ShardedSinkKVCache",
     "agree",
     "by_heads",
     "causal_conv1d",
