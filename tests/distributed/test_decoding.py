@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import subquad
 import subquad.distributed as sd
 from subquad import RopeSpec, SinkKVCache
 from subquad.distributed import _collectives
@@ -260,3 +262,79 @@ def test_refused() -> None:
     for found in on_ranks(2, body):
         for name, (text, message) in found.items():
             assert message in text, name
+
+
+# --- from a prompt under context parallelism ----------------------------------------
+
+
+@pytest.mark.parametrize(("name", "sharded"), [("pre", True), ("post", False), ("post", True), ("int8", True)])
+def test_a_prompt_is_handed_over(name: str, sharded: bool) -> None:
+    """The very bits that a cache has which was given all tokens, and what a rollback needs."""
+    options = DEFAULTS | OPTIONS[name]
+
+    def made(group: bool) -> SinkKVCache:
+        return narrow(sd.ShardedSinkKVCache(B, HKV, D, **options) if group else SinkKVCache(B, HKV, D, **options))
+
+    def steps(cache: SinkKVCache) -> list[torch.Tensor]:
+        cache.rollback(cache.kept)
+        found = [x for step in range(3) for x in cache.step(*drawn(2, step))]
+        return [*found, *cache.gather(), cache.seen, cache.written]
+
+    def body(rank: int) -> None:
+        for tokens in (2, 4, 31):  # none but sinks, a ring that is not full, one that has wrapped
+            _, k, v = drawn(tokens, 9)
+            for layout in (
+                sd.SequenceLayout.zigzag(tokens),
+                sd.SequenceLayout.contiguous(tokens, lengths=[0, tokens, 0]),
+            ):
+                cache, other = made(sharded), made(sharded)
+                other.append(k, v)
+                sd.hand_over(cache, layout.shard(k), layout.shard(v), layout=layout)
+                assert all(torch.equal(a, b) for a, b in zip(steps(cache), steps(other), strict=True))
+
+    on_ranks(3, body)
+
+
+def test_a_state_is_handed_over() -> None:
+    q, k, v = (torch.rand(B, 13, h, 4, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 1))
+    last = subquad.gated_linear_attention(q, k, v, output_final_state=True)[1]
+    assert isinstance(last, torch.Tensor)
+
+    def body(rank: int) -> None:
+        for layout in (sd.SequenceLayout.zigzag(13), sd.SequenceLayout.contiguous(13, lengths=[5, 8, 0])):
+            shards = (layout.shard(x) for x in (q, k, v))
+            _, own = sd.gated_linear_attention(*shards, layout=layout, output_final_state=True)
+            assert own is not None
+            for state in (sd.final_state(own, layout=layout), *sd.final_state((own, own), layout=layout)):
+                close(state, last, 3e-6)
+
+    on_ranks(3, body)
+
+
+def test_handing_over_refused() -> None:
+    _, k, v = drawn(6, 1)
+
+    def body(rank: int) -> None:
+        layout = sd.SequenceLayout.contiguous(6)
+        packed = sd.SequenceLayout.contiguous(6, cu_seqlens=[0, 2, 6])
+        own = layout.shard(k), layout.shard(v)
+        full = SinkKVCache(B, HKV, D, **DEFAULTS)
+        full.append(k, v)
+        one = dist.new_group([rank], use_local_synchronization=True)
+        for call, message in (
+            (lambda: sd.hand_over(full, *own, layout=layout), "cache: expected an empty one, got [6, 6, 6] tokens"),
+            (lambda: sd.hand_over(SinkKVCache(B, HKV, D, **DEFAULTS), k, v, layout=layout), "k: expected 3 tokens"),
+            (lambda: sd.hand_over(SinkKVCache(B, HKV, 7), *own, layout=layout), "sink_k: expected shape"),
+            (lambda: sd.hand_over(SinkKVCache(B, HKV, D), *own, layout=packed), "layout: expected one sequence"),
+            (lambda: sd.hand_over(None, *own, layout=layout), "cache: expected a subquad.SinkKVCache, got NoneType"),
+            (lambda: sd.final_state(own[0], layout=packed), "layout: expected one sequence, got packed ones"),
+        ):
+            assert message in caught(call)  # type: ignore[arg-type]
+            sd.agree(fine=True)
+        cache = sd.ShardedSinkKVCache(B, HKV, D, group=dist.group.WORLD, **DEFAULTS)
+        alone = sd.SequenceLayout.contiguous(6, group=one)
+        assert "cache: expected one of rank 0 of 1 as the layout has, got" in caught(
+            lambda: sd.hand_over(cache, k, v, layout=alone)
+        )
+
+    on_ranks(2, body)

@@ -14,6 +14,7 @@ from .causal_conv1d import causal_conv1d, conv_feature_map
 from .context import context_parallel
 from .exchange import halo
 from .gated_linear_attention import gated_linear_attention
+from .hand_over import final_state, hand_over
 from .heads import by_heads
 from .interval_attention import interval_attention
 from .layout import Run, SequenceLayout
@@ -31,8 +32,10 @@ __all__ = [
     "causal_conv1d",
     "context_parallel",
     "conv_feature_map",
+    "final_state",
     "gated_linear_attention",
     "halo",
+    "hand_over",
     "interval_attention",
     "parallelize",
 ]

@@ -137,19 +137,32 @@ class ShardedSinkKVCache(SinkKVCache):
         count = torch.full_like(self.seen, k.shape[1]) if m is None else count_of(m, k).clamp(0, k.shape[1])
         share, after = self.share, self.seen + count
         held, own = share.count(self.seen), share.columns(self.seen[:, None], k.shape[1])
-        keys = moves.columns(k, own)
-        if self.rope is not None and self.key_rope == "post":
-            keys = self.rope.rotate(keys, (self.seen[:, None] + own)[:, :, None])
-        sink_attention_step(
-            None, keys, moves.columns(v, own), self.sink_k, self.sink_v, self.ring_k, self.ring_v, held.clone(),
-            share.count(self.written), torch.zeros_like(held), window=0, k_scale=self.k_scale, v_scale=self.v_scale,
-            m=share.count(after) - held, backend=self.backend,
-        )  # fmt: skip
+        keys, values = moves.columns(k, own), moves.columns(v, own)
+        write(self, keys, values, self.seen[:, None] + own, held, share.count(after) - held)
         self.written.copy_(torch.maximum(self.written, after))
         if commit:
             self.seen.copy_(after)
         heads, wide = 0 if q is None else q.shape[2], torch.promote_types(k.dtype, torch.float32)
         return v.new_zeros((*v.shape[:2], heads, v.shape[3])), k.new_zeros((*k.shape[:2], heads), dtype=wide)
+
+
+def write(
+    cache: SinkKVCache, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor, number: torch.Tensor, m: torch.Tensor
+) -> None:
+    """Tokens [B, N] of a cache's share, of which the first `m` [B] are some, take their places; no counter changes.
+
+    Args:
+        position: [B, N] or [N], in the sequence.
+        number: int64 [B], of the first of them in the share.
+    """
+    rope = cache.rope
+    if rope is not None and cache.key_rope == "post" and cache.share.size > 1:
+        k, rope = rope.rotate(k, position[..., None]), None  # the operator takes numbers for positions
+    sink_attention_step(
+        None, k, v, cache.sink_k, cache.sink_v, cache.ring_k, cache.ring_v, number.clone(), number.clone(),
+        torch.zeros_like(number), window=0, k_scale=cache.k_scale, v_scale=cache.v_scale, m=m, rope=rope,
+        key_rope=cache.key_rope, backend=cache.backend,
+    )  # fmt: skip
 
 
 def merged(

@@ -23,9 +23,13 @@ _STATE = _of("cache/sink_state.py", "tests/models/test_sink.py", "tests/models/t
 _SHARE = _of("cache/_share.py", "tests/distributed/test_decoding.py")
 _SHARED_PREFILL = _of("cache/_sink_prefill.py", "tests/distributed/test_decoding.py")
 _SHARED = _of("distributed/sink_cache.py", "tests/distributed/test_decoding.py")
+_HANDED = _of("distributed/hand_over.py", "tests/distributed/test_decoding.py")
 _CHECKS = _of("ops/_sink_checks.py", *_TESTS, f"{_STEP}/test_errors.py")
 
 FAULTS = (
+    Fault("cache-handed-window", "bounds", _HANDED, "tokens - cache.places)", "tokens - cache.window)"),
+    Fault("cache-handed-order", "formula", _HANDED, "given[order.to(k.device)]", "given"),
+    Fault("cache-handed-owner", "state", _HANDED, "run.low < run.high == layout.tokens", "run.low == 0"),
     Fault("cache-shared-column", "bounds", _SHARE, "(self.rank - seen) % self.size", "self.rank"),
     Fault(
         "cache-shared-position",
@@ -43,8 +47,8 @@ FAULTS = (
     Fault("cache-shared-sink-dropped", "sink", _SHARED, "if sink_logits is not None:", "if False:"),
     Fault("cache-shared-sum", "formula", _SHARED, "whole += weight[..., None] * part", "whole += part / len(parts)"),
     Fault("cache-shared-padding", "mask", _SHARED, "if m is not None:  # what", "if False:  # what"),
-    Fault("cache-shared-turn", "formula", _SHARED, "(self.seen[:, None] + own)", "(held[:, None] + own)"),
-    Fault("cache-shared-entered", "state", _SHARED, "m=share.count(after) - held", "m=share.count(after - self.seen)"),
+    Fault("cache-shared-turn", "formula", _SHARED, "values, self.seen[:, None] + own,", "values, held[:, None] + own,"),
+    Fault("cache-shared-entered", "state", _SHARED, "held, share.count(after) - held)", "held, share.count(count))"),
     Fault("cache-sink-oldest", "bounds", _CACHE, "torch.maximum(least, self.written - self.places)", "least"),
     Fault(
         "cache-sink-floor",
