@@ -338,3 +338,61 @@ def test_handing_over_refused() -> None:
         )
 
     on_ranks(2, body)
+
+
+# --- linear states by channels ----------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("gate", ["channel", "head", "none"])
+def test_states_by_channels(gate: str, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key head on three ranks: outputs, states, and one message of V or V + 1 numbers a head."""
+    width, steps = 12, 6
+    q, k, v = (torch.rand(B, steps, h, d) for h, d in ((HQ, width), (1, width), (1, DV)))
+    g = {"channel": -torch.rand(B, steps, 1, width), "head": -torch.rand(B, steps, 1), "none": None}[gate]
+    s0 = torch.rand(B, 1, width, DV + normalize)
+    expected, last = subquad.gated_linear_attention(
+        q, k, v, g, initial_state=s0, normalize=normalize, output_final_state=True
+    )
+    assert isinstance(last, torch.Tensor)
+    sent: list[Any] = []
+    real = _collectives.all_reduce
+    monkeypatch.setattr(
+        _collectives, "all_reduce", lambda x, group: (sent.append((x.shape, x.dtype)), real(x, group))[1]
+    )
+
+    def body(rank: int) -> None:
+        own = slice(4 * rank, 4 * rank + 4)
+        state = s0[:, :, own].clone()
+        for t in range(steps):
+            at = None if g is None else g[:, t]
+            o = sd.gated_linear_attention_step(q[:, t], k[:, t], v[:, t], at, state, normalize=normalize)
+            close(o, expected[:, t], 3e-6)
+        close(state, last[:, :, own], 3e-6)
+
+    on_ranks(3, body)
+    assert sent == [((B, HQ, DV + normalize), torch.float32)] * 3 * steps
+
+
+def test_states_by_channels_refused() -> None:
+    q, k, v = (torch.rand(B, h, d) for h, d in ((HQ, 6), (1, 6), (1, DV)))
+
+    def body(rank: int) -> None:
+        state = torch.zeros(B, 1, 3, DV)
+        for call, message in (
+            (
+                lambda: sd.gated_linear_attention_step(q[..., :5], k[..., :5], v, None, state),
+                "q: expected a multiple of 2 channels",
+            ),
+            (
+                lambda: sd.gated_linear_attention_step(q, k, v, None, state, normalize=True),
+                f"state: expected shape [3, 1, 3, 6], this rank's channels, got [3, 1, 3, {DV}]",
+            ),
+            (lambda: sd.gated_linear_attention_step(q, k, v, None, state, scale=1.0 + rank), "options: expected the same"),
+            (lambda: sd.gated_linear_attention_step(q, k[: 3 - rank], v, None, state), "k: expected"),
+        ):  # fmt: skip
+            assert message in caught(call)
+            sd.agree(fine=True)
+        assert not state.any()
+
+    on_ranks(2, body)

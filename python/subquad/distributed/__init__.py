@@ -18,6 +18,7 @@ from .hand_over import final_state, hand_over
 from .heads import by_heads
 from .interval_attention import interval_attention
 from .layout import Run, SequenceLayout
+from .linear_step import gated_linear_attention_step
 from .sink_cache import ShardedSinkKVCache
 from .tensor_parallel import CATSParallel, LawcatParallel, parallelize
 
@@ -34,6 +35,7 @@ __all__ = [
     "conv_feature_map",
     "final_state",
     "gated_linear_attention",
+    "gated_linear_attention_step",
     "halo",
     "hand_over",
     "interval_attention",

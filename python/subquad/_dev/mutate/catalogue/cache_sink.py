@@ -24,9 +24,13 @@ _SHARE = _of("cache/_share.py", "tests/distributed/test_decoding.py")
 _SHARED_PREFILL = _of("cache/_sink_prefill.py", "tests/distributed/test_decoding.py")
 _SHARED = _of("distributed/sink_cache.py", "tests/distributed/test_decoding.py")
 _HANDED = _of("distributed/hand_over.py", "tests/distributed/test_decoding.py")
+_CHANNELS = _of("distributed/linear_step.py", "tests/distributed/test_decoding.py")
 _CHECKS = _of("ops/_sink_checks.py", *_TESTS, f"{_STEP}/test_errors.py")
 
 FAULTS = (
+    Fault("cache-channels-own", "bounds", _CHANNELS, "slice(rank * width // size,", "slice(0,"),
+    Fault("cache-channels-scale", "formula", _CHANNELS, "factor = width**-0.5", "factor = (width // size)**-0.5"),
+    Fault("cache-channels-sum", "formula", _CHANNELS, "_collectives.all_reduce(o, group)", "pass"),
     Fault("cache-handed-window", "bounds", _HANDED, "tokens - cache.places)", "tokens - cache.window)"),
     Fault("cache-handed-order", "formula", _HANDED, "given[order.to(k.device)]", "given"),
     Fault("cache-handed-owner", "state", _HANDED, "run.low < run.high == layout.tokens", "run.low == 0"),
