@@ -19,7 +19,7 @@ from .heads import by_heads
 from .interval_attention import interval_attention
 from .layout import Run, SequenceLayout
 from .linear_step import gated_linear_attention_step
-from .sink_cache import ShardedSinkKVCache
+from .sink_cache import ShardedSinkKVCache, shard_caches
 from .tensor_parallel import CATSParallel, LawcatParallel, parallelize
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "hand_over",
     "interval_attention",
     "parallelize",
+    "shard_caches",
 ]

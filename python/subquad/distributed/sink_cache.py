@@ -6,12 +6,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import _checks
 from ..cache import _sink_moves as moves
 from ..cache._share import Share
 from ..cache._sink_prefill import attend
 from ..cache.sink import SinkKVCache
+from ..nn.sink_attention import SinkAttention
 from ..ops import _call
 from ..ops._sink_checks import check_states, check_tokens, count_of
 from ..ops.sink_attention_step import sink_attention_step
@@ -144,6 +146,45 @@ class ShardedSinkKVCache(SinkKVCache):
             self.seen.copy_(after)
         heads, wide = 0 if q is None else q.shape[2], torch.promote_types(k.dtype, torch.float32)
         return v.new_zeros((*v.shape[:2], heads, v.shape[3])), k.new_zeros((*k.shape[:2], heads), dtype=wide)
+
+
+def shard_caches(model: nn.Module, group: Group = None) -> list[str]:
+    """From now on the `SinkAttention` layers of a model make caches that are sharded over a group, each a `ShardedSinkKVCache`.
+
+    Every rank then runs the model on the same tokens: `forward` with a cache, `generate`. Layers may be split by heads, too, over
+    another dimension of a mesh.
+
+    Args:
+        model: with weights that are equal on all ranks of the group.
+        group: a process group, a one-dimensional DeviceMesh, or None for the default group.
+
+    Returns:
+        Names of the layers.
+
+    Raises:
+        ValueError: there are none; a group without this rank.
+        RuntimeError: there is no process group.
+    """
+    made = _OnRanks(_collectives.group_of(group))
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SinkAttention)}
+    if not layers:
+        raise ValueError(f"model: expected layers of SinkAttention, got none in {type(model).__name__}")
+    for layer in layers.values():
+        layer.cache_kind = made
+    return list(layers)
+
+
+class _OnRanks:
+    """Makes sharded caches. Of a copied layer it is the same, for groups cannot be copied."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __call__(self, batch: int, **options: Any) -> ShardedSinkKVCache:
+        return ShardedSinkKVCache(batch, group=self.group, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OnRanks:
+        return self
 
 
 def write(
