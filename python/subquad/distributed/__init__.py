@@ -9,6 +9,7 @@ whole (taps, feature maps, sink logits, parameters) are a rank's part of a sum, 
 
 from __future__ import annotations
 
+from . import dtensor as _dtensor  # noqa: F401  its import registers the rules
 from .agreement import agree
 from .causal_conv1d import causal_conv1d, conv_feature_map
 from .context import context_parallel

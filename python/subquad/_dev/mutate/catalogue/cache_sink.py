@@ -25,10 +25,22 @@ _SHARED_PREFILL = _of("cache/_sink_prefill.py", "tests/distributed/test_decoding
 _SHARED = _of("distributed/sink_cache.py", "tests/distributed/test_decoding.py")
 _HANDED = _of("distributed/hand_over.py", "tests/distributed/test_decoding.py")
 _CHANNELS = _of("distributed/linear_step.py", "tests/distributed/test_decoding.py")
+_DTENSOR = _of("distributed/dtensor.py", "tests/distributed/test_dtensor.py")
+_DTENSOR_CALL = _of("ops/_call.py", "tests/distributed/test_dtensor.py")
 _CHECKS = _of("ops/_sink_checks.py", *_TESTS, f"{_STEP}/test_errors.py")
 
 FAULTS = (
-    Fault("cache-channels-own", "bounds", _CHANNELS, "slice(rank * width // size,", "slice(0,"),
+    Fault("dtensor-partial", "formula", _DTENSOR, "Partial() if placement == WHOLE else placement", "placement"),
+    Fault("dtensor-pairing", "bounds", _DTENSOR, "WHOLE if count == 1 else None", "WHOLE"),
+    Fault("dtensor-head-width", "bounds", _DTENSOR, "of.shape[2] % (width * n) == 0", "of.shape[2] % n == 0"),
+    Fault("dtensor-no-gradient", "state", _DTENSOR_CALL, "ctx.set_materialize_grads(False)", "pass"),
+    Fault(
+        "cache-channels-own",
+        "bounds",
+        _CHANNELS,
+        "slice(rank * width // size, (rank + 1) * width // size)",
+        "slice(rank, width, size)",
+    ),
     Fault("cache-channels-scale", "formula", _CHANNELS, "factor = width**-0.5", "factor = (width // size)**-0.5"),
     Fault("cache-channels-sum", "formula", _CHANNELS, "_collectives.all_reduce(o, group)", "pass"),
     Fault("cache-handed-window", "bounds", _HANDED, "tokens - cache.places)", "tokens - cache.window)"),
