@@ -100,6 +100,30 @@ def test_sinks(options: dict[str, Any]) -> None:
     on_ranks(2, body)
 
 
+def test_sharded_caches() -> None:
+    """Of a whole model, by tokens and by heads: padding, a stream beyond the window, a copy of the model."""
+    one, ids = llama(), tokens(20)
+    convert(one, attention="sink", sink_tokens=2, window=7)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    generated = one.generate(ids, attention_mask=mask, **options).sequences
+
+    def body(rank: int) -> None:
+        mesh, model = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp")), copy.deepcopy(one)
+        assert sd.shard_caches(model, mesh["cp"]) == [f"model.layers.{i}.self_attn" for i in range(3)]
+        model = copy.deepcopy(model)
+        sd.parallelize(model, mesh["tp"])
+        found = model.generate(ids, attention_mask=mask, **options)
+        assert torch.equal(found.sequences, generated)
+        cache = found.past_key_values.layers[0].state.cache
+        assert isinstance(cache, sd.ShardedSinkKVCache) and cache.sink_k.shape[1:3] == (1, 1)
+        with pytest.raises(ValueError, match="model: expected layers of SinkAttention, got none in Linear"):
+            sd.shard_caches(torch.nn.Linear(2, 2))
+
+    on_ranks(4, body)
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_parallelize(reentrant: bool | None) -> None:
     """A hybrid model, with padding; a rank that has other weights gets those of the first."""

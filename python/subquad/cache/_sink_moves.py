@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def rows(cache: SinkKVCache, side: str, token: torch.Tensor) -> torch.Tensor:
     """Keys ("k") or values ("v") of tokens [B, P] that are there, as [B, Hkv, P, D]; zero where `token` is negative.
 
-    In the dtype of the sinks, those of a quantised ring in float32.
+    Tokens are numbered as the cache's share has them. In the dtype of the sinks, those of a quantised ring in float32.
     """
     sinks, ring, scale = _side(cache, side)
     count, places = sinks.shape[2], ring.shape[2]
@@ -26,17 +26,24 @@ def rows(cache: SinkKVCache, side: str, token: torch.Tensor) -> torch.Tensor:
     return torch.where((token >= 0)[:, None, :, None], _at(held, place), 0.0)
 
 
+def columns(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [B, T, ...] at columns [B, N], those outside taken from the edge."""
+    index = index.clamp(0, x.shape[1] - 1).view(*index.shape, *(1,) * (x.dim() - 2))
+    return x.take_along_dim(index, 1) if x.shape[1] else x
+
+
 def enlarge(cache: SinkKVCache, places: int) -> None:
     """Rings of `places` places, in which every token that was there has its new one."""
-    more = places - cache.ring_k.shape[2]
-    token = token_of_place(cache.seen, cache.sink_tokens, places)
-    source = torch.where(token >= (cache.written - cache.ring_k.shape[2])[:, None], token, -1)
+    share, before = cache.share, cache.ring_k.shape[2]
+    token = token_of_place(share.count(cache.seen), cache.sink_k.shape[2], places)
+    source = torch.where(token >= (share.count(cache.written) - before)[:, None], token, -1)
     for side in ("k", "v"):
         ring, scale = _moved(cache, side, source)
         cache.put(f"ring_{side}", ring)
         if scale is not None:
             cache.put(f"{side}_scale", scale)
-    cache.written.add_(more)  # what is not there any more, all below written - places, stays the same
+    # What is not there any more, all below written - places, stays the same.
+    cache.written.add_(share.size * (places - before))
 
 
 def evict(cache: SinkKVCache, lo: torch.Tensor, hi: torch.Tensor) -> None:

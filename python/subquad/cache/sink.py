@@ -14,6 +14,7 @@ from ..ops.sink_attention_step import sink_attention_step
 from ..rope import RopeSpec, check_rope
 from . import _sink_moves as moves
 from ._memory import zeros
+from ._share import Share
 from ._sink_prefill import attend
 from .state import TensorState, preallocated
 
@@ -66,7 +67,8 @@ class SinkKVCache(TensorState):
         (torch.Size([1, 30, 4, 8]), [30])
     """
 
-    counters = ("window", "key_rope", "positions")
+    counters: tuple[str, ...] = ("window", "key_rope", "positions")
+    share = Share()  # the tokens that this process has
     sink_k: torch.Tensor
     sink_v: torch.Tensor
     ring_k: torch.Tensor
@@ -126,11 +128,11 @@ class SinkKVCache(TensorState):
                 expected = f"[Hq] with Hq a multiple of the {num_kv_heads} key heads"
                 raise ValueError(f"sink_logits: expected shape {expected}, got {list(sink_logits.shape)}")
             sink_logits = sink_logits.to(device)
-        self.window, self.key_rope, self.positions = window, key_rope, positions
+        self.sink_tokens, self.window, self.key_rope, self.positions = sink_tokens, window, key_rope, positions
         self.rope, self.sink_logits, self.backend = rope, sink_logits, backend
-        places = _aligned(window + slack)
+        places = _aligned(self.share.most(window + slack))
         for name, heads, count, of in (
-            ("sink", num_kv_heads, sink_tokens, dtype),
+            ("sink", num_kv_heads, self.share.count(sink_tokens), dtype),
             ("ring", num_kv_heads, places, kv_dtype),
         ):
             for side, width in (("k", head_dim), ("v", v_head_dim)):
@@ -143,9 +145,9 @@ class SinkKVCache(TensorState):
             self.put(name, torch.zeros(batch, dtype=torch.int64, device=device))
 
     @property
-    def sink_tokens(self) -> int:
-        """S."""
-        return self.sink_k.shape[2]
+    def places(self) -> int:
+        """Tokens up to the newest that rings hold at any time, those of all processes."""
+        return self.share.size * self.ring_k.shape[2]
 
     # --- attention ----------------------------------------
 
@@ -179,14 +181,14 @@ class SinkKVCache(TensorState):
         if q is None:
             raise TypeError("q: expected a torch.Tensor, got None; append() writes without attention")
         new = k.shape[1] if isinstance(k, torch.Tensor) and k.dim() == 4 else 0
-        spare = self.ring_k.shape[2] - self.window + 1
+        spare = self.places - self.window + 1
         if not commit and not together and new > spare:
             raise ValueError(
                 f"commit: expected True for more than {spare} tokens, which overwrite the window, got False"
             )
-        if not new or not isinstance(q, torch.Tensor) or q.dim() != 4 or _few(q, k):
+        if not new or not isinstance(q, torch.Tensor) or q.dim() != 4 or self._few(q, k):
             return self._enter(q, k, v, m, together=together, commit=commit, scale=scale)
-        result = attend(self, q, k, v, m, together, scale)
+        result = self._attend(q, k, v, m, together, scale)
         self._enter(None, k, v, m, together=together, commit=commit)
         return result
 
@@ -223,11 +225,27 @@ class SinkKVCache(TensorState):
         if _checks.readable(pad) and any(not 0 <= n <= width for n in pad.tolist()):
             raise ValueError(f"pad: expected numbers in 0..{width}, got {_checks.shown(pad.tolist())}")
         column, pad = torch.arange(width, device=k.device), pad.clamp(0, width)[:, None]
-        q, k, v = (_columns(x, column + pad) for x in (q, k, v))
+        q, k, v = (moves.columns(x, column + pad) for x in (q, k, v))
         out, lse = self.step(q, k, v, width - pad[:, 0])
         back, padding = column - pad, column < pad
-        out, lse = _columns(out, back), _columns(lse, back)
+        out, lse = moves.columns(out, back), moves.columns(lse, back)
         return out.masked_fill(padding[..., None, None], 0.0), lse.masked_fill(padding[..., None], -torch.inf)
+
+    def _few(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        """Whether queries go to the operator for steps."""
+        return q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[2]
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        m: torch.Tensor | None,
+        together: bool,
+        scale: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of many queries, which writes nothing."""
+        return attend(self, q, k, v, m, together, scale, self.sink_logits)
 
     def _enter(
         self,
@@ -235,13 +253,17 @@ class SinkKVCache(TensorState):
         k: torch.Tensor,
         v: torch.Tensor,
         m: torch.Tensor | None,
-        **options: Any,
+        *,
+        together: bool = False,
+        commit: bool = True,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The operator on the cache's tensors."""
         return sink_attention_step(
             q, k, v, self.sink_k, self.sink_v, self.ring_k, self.ring_v, self.seen, self.written, self.first,
             window=self.window, k_scale=self.k_scale, v_scale=self.v_scale, m=m, rope=self.rope, key_rope=self.key_rope,
-            sink_logits=None if q is None else self.sink_logits, positions=self.positions, backend=self.backend, **options,
+            sink_logits=None if q is None else self.sink_logits, positions=self.positions, backend=self.backend,
+            together=together, commit=commit, scale=scale,
         )  # fmt: skip
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -252,12 +274,13 @@ class SinkKVCache(TensorState):
             key_rope="pre" without rotation), in `dtype`. The first `count` places hold tokens, sinks first; the others are zero,
             and -1 in `tokens`.
         """
-        sinks, oldest, seen = self.sink_tokens, self._oldest()[:, None], self.seen[:, None]
-        place = torch.arange(sinks + self.window, device=self.seen.device)
-        token = torch.where(place < sinks, place, oldest + place - sinks)
-        token = torch.where(token < seen, token, -1)
-        k, v = (moves.rows(self, side, token).to(self.sink_k.dtype) for side in ("k", "v"))
-        return k, v, token, (token >= 0).sum(1)
+        share, sinks = self.share, self.sink_k.shape[2]
+        oldest, held = (share.count(n)[:, None] for n in (self._oldest(), self.seen))
+        place = torch.arange(sinks + share.most(self.window), device=self.seen.device)
+        number = torch.where(place < sinks, place, oldest + place - sinks)
+        number = torch.where(number < held, number, -1)
+        k, v = (moves.rows(self, side, number).to(self.sink_k.dtype) for side in ("k", "v"))
+        return k, v, torch.where(number < 0, -1, share.token(number)), (number >= 0).sum(1)
 
     # --- forgetting ----------------------------------------
 
@@ -322,7 +345,7 @@ class SinkKVCache(TensorState):
     def _oldest(self) -> torch.Tensor:
         """The oldest token of the window that is there, int64 [B]; `seen` or more where there is none."""
         least = torch.maximum(self.first, self.seen - self.window).clamp_min(self.sink_tokens)
-        return torch.maximum(least, self.written - self.ring_k.shape[2])
+        return torch.maximum(least, self.written - self.places)
 
     # --- taking tokens back ----------------------------------------
 
@@ -334,8 +357,8 @@ class SinkKVCache(TensorState):
     def keep(self, tokens: int) -> None:
         """Have room for a rollback of `tokens` tokens at any time: the ring is enlarged, once, where its slack is too small."""
         _checks.size("tokens", tokens)
-        if self.window + tokens - 1 > self.ring_k.shape[2]:
-            moves.enlarge(self, _aligned(self.window + tokens))
+        if self.window + tokens - 1 > self.places:
+            moves.enlarge(self, _aligned(self.share.most(self.window + tokens)))
 
     def rollback(self, tokens: int | torch.Tensor) -> None:
         """Be as before the last tokens. Counters change, nothing else, also where the ring has wrapped.
@@ -367,7 +390,7 @@ class SinkKVCache(TensorState):
 
     def _floor(self) -> torch.Tensor:
         """Tokens that have to remain where a sequence goes back one by one, int64 [B]."""
-        sinks, places = self.sink_tokens, self.ring_k.shape[2]
+        sinks, places = self.sink_tokens, self.places
         floor = self.written - (places - self.window + 1)
         floor = torch.where((self.written - places <= sinks) | (floor <= sinks + 1), 0, floor)
         return torch.where(self.first > sinks, torch.maximum(floor, self.first), floor)
@@ -418,8 +441,9 @@ class SinkKVCache(TensorState):
                 shape[2] = places
             if list(state[name].shape) != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {list(state[name].shape)}")
-        if places < max(1, self.window):
-            raise ValueError(f"ring_k: expected at least the {self.window} places of the window, got {places}")
+        least = self.share.most(self.window)
+        if places < max(1, least):
+            raise ValueError(f"ring_k: expected at least the {least} places of the window, got {places}")
 
     def _configuration(self) -> dict[str, Any]:
         rope = self.rope
@@ -450,16 +474,6 @@ NAMES = (*SINKS, *RINGS, *SCALES, *COUNTERS)
 
 def _aligned(places: int) -> int:
     return -(-max(1, places) // ALIGNED) * ALIGNED
-
-
-def _few(q: torch.Tensor, k: torch.Tensor) -> bool:
-    return q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[2]
-
-
-def _columns(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [B, T, ...] at columns [B, T], those outside taken from the edge."""
-    index = index.clamp(0, x.shape[1] - 1).view(*index.shape, *(1,) * (x.dim() - 2))
-    return x.take_along_dim(index, 1) if x.shape[1] else x
 
 
 def _check_rope(rope: RopeSpec | None, head_dim: int, capacity: int, positions: str) -> None:

@@ -19,6 +19,7 @@ class SinkState(TensorState):
     Args:
         slack: tokens that can be taken back at any time.
         slides: whether the window is one that the model has had before.
+        kind: the class of the cache, or what makes one as it does.
         options: of the `SinkKVCache`, but for batch, dtype and device.
 
     Attributes:
@@ -30,8 +31,14 @@ class SinkState(TensorState):
     counters = ("seen",)
     advice = "SinkConfig(slack=...) says how many"
 
-    def __init__(self, slack: int = 64, slides: bool = False, **options: Any) -> None:
-        self.slack, self.slides, self.options = slack, slides, options
+    def __init__(
+        self,
+        slack: int = 64,
+        slides: bool = False,
+        kind: Callable[..., SinkKVCache] = SinkKVCache,
+        **options: Any,
+    ) -> None:
+        self.slack, self.slides, self.kind, self.options = slack, slides, kind, options
         self.cache: SinkKVCache | None = None
         self.seen: int | torch.Tensor = 0
         self.late: torch.Tensor | None = None
@@ -56,7 +63,7 @@ class SinkState(TensorState):
         with ExitStack() as stack:
             if not torch.compiler.is_compiling():  # tensors of inference mode could not be written to outside of it
                 stack.enter_context(torch.inference_mode(False))
-            return SinkKVCache(batch, slack=self.slack, dtype=dtype, device=device, **self.options)
+            return self.kind(batch, slack=self.slack, dtype=dtype, device=device, **self.options)
 
     def advance(self, columns: int, real: torch.Tensor | None) -> None:
         """Count new columns, of which bool [N, columns] says which are tokens; None: all."""

@@ -53,6 +53,11 @@ def all_gather(given: torch.Tensor, group: Group) -> torch.Tensor:
     return every
 
 
+def all_reduce(x: torch.Tensor, group: Group) -> None:
+    """Make x, in place, the sum of what it is on all ranks."""
+    dist.all_reduce(x, group=group)
+
+
 def broadcast(x: torch.Tensor, source: int, group: Group) -> None:
     """Give x, in place, the values that it has on one rank of the group."""
     whole = x if x.is_contiguous() else x.contiguous()

@@ -19,6 +19,7 @@ from .causal_conv1d import causal_conv1d
 from .gated_linear_attention import gated_linear_attention
 from .interval_attention import interval_attention
 from .layout import SequenceLayout
+from .sink_cache import ShardedSinkKVCache
 
 RANKS = (2, 4, 16, 64, 256, 1024)
 _TOKENS = 8  # a rank, where bytes are counted
@@ -50,13 +51,14 @@ class Sizes:
 SMALL = Sizes(heads=2, kv_heads=2, width=8, taps=4, window=5, sinks=2, element=4)
 LARGE = Sizes(heads=32, kv_heads=8, width=128, taps=4, window=1024, sinks=4, element=2)
 
-# Bytes into the last rank of `ranks`, forward, of a sequence of `tokens` in equal parts.
+# Bytes into the last rank of `ranks`, forward, of a sequence of `tokens` in equal parts; of one token where they are decoded.
 FORMULAS: dict[str, Callable[[Sizes, int, int], int]] = {
     "linear, all_gather": lambda s, tokens, ranks: (ranks - 1) * 4 * s.state * (s.width + 2),
     "linear, scan": lambda s, tokens, ranks: (ranks - 1) * 4 * -(-s.state // ranks) * (2 * s.width + 3),
     "convolution": lambda s, tokens, ranks: (s.taps - 1) * s.heads * s.width * s.element,
     "window and sinks": lambda s, tokens, ranks: min(s.window - 1 + s.sinks, tokens - tokens // ranks) * s.key,
     "causal": lambda s, tokens, ranks: (tokens - tokens // ranks) * s.key,
+    "decoding step": lambda s, tokens, ranks: (ranks - 1) * 4 * s.heads * (s.width + 1),
 }
 # Of attention that does not know what its mask shows: all keys of others come by once, in hops or at once.
 OTHERS = ("ring attention", "all-gather of keys")
@@ -110,8 +112,10 @@ def counted(name: str, ranks: int) -> int:
             q, k, v, IntervalMask.sink(s.sinks, s.window), layout=layout
         ),
         "causal": lambda layout: interval_attention(q, k, v, IntervalMask.causal(), layout=layout),
+        "decoding step": lambda layout: cache.step(q[:, :1], k[:, :1], v[:, :1]),
     }
     with played(ranks - 1, ranks) as came:
+        cache = ShardedSinkKVCache(1, s.kv_heads, s.width, sink_tokens=s.sinks, window=s.window)
         layout = SequenceLayout.contiguous(_TOKENS * ranks)
         calls[name](layout)  # which agrees
         came.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class SinkAttention(AttentionLayer):
     """
 
     sinks: nn.Parameter | None
+    cache_kind: Callable[..., SinkKVCache] = SinkKVCache  # what makes its caches
 
     def __init__(
         self,
@@ -304,7 +305,7 @@ class SinkAttention(AttentionLayer):
         mesh = mesh_of(self.o_proj)  # None in a forward, where the heads are this process's
         heads = self.num_kv_heads // (1 if mesh is None else mesh.size())
         return SinkState(
-            self.config.slack, self.slides, num_kv_heads=heads, head_dim=self.head_dim,
+            self.config.slack, self.slides, self.cache_kind, num_kv_heads=heads, head_dim=self.head_dim,
             sink_tokens=self.sink_tokens, window=self.window, kv_dtype=self.config.ring_dtype(),
             key_rope=self.config.key_rope, positions=self.config.positions, rope=self.rope, backend=self.config.backend,
         )  # fmt: skip

@@ -185,6 +185,10 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.constants = tuple(arguments[i] for i in gradient.constants)
         ctx.call = (operator, backend, backward_only)
+        ctx.zeros = ()
+        if type(outputs[0]) is not torch.Tensor:  # the engine would make plain zeros, which a DTensor does not go with
+            ctx.set_materialize_grads(False)
+            ctx.zeros = tuple((x.shape, x.dtype) for x in outputs)
         ctx.given = tuple(argument is not None for argument in arguments)
         # A state of no taps is as absent as one that nobody asked for.
         ctx.absent = tuple(
@@ -200,6 +204,9 @@ class _Differentiable(torch.autograd.Function):
         operator, backend, backward_only = ctx.call
         gradient = GRADIENTS[operator]
         saved = ctx.saved_tensors
+        if ctx.zeros:
+            shaped = zip(grads, ctx.zeros, strict=True)
+            grads = tuple(saved[0].new_zeros(x[0], dtype=x[1]) if grad is None else grad for grad, x in shaped)
         upstream = [None if i in ctx.absent else grad.contiguous() for i, grad in enumerate(grads)]
         named = {"grad": upstream, "saved": saved, "constant": ctx.constants, "extra": backward_only}
         values = [named[source][i] for source, i in gradient.sources]

@@ -103,12 +103,39 @@ def differ() -> None:
     claim("and the group works afterwards", bool((y[:, 2:] == 3).all()))
 
 
+def decoding() -> None:
+    """A sharded prompt, then steps."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 40, heads, 8, generator=generator) for heads in (4, 2, 2))
+    layout, sinks = sd.SequenceLayout.zigzag(30), torch.tensor([8.0, -8.0, 0.0, 3.0])
+    cache = sd.ShardedSinkKVCache(2, 2, 8, sink_tokens=3, window=9, sink_logits=sinks)
+    sd.hand_over(cache, layout.shard(k[:, :30]), layout.shard(v[:, :30]), layout=layout)
+    mask = IntervalMask.sink(3, 9)
+    whole: Any = subquad.interval_attention(q, k, v, mask, sink_logits=sinks)
+    steps = [cache.step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])[0] for t in range(30, 40)]
+    claim("keys by tokens", bool((torch.cat(steps, 1) - whole[:, 30:]).abs().max() <= 3e-6 * whole.abs().max()))
+    width = 4 * size
+    q, k = (torch.rand(2, 40, heads, width, generator=generator) for heads in (4, 1))
+    v = v[:, :, :1].contiguous()
+    o, _ = subquad.gated_linear_attention(q, k, v, normalize=True)
+    shards = (layout.shard(x[:, :30]) for x in (q, k, v))
+    _, pair = sd.gated_linear_attention(*shards, layout=layout, normalize=True, output_final_state=True)
+    s, z = sd.final_state(pair, layout=layout)  # type: ignore[misc, arg-type]
+    state = torch.cat([s, z[..., None]], -1)[:, :, 4 * rank : 4 * rank + 4].contiguous()
+    steps = [
+        sd.gated_linear_attention_step(q[:, t], k[:, t], v[:, t], None, state, normalize=True) for t in range(30, 40)
+    ]
+    claim("states by channels", bool((torch.stack(steps, 1) - o[:, 30:]).abs().max() <= 3e-6 * o.abs().max()))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     exchanges()
     differ()
     meshes()
+    decoding()
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

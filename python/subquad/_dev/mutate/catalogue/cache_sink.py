@@ -20,10 +20,52 @@ _MOVES = _of("cache/_sink_moves.py", *_TESTS)
 _PREFILL = _of("cache/_sink_prefill.py", *_TESTS)
 _FRAMES = _of("cache/frames.py", f"{_STEP}/test_frames.py")
 _STATE = _of("cache/sink_state.py", "tests/models/test_sink.py", "tests/models/test_sink_generate.py")
+_SHARE = _of("cache/_share.py", "tests/distributed/test_decoding.py")
+_SHARED_PREFILL = _of("cache/_sink_prefill.py", "tests/distributed/test_decoding.py")
+_SHARED = _of("distributed/sink_cache.py", "tests/distributed/test_decoding.py")
+_HANDED = _of("distributed/hand_over.py", "tests/distributed/test_decoding.py")
+_CHANNELS = _of("distributed/linear_step.py", "tests/distributed/test_decoding.py")
+_DTENSOR = _of("distributed/dtensor.py", "tests/distributed/test_dtensor.py")
+_DTENSOR_CALL = _of("ops/_call.py", "tests/distributed/test_dtensor.py")
 _CHECKS = _of("ops/_sink_checks.py", *_TESTS, f"{_STEP}/test_errors.py")
 
 FAULTS = (
-    Fault("cache-sink-oldest", "bounds", _CACHE, "torch.maximum(least, self.written - self.ring_k.shape[2])", "least"),
+    Fault("dtensor-partial", "formula", _DTENSOR, "Partial() if placement == WHOLE else placement", "placement"),
+    Fault("dtensor-pairing", "bounds", _DTENSOR, "WHOLE if count == 1 else None", "WHOLE"),
+    Fault("dtensor-head-width", "bounds", _DTENSOR, "of.shape[2] % (width * n) == 0", "of.shape[2] % n == 0"),
+    Fault("dtensor-no-gradient", "state", _DTENSOR_CALL, "ctx.set_materialize_grads(False)", "pass"),
+    Fault(
+        "cache-channels-own",
+        "bounds",
+        _CHANNELS,
+        "slice(rank * width // size, (rank + 1) * width // size)",
+        "slice(rank, width, size)",
+    ),
+    Fault("cache-channels-scale", "formula", _CHANNELS, "factor = width**-0.5", "factor = (width // size)**-0.5"),
+    Fault("cache-channels-sum", "formula", _CHANNELS, "_collectives.all_reduce(o, group)", "pass"),
+    Fault("cache-handed-window", "bounds", _HANDED, "tokens - cache.places)", "tokens - cache.window)"),
+    Fault("cache-handed-order", "formula", _HANDED, "given[order.to(k.device)]", "given"),
+    Fault("cache-handed-owner", "state", _HANDED, "run.low < run.high == layout.tokens", "run.low == 0"),
+    Fault("cache-shared-column", "bounds", _SHARE, "(self.rank - seen) % self.size", "self.rank"),
+    Fault(
+        "cache-shared-position",
+        "formula",
+        _SHARED_PREFILL,
+        "token, entering = share.token(number),",
+        "token, entering = number,",
+    ),
+    Fault(
+        "cache-shared-new-position", "formula", _SHARED_PREFILL, "share.token(n + torch.arange(", "(n + torch.arange("
+    ),
+    Fault(
+        "cache-shared-sink-per-rank", "sink", _SHARED, "together, scale, None))", "together, scale, self.sink_logits))"
+    ),
+    Fault("cache-shared-sink-dropped", "sink", _SHARED, "if sink_logits is not None:", "if False:"),
+    Fault("cache-shared-sum", "formula", _SHARED, "whole += weight[..., None] * part", "whole += part / len(parts)"),
+    Fault("cache-shared-padding", "mask", _SHARED, "if m is not None:  # what", "if False:  # what"),
+    Fault("cache-shared-turn", "formula", _SHARED, "values, self.seen[:, None] + own,", "values, held[:, None] + own,"),
+    Fault("cache-shared-entered", "state", _SHARED, "held, share.count(after) - held)", "held, share.count(count))"),
+    Fault("cache-sink-oldest", "bounds", _CACHE, "torch.maximum(least, self.written - self.places)", "least"),
     Fault(
         "cache-sink-floor",
         "bounds",
@@ -43,21 +85,21 @@ FAULTS = (
         "cache-sink-keep",
         "bounds",
         _CACHE,
-        "if self.window + tokens - 1 > self.ring_k",
-        "if self.window + tokens - 2 > self.ring_k",
+        "if self.window + tokens - 1 > self.places",
+        "if self.window + tokens - 2 > self.places",
     ),
     Fault(
         "cache-sink-spare",
         "guard",
         _CACHE,
-        "spare = self.ring_k.shape[2] - self.window + 1",
-        "spare = self.ring_k.shape[2] - self.window + 2",
+        "spare = self.places - self.window + 1",
+        "spare = self.places - self.window + 2",
     ),
     Fault("cache-sink-pad", "mask", _CACHE, "self.step(q, k, v, width - pad[:, 0])", "self.step(q, k, v)"),
     Fault("cache-sink-pad-lse", "mask", _CACHE, "lse.masked_fill(padding[..., None], -torch.inf)", "lse"),
-    Fault("cache-sink-gather", "mask", _CACHE, "torch.where(token < seen, token, -1)", "token"),
+    Fault("cache-sink-gather", "mask", _CACHE, "torch.where(number < held, number, -1)", "number"),
     Fault("cache-sink-load-alias", "stale", _CACHE, "state[name].to(value.device, copy=True)", "state[name]"),
-    Fault("cache-sink-enlarged", "state", _MOVES, "cache.written.add_(more)", "pass"),
+    Fault("cache-sink-enlarged", "state", _MOVES, "cache.written.add_(share.size * (places - before))", "pass"),
     Fault("cache-sink-evict-turn", "formula", _MOVES, 'side == "k" and cache.key_rope == "post"', "False"),
     Fault(
         "cache-sink-evict-last", "bounds", _MOVES, "number < (lo - oldest)[:, None]", "number <= (lo - oldest)[:, None]"
