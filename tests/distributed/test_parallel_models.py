@@ -15,6 +15,7 @@ import subquad
 import subquad.distributed as sd
 from subquad.integrations.transformers import CatsConfig, LawcatConfig, convert, register, revert
 
+from .programs.common import error, whole
 from .threads import caught, on_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -47,13 +48,8 @@ def tokens(count: int, batch: int = 2) -> torch.Tensor:
     return torch.randint(1, 96, (batch, count), generator=torch.Generator().manual_seed(1))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def close(found: torch.Tensor, expected: torch.Tensor, limit: float = LIMIT) -> None:
-    difference = (whole(found).double() - expected.double()).abs().max()
-    assert float(difference / expected.abs().max().clamp_min(1e-30)) <= limit
+    assert error(found, expected) <= limit
 
 
 def gradients(model: Any, ids: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import subquad.distributed as sd
 from subquad.nn import CATSMLP, LawcatAttention, LawcatCache
 
+from .programs.common import error, whole
 from .threads import caught, on_ranks
 
 LIMIT = 2e-6
@@ -33,17 +33,6 @@ def moved(module: nn.Module) -> Any:
         for p in module.parameters():
             p.add_(0.2 * torch.randn(p.shape, generator=generator))
     return module
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    found, expected = whole(found).double(), whole(expected).double()
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, limit: float = LIMIT) -> None:
