@@ -232,6 +232,8 @@ def test_refused() -> None:
             "revert": caught(lambda: revert(model)),
             "transfer": caught(transfer),
             "calibrate": caught(calibrate),
+            "few bits": caught(lambda: convert(model, weights="int8")),
+            "few bits, split by transformers": caught(lambda: convert(stock, weights="int8")),
             "sinks": caught(lambda: convert(stock, attention="sink")),
             "split after converting": caught(lambda: late(ids)),
             "nothing to split": caught(lambda: sd.parallelize(llama(), mesh)),
@@ -242,6 +244,8 @@ def test_refused() -> None:
         assert "got those that parallelize has split" in found["revert"]
         assert "model.layers.0.self_attn: expected all heads, got those of this process" in found["transfer"]
         assert "model.layers.0.mlp: expected whole weights, got a part" in found["calibrate"]
+        for kind in ("few bits", "few bits, split by transformers"):
+            assert "self_attn.q_proj: weight: expected a whole parameter, got a DTensor; convert before" in found[kind]
         assert "q_proj.weight: expected a whole parameter, got a DTensor" in found["sinks"]
         assert "expected a parameter that is split over 2 processes, got a whole one" in found["split after converting"]
         assert "model: expected layers made by convert" in found["nothing to split"]
