@@ -318,8 +318,7 @@ class CATSMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `[..., H]` of x `[..., H]`, in x's dtype."""
         _checks.tensor("x", x)
-        mesh = mesh_of(self.down_proj)
-        return self._computed(x) if mesh is None else in_parts(self, self.down_proj, mesh, self._computed, x)
+        return in_parts(self, self.down_proj, self._computed, x)
 
     def _computed(self, x: torch.Tensor) -> torch.Tensor:
         return self._read(x) if self.reads(x) else self._called(x)
