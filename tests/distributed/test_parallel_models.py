@@ -15,6 +15,7 @@ import subquad
 import subquad.distributed as sd
 from subquad.integrations.transformers import CatsConfig, LawcatConfig, convert, register, revert
 
+from .programs.common import error, whole
 from .threads import caught, on_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -47,13 +48,8 @@ def tokens(count: int, batch: int = 2) -> torch.Tensor:
     return torch.randint(1, 96, (batch, count), generator=torch.Generator().manual_seed(1))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def close(found: torch.Tensor, expected: torch.Tensor, limit: float = LIMIT) -> None:
-    difference = (whole(found).double() - expected.double()).abs().max()
-    assert float(difference / expected.abs().max().clamp_min(1e-30)) <= limit
+    assert error(found, expected) <= limit
 
 
 def gradients(model: Any, ids: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
@@ -260,6 +256,8 @@ def test_refused() -> None:
             "revert": caught(lambda: revert(model)),
             "transfer": caught(transfer),
             "calibrate": caught(calibrate),
+            "few bits": caught(lambda: convert(model, weights="int8")),
+            "few bits, split by transformers": caught(lambda: convert(stock, weights="int8")),
             "sinks": caught(lambda: convert(stock, attention="sink")),
             "split after converting": caught(lambda: late(ids)),
             "nothing to split": caught(lambda: sd.parallelize(llama(), mesh)),
@@ -270,6 +268,8 @@ def test_refused() -> None:
         assert "got those that parallelize has split" in found["revert"]
         assert "model.layers.0.self_attn: expected all heads, got those of this process" in found["transfer"]
         assert "model.layers.0.mlp: expected whole weights, got a part" in found["calibrate"]
+        for kind in ("few bits", "few bits, split by transformers"):
+            assert "self_attn.q_proj: weight: expected a whole parameter, got a DTensor; convert before" in found[kind]
         assert "q_proj.weight: expected a whole parameter, got a DTensor" in found["sinks"]
         assert "expected a parameter that is split over 2 processes, got a whole one" in found["split after converting"]
         assert "model: expected layers made by convert" in found["nothing to split"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import subquad.distributed as sd
 from subquad.nn import CATSMLP, LawcatAttention, LawcatCache
 
+from .programs.common import error, whole
 from .threads import caught, on_ranks
 
 LIMIT = 2e-6
@@ -33,17 +33,6 @@ def moved(module: nn.Module) -> Any:
         for p in module.parameters():
             p.add_(0.2 * torch.randn(p.shape, generator=generator))
     return module
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    found, expected = whole(found).double(), whole(expected).double()
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, limit: float = LIMIT) -> None:
@@ -348,7 +337,12 @@ REFUSED: dict[str, tuple[int, Callable[[int, DeviceMesh], Any], str]] = {
         lambda *_: sd.parallelize(
             CATSMLP(HIDDEN, 64), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
         ),
-        "mesh: expected one dimension, got ('dp', 'tp'); pass mesh['tp']",
+        "mesh: expected a mesh of one dimension, got ('dp', 'tp'); pass mesh['tp']",
+    ),
+    "two dimensions without names": (
+        2,
+        lambda *_: sd.parallelize(CATSMLP(HIDDEN, 64), init_device_mesh("cpu", (1, 2))),
+        "mesh: expected a mesh of one dimension, got 2 without names; give it mesh_dim_names, of which one is passed",
     ),
     "options that differ": (
         2,
@@ -376,6 +370,16 @@ REFUSED: dict[str, tuple[int, Callable[[int, DeviceMesh], Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     refused(*REFUSED[name])
+
+
+def test_a_rank_that_is_not_in_the_mesh_is_told() -> None:
+    def body(rank: int) -> str:
+        mesh = DeviceMesh("cpu", [0, 1])
+        return caught(lambda: sd.parallelize(CATSMLP(HIDDEN, 64), mesh))
+
+    assert on_ranks(3, body) == ["nothing"] * 2 + [
+        "ValueError: mesh: expected a mesh that has this rank (2), got one of [0, 1]"
+    ]
 
 
 def test_a_part_of_a_layer_is_not_asked_for_the_whole() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +18,22 @@ from subquad.integrations.transformers import CatsConfig, convert, load_converte
 from subquad.nn import QuantisedCATSMLP, QuantisedDown, QuantisedEmbedding, QuantisedLinear
 from subquad.reference.quantised_linear import FORMATS, halves, integers, unpack
 
-gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from . import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
-HEADS, KV, LAYERS, HIDDEN, NEURONS, TOKENS = 4, 2, 2, 64, 96, 160
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
+    pytest.mark.filterwarnings("ignore:.*native kernels are not in use"),  # any backend will do
+]
+LAYERS = 2
+HEADS, KV, HIDDEN = (tiny.SIZES[name] for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
 TYPES = pytest.mark.parametrize("kind", list(BLOCKS))
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(1, TOKENS, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
 def build(**sizes: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": NEURONS, "num_attention_heads": HEADS} | sizes
-    config = transformers.LlamaConfig(
-        num_hidden_layers=LAYERS, num_key_value_heads=KV, vocab_size=TOKENS, initializer_range=0.1,
-        **{"tie_word_embeddings": True} | sizes,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny.build(num_hidden_layers=LAYERS, **sizes)
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from subquad.convert.record import same_layer
 from subquad.integrations.transformers import CatsConfig, LawcatConfig, convert, load_converted, revert
 from subquad.nn import CATSMLP, LawcatAttention
 
+from . import tiny
+
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 60, "initializer_range": 0.2}
+pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
+    pytest.mark.filterwarnings("ignore:.*native kernels are not in use"),  # any backend will do
+]
 TIED = [
     {"share_qk_conv": True},
     {"share_qk_conv": True, "conv_bias": True, "conv_on_v": True},
@@ -34,9 +37,7 @@ TIED = [
 
 
 def build(tied_embeddings: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied_embeddings)
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny.build(initializer_range=0.2, tie_word_embeddings=tied_embeddings)
 
 
 def train(model: nn.Module) -> nn.Module:
@@ -46,17 +47,6 @@ def train(model: nn.Module) -> nn.Module:
             for parameter in module.new_parameters().values():
                 nn.init.normal_(parameter, std=0.3)
     return model
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(60, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
 def is_tied(layer: LawcatAttention) -> bool:
@@ -120,7 +110,7 @@ def mixed() -> nn.Module:
     convert(
         model, mlp=CatsConfig(inclusive=True, mask_mode="union", max_sparse_tokens=3, down_layout="keep"), layers=[0]
     )
-    model.model.layers[1].mlp.set_threshold(torch.rand(64) * 0.1, target_sparsity=0.5, calibration_tokens=7)
+    model.model.layers[1].mlp.set_threshold(torch.rand(96) * 0.1, target_sparsity=0.5, calibration_tokens=7)
     return train(model)
 
 
@@ -315,8 +305,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with taps, thresholds and codes."""
     torch.manual_seed(0)
-    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True)).eval()
+    model = tiny.build(num_hidden_layers=2)
     convert(model, attention=LawcatConfig(), mlp=CatsConfig(threshold=0.1), weights="int8")
     path = tmp_path_factory.mktemp("saved")
     model.save_pretrained(path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,37 +11,24 @@ from torch import nn
 from subquad.integrations.transformers import convert, load_converted, to_dense
 from subquad.nn import QuantisedEmbedding
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from .tiny import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 160, "initializer_range": 0.1, "pad_token_id": 0}
+pytest.importorskip("transformers", reason="transformers is not installed")
 
-
-def build(family: str, **sizes: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES | sizes, tie_word_embeddings=True)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(1, 160, (2, 9), generator=torch.Generator().manual_seed(0))
+pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
+    pytest.mark.filterwarnings("ignore:.*native kernels are not in use"),  # any backend will do
+]
+SIZES = {"num_hidden_layers": 1, "head_dim": 16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["Gemma", "Gemma3Text"])
 def test_an_embedding_that_scales_its_rows(family: str, dtype: torch.dtype, ids: torch.Tensor, tmp_path: Path) -> None:
     """To the bit: the scale is rounded to the dtype of the rows; saved, loaded, made dense and converted again."""
-    model = build(family, hidden_size=96).to(dtype)  # the root of 96 is no number of any dtype
+    model = build(family, **SIZES, hidden_size=96).to(dtype)  # the root of 96 is no number of any dtype
     convert(model, weights="int8")
-    embedding, own = model.model.embed_tokens, type(build(family).model.embed_tokens)
+    embedding, own = model.model.embed_tokens, type(build(family, **SIZES).model.embed_tokens)
     assert isinstance(embedding, QuantisedEmbedding)
     rows = embedding(ids)
     model.save_pretrained(tmp_path)
@@ -66,7 +51,7 @@ def test_an_embedding_that_does_more_stays(ids: torch.Tensor) -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return super().forward(input) * 3.0 + 1.0
 
-    model = build("Llama")
+    model = build(**SIZES)
     shifted = ShiftedScaledWordEmbedding(160, 64, 0)
     shifted.weight = model.model.embed_tokens.weight
     model.model.embed_tokens = shifted

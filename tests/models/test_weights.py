@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ from subquad.integrations.transformers import (
 from subquad.nn import CATSMLP, QuantisedCATSMLP, QuantisedDown, QuantisedEmbedding, QuantisedLinear
 from subquad.nn._codes import Codes
 
+from . import tiny
+
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*native kernels are not in use")  # any backend will do
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 160, "initializer_range": 0.1, "pad_token_id": 0}
+pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
+    pytest.mark.filterwarnings("ignore:.*native kernels are not in use"),  # any backend will do
+]
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"mlp_bias": True, "attention_bias": True},
     "Mistral": {},
@@ -46,22 +49,9 @@ FORMATS = pytest.mark.parametrize("weights", ["int8", "int4", "int4_min"])
 
 
 def build(family: str = "Llama", tied: bool = True, **sizes: Any) -> Any:
-    torch.manual_seed(0)
     options = FAMILIES[family] if family != "Llama" or "bias" in sizes else {}
     sizes.pop("bias", None)
-    config = getattr(transformers, f"{family}Config")(**SIZES | options | sizes, tie_word_embeddings=tied)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(1, 160, (2, 9), generator=torch.Generator().manual_seed(0))
+    return tiny.build(family, **options | sizes, tie_word_embeddings=tied)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

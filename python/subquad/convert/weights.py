@@ -180,7 +180,7 @@ def convert_weights(
 
     Raises:
         ValueError: see `replace`; or there is no Linear, one that is in another format, one inside an adapter, an MLP of CATS of
-            which a part stays dense, weights that are not finite.
+            which a part stays dense, weights that are not finite or lie on several processes.
     """
     _checks.module("model", model)
     wanted = None if layers is None else listed(layers)
@@ -321,9 +321,9 @@ def _made(
 
 def _module(source: Source, name: str, linear: Any, down: bool, weights: dict[int, Any]) -> nn.Module:
     """The new module; one codes for a weight that several have."""
+    check_whole(linear)
     if not plain(linear, nn.Linear):
         raise Left(f"a {type(linear).__name__} that is called, for it has hooks, is offloaded or of another class")
-    check_whole(linear)
     known = weights.get(id(linear.weight))
     if known is not None and not down:
         return QuantisedLinear.from_bytes(known.weight, linear.bias, format=known.format).train(linear.training)

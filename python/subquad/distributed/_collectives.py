@@ -22,15 +22,23 @@ def group_of(group: Group) -> Any:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("group: expected a process group, got none; call torch.distributed.init_process_group first")
     if hasattr(group, "mesh_dim_names") or hasattr(group, "get_group"):  # a DeviceMesh, which is not imported here
-        if group.ndim != 1:
-            names = group.mesh_dim_names
-            raise ValueError(
-                f"group: expected a mesh of one dimension, got {names}; pass mesh[{(names or ['name'])[0]!r}]"
-            )
+        check_mesh("group", group)
         group = group.get_group()
     if dist.get_rank(group) < 0:
         raise ValueError(f"group: expected a group that has this rank ({dist.get_rank()})")
     return group
+
+
+def check_mesh(argument: str, mesh: Any, which: int = 0) -> None:
+    """ValueError for a mesh of several dimensions, or without this rank; `which` of them the message proposes."""
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names
+        got = f"{mesh.ndim} without names; give it mesh_dim_names, of which one is passed"
+        got = got if names is None else f"{names}; pass mesh[{names[which]!r}]"
+        raise ValueError(f"{argument}: expected a mesh of one dimension, got {got}")
+    if mesh.get_coordinate() is None:
+        ranks = mesh.mesh.tolist()
+        raise ValueError(f"{argument}: expected a mesh that has this rank ({dist.get_rank()}), got one of {ranks}")
 
 
 def rank_and_size(group: Group) -> tuple[int, int]:

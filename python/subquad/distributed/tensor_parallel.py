@@ -150,7 +150,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None
 
     Raises:
         TypeError: no DeviceMesh.
-        ValueError: on all ranks: no converted layers; see `CATSParallel` and `LawcatParallel`; the message names the layer.
+        ValueError: on all ranks: no converted layers; see `CATSParallel` and `LawcatParallel`; the message names the layer;
+            a mesh of several dimensions, or without this rank.
 
     Example:
         >>> mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))  # doctest: +SKIP
@@ -182,9 +183,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None
 def _check_mesh(mesh: Any) -> None:
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh: expected a DeviceMesh, got {type(mesh).__name__}")
-    if mesh.ndim != 1:
-        names = mesh.mesh_dim_names or ("name",)
-        raise ValueError(f"mesh: expected one dimension, got {mesh.mesh_dim_names}; pass mesh[{names[-1]!r}]")
+    _collectives.check_mesh("mesh", mesh, which=-1)
 
 
 def _agreed(found: list[tuple[str, Any, _Style]], mesh: DeviceMesh, **more: Any) -> None:

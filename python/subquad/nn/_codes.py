@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import nn
 
 from .. import _checks
 from ..reference.quantised_linear import FORMATS, GROUP
+from ._loading import Checked
 from ._sizes import check_sizes
 
 
-class Codes(nn.Module):
+class Codes(Checked):
     """Base of modules with uint8 buffers: moved but never cast, and never filled with dense weights.
 
     Two modules with the same buffer keep sharing it where they would keep sharing a parameter.
@@ -57,27 +58,15 @@ class Codes(nn.Module):
                 self._buffers[name] = old
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _problem(self, given: Mapping[str, torch.Tensor]) -> str | None:
         for name in self._codes():
-            value = state_dict.get(prefix + name)
+            value = given.get(name)
             if value is not None and value.dtype != torch.uint8:
-                error_msgs.append(
-                    f"{prefix}{name}: expected uint8 codes of format {self.format!r}, got {value.dtype} {list(value.shape)}; "
+                return (
+                    f"{name}: expected uint8 codes of format {self.format!r}, got {value.dtype} {list(value.shape)}; "
                     "load a dense checkpoint into the dense model and quantise that"
                 )
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        return None
 
 
 class LinearCodes(Codes):

@@ -38,13 +38,16 @@ def mesh_of(last: nn.Module) -> Any:
 
 
 def in_parts(
-    layer: nn.Module, last: nn.Module, mesh: Any, body: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    layer: nn.Module, last: nn.Module, body: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
-    """body(x) of a layer that is split over `mesh`, where body ends with a call of `last`, a Linear.
+    """body(x) of a layer, whole or split over the mesh of `last`, a Linear whose call is the end of body.
 
     Raises:
         ValueError: a parameter that is whole, or split by FSDP, too.
     """
+    mesh = mesh_of(last)
+    if mesh is None:
+        return body(x)
     group = mesh.get_group()
     bias: Any = last._parameters.get("bias")
     with localised(layer, mesh, last):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..reference._common import upcast
 from ..reference.cats_activation import activate, active_mask, cats_glu
 from ._children import placement, plain, set_mode
 from ._gated import activation_name, gated_parts
+from ._loading import Checked
 from ._options import CatsConfig
 from ._sharded import check_restored, in_parts, mesh_of, relaid, sharded, split, split_like
 from ._sizes import check_sizes
@@ -39,7 +40,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(activate(self.gate_proj(x), self.act_fn) * self.up_proj(x))
 
 
-class CATSMLP(nn.Module):
+class CATSMLP(Checked):
     """Gated MLP with thresholded gate (CATS, arXiv 2404.08763).
 
     Parameters have the names and shapes of the layer it replaces: `gate_proj`, `up_proj`, `down_proj` (or a fused
@@ -77,6 +78,8 @@ class CATSMLP(nn.Module):
     Raises:
         ValueError: for an unknown option or a NaN threshold.
     """
+
+    _optional = _STATE  # which dense checkpoints have not
 
     threshold: torch.Tensor
     cats_meta: torch.Tensor
@@ -318,8 +321,7 @@ class CATSMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `[..., H]` of x `[..., H]`, in x's dtype."""
         _checks.tensor("x", x)
-        mesh = mesh_of(self.down_proj)
-        return self._computed(x) if mesh is None else in_parts(self, self.down_proj, mesh, self._computed, x)
+        return in_parts(self, self.down_proj, self._computed, x)
 
     def _computed(self, x: torch.Tensor) -> torch.Tensor:
         return self._read(x) if self.reads(x) else self._called(x)
@@ -425,34 +427,18 @@ class CATSMLP(nn.Module):
         self.lay_out()
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        threshold, meta = (state_dict.get(prefix + name) for name in _STATE)
-        problem = self._state_problem(threshold, meta)
-        if problem is not None:
-            error_msgs.append(f"{prefix}{problem}")
-            return
+    def _load(self, given: Mapping[str, torch.Tensor], load: Callable[[], None]) -> None:
+        threshold, meta = given.get("threshold"), given.get("cats_meta")
         if threshold is not None and threshold.shape != self.threshold.shape:
             self.threshold = torch.empty_like(threshold, dtype=torch.float32, device=self.threshold.device)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        load()
         for name in _STATE:
-            if prefix + name in missing_keys:
-                missing_keys.remove(prefix + name)
             setattr(self, name, getattr(self, name).float())  # assign=True may bring another dtype
         if meta is not None and not _checks.traced(meta):
             self._inclusive = bool(meta[3] != 0)
 
-    def _state_problem(self, threshold: torch.Tensor | None, meta: torch.Tensor | None) -> str | None:
+    def _problem(self, given: Mapping[str, torch.Tensor]) -> str | None:
+        threshold, meta = given.get("threshold"), given.get("cats_meta")
         if threshold is not None:
             if threshold.shape not in ((), (self.intermediate_size,)):
                 return f"threshold: expected shape [] or [{self.intermediate_size}], got {list(threshold.shape)}"

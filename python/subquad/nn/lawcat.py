@@ -286,9 +286,7 @@ class LawcatAttention(AttentionLayer):
         def attend(x: torch.Tensor) -> torch.Tensor:
             return self.o_proj(self.mix(x, position_embeddings, attention_mask, past_key_values, **kwargs))
 
-        mesh = mesh_of(self.o_proj)
-        y = attend(hidden_states) if mesh is None else in_parts(self, self.o_proj, mesh, attend, hidden_states)
-        return y, None
+        return in_parts(self, self.o_proj, attend, hidden_states), None
 
     def mix(
         self,

@@ -220,9 +220,7 @@ class SinkAttention(AttentionLayer):
         def attend(x: torch.Tensor) -> torch.Tensor:
             return self._forward(x, position_embeddings, attention_mask, cache, **kwargs)
 
-        mesh = mesh_of(self.o_proj)
-        y = attend(hidden_states) if mesh is None else in_parts(self, self.o_proj, mesh, attend, hidden_states)
-        return y, None
+        return in_parts(self, self.o_proj, attend, hidden_states), None
 
     def _forward(
         self,

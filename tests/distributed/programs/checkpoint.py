@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from common import begin, claim, end, error, holds
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training import begin, built, claim, end, error, optimizer_of
+from training import built, optimizer_of
 
 import subquad.distributed as sd
 
@@ -49,7 +50,7 @@ def main() -> None:
         exact &= torch.equal(extra["half"], torch.full((5,), 0.3).bfloat16())
         mlps = [layer.mlp for layer in model.model.layers]
         exact &= [m.threshold.dtype for m in mlps] == [torch.float32] * 3 and int(mlps[1].cats_meta[2]) == 2**24 + 2
-        claim(f"{how}: dtypes and values are exact", float(not exact), 0.5)
+        holds(f"{how}: dtypes and values are exact", exact)
         found = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
         worst = max(error(found[name], momentum) for name, momentum in answers["momenta"].items())
         claim(f"{how}: the optimizer's state", worst, 1e-4)

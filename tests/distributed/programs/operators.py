@@ -5,29 +5,15 @@ Every rank draws the same tensors and computes the answer of one process by itse
 
 from __future__ import annotations
 
-import datetime
-import os
-import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import begin, end, holds
 
 import subquad
 import subquad.distributed as sd
 from subquad import IntervalMask
-
-failed = 0
-
-
-def claim(name: str, holds: bool) -> None:
-    """On all ranks."""
-    global failed
-    votes = torch.tensor([int(holds)])
-    dist.all_reduce(votes, dist.ReduceOp.MIN)
-    failed += int(votes) == 0
-    if dist.get_rank() == 0:
-        print("ok" if int(votes) else "FAIL", name, flush=True)
 
 
 def close(found: torch.Tensor, whole: torch.Tensor, layout: sd.SequenceLayout, limit: float = 3e-6) -> bool:
@@ -60,14 +46,14 @@ def exchanges() -> None:
         grads = torch.autograd.grad(o.square().sum(), whole)
         for method in ("scan", "ring"):
             same = all(torch.equal(a, b) for a, b in zip(found["all_gather"], found[method], strict=True))
-            claim(f"{name}: {method} has the bits of all_gather", same)
-        claim(
+            holds(f"{name}: {method} has the bits of all_gather", same)
+        holds(
             f"{name}: a ring repeats its bits",
             all(torch.equal(a, b) for a, b in zip(found["ring"], again, strict=True)),
         )
         near = [close(found["ring"][0], o, layout)]
         near += [close(a, b, layout) for a, b in zip(found["ring"][3:], grads, strict=True)]
-        claim(f"{name}: a ring is one process", all(near))
+        holds(f"{name}: a ring is one process", all(near))
 
 
 def meshes() -> None:
@@ -79,14 +65,14 @@ def meshes() -> None:
     mask = IntervalMask.sink(2, 7)
     found: Any = sd.interval_attention(*(layout.shard(x) for x in (q, k, v)), mask, layout=layout)
     whole: Any = subquad.interval_attention(q, k, v, mask)
-    claim("a mesh of one dimension is a group", close(found, whole, layout))
+    holds("a mesh of one dimension is a group", close(found, whole, layout))
     wide = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "cp"))
     try:
         sd.SequenceLayout.zigzag(40, group=wide)
         message = "nothing"
     except ValueError as error:
         message = str(error)
-    claim("a mesh of two is refused", "pass mesh['dp']" in message)
+    holds("a mesh of two is refused", "pass mesh['dp']" in message)
 
 
 def differ() -> None:
@@ -98,9 +84,9 @@ def differ() -> None:
         message = "nothing"
     except ValueError as error:
         message = str(error)
-    claim("one wrong rank raises on all", "x: expected 8 tokens as the layout gives rank 0, got 5" in message)
+    holds("one wrong rank raises on all", "x: expected 8 tokens as the layout gives rank 0, got 5" in message)
     y = sd.causal_conv1d(torch.ones(1, 8, 4), torch.ones(4, 3), layout=layout)
-    claim("and the group works afterwards", bool((y[:, 2:] == 3).all()))
+    holds("and the group works afterwards", bool((y[:, 2:] == 3).all()))
 
 
 def decoding() -> None:
@@ -114,7 +100,7 @@ def decoding() -> None:
     mask = IntervalMask.sink(3, 9)
     whole: Any = subquad.interval_attention(q, k, v, mask, sink_logits=sinks)
     steps = [cache.step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])[0] for t in range(30, 40)]
-    claim("keys by tokens", bool((torch.cat(steps, 1) - whole[:, 30:]).abs().max() <= 3e-6 * whole.abs().max()))
+    holds("keys by tokens", bool((torch.cat(steps, 1) - whole[:, 30:]).abs().max() <= 3e-6 * whole.abs().max()))
     width = 4 * size
     q, k = (torch.rand(2, 40, heads, width, generator=generator) for heads in (4, 1))
     v = v[:, :, :1].contiguous()
@@ -126,20 +112,16 @@ def decoding() -> None:
     steps = [
         sd.gated_linear_attention_step(q[:, t], k[:, t], v[:, t], None, state, normalize=True) for t in range(30, 40)
     ]
-    claim("states by channels", bool((torch.stack(steps, 1) - o[:, 30:]).abs().max() <= 3e-6 * o.abs().max()))
+    holds("states by channels", bool((torch.stack(steps, 1) - o[:, 30:]).abs().max() <= 3e-6 * o.abs().max()))
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    begin()
     exchanges()
     differ()
     meshes()
     decoding()
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(failed > 0)  # gloo's threads end some processes with an abort while Python unwinds
+    end()
 
 
 if __name__ == "__main__":

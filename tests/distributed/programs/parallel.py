@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from common import begin, claim, end, error, holds
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import begin, built, claim, end, error, furthest, optimizer_of, tokens
+from training import built, furthest, optimizer_of, tokens
 
 import subquad.distributed as sd
 
@@ -96,9 +97,7 @@ def three_dimensions(one: Any, folder: str) -> None:
     claim("sequence x heads x FSDP2: losses", error(total, expected), 2e-6)
     claim("sequence x heads x FSDP2: parameters", furthest(model, whole), 1e-5)
     weight = model.model.layers[0].mlp.down_proj.weight
-    claim(
-        "sequence x heads x FSDP2: a weight lies over both", float(weight.to_local().numel() * 4 != weight.numel()), 0.5
-    )
+    holds("sequence x heads x FSDP2: a weight lies over both", weight.to_local().numel() * 4 == weight.numel())
     state, momenta = get_state_dict(model, own)
     extra = {"number": torch.tensor(0.1), "count": torch.tensor(2**40 + 1), "half": torch.full((5,), 0.3).bfloat16()}
     dcp.save({"model": state, "optim": momenta, "extra": extra}, checkpoint_id=folder)

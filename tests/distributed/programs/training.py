@@ -1,14 +1,11 @@
-"""What programs that train have in common: the model, one process's answer, a line for each claim."""
+"""What programs that train have in common: the model, its tokens, the optimizer."""
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from common import error
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from subquad.integrations.transformers import CatsConfig, LawcatConfig, convert, register
@@ -17,27 +14,6 @@ SIZES: dict[str, Any] = {
     "hidden_size": 96, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 12, "num_key_value_heads": 12,
     "head_dim": 8, "vocab_size": 96, "pad_token_id": 0, "attn_implementation": "subquad",
 }  # fmt: skip
-failed = 0
-
-
-def claim(name: str, value: float, limit: float) -> None:
-    """The largest of all ranks is below a limit."""
-    global failed
-    worst = torch.tensor([value], dtype=torch.float64).nan_to_num(torch.inf)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    failed += not float(worst) <= limit
-    if dist.get_rank() == 0:
-        print("ok" if float(worst) <= limit else "FAIL", f"{name}: {float(worst):.1e}", flush=True)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = whole(found).double(), whole(expected).double()
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def furthest(model: torch.nn.Module, one: torch.nn.Module) -> float:
@@ -48,6 +24,7 @@ def furthest(model: torch.nn.Module, one: torch.nn.Module) -> float:
 
 def built(seed: int = 0) -> Any:
     """LAWCAT, softmax, LAWCAT with a window, and CATS; one of the thresholds is one for every neuron."""
+    register()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     convert(model, attention=LawcatConfig(), layers=[0])
@@ -69,18 +46,3 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         model.parameters(), lr=1e-2, eps=1e-2
     )  # a large eps: tiny gradients are not divided by themselves
-
-
-def begin() -> None:
-    import datetime
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    register()
-
-
-def end() -> None:
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(failed > 0)  # gloo's threads end some processes with an abort while Python unwinds
