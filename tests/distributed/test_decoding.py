@@ -137,19 +137,22 @@ def test_tokens_are_dealt_out() -> None:
 
 def test_a_group_of_one_is_the_plain_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bits, and nothing is sent."""
-    monkeypatch.setattr(_collectives, "all_gather", None)
+    for name in ("all_gather", "all_to_all"):
+        monkeypatch.setattr(_collectives, name, None)
     expected = life(narrow(SinkKVCache(B, HKV, D, **DEFAULTS)))
     (found,) = on_ranks(1, lambda _: life(narrow(sd.ShardedSinkKVCache(B, HKV, D, **DEFAULTS))))
     assert all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
 
-    def evicted(rank: int) -> None:
+    def handed_over_and_evicted(rank: int) -> None:
+        layout = sd.SequenceLayout.contiguous(9)
         pair = SinkKVCache(B, HKV, D, **DEFAULTS), sd.ShardedSinkKVCache(B, HKV, D, **DEFAULTS)
         for cache in pair:
-            cache.append(*drawn(9, 1)[1:])
+            sd.hand_over(cache, *drawn(9, 1)[1:], layout=layout)
+            assert cache.seen.tolist() == [9] * B
             cache.evict(2, 5)
         assert all(torch.equal(a, b) for a, b in zip(*(cache.gather() for cache in pair), strict=True))
 
-    on_ranks(1, evicted)
+    on_ranks(1, handed_over_and_evicted)
 
 
 def test_nan_is_forgotten_with_its_token() -> None:

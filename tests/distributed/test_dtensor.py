@@ -147,3 +147,20 @@ NO_FIT: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], list[Any]]] =
 def test_what_does_not_fit(name: str) -> None:
     """Two key heads on three ranks: queries are brought together, never paired with others' keys. And channels in no groups."""
     compare(*NO_FIT[name], None)
+
+
+def test_a_mesh_of_two_dimensions() -> None:
+    """Rows over one, heads over the other."""
+    sizes = [(4, T, 8, K), (4, T, 4, K), (4, T, 4, V)]
+    plain = drawn(sizes, linear)
+    expected = linear(*plain)
+
+    def body(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        given = [distribute_tensor(x, mesh, [ROWS, HEADS]) for x in plain]
+        with CommDebugMode() as sent:
+            found = linear(*given)
+        assert found.placements == (ROWS, HEADS) and sent.get_total_counts() == 0
+        close(whole(found), expected)
+
+    on_ranks(4, body)

@@ -103,6 +103,7 @@ class ShardedSinkKVCache(SinkKVCache):
         part: list[torch.Tensor] = []
 
         def local() -> None:  # before the ranks agree, so that what it raises on one is raised on all
+            _checks.flag("together", together)
             part.extend(attend(self, q, k, v, m, together, scale, None))
             _check_sinks(self.sink_logits, q)
 

@@ -23,6 +23,7 @@ _STATE = _of("cache/sink_state.py", "tests/models/test_sink.py", "tests/models/t
 _SHARE = _of("cache/_share.py", "tests/distributed/test_decoding.py")
 _SHARED_PREFILL = _of("cache/_sink_prefill.py", "tests/distributed/test_decoding.py")
 _SHARED = _of("distributed/sink_cache.py", "tests/distributed/test_decoding.py")
+_SHARED_MODELS = _of("distributed/sink_cache.py", "tests/distributed/test_parallel_models.py")
 _HANDED = _of("distributed/hand_over.py", "tests/distributed/test_decoding.py")
 _CHANNELS = _of("distributed/linear_step.py", "tests/distributed/test_decoding.py")
 _DTENSOR = _of("distributed/dtensor.py", "tests/distributed/test_dtensor.py")
@@ -43,6 +44,7 @@ FAULTS = (
     ),
     Fault("cache-channels-scale", "formula", _CHANNELS, "factor = width**-0.5", "factor = (width // size)**-0.5"),
     Fault("cache-channels-sum", "formula", _CHANNELS, "_collectives.all_reduce(o, group)", "pass"),
+    Fault("cache-shared-model", "state", _SHARED_MODELS, "layer.cache_kind = made", "pass"),
     Fault("cache-handed-window", "bounds", _HANDED, "tokens - cache.places)", "tokens - cache.window)"),
     Fault("cache-handed-order", "formula", _HANDED, "given[order.to(k.device)]", "given"),
     Fault("cache-handed-owner", "state", _HANDED, "run.low < run.high == layout.tokens", "run.low == 0"),
