@@ -117,12 +117,15 @@ inline __attribute__((always_inline)) void backward_lanes(const BackRows<T, G>& 
     }
     for (int i = 0; i < kTaps - 1; ++i) window[i] = window[i + 1], slope[i] = slope[i + 1];
   };
-  // Inside, all taps exist, and so do the row that is finished and those that it depends on.
+  // Inside, all taps exist, and so do the row that is finished and those that it depends on. The last, partial vector
+  // takes every row for one at an edge: half the code to compile.
   const int64_t last = r.t1 + kTaps - 1, from = r.t0 + kTaps - 1;
-  int64_t t = r.t0;
-  for (; t < from; ++t) step(t, Edge{});
-  for (; t < r.t1; ++t) step(t, Inner{});
-  for (; t < last; ++t) step(t, Edge{});
+  for (int64_t t = r.t0; t < last; ++t) {
+    if constexpr (kWhole) {
+      for (; t >= from && t < r.t1; ++t) step(t, Inner{});
+    }
+    step(t, Edge{});
+  }
   for (int i = 0; i <= kTaps; ++i) {
     float* sum = r.partial + i * p.channels + c;
     vec_store_part<kWhole>(sum, vec_load_part<kWhole>(sum, lanes) + (i < kTaps ? dw[i < kTaps ? i : 0] : db), lanes);

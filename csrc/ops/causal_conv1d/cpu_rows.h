@@ -108,8 +108,7 @@ inline __attribute__((always_inline)) void convolve_lanes(const Rows<T, Y>& r, i
                                           : load(r.x + (i - (kTaps - 1)) * r.x_stride + c, v);
     }
   }
-#pragma GCC unroll 4
-  for (int64_t t = 0; t < r.rows; ++t) {
+  const auto row = [&](int64_t t) __attribute__((always_inline)) {
     for (int v = 0; v < kVecs; ++v) {
       window[kTaps - 1][v] = load(r.x + t * r.x_stride + c, v);
       z[v] = bias[v];
@@ -124,6 +123,12 @@ inline __attribute__((always_inline)) void convolve_lanes(const Rows<T, Y>& r, i
     } else {
       vec_store_part<kWhole>(y, z[0], lanes);
     }
+  };
+  if constexpr (kWhole) {
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < r.rows; ++t) row(t);
+  } else {
+    for (int64_t t = 0; t < r.rows; ++t) row(t);
   }
 }
 

@@ -270,8 +270,8 @@ FAULTS = (
         "cpu-conv-tile-rows",
         "bounds",
         _CONV_ROWS,
-        "for (int64_t t = 0; t < r.rows; ++t) {\n    for (int v",
-        "for (int64_t t = 0; t < r.rows - (r.rows > 2); ++t) {\n    for (int v",
+        "#pragma GCC unroll 4\n    for (int64_t t = 0; t < r.rows; ++t) row(t);",
+        "#pragma GCC unroll 4\n    for (int64_t t = 0; t < r.rows - (r.rows > 2); ++t) row(t);",
     ),
     Fault(
         "cpu-conv-state-slot",
