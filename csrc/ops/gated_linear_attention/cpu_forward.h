@@ -4,7 +4,7 @@
 // chunks together, and while one chunk is multiplied the rows of the next are fetched.
 //
 // A sequence may be cut into shares. Each goes through the tokens before it for their state alone, by the same
-// operations, so that cuts change no bit and shares wait for nothing.
+// operations, so that cuts change no bit and shares wait for nothing. Where there are no queries all go so.
 #pragma once
 
 #include "ops/gated_linear_attention/cpu_chunk.h"
@@ -28,7 +28,8 @@ class GlaForward {
   /// State heads [first, end) of sequence n: the results of one share of it, and of the last the state.
   void run(int64_t n, int64_t first, int64_t end, int64_t share) {
     sequence_ = sequence_at(p_, n);
-    const int64_t begin_results = share_begin(share), end_results = share_begin(share + 1);
+    const int64_t end_results = share_begin(share + 1);
+    const int64_t begin_results = size_.per_state == 0 ? end_results : share_begin(share);
     if (share > 0 && begin_results == sequence_.end) return;
     for (int64_t s = first; s < end; ++s) {
       choose(s, s - first);
@@ -37,7 +38,11 @@ class GlaForward {
     for (int64_t t = sequence_.begin; t < begin_results; t += kPassing * kChunk)
       for (int64_t s = first; s < end; ++s) {
         choose(s, s - first);
-        pass_several(t);
+        const bool last = s + 1 == end;
+        const int64_t next = last ? t + kPassing * kChunk : t;
+        ahead_.aim(sequence_.b, last ? first : s + 1, next, smaller(kPassing * kChunk, begin_results - next),
+                   RowsAhead<T>::What::kState);
+        pass_several(t, begin_results);
       }
     for (int64_t t = begin_results; t < end_results; t += kChunk)
       for (int64_t s = first; s < end; ++s) {
@@ -100,8 +105,12 @@ class GlaForward {
     pass(t + half, n - half);
   }
 
-  /// kPassing whole chunks.
-  void pass_several(int64_t t) {
+  /// Tokens [t, end), at most kPassing chunks of them: whole ones, but for the last tokens of all.
+  void pass_several(int64_t t, int64_t end) {
+    if (end - t < kPassing * kChunk) {
+      for (; t < end; t += kChunk) pass(t, smaller(kChunk, end - t));
+      return;
+    }
     for (int64_t i = 0; i < kPassing; ++i) {
       if (passing_[i].load(sequence_, head_, t + i * kChunk, kChunk, false)) continue;
       if (i > 0) pass_loaded(i, kChunk);
