@@ -15,7 +15,13 @@ template <class T>
 class GlaForward {
  public:
   GlaForward(const GatedLinearAttentionParams& p, Arena arena)
-      : p_(p), size_(p), chunk_(p, arena), passing_{{p, arena}, {p, arena}}, pairs_(size_, arena), ahead_(p) {
+      : p_(p),
+        size_(p),
+        chunk_(p, arena),
+        passing_{{p, arena}, {p, arena}},
+        pairs_(size_, arena),
+        ahead_(p),
+        far_ahead_(p) {
     memory_ = arena.take<float>(p.group * memory_size());
     kept_ = arena.take<float>(kHalvings * memory_size());
     factors_ = arena.take<float>(kPassing * size_.k);
@@ -40,8 +46,8 @@ class GlaForward {
         choose(s, s - first);
         const bool last = s + 1 == end;
         const int64_t next = last ? t + kPassing * kChunk : t;
-        ahead_.aim(sequence_.b, last ? first : s + 1, next, smaller(kPassing * kChunk, begin_results - next),
-                   RowsAhead<T>::What::kState);
+        far_ahead_.aim(sequence_.b, last ? first : s + 1, next, smaller(kPassing * kChunk, begin_results - next),
+                       RowsAhead<T, 2>::What::kState);
         pass_several(t, begin_results);
       }
     for (int64_t t = begin_results; t < end_results; t += kChunk)
@@ -129,6 +135,8 @@ class GlaForward {
         vec_store(z_ + c, vec_mul(vec_load(z_ + c), vec_load(factors_ + i * size_.k + c)));
       add_keys(passing_[i], n);
     }
+    const int64_t tiles = ceil_div(size_.v, kTileCols) * (size_.k / kTileRows),
+                  fetches = ceil_div(kPassing * kChunk, tiles);
     for (int64_t col = 0; col < size_.v; col += kTileCols)
       for (int64_t c = 0; c < size_.k; c += kTileRows) {
         if (col + kTileCols <= size_.v) {
@@ -136,7 +144,7 @@ class GlaForward {
         } else {
           for (int64_t rest = col; rest < size_.v; rest += kLanes) pass_tile<1>(chunks, n, c, rest);
         }
-        ahead_.fetch();
+        for (int64_t i = 0; i < fetches; ++i) far_ahead_.fetch();
       }
     std::memcpy(pending_, passing_[chunks - 1].tail, static_cast<size_t>(size_.k) * sizeof(float));
   }
@@ -246,6 +254,7 @@ class GlaForward {
   Chunk<T> chunk_, passing_[kPassing];
   Pairs2D pairs_;
   RowsAhead<T> ahead_;
+  RowsAhead<T, 2> far_ahead_;
   Sequence sequence_{};
   int64_t head_ = 0, bytes_ = 0;
   float *memory_, *kept_, *factors_, *out_;
