@@ -11,17 +11,18 @@
 namespace subquad {
 
 /// A tensor [B, T, H, D], or [B, T, H] with a width of 0, that fits q.
-inline GlaTensor rows_of(const Tensor& x, const char* name, int64_t width, const Anchor& like_q) {
+inline GlaTensor rows_of(const Tensor& x, const char* name, int64_t width, const Anchor& like_q, int64_t least = 1) {
   const Tensor& q = like_q.tensor;
   check_device(x, name, like_q);
   check_dims(x, name, width > 0 ? 4 : 3);
-  STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) >= 1, name, ": expected shape [",
+  STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) >= least, name, ": expected shape [",
                   q.size(0), ", ", q.size(1), ", H", width > 0 ? ", D]" : "]", ", got ", shape_text(x.sizes()));
   if (width > 0) {
     STD_TORCH_CHECK(x.size(3) == width && width <= kGlaMaxDim, name, ": expected a last dimension of ", width,
                     " <= ", kGlaMaxDim, ", got ", x.size(3));
     check_last_contiguous(x, name);
   }
+  if (x.numel() == 0) return {nullptr, 0, 0, 0, x.size(2)};  // of which no address is made
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.size(2)};
 }
 
@@ -32,11 +33,11 @@ inline void check_heads(int64_t states, int64_t q, int64_t k, int64_t v, int64_t
                   shape_text(std::initializer_list<int64_t>{q, k, v, g}), " heads of q, k, v and g");
 }
 
-/// Everything but the results.
+/// Everything but the results. `least` heads of q.
 inline GatedLinearAttentionParams gla_arguments(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const OptionalTensor& g, const OptionalTensor& s0,
                                                 const OptionalTensor& z0, const OptionalTensor& cu_seqlens,
-                                                double scale, double eps) {
+                                                double scale, double eps, int64_t least) {
   const Anchor like_q{q, "q"};
   check_dims(q, "q", 4);
   check_dims(v, "v", 4);
@@ -45,7 +46,7 @@ inline GatedLinearAttentionParams gla_arguments(const Tensor& q, const Tensor& k
   STD_TORCH_CHECK(p.dk >= 1 && p.dv >= 1, "q: expected head dimensions of at least 1, got ", p.dk, " and ", p.dv);
   check_same_dtype(k, "k", like_q);
   check_same_dtype(v, "v", like_q);
-  p.q = rows_of(q, "q", p.dk, like_q), p.k = rows_of(k, "k", p.dk, like_q), p.v = rows_of(v, "v", p.dv, like_q);
+  p.q = rows_of(q, "q", p.dk, like_q, least), p.k = rows_of(k, "k", p.dk, like_q), p.v = rows_of(v, "v", p.dv, like_q);
   if (g.has_value()) {
     p.gate = g->dim() == 4 ? GateKind::kChannel : GateKind::kHead;
     p.gate_is_float = is_wide(*g, "g", like_q);
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_linear_attention_fwd(const Tens
                                                                       const OptionalTensor& z0,
                                                                       const OptionalTensor& cu_seqlens, double scale,
                                                                       double eps, bool normalize) {
-  GatedLinearAttentionParams p = gla_arguments(q, k, v, g, s0, z0, cu_seqlens, scale, eps);
+  GatedLinearAttentionParams p = gla_arguments(q, k, v, g, s0, z0, cu_seqlens, scale, eps, 0);
   const DType dtype = dtype_of(q, "q");
   const int64_t batch = q.size(0);
   const Tensor o = empty_on(q, {batch, p.tokens, p.q.heads, p.dv}, q.scalar_type());
@@ -92,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_attentio
     const Tensor& k, const Tensor& v, const OptionalTensor& g, const OptionalTensor& s0, const OptionalTensor& z0,
     const OptionalTensor& cu_seqlens, double scale, double eps, bool normalize) {
   const Anchor like_q{q, "q"};
-  GatedLinearAttentionParams p = gla_arguments(q, k, v, g, s0, z0, cu_seqlens, scale, eps);
+  GatedLinearAttentionParams p = gla_arguments(q, k, v, g, s0, z0, cu_seqlens, scale, eps, 1);
   const DType dtype = dtype_of(q, "q");
   const int64_t batch = q.size(0);
   GatedLinearAttentionGrads grads{};

@@ -19,14 +19,16 @@ int64_t group_of(const GatedLinearAttentionParams& p) {
 /// A few tokens: waking other threads would take as long as the work.
 bool is_small(const GatedLinearAttentionParams& p) {
   constexpr int64_t kSmallProducts = 1 << 18;
-  return p.q.heads * p.sequences * p.tokens * p.dk * p.dv < kSmallProducts;
+  return larger(p.q.heads, p.states) * p.sequences * p.tokens * p.dk * p.dv < kSmallProducts;
 }
 
 /// Parts of a sequence, where there are threads enough for so many parts of each. A part goes through all before it
-/// for the state, which takes 0.4 of the time: with more of them than this little is gained.
+/// for the state, which takes 0.4 of the time: with more of them than this little is gained, nothing without queries.
 int64_t shares_of(const GatedLinearAttentionParams& p) {
   constexpr int64_t kMostShares = 6;
-  return is_small(p) ? 1 : clamp(thread_count() / (p.sequences * ceil_div(p.states, p.group)), 1, kMostShares);
+  return is_small(p) || p.q.heads == 0
+             ? 1
+             : clamp(thread_count() / (p.sequences * ceil_div(p.states, p.group)), 1, kMostShares);
 }
 
 constexpr int64_t kSlice = 16;  // columns of a state for a thread are a multiple of this

@@ -213,8 +213,9 @@ class Chunk {
 };
 
 /// Fetches the rows of a chunk into the cache before their turn, a token at a time, between the products of another:
-/// all at once they would hold up the products, and one head's rows lie too far apart for the CPU to guess.
-template <class T>
+/// all at once they would hold up the products, and one head's rows lie too far apart for the CPU to guess. kNearness:
+/// 3 for the nearest cache, 2 for the next, where more of them wait than the nearest holds.
+template <class T, int kNearness = 3>
 class RowsAhead {
  public:
   explicit RowsAhead(const GatedLinearAttentionParams& p) : p_(p), per_state_(p.q.heads / p.states) {}
@@ -249,7 +250,8 @@ class RowsAhead {
  private:
   template <int kWrite, class E>
   static void touch(const E* row, int64_t n) {
-    for (int64_t i = 0; i < n; i += static_cast<int64_t>(64 / sizeof(E))) __builtin_prefetch(row + i, kWrite, 3);
+    for (int64_t i = 0; i < n; i += static_cast<int64_t>(64 / sizeof(E)))
+      __builtin_prefetch(row + i, kWrite, kNearness);
   }
 
   /// Row t of a head of a contiguous tensor.

@@ -4,7 +4,7 @@
 // chunks together, and while one chunk is multiplied the rows of the next are fetched.
 //
 // A sequence may be cut into shares. Each goes through the tokens before it for their state alone, by the same
-// operations, so that cuts change no bit and shares wait for nothing.
+// operations, so that cuts change no bit and shares wait for nothing. Where there are no queries all go so.
 #pragma once
 
 #include "ops/gated_linear_attention/cpu_chunk.h"
@@ -15,7 +15,13 @@ template <class T>
 class GlaForward {
  public:
   GlaForward(const GatedLinearAttentionParams& p, Arena arena)
-      : p_(p), size_(p), chunk_(p, arena), passing_{{p, arena}, {p, arena}}, pairs_(size_, arena), ahead_(p) {
+      : p_(p),
+        size_(p),
+        chunk_(p, arena),
+        passing_{{p, arena}, {p, arena}},
+        pairs_(size_, arena),
+        ahead_(p),
+        far_ahead_(p) {
     memory_ = arena.take<float>(p.group * memory_size());
     kept_ = arena.take<float>(kHalvings * memory_size());
     factors_ = arena.take<float>(kPassing * size_.k);
@@ -28,7 +34,8 @@ class GlaForward {
   /// State heads [first, end) of sequence n: the results of one share of it, and of the last the state.
   void run(int64_t n, int64_t first, int64_t end, int64_t share) {
     sequence_ = sequence_at(p_, n);
-    const int64_t begin_results = share_begin(share), end_results = share_begin(share + 1);
+    const int64_t end_results = share_begin(share + 1);
+    const int64_t begin_results = size_.per_state == 0 ? end_results : share_begin(share);
     if (share > 0 && begin_results == sequence_.end) return;
     for (int64_t s = first; s < end; ++s) {
       choose(s, s - first);
@@ -37,7 +44,11 @@ class GlaForward {
     for (int64_t t = sequence_.begin; t < begin_results; t += kPassing * kChunk)
       for (int64_t s = first; s < end; ++s) {
         choose(s, s - first);
-        pass_several(t);
+        const bool last = s + 1 == end;
+        const int64_t next = last ? t + kPassing * kChunk : t;
+        far_ahead_.aim(sequence_.b, last ? first : s + 1, next, smaller(kPassing * kChunk, begin_results - next),
+                       RowsAhead<T, 2>::What::kState);
+        pass_several(t, begin_results);
       }
     for (int64_t t = begin_results; t < end_results; t += kChunk)
       for (int64_t s = first; s < end; ++s) {
@@ -100,8 +111,12 @@ class GlaForward {
     pass(t + half, n - half);
   }
 
-  /// kPassing whole chunks.
-  void pass_several(int64_t t) {
+  /// Tokens [t, end), at most kPassing chunks of them: whole ones, but for the last tokens of all.
+  void pass_several(int64_t t, int64_t end) {
+    if (end - t < kPassing * kChunk) {
+      for (; t < end; t += kChunk) pass(t, smaller(kChunk, end - t));
+      return;
+    }
     for (int64_t i = 0; i < kPassing; ++i) {
       if (passing_[i].load(sequence_, head_, t + i * kChunk, kChunk, false)) continue;
       if (i > 0) pass_loaded(i, kChunk);
@@ -120,6 +135,8 @@ class GlaForward {
         vec_store(z_ + c, vec_mul(vec_load(z_ + c), vec_load(factors_ + i * size_.k + c)));
       add_keys(passing_[i], n);
     }
+    const int64_t tiles = ceil_div(size_.v, kTileCols) * (size_.k / kTileRows),
+                  fetches = ceil_div(kPassing * kChunk, tiles);
     for (int64_t col = 0; col < size_.v; col += kTileCols)
       for (int64_t c = 0; c < size_.k; c += kTileRows) {
         if (col + kTileCols <= size_.v) {
@@ -127,7 +144,7 @@ class GlaForward {
         } else {
           for (int64_t rest = col; rest < size_.v; rest += kLanes) pass_tile<1>(chunks, n, c, rest);
         }
-        ahead_.fetch();
+        for (int64_t i = 0; i < fetches; ++i) far_ahead_.fetch();
       }
     std::memcpy(pending_, passing_[chunks - 1].tail, static_cast<size_t>(size_.k) * sizeof(float));
   }
@@ -237,6 +254,7 @@ class GlaForward {
   Chunk<T> chunk_, passing_[kPassing];
   Pairs2D pairs_;
   RowsAhead<T> ahead_;
+  RowsAhead<T, 2> far_ahead_;
   Sequence sequence_{};
   int64_t head_ = 0, bytes_ = 0;
   float *memory_, *kept_, *factors_, *out_;

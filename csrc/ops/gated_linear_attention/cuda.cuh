@@ -253,7 +253,7 @@ template <class T>
 void gated_linear_attention_forward(const GatedLinearAttentionParams& p, sq::stream_t stream) {
   if (p.sequences == 0) return;
   const auto columns = static_cast<unsigned>(ceil_div(p.dv, kStepTile));
-  const auto groups = static_cast<unsigned>(ceil_div(p.q.heads / p.states, kWalkHeads));
+  const auto groups = static_cast<unsigned>(larger(ceil_div(p.q.heads / p.states, kWalkHeads), 1));  // 1: of no queries
   const int64_t blocks = p.sequences * p.states * groups * columns;
   const bool aligned = states_aligned(p.s, p.dv) && (p.s0 == nullptr || is_aligned16(p.s0));
   with_flag(aligned, [&](auto flag) {

@@ -1,9 +1,10 @@
 """Gated linear attention, forward, backward and one decoding step.
 
 Forward: a walk through every sequence leaves the state before each chunk of 64 tokens, one program per block of key channels
-and of value columns; then the results of all chunks at once. Backward: the same walk; dq of all chunks, with the gradients of the
-denominators; a walk from the end, which leaves the gradients of the states after every chunk; dk, dv and the gate gradients of
-all chunks. Shared heads get one more kernel that adds their parts in order. No atomics, no autotuning.
+and of value columns; then the results of all chunks at once. Without query heads the walk is all, and leaves the last states
+alone. Backward: the same walk; dq of all chunks, with the gradients of the denominators; a walk from the end, which leaves the
+gradients of the states after every chunk; dk, dv and the gate gradients of all chunks. Shared heads get one more kernel that adds
+their parts in order. No atomics, no autotuning.
 Chunks first take the way of moderate decays, and go token by token if they turn out steep (see `chunk.py`).
 
 Source: GLA (arXiv 2312.06635), LAWCAT (arXiv 2509.18467) for the normaliser; this form of chunks is this project's.
@@ -107,10 +108,12 @@ class _Plan:
         g_cum = torch.empty((self.batch, self.tokens, *self.gates), **self.wide)
         g_mid = torch.empty((self.slots, *self.gates), **self.wide)
         walked = Walked(g_cum, g_mid, *self.empty_states(self.slots))
-        self.walk(
-            chunk_fwd_state_kernel, self.k, self.v, self.g, self.packed, self.initial, walked, final or States(None, None)
-        )  # fmt: skip
+        self.walk_through(walked, final or States(None, None))
         return walked
+
+    def walk_through(self, walked: Walked, final: States) -> None:
+        """The walk, which leaves what it is given room for."""
+        self.walk(chunk_fwd_state_kernel, self.k, self.v, self.g, self.packed, self.initial, walked, final)
 
 
 def _sum_of_shared(x: torch.Tensor, share: int, dtype: torch.dtype) -> torch.Tensor:
@@ -132,6 +135,9 @@ def gated_linear_attention_fwd(
     o = q.new_empty((*q.shape[:3], plan.dv))
     den = torch.empty((plan.batch if normalize else 0, plan.tokens, plan.heads), **plan.wide)
     final = plan.empty_states(plan.sequences)
+    if not plan.heads:
+        plan.walk_through(Walked(None, None, None, None), final)
+        return o, den, *final
     walked = plan.walk_forwards(final)
     plan.by_chunk(chunk_fwd_out_kernel, plan.heads * plan.blocks_v, walked, o, den, scale=scale, eps=eps)
     return o, den, *final

@@ -29,7 +29,8 @@ def chunk_fwd_state_kernel(
     k, v, g, sequences, initial, walked, final, tokens, chunks, count, states, dk, dv,
     FLAGS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """From the start of a sequence: the state before every chunk, the chunk's gates summed, and the final state.
+    """From the start of a sequence: the state before every chunk, the chunk's gates summed, and the final state; what there is
+    room for.
 
     `chunks` is of one sequence, where all are equally long; `count` of all together.
     """
@@ -54,23 +55,26 @@ def chunk_fwd_state_kernel(
         live = rows < end
         number = base + (t - start) // C
         at = number * states + s
-        tile, inside = state_tile(at, shape, channel, column, BK, BV)
-        fits = chan * 0 + number < count
-        tl.store(walked.s + tile, state, inside & fits[:, None])
-        if FLAGS.NORMALIZE:
-            tl.store(walked.z + at * dk + chan, z, of_z & fits)
+        if walked.s is not None:
+            tile, inside = state_tile(at, shape, channel, column, BK, BV)
+            fits = chan * 0 + number < count
+            tl.store(walked.s + tile, state, inside & fits[:, None])
+            if FLAGS.NORMALIZE:
+                tl.store(walked.z + at * dk + chan, z, of_z & fits)
         if FLAGS.GATE > 0:
             W: tl.constexpr = BK if FLAGS.GATE == 2 else 1
             width = dk if FLAGS.GATE == 2 else 1
             corner = channel if FLAGS.GATE == 2 else 0
             g_cum, g_mid = chunk_cumsum(load_rows(g_rows, rows, live, corner, W), C)  # [C, W], [W]
-            if (column == 0) & (channel == corner) & (s % FLAGS.G_SHARE == 0) & (number < count):
-                gates = corner + tl.arange(0, W)
-                row_at = (batch * tokens + rows) * (states // FLAGS.G_SHARE) + s // FLAGS.G_SHARE
-                mask = live[:, None] & (gates < width)[None, :]
-                tl.store(walked.g_cum + row_at[:, None] * width + gates[None, :], g_cum, mask)
-                at = number * (states // FLAGS.G_SHARE) + s // FLAGS.G_SHARE
-                tl.store(walked.g_mid + at * width + gates, g_mid, gates < width)
+            if walked.g_cum is not None:
+                first = (column == 0) & (channel == corner) & (s % FLAGS.G_SHARE == 0)
+                if first & (number < count):
+                    gates = corner + tl.arange(0, W)
+                    row_at = (batch * tokens + rows) * (states // FLAGS.G_SHARE) + s // FLAGS.G_SHARE
+                    mask = live[:, None] & (gates < width)[None, :]
+                    tl.store(walked.g_cum + row_at[:, None] * width + gates[None, :], g_cum, mask)
+                    at = number * (states // FLAGS.G_SHARE) + s // FLAGS.G_SHARE
+                    tl.store(walked.g_mid + at * width + gates, g_mid, gates < width)
             g_last = tl.sum(tl.where((rows == tl.minimum(t + C, end) - 1)[:, None], g_cum, 0.0), 0)  # [W]
         else:
             g_cum = tl.zeros([C, 1], tl.float32)

@@ -24,7 +24,9 @@ QUICK = Plan(rounds=5, warmup=1, budget=4.0)
 FULL = Plan()
 OVERHEAD = Plan(rounds=200, warmup=20, budget=5.0)
 WHOLE = ("decode", "models")  # no ops, but whole models
-DISTRIBUTED = "distributed"  # no times, but bytes; nothing else here needs several processes, so it is imported late
+DISTRIBUTED = (
+    "distributed"  # bytes, or times of ranks; nothing else here needs several processes, so it is imported late
+)
 Measured = tuple[list[Result], list[dict[str, Any]], list[str]]  # results, overheads of calls, what else is to be said
 
 
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "family",
         nargs="?",
         help=f"ops whose name starts so, such as {family} (default: all); decode, models: whole models; "
-        "distributed: bytes between processes",
+        "distributed: bytes between processes, with --case work or --case processes times of gated linear attention",
     )
     parser.add_argument("--quick", action="store_true", help="small cases, few rounds: shows that it works, no more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results with versions and machine")
@@ -174,10 +176,13 @@ def run_from_args(args: argparse.Namespace) -> int:
 
     from . import record, table
 
-    if args.family == DISTRIBUTED:
+    if args.family == DISTRIBUTED and args.case is None:
         return int(import_module("subquad.distributed.traffic").main())
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=170)
     try:
+        if args.family == DISTRIBUTED:
+            _set_threads(args)
+            return int(import_module("subquad.distributed.work").main(args.case, args.quick, _plan(args)))
         old = record.load(args.compare) if args.compare else None
         results, overheads, notes = (_whole_models if args.family in WHOLE else _kernels)(args, console)
     except ValueError as error:

@@ -58,6 +58,7 @@ def _backward(
 
 CONTRACT = Contract(
     {
+        # q may have no heads: then the tokens are walked for the states alone, which nobody differentiates.
         "gated_linear_attention_fwd": Operator(
             f"({_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)",
             _forward,

@@ -156,45 +156,74 @@ def _log_decay(g: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 
 def _walk(call: _Call, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, begin: torch.Tensor) -> torch.Tensor:
     """The state [B, HS, K, V + 1] after these tokens."""
-    idle = k.new_zeros((1, 1, call.states, k.shape[3])).expand(*k.shape[:2], -1, -1)
-    s0, z0 = _apart(begin, True)
-    _, _, s, z = call.forward(idle, k, v, g, s0, z0, None, 1.0, 1.0, True)
-    return _joined(s, z)
+    s, z = _apart(begin, call.normalize)
+    *_, s, z = call.forward(_no_queries(k), k, v, g, s, z, None, 1.0, 1.0, call.normalize)
+    return _joined(s, z if call.normalize else None)
+
+
+def _no_queries(k: torch.Tensor) -> torch.Tensor:
+    """[B, T, 0, K]: with it the forward operator walks for the states alone."""
+    return k.new_empty((*k.shape[:2], 0, k.shape[3]))
 
 
 def _walk_back(
-    call: _Call, q: torch.Tensor, grads: torch.Tensor, g: torch.Tensor | None, last: torch.Tensor
+    call: _Call,
+    q: torch.Tensor,
+    g: torch.Tensor | None,
+    grad_o: torch.Tensor,
+    o: torch.Tensor,
+    den: torch.Tensor,
+    last: torch.Tensor,
 ) -> torch.Tensor:
-    """R = sum_t exp(b_t) q_t [dN_t, dD_t]^T + exp(b) last: the same recurrence from the last token to the first.
+    """R [B, HS, K, V + 1] = sum_t exp(b_t) scale q_t [dN_t, dD_t]^T + exp(b) last: the same recurrence from the last token to the
+    first, Y_t = exp(g_(t+1)) Y_(t+1) + scale q_t [dN_t, dD_t]^T, and R = exp(g_1) Y_1.
 
-    Y_t = exp(g_t) (Y_(t+1) + q_t [dN_t, dD_t]^T): shifted by one token the gate is that of gated linear attention. Query heads of
-    one state become tokens one after the other, the decay before the first.
+    Block by block, so that what is made of one stays in the cache. Query heads have a state each, which are added at the end.
+    z has other weights than the sum of the keys of a walk, so it takes a column of the state.
 
     Args:
-        q: [B, T, HQ, K] float32, scaled.
-        grads: [B, T, HQ, V + 1] float32.
+        q, g, grad_o, o, den: of these tokens, as the operator has them.
         last: [B, HS, K, V + 1].
     """
     (batch, tokens, heads, width), states = q.shape, last.shape[1]
     if tokens == 0:
         return last
-    each = heads // states
-    keys, values = (
-        x.unflatten(2, (states, each)).flip(1).transpose(2, 3).reshape(batch, tokens * each, states, x.shape[3])
-        for x in (q, grads)
-    )
-    gates = wide = None
+    each, columns = heads // states, last.shape[3] - (not call.normalize)
+    y = last.new_zeros((batch, states, each, width, columns))
+    y[:, :, 0] = last[..., :columns]
+    parts = [x.contiguous() for x in y.flatten(1, 2).split(MAX_HEAD_DIM, -1)]
+    for low, high in _blocks(q):
+        rows = slice(low, high)
+        keys, values = q[:, rows].float().flip(1), _asked(call, grad_o[:, rows], o[:, rows], den[:, rows]).flip(1)
+        gates = None
+        if g is not None:  # of the token after, which the last one has not
+            gates = g[:, low + 1 : high + 1].float().flip(1)
+            if high == tokens:
+                gates = torch.cat([torch.zeros_like(g[:, :1], dtype=torch.float32), gates], 1)
+        pieces = zip(values.split(MAX_HEAD_DIM, -1), parts, strict=True)
+        parts = [
+            call.forward(_no_queries(keys), keys, piece, gates, part, None, None, 1.0, 1.0, False)[2]
+            for piece, part in pieces
+        ]
+    y = torch.cat(parts, -1).unflatten(1, (states, each)).sum(2)
     if g is not None:
-        wide = (g if g.dim() == 4 else g.unsqueeze(-1).expand(*g.shape, width)).float()
-        wide = wide.repeat_interleave(states // g.shape[2], 2).flip(1)
-        shifted = torch.cat([torch.zeros_like(wide[:, :1]), wide[:, :-1]], 1)
-        gates = F.pad(shifted.unsqueeze(2), (0, 0, 0, 0, 0, each - 1)).flatten(1, 2)
-    idle, parts = keys.new_zeros((1, 1, states, width)).expand_as(keys), []
-    for part, begin in zip(values.split(MAX_HEAD_DIM, -1), last.split(MAX_HEAD_DIM, -1), strict=True):
-        arguments = (idle, keys, part, gates, begin.contiguous(), None, None, 1.0, 1.0, False)
-        parts.append(call.forward(*arguments)[2])
-    y = torch.cat(parts, -1)
-    return y if wide is None else y * wide[:, -1].exp().unsqueeze(-1)
+        y = y * _log_decay(g[:, :1], y).exp()
+    return y if call.normalize else F.pad(y, (0, 1))
+
+
+def _blocks(q: torch.Tensor) -> list[tuple[int, int]]:
+    """Bounds from the last tokens to the first. On a CPU of 1 MiB in float32, but tokens enough to make up for moving states."""
+    batch, tokens, heads, width = q.shape
+    size = 64 * max(4, 2**12 // max(1, batch * heads * width)) if q.device.type == "cpu" else tokens
+    return [(max(0, high - size), high) for high in range(tokens, 0, -size)]
+
+
+def _asked(call: _Call, grad_o: torch.Tensor, o: torch.Tensor, den: torch.Tensor) -> torch.Tensor:
+    """scale [dN, dD] float32 [B, T, HQ, V + 1], or scale dN where nothing is normalised."""
+    if not call.normalize:
+        return grad_o.float() * call.scale
+    numerator = grad_o.float() * (call.scale / (den + call.eps)).unsqueeze(-1)
+    return torch.cat([numerator, -(numerator * o).sum(-1, keepdim=True)], -1)
 
 
 class _Parallel(torch.autograd.Function):
@@ -218,9 +247,12 @@ class _Parallel(torch.autograd.Function):
             end = slice(run.offset + run.cuts[-2], run.offset + run.cuts[-1])
             gates = None if g is None else g[:, end]
             own = begin[last]
+            decay = torch.zeros_like(own[..., :1])
             if layout.hands_on(run):
                 own = _walk(call, k[:, end], v[:, end], gates, own)
-            messages.append(torch.cat([own, _log_decay(gates, own)], -1))
+                if run.passes:  # else nothing goes through it, either way
+                    decay = _log_decay(gates, own)
+            messages.append(torch.cat([own, decay], -1))
         entered = exclusive_scan(messages, layout, call.method)
         outputs, finals, saved = [], [], []
         for run, begin, x in zip(runs, begins, entered, strict=True):
@@ -261,13 +293,8 @@ class _Parallel(torch.autograd.Function):
             own = torch.zeros_like(grad[first])
             if run.continues:  # only the piece that came in hands gradients back
                 head = slice(0, run.cuts[1])
-                asked = grad_o[:, run.local][:, head].float()
-                below = torch.zeros_like(asked[..., :1])
-                if normalize:
-                    asked = asked / den[:, head].unsqueeze(-1)
-                    below = -(asked * o[:, head].float()).sum(-1, keepdim=True)
-                wide, gates = q[:, head].float() * call.scale, None if g is None else g[:, head]
-                own = _walk_back(call, wide, torch.cat([asked, below], -1), gates, grad[first].contiguous())
+                gates, asked = None if g is None else g[:, head], grad_o[:, run.local][:, head]
+                own = _walk_back(call, q[:, head], gates, asked, o[:, head], den[:, head], grad[first])
             messages.append(torch.cat([own, decay], -1))
         entered = exclusive_scan(messages, layout, call.method, reverse=True)
         name = backward_backend("gated_linear_attention_fwd", call.backend, grad_o.device.type)

@@ -22,7 +22,7 @@ def gated_linear_attention(
         S_t = diag(exp g_t) S_{t-1} + k_t v_t^T        z_t = exp(g_t) z_{t-1} + k_t
         o_t = scale q_t^T S_t / (scale q_t^T z_t + eps)          (without `normalize` the numerator alone)
 
-    Computed in float32, in float64 for float64 inputs. Shapes as in `subquad.gated_linear_attention`.
+    Computed in float32, in float64 for float64 inputs. Shapes as in `subquad.gated_linear_attention`; q may have no heads.
 
     Returns:
         (o, S, z), z None without `normalize`.
@@ -30,7 +30,7 @@ def gated_linear_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     gate_heads = () if g is None else (g.shape[2],)
     states = max(k.shape[2], v.shape[2], *gate_heads)
-    queries = q.to(wide).unflatten(2, (states, -1))
+    queries = q.to(wide).unflatten(2, (states, q.shape[2] // states))
     keys, values = (_per_state(x.to(wide), states) for x in (k, v))
     decay = None
     if g is not None:

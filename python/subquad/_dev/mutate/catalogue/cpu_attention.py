@@ -48,6 +48,13 @@ FAULTS = (
         "walk(t + half, n - half, depth + 1);",
         "walk(t + half, n - half - (n > 3), depth + 1);",
     ),
+    Fault(
+        "cpu-gla-walk-left-over",
+        "bounds",
+        _GLA,
+        "for (; t < end; t += kChunk) pass(t, smaller(kChunk, end - t));",
+        "for (; t + kChunk <= end; t += kChunk) pass(t, kChunk);",
+    ),
     Fault("cpu-gla-eps", "formula", _GLA, "inverse = 1.0f / (total + p_.eps);", "inverse = 1.0f / total;"),
     Fault(
         "cpu-gla-clamped-bounds",

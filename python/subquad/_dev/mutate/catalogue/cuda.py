@@ -272,6 +272,13 @@ FAULTS = (
         "const int heads = static_cast<int>(left < kWalkHeads ? 1 : kWalkHeads);\n  const bool",
     ),
     Fault(
+        "cuda-gla-no-queries",
+        "state",
+        _WALK,
+        "static_cast<unsigned>(larger(ceil_div(p.q.heads / p.states, kWalkHeads), 1));",
+        "static_cast<unsigned>(ceil_div(p.q.heads / p.states, kWalkHeads));",
+    ),
+    Fault(
         "cuda-walk-totals-barrier", "barrier", _WALK, "__syncthreads();  // the next tokens overwrite the totals", ""
     ),
     Fault(

@@ -30,10 +30,56 @@ _CACHE = _of(
 _CONVERT = _of("integrations/transformers/convert.py", "tests/models/test_convert.py")
 _SAVING = _of("integrations/transformers/saving.py", "tests/models/test_saving.py", "tests/models/test_weights.py")
 _CONTEXT = _of("distributed/context.py", "tests/distributed/test_context.py")
+_WALKS = _of(
+    "distributed/gated_linear_attention.py", "tests/distributed/test_walk.py", "tests/distributed/test_operators.py"
+)
 _FLA = _of("compat/fla.py", "tests/package/test_compat_fla.py")
 _CONV = _of("compat/causal_conv1d.py", "tests/ops/causal_conv1d")
 
 FAULTS = (
+    Fault(
+        "distributed-gla-eps",
+        "gradient",
+        _WALKS,
+        "(call.scale / (den + call.eps)).unsqueeze(-1)",
+        "(call.scale / den).unsqueeze(-1)",
+    ),
+    Fault(
+        "distributed-gla-dden",
+        "gradient",
+        _WALKS,
+        "-(numerator * o).sum(-1, keepdim=True)",
+        "torch.zeros_like(numerator[..., :1])",
+    ),
+    Fault("distributed-gla-final", "gradient", _WALKS, "    y[:, :, 0] = last[..., :columns]\n", ""),
+    Fault(
+        "distributed-gla-final-per-query",
+        "gradient",
+        _WALKS,
+        "y[:, :, 0] = last[..., :columns]",
+        "y[:] = last[:, :, None, :, :columns]",
+    ),
+    Fault(
+        "distributed-gla-gate-of-the-token-after",
+        "gradient",
+        _WALKS,
+        "g[:, low + 1 : high + 1].float().flip(1)",
+        "g[:, low:high].float().flip(1)",
+    ),
+    Fault(
+        "distributed-gla-first-gate",
+        "gradient",
+        _WALKS,
+        "        y = y * _log_decay(g[:, :1], y).exp()\n",
+        "        pass\n",
+    ),
+    Fault(
+        "distributed-gla-passing",
+        "state",
+        _WALKS,
+        "                if run.passes:",
+        "                if not run.continues:",
+    ),
     Fault("hf-codes-unchecked", "guard", _SAVING, "        _check_codes(self, files)\n", ""),
     Fault("hf-codes-of-another-shape", "guard", _SAVING, "shape != list(tensor.shape) or ", ""),
     Fault(
