@@ -66,6 +66,16 @@ def test_blocks_are_a_mebibyte_and_cover_the_tokens(heads: int, width: int, size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [0, 1, 256, 600, 20000])
+def test_sums_of_gates(tokens: int, dtype: torch.dtype) -> None:
+    for shape in ((2, tokens, 3), (1, tokens, 2, 5)):
+        gates = -normal(*shape, seed=tokens, dtype=dtype).abs()
+        before, found = gates.clone(), module._sum_of_tokens(gates)
+        assert found.dtype is torch.float32 and torch.equal(gates, before)
+        torch.testing.assert_close(found.double(), gates.double().sum(1), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_eps_is_part_of_the_denominator(dtype: torch.dtype) -> None:
     """One as large as the sums, in the gradients too."""
     options: dict[str, Any] = {"normalize": True, "eps": 20.0, "scale": 0.3}
