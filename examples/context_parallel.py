@@ -1,6 +1,7 @@
 """One long document on several processes: a small model with LAWCAT and sliding-window layers, trained as if it were in one.
 
-    torchrun --nproc-per-node 2 examples/context_parallel.py     # seconds, on a CPU
+    torchrun --nproc-per-node 2 examples/context_parallel.py             # half a minute, on a CPU
+    torchrun --nproc-per-node 2 examples/context_parallel.py --quick     # seconds: fewer tokens and steps
 
 Every process holds its part of the document alone: tokens, activations, loss. Layers send what their mathematics needs:
 a window fetches the keys before its first row, a LAWCAT layer a few tokens for its convolutions and one state. The first process
@@ -89,10 +90,16 @@ def alone(ids: torch.Tensor, steps: int) -> list[float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=12)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and steps")
+    parser.add_argument("--tokens", type=int, help="of the document (default: 2048, quick 512)")
+    parser.add_argument("--steps", type=int, help="of the training (default: 12, quick 4)")
     given = parser.parse_args()
+    for name, quick, full in (("tokens", 512, 2048), ("steps", 4, 12)):
+        if getattr(given, name) is None:
+            setattr(given, name, quick if given.quick else full)
+        if getattr(given, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(given, name)}")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     ids = document(given.tokens)

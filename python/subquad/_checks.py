@@ -217,6 +217,14 @@ def readable(value: torch.Tensor) -> bool:
     return not traced(value) and (value.device.type == "cpu" or _DEBUG)
 
 
+def hold(fact: torch.Tensor, message: str) -> None:
+    """ValueError if a bool [] is False; in compiled code, which has no values yet, a RuntimeError when it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(fact, message)
+    elif not bool(fact):
+        raise ValueError(message)
+
+
 def no_gradient(name: str, value: torch.Tensor | None, hint: str = "") -> None:
     """`value` needs no gradient, for the op has none: a gradient is never dropped silently."""
     if value is not None and value.requires_grad:

@@ -36,6 +36,20 @@ def test_the_window_cannot_see_and_chance_cannot_choose(example: ModuleType) -> 
             assert len(stretch) == example.LENGTH and bool((stretch == answer).all())
 
 
+@pytest.mark.parametrize("options", [["--quick"], ["--quick", "--steps", "2"]])
+def test_it_runs(
+    example: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(PATH), *options])
+    steps: list[int] = []
+    real = example.trained
+    monkeypatch.setattr(example, "trained", lambda learns, count: (steps.append(count), real(learns, 1))[1])
+    example.main()
+    assert (
+        "The search learns:" in capsys.readouterr().out and steps == [int(options[-1]) if len(options) > 1 else 5] * 2
+    )
+
+
 @pytest.mark.full
 @pytest.mark.slow
 def test_the_gate_teaches_the_search(example: ModuleType) -> None:

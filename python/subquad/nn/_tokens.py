@@ -162,8 +162,8 @@ def padding_of(mask: Any, batch: int, length: int, seen: int | torch.Tensor | No
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         return read(mask, batch, length, None, seen).real
     _check_pairs(mask, batch, length)
-    columns = _columns(seen, length, mask.shape[3], mask.device)
-    return _visible(mask)[:, 0, :, columns].diagonal(0, 1, 2).expand(batch, -1)
+    own = columns_of(seen, length, mask.shape[3], mask.device)
+    return _visible(mask)[:, 0, :, own].diagonal(0, 1, 2).expand(batch, -1)
 
 
 def read(
@@ -235,7 +235,7 @@ def of_one_kind(mask: Any) -> Any:
     return kinds[0] if kinds else None
 
 
-def _columns(seen: int | torch.Tensor | None, length: int, width: int, device: torch.device) -> slice | torch.Tensor:
+def columns_of(seen: int | torch.Tensor | None, length: int, width: int, device: torch.device) -> slice | torch.Tensor:
     """Which of a mask's columns are those of the current positions: after what was seen, or the last ones."""
     if isinstance(seen, torch.Tensor):
         return torch.arange(length, device=device) + seen.to(device).clamp_max(width - length)
@@ -248,7 +248,7 @@ def _of_columns(mask: torch.Tensor, batch: int, length: int, seen: int | torch.T
         raise ValueError(f"attention_mask: expected shape [{batch}, >= {length}], got {list(mask.shape)}")
     if mask.is_floating_point() and not torch.compiler.is_compiling() and bool((mask < 0).any()):
         raise ValueError("attention_mask: expected 0 or 1 in two dimensions, got negative numbers")
-    return mask[:, _columns(seen, length, mask.shape[1], mask.device)].bool()
+    return mask[:, columns_of(seen, length, mask.shape[1], mask.device)].bool()
 
 
 def _of_intervals(
@@ -261,7 +261,7 @@ def _of_intervals(
     padding, ids = mask.padding, getattr(mask, "sequence_ids", None)
     first = 0 if mask.first_row is None else mask.first_row
     real, ids = (
-        None if x is None else x[:, _columns(first, length, x.shape[1], x.device)].expand(batch, -1)
+        None if x is None else x[:, columns_of(first, length, x.shape[1], x.device)].expand(batch, -1)
         for x in (padding, ids)
     )
     if ids is None or length == 1 or (torch.compiler.is_compiling() and seen is not None):  # those come without a cache
@@ -278,11 +278,11 @@ def _of_pairs(
     compiling = torch.compiler.is_compiling()
     if isinstance(seen, torch.Tensor) and length > 1 and not compiling:
         seen = int(seen)
-    columns = _columns(seen, length, mask.shape[3], mask.device)
+    own = columns_of(seen, length, mask.shape[3], mask.device)
     before = None
-    if isinstance(columns, slice) and columns.start and window is None and not compiling:
-        before = visible[:, 0, :, : columns.start].any(-1)  # whether a row sees something of the past
-    visible = visible[..., columns]
+    if isinstance(own, slice) and own.start and window is None and not compiling:
+        before = visible[:, 0, :, : own.start].any(-1)  # whether a row sees something of the past
+    visible = visible[..., own]
     real = visible[:, 0].diagonal(0, 1, 2)
     if length == 1 or (compiling and seen is not None):  # nothing to compare; packed rows come without a cache
         return Tokens(real.expand(batch, -1))
@@ -339,8 +339,14 @@ def _with_bounds(
         ids = told["seq_idx"]
         if ids.shape != (batch, length):
             raise ValueError(f"seq_idx: expected shape [{batch}, {length}], got {list(ids.shape)}")
-    elif not masked or not torch.compiler.is_compiling():
+    else:
         ids = restarts(told.get("position_ids"), real, length, anywhere=not masked and seen is None)
+        if ids is not None and seen is not None and torch.compiler.is_compiling():
+            _checks.hold(
+                ~ids.any(),
+                "position_ids: expected numbers that go on with a cache where a graph is compiled, got some that begin again",
+            )
+            ids = None
     if ids is not None:
         apart = _apart(ids, real)
         begins = apart if begins is None else begins | apart
@@ -373,20 +379,22 @@ def _bounds(name: str, told: dict[str, Any], batch: int, length: int) -> Packed:
 def restarts(positions: Any, real: torch.Tensor | None, length: int, anywhere: bool) -> torch.Tensor | None:
     """The sequence of every token, int64 [B|1, T], by positions that do not go on: anywhere, or from 0 where there is no padding.
 
-    Rows whose positions never count on, all zeros for example, say nothing about sequences. None: each row is one.
+    Rows whose positions never count on, all zeros for example, say nothing about sequences. None: each row is one. Compiled code
+    cannot ask for that, and gets zeros.
     """
     if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or positions.shape[1] != length or length == 1:
         return None
     compiling = torch.compiler.is_compiling()
-    if not anywhere and (compiling or (real is not None and not bool(real.all()))):
+    if not anywhere and not compiling and real is not None and not bool(real.all()):
         return None
 
     def make() -> torch.Tensor | None:
-        restart = positions != positions.roll(1, 1) + 1
+        goes_on = positions == positions.roll(1, 1) + 1
+        restart = _but_first(~goes_on)
         if not anywhere:
-            counts = (positions.diff(dim=1) == 1).any(1, keepdim=True)
-            restart = restart & (positions == 0) & counts
-        restart = _but_first(restart)
+            restart = restart & (positions == 0) & _but_first(goes_on).any(1, keepdim=True)
+            if compiling and real is not None:
+                restart = restart & real.all()
         return restart.cumsum(1) if compiling or bool(restart.any()) else None
 
     return _RESTARTS.get(positions, (anywhere,), make)
@@ -406,6 +414,6 @@ def _but_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _before(real: torch.Tensor) -> torch.Tensor:
-    """The position of the real token before each one, int64 [B, T]; -1 where there is none."""
+    """The position of the real token before each one, int64 [B, T]; -1 where there is none. Sizes stay T, as of `_but_first`."""
     place = torch.arange(real.shape[1], device=real.device)
-    return nn.functional.pad(torch.where(real, place, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+    return torch.where(place > 0, torch.where(real, place, -1).cummax(1).values.roll(1, 1), -1)

@@ -14,13 +14,14 @@ from ..._packing import Packed, bounds
 from ...masks import IntervalMask, builders
 from ...masks.additive import shown
 from ...masks.model_mask import ModelMask
-from ...nn._tokens import restarts
+from ...nn._tokens import columns_of, restarts
 from .masks import plain
 from .predicates import run_starts, run_stops
 
 _FORMS = "a mask [B|1, H|1, Tq|1, Tk], bool, or float of 0 and numbers below -1000"
 _LOG = logging.getLogger(__name__)
 _DENSE, _APART = Derived(), Derived()
+_BEHIND = 1 << 30  # no sequence: keys that are not there yet; a constant, for a graph of all lengths
 
 
 def mask_of(
@@ -107,41 +108,50 @@ def _by_positions(mask: IntervalMask, tq: int, tk: int, positions: Any) -> Inter
     """
     if not isinstance(mask, ModelMask) or not mask.autoregressive or mask.sequence_ids is not None:
         return mask
-    if not isinstance(positions, torch.Tensor) or positions.is_floating_point() or _checks.traced(positions):
+    if not isinstance(positions, torch.Tensor) or positions.is_floating_point():
+        return mask
+    compiling = torch.compiler.is_compiling()
+    if _checks.traced(positions) and not compiling:
         return mask
 
     def make() -> IntervalMask:
-        real = mask.padding
-        if real is not None and real.shape[1] > tq:  # a preallocated cache has room for later keys
-            first = int(mask.first_row or 0)
-            real = real[:, first : first + tq]
+        first: Any = 0 if mask.first_row is None else mask.first_row if compiling else int(mask.first_row)
+        real = None if mask.padding is None else mask.padding[:, columns_of(first, tq, tk, mask.padding.device)]
         ids = restarts(positions, real, tq, anywhere=False)
         if ids is None:
             return mask
         if mask.chunked:
-            raise ValueError(
+            _checks.hold(
+                ~ids.any(),
                 "position_ids: expected numbers that go on beside a mask of chunks, got some that begin at 0 again; "
-                "packed sequences need use_cache=False and no attention_mask here"
+                "packed sequences need use_cache=False and no attention_mask here",
             )
-        if int(mask.first_row or 0):
-            raise ValueError(
-                "position_ids: expected numbers that go on behind cached tokens, got some that begin at 0 again"
+            return mask
+        if isinstance(first, torch.Tensor) or first:
+            _checks.hold(
+                ~ids.any() | (first == 0) if isinstance(first, torch.Tensor) else ~ids.any(),
+                "position_ids: expected numbers that go on behind cached tokens, got some that begin at 0 again",
             )
         attributes = {
             name: getattr(mask, name)
             for name in ("padded_causal", "autoregressive", "padding", "sliding_window", "first_row")
         }
         return ModelMask.of(
-            mask & _of_sequences(ids, tk), sequence_ids=nn.functional.pad(ids, (0, tk - tq), value=tq), **attributes
+            mask & _of_sequences(ids, tk, first),
+            sequence_ids=nn.functional.pad(ids, (0, tk - tq), value=_BEHIND),
+            **attributes,
         )
 
     return _APART.get(positions, (mask, tk), make)
 
 
-def _of_sequences(ids: torch.Tensor, tk: int) -> IntervalMask:
-    """Rows that see the tokens of their own sequence, ids [B, T]; of keys behind, which are not there yet, the last one's."""
+def _of_sequences(ids: torch.Tensor, tk: int, past: int | torch.Tensor = 0) -> IntervalMask:
+    """Rows that see the tokens of their own sequence, ids [B, T]; of keys behind, which are not there yet, the last one's.
+
+    `past`: keys before the tokens, where all of these are one sequence.
+    """
     start, stop = run_starts(ids == ids.roll(1, -1)), run_stops(ids == ids.roll(-1, -1))
-    return IntervalMask.spans(start[:, None, :, None], stop[:, None, :, None], tk)
+    return IntervalMask.spans(start[:, None, :, None], (stop + past)[:, None, :, None], tk)
 
 
 def _apart(mask: IntervalMask, query: torch.Tensor, tk: int, arguments: dict[str, Any]) -> IntervalMask:
