@@ -32,6 +32,7 @@ class Plan:
         positions: int64, own and fetched ones together, ascending; `order` sorts them.
     """
 
+    @torch.inference_mode(False)  # it is kept, and a later call may need a gradient
     def __init__(self, layout: SequenceLayout, needs: Sequence[Sequence[Span]]) -> None:
         self.layout, rank = layout, layout.rank
         ranks = range(layout.size)
