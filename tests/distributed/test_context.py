@@ -57,7 +57,13 @@ def test_a_mask_is_not_taken_for_one_that_is_gone(mode: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "options", [{}, {"window_size": 5}, {"window_size": 5, "affine_window": True, "rope": "linear"}]
+    "options",
+    [
+        {},
+        {"window_size": 5},
+        {"window_size": 5, "affine_window": True, "rope": "linear"},
+        {"window_size": 5, "linear_covers_window": False},
+    ],
 )
 @pytest.mark.parametrize("padding", [0, 6])
 def test_lawcat_layers_on_one_rank_are_those_without_any(options: dict[str, Any], padding: int) -> None:

@@ -23,5 +23,6 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "!=" not in "".join(lines)
     large = {tuple(line.split()[:2]): line.split()[2:] for line in lines if line.strip().startswith("1048576")}
     assert large["1048576", "64"][1:4] == ["3.98", "0.0234", "4.01"]  # the same for any number of tokens
+    assert large["1048576", "64"][6:8] == ["8.04", "12.1"]
     monkeypatch.setitem(traffic.FORMULAS, "convolution", lambda *_: 1)
     assert cli.main(["bench", "distributed"]) == 1

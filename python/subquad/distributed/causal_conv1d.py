@@ -118,7 +118,7 @@ def _over_runs(
     checked(layout, signature, check)
     taps = weight.shape[-1]
     outputs = []
-    for run, before in zip(layout.mine, halos(x, taps - 1, layout), strict=True):
+    for run, before in zip(layout.mine, halos(layout, taps - 1, x)[0], strict=True):
         state = before.flatten(2).transpose(1, 2)
         cu_seqlens = None
         if layout.packed:  # the sequences that begin here have nothing before them

@@ -15,7 +15,7 @@ import torch
 from .. import _checks
 from . import _collectives
 from .agreement import checked
-from .layout import SequenceLayout, Span
+from .layout import Run, SequenceLayout, Span
 
 
 class Plan:
@@ -32,6 +32,7 @@ class Plan:
         positions: int64, own and fetched ones together, ascending; `order` sorts them.
     """
 
+    @torch.inference_mode(False)  # it is kept, and a later call may need a gradient
     def __init__(self, layout: SequenceLayout, needs: Sequence[Sequence[Span]]) -> None:
         self.layout, rank = layout, layout.rank
         ranks = range(layout.size)
@@ -131,25 +132,30 @@ def halo_plan(layout: SequenceLayout, tokens: int) -> Plan:
     if key not in layout.plans:
         needs: list[list[Span]] = [[] for _ in range(layout.size)]
         for run in layout.runs:
-            if run.continues:
-                needs[run.owner].append((max(layout.begin(run.low), run.low - tokens), run.low))
+            needs[run.owner].append((first_seen(layout, run, tokens), run.low))
         layout.plans[key] = Plan(layout, [union(spans) for spans in needs])
     plan: Plan = layout.plans[key]
     return plan
 
 
-def halos(x: torch.Tensor, tokens: int, layout: SequenceLayout) -> list[torch.Tensor]:
-    """[B, tokens, ...] before each of this rank's runs, zeros in front where its sequence is younger."""
+def first_seen(layout: SequenceLayout, run: Run, tokens: int) -> int:
+    """The first of the `tokens` positions before a run that lie in its sequence; the run's own where there is none."""
+    return max(layout.begin(run.low), run.low - tokens) if run.continues else run.low
+
+
+def halos(layout: SequenceLayout, tokens: int, *tensors: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Of every tensor what stands before each of this rank's runs, [B, tokens, ...], zeros in front where its sequence is
+    younger. One message for tensors of one dtype."""
     plan = halo_plan(layout, tokens)
-    (got,) = fetch(plan, x)
-    return halos_of(plan, with_own(plan, x, got), tokens)
+    fetched = fetch(plan, *tensors)
+    return [_halos_of(plan, with_own(plan, x, got), tokens) for x, got in zip(tensors, fetched, strict=True)]
 
 
-def halos_of(plan: Plan, every: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+def _halos_of(plan: Plan, every: torch.Tensor, tokens: int) -> list[torch.Tensor]:
     """`halos` of own and fetched rows together, [B, n, ...]."""
     layout, found = plan.layout, []
     for run in layout.mine:
-        low = max(layout.begin(run.low), run.low - tokens) if run.continues else run.low
+        low = first_seen(layout, run, tokens)
         rows = every.index_select(1, plan.find(torch.arange(low, run.low)).to(every.device))
         young = rows.new_zeros((every.shape[0], tokens - rows.shape[1], *every.shape[2:]))
         found.append(torch.cat([young, rows], 1))
@@ -177,7 +183,7 @@ def halo(x: torch.Tensor, tokens: int, *, layout: SequenceLayout) -> torch.Tenso
         check_tokens("x", x, layout)
 
     checked(layout, lambda: {"op": "halo", "tokens": tokens, "x": (x.shape[0], *x.shape[2:], x.dtype)}, check)
-    return torch.cat(halos(x, tokens, layout), 1)
+    return torch.cat(halos(layout, tokens, x)[0], 1)
 
 
 def check_tokens(name: str, x: object, layout: SequenceLayout, dim: int = 1) -> None:

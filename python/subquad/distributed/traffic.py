@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 
 from ..masks import IntervalMask
+from ..nn.lawcat import LawcatAttention
 from . import _collectives
 from .causal_conv1d import causal_conv1d
 from .gated_linear_attention import gated_linear_attention
 from .interval_attention import interval_attention
+from .lawcat import lawcat
 from .layout import SequenceLayout
 from .sink_cache import ShardedSinkKVCache
 
@@ -27,7 +29,7 @@ _TOKENS = 8  # a rank, where bytes are counted
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a layer: heads HQ and HKV of D, taps W of a convolution of queries, a window and sinks, bytes of an element."""
+    """Of a layer: heads HQ and HKV of D, taps W of convolutions, a window and sinks, bytes of an element."""
 
     heads: int
     kv_heads: int
@@ -51,14 +53,33 @@ class Sizes:
 SMALL = Sizes(heads=2, kv_heads=2, width=8, taps=4, window=5, sinks=2, element=4)
 LARGE = Sizes(heads=32, kv_heads=8, width=128, taps=4, window=1024, sinks=4, element=2)
 
+
+def _gathered(s: Sizes, ranks: int, columns: int) -> int:
+    return (ranks - 1) * 4 * s.state * (columns + 2)
+
+
+def _scanned(s: Sizes, ranks: int, columns: int) -> int:
+    return (ranks - 1) * 4 * -(-s.state // ranks) * (2 * columns + 3)
+
+
+def _lawcat(s: Sizes, tokens: int, ranks: int, late: bool) -> int:
+    """A whole layer with gates of every channel, rope="linear" and a window; of the latter comes a column of the state."""
+    convolved = (s.taps - 1) * (s.heads + s.kv_heads) * s.width * s.element
+    rows, gates = (s.window + s.taps - 1, 4 * s.kv_heads * s.width) if late else (s.window - 1, 0)
+    near = min(rows, tokens - tokens // ranks) * (s.key + gates)
+    return convolved + near + (_gathered if ranks <= 4 else _scanned)(s, ranks, s.width + 1)
+
+
 # Bytes into the last rank of `ranks`, forward, of a sequence of `tokens` in equal parts; of one token where they are decoded.
 FORMULAS: dict[str, Callable[[Sizes, int, int], int]] = {
-    "linear, all_gather": lambda s, tokens, ranks: (ranks - 1) * 4 * s.state * (s.width + 2),
-    "linear, scan": lambda s, tokens, ranks: (ranks - 1) * 4 * -(-s.state // ranks) * (2 * s.width + 3),
+    "linear, all_gather": lambda s, tokens, ranks: _gathered(s, ranks, s.width),
+    "linear, scan": lambda s, tokens, ranks: _scanned(s, ranks, s.width),
     "convolution": lambda s, tokens, ranks: (s.taps - 1) * s.heads * s.width * s.element,
     "window and sinks": lambda s, tokens, ranks: min(s.window - 1 + s.sinks, tokens - tokens // ranks) * s.key,
     "causal": lambda s, tokens, ranks: (tokens - tokens // ranks) * s.key,
     "decoding step": lambda s, tokens, ranks: (ranks - 1) * 4 * s.heads * (s.width + 1),
+    "LAWCAT, window": lambda s, tokens, ranks: _lawcat(s, tokens, ranks, late=False),
+    "LAWCAT, before it": lambda s, tokens, ranks: _lawcat(s, tokens, ranks, late=True),
 }
 # Of attention that does not know what its mask shows: all keys of others come by once, in hops or at once.
 OTHERS = ("ring attention", "all-gather of keys")
@@ -104,6 +125,14 @@ def counted(name: str, ranks: int) -> int:
     """Bytes into the last rank, forward, of a layer of `SMALL` sizes."""
     s = SMALL
     q, k, v = (torch.ones(1, _TOKENS, heads, s.width) for heads in (s.heads, s.kv_heads, s.kv_heads))
+
+    def attend(layout: SequenceLayout, covers: bool) -> None:
+        layer = LawcatAttention(
+            s.heads * s.width, s.heads, s.kv_heads, conv_size=s.taps, rope="linear", window_size=s.window,
+            linear_covers_window=covers,
+        )  # fmt: skip
+        lawcat(layer, q.flatten(2), (k[:, :, 0], v[:, :, 0]), layout)
+
     calls: dict[str, Callable[[SequenceLayout], Any]] = {
         "linear, all_gather": lambda layout: gated_linear_attention(q, k, v, layout=layout, method="all_gather"),
         "linear, scan": lambda layout: gated_linear_attention(q, k, v, layout=layout, method="scan"),
@@ -113,6 +142,8 @@ def counted(name: str, ranks: int) -> int:
         ),
         "causal": lambda layout: interval_attention(q, k, v, IntervalMask.causal(), layout=layout),
         "decoding step": lambda layout: cache.step(q[:, :1], k[:, :1], v[:, :1]),
+        "LAWCAT, window": lambda layout: attend(layout, covers=True),
+        "LAWCAT, before it": lambda layout: attend(layout, covers=False),
     }
     with played(ranks - 1, ranks) as came:
         cache = ShardedSinkKVCache(1, s.kv_heads, s.width, sink_tokens=s.sinks, window=s.window)

@@ -38,7 +38,7 @@ def window_terms(
         v: values [B, P + T, HKV, V].
         window: keys that a query sees, its own included.
         visible: bool [B, P + T], False for keys that nobody sees; None: all exist.
-        sequence: int [B, T], of which sequence a row is, which then sees no other (P is 0); None: there is one.
+        sequence: int [B, P + T], of which sequence a key is, which rows of others do not see; None: there is one.
         scores: how l comes from q k^T; d^-1/2 q k^T if not told.
 
     Returns:
@@ -67,7 +67,7 @@ def window_terms(
 
     seen = near & blocks_of(visible)[:, :, None]
     if sequence is not None:
-        own = F.pad(sequence, (0, fill), value=-1).reshape(-1, blocks, window)
+        own = F.pad(sequence[:, past:], (0, fill), value=-1).reshape(-1, blocks, window)
         seen = seen & (own[..., None] == blocks_of(sequence, -1)[:, :, None])
     seen = seen[:, :, None, None]
     logits = torch.where(seen, logits, -torch.inf)
@@ -114,8 +114,9 @@ def delayed(
     )
     assert keys is not None and values is not None
     entering = streams.delayed(keys)
-    if gates is not None and t:
-        passed = gates[:, 1:].unfold(1, window, 1).sum(-1)  # of the tokens after the entering one, to the current one
+    if gates is not None:  # without tokens, too: gates of another rank get a gradient
+        # Of the tokens after the entering one, to the current one.
+        passed = gates[:, 1:].unfold(1, window, 1).sum(-1) if t else gates
         passed = streams.delayed(passed).repeat_interleave(k.shape[2] // passed.shape[2], 2).exp()
         entering = entering * (passed if passed.dim() == 4 else passed[..., None])
     rest = streams.tail(keys), streams.tail(values), None if gates is None else streams.tail(gates)

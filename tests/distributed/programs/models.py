@@ -124,7 +124,8 @@ def main() -> None:
     left[0, :17], left[1, -5:] = 0, 0
     case("Llama, padding", llama, uneven, left)
     case("LAWCAT hybrid, padding", lawcat, uneven, left)
-    case("LAWCAT with a window, zigzag", hybrid(window_size=9), zigzag)
+    shipped = hybrid(window_size=9, linear_covers_window=False, linear_scale=1.0, tie_qk_feature_map=False)
+    case("LAWCAT with a window and what is before it, packed zigzag", shipped, packed)
     case(
         "LAWCAT, conv on v, output gate",
         hybrid(conv_on_v=True, use_output_gate=True, gate="scalar", share_kv_features=True),

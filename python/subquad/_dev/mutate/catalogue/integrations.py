@@ -33,6 +33,9 @@ _CONTEXT = _of("distributed/context.py", "tests/distributed/test_context.py")
 _WALKS = _of(
     "distributed/gated_linear_attention.py", "tests/distributed/test_walk.py", "tests/distributed/test_operators.py"
 )
+_SHARDS = _of("distributed/lawcat.py", "tests/distributed/test_lawcat_window.py")
+_HALO = _of("distributed/exchange.py", "tests/distributed/test_lawcat_window.py")
+_DELAYED = _of("nn/_window.py", "tests/distributed/test_lawcat_window.py")
 _FLA = _of("compat/fla.py", "tests/package/test_compat_fla.py")
 _CONV = _of("compat/causal_conv1d.py", "tests/ops/causal_conv1d")
 
@@ -88,6 +91,38 @@ FAULTS = (
         _CONTEXT,
         "derived.get(padding, (window,), padded)",
         "made.setdefault(~window, padded())",
+    ),
+    Fault("shards-window-short", "bounds", _SHARDS, "if late else window - 1", "if late else window - 2"),
+    Fault("shards-window-oldest", "bounds", _SHARDS, ">= past - run.low + first_seen", "> past - run.low + first_seen"),
+    Fault(
+        "shards-window-other-sequence",
+        "mask",
+        _SHARDS,
+        "sequence = None if pieces is None else F.pad(pieces.sequence, (past, 0))[None]",
+        "sequence = None",
+    ),
+    Fault(
+        "shards-late-twice",
+        "accumulator",
+        _SHARDS,
+        "    if late:\n        k, wide =",
+        "    if late:\n        _, wide =",
+    ),
+    Fault("shards-late-no-tokens", "gradient", _DELAYED, "if gates is not None:", "if gates is not None and t:"),
+    Fault("shards-late-nothing", "mask", _SHARDS, "features.float().masked_fill(gone, 0)", "features.float()"),
+    Fault(
+        "shards-first-piece",
+        "state",
+        _SHARDS,
+        "F.pad(x, (0, 0) * (x.dim() - 1) + (0, pieces.sequences - 1))",
+        "x.repeat(pieces.sequences, *[1] * (x.dim() - 1))",
+    ),
+    Fault(
+        "shards-halo-other-sequence",
+        "mask",
+        _HALO,
+        "max(layout.begin(run.low), run.low - tokens) if run.continues",
+        "max(0, run.low - tokens) if run.continues",
     ),
     Fault("hf-scale-dropped", "formula", _ATTENTION, "scale=scaling,", "scale=None,"),
     Fault("hf-sinks-dropped", "sink", _ATTENTION, "sink_logits=s_aux,", "sink_logits=None,"),
