@@ -42,13 +42,11 @@ def part(mask: IntervalMask, rows: torch.Tensor, keys: torch.Tensor, tq: int, tk
     Keys keep their order, so an interval of a row stays one interval: no interval is added, nothing dense is made. One run of
     rows of a plain mask, with the keys up to its end, is the same plain mask of other sizes.
     """
-    count = len(keys)
-    if mask.starts is None and not mask.plain_causal:
+    count, plain = len(keys), mask.starts is None and mask.key_start is None
+    if len(rows) == 0 or (plain and not mask.plain_causal):
         return IntervalMask.full(len(rows), count)
-    if len(rows) == 0:
-        return IntervalMask.full(0, count)
     one_run = int(rows[-1]) - int(rows[0]) == len(rows) - 1
-    if mask.plain_causal and one_run and count >= len(rows) and int(keys[-1]) == int(rows[-1]):
+    if plain and one_run and count >= len(rows) and int(keys[-1]) == int(rows[-1]):
         return IntervalMask._plain(True, mask.sink_tokens, mask.window, len(rows), count)
     whole = mask.materialize(tq, tk)
     assert whole.starts is not None and whole.ends is not None
