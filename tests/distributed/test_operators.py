@@ -309,7 +309,7 @@ MASKS: dict[str, Callable[[], IntervalMask]] = {
     "prefix": lambda: IntervalMask.prefix_lm(17, TOKENS),
     "lookahead": lambda: IntervalMask.lookahead(torch.randint(0, 12, (TOKENS,), generator=torch.Generator().manual_seed(3)), 10),
     "bits": lambda: IntervalMask.from_dense(torch.rand(2, 4, TOKENS, TOKENS, generator=torch.Generator().manual_seed(4)) < 0.05),
-    "lifetimes": lambda: IntervalMask.sink(2, 30, TOKENS, TOKENS).materialize().with_key_lifetime(
+    "lifetimes": lambda: IntervalMask.sink(2, 30, TOKENS, TOKENS).with_key_lifetime(
         torch.arange(TOKENS, dtype=torch.int32).view(1, 1, -1) // 2, torch.full((1, 1, TOKENS), 50, dtype=torch.int32)
     ),
 }  # fmt: skip

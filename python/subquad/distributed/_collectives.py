@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +81,26 @@ def send(x: torch.Tensor, to: int, tag: int, group: Group) -> None:
 
 def receive(x: torch.Tensor, source: int, tag: int, group: Group) -> None:
     dist.recv(x, group_src=source, group=group, tag=tag)
+
+
+def swap(
+    given: Sequence[tuple[int, torch.Tensor]], coming: Sequence[tuple[int, torch.Tensor]], group: Group
+) -> Callable[[], None]:
+    """Start to send contiguous tensors to ranks and to receive others from ranks, in the same order on both sides.
+
+    Returns:
+        Waits until what comes has come and what goes is gone.
+    """
+    ops = [dist.P2POp(dist.irecv, x, group=group, group_peer=rank) for rank, x in coming]
+    ops += [dist.P2POp(dist.isend, x, group=group, group_peer=rank) for rank, x in given]
+    works = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+        ops.clear()  # which kept what was on its way
+
+    return wait
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:

@@ -1,6 +1,7 @@
 """Interval attention on shards: the mask says which keys a rank needs, one message brings them, the local operator runs.
 
-All keys of a row meet in one call: sink logits enter once, and no partial results are merged.
+All keys of a row meet in one call: sink logits enter once, and no partial results are merged. Around a ring (ring.py) they come
+rank by rank instead.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from typing import Any, cast
 
 import torch
 
+from .. import _checks
 from ..masks import IntervalMask
 from ..masks.parts import keys_seen, part
+from ..ops import _call
+from ..ops.interval_attention import _check_lead, _check_tensors, _scale, _sink_logits, _softcap
 from ..ops.interval_attention import interval_attention as _interval_attention
 from ..rope import RopeSpec
 from .agreement import checked
 from .exchange import Plan, check_layout, check_tokens, fetch, union, with_own
 from .heads import by_heads
 from .layout import SequenceLayout
+from .ring import Blocks, Options, ring_attention
 
-METHODS = ("keys", "heads")
+METHODS = ("keys", "ring", "heads")
 
 
 def interval_attention(
@@ -42,13 +47,15 @@ def interval_attention(
 
     "keys" fetches exactly the keys that this rank's rows see and does not own: a halo for windows, the first keys for sinks,
     everything before it for causal masks, nothing for packed sequences that end at the border. Gradients go home the same way.
+    "ring" brings the same keys from one rank after the other, the next while one is worked on, and joins what the blocks give in
+    float32: memory for the keys of two other ranks, whatever their number. Gradients of keys go home in float32.
     "heads" exchanges tokens for heads instead, see `by_heads`; it needs no `key_bias` and no log-sum-exp.
 
     Args:
         q, k, v: [B, T of this rank, H, D].
         mask: of the whole sequence, equal on all ranks; of any size, or of as many rows and keys as the layout has tokens.
         layout: where the tokens are; packed sequences are the mask's business (`IntervalMask.packed`).
-        method: "keys" or "heads".
+        method: "keys", "ring" (which has kernels only, and no `q_shift`) or "heads".
         sink_logits: [Hq], equal on all ranks; its gradient is this rank's part of a sum.
         key_bias: of this rank's keys, [B, T of this rank].
         scale, softcap, q_shift, return_lse, backend: as in `subquad.interval_attention`.
@@ -60,6 +67,9 @@ def interval_attention(
         TypeError, ValueError: as `subquad.interval_attention`; numbers of tokens that are not the layout's; ranks that differ.
     """
     check_layout(layout)
+    options: list[Options] = []  # of a ring
+    if method == "ring":
+        q, k, v = _call.autocast(q, k, v)
 
     def check() -> None:
         if not isinstance(mask, IntervalMask):
@@ -80,6 +90,12 @@ def interval_attention(
             raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
         if method == "heads" and (key_bias is not None or return_lse or sink_logits is not None):
             raise ValueError("method: expected 'keys' with key_bias, sink_logits or return_lse, got 'heads'")
+        if method == "ring":
+            if q_shift is not None or mask.shift is not None:
+                raise ValueError("method: expected 'keys' with q_shift, got 'ring'")
+            for x in _tensors(mask):
+                _check_lead(x, q)
+            options.append(_ring_options(q, k, v, scale, softcap, sink_logits, backend))
 
     def signature() -> dict[str, Any]:
         shapes = {name: (x.shape[0], *x.shape[2:], x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
@@ -94,14 +110,39 @@ def interval_attention(
             return cast("torch.Tensor", found)
 
         return by_heads(whole, q, k, v, layout=layout)
-    plan, local = _prepared(mask, layout)
+    plan = _plan(mask, layout)
+    if method == "ring" and not plan.idle:
+        around = _made(mask, layout, "ring", q.device)
+        wide = None if key_bias is None else key_bias.float()
+        found = ring_attention(q, k, v, _sink_logits(sink_logits, q), wide, around, options[0])
+        return found if return_lse else found[0]
+    local = _made(mask, layout, "keys", q.device)
     bias = [] if key_bias is None else [key_bias.float()]
     fetched = fetch(plan, k, v, *bias)
     k, v, *bias = (with_own(plan, own, other) for own, other in zip((k, v, *bias), fetched, strict=True))
     return _interval_attention(
-        q, k, v, local.to(q.device), scale=scale, sink_logits=sink_logits, key_bias=bias[0] if bias else None,
+        q, k, v, local, scale=scale, sink_logits=sink_logits, key_bias=bias[0] if bias else None,
         softcap=softcap, q_shift=q_shift, return_lse=return_lse, backend=backend,
     )  # fmt: skip
+
+
+def _ring_options(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    softcap: float,
+    sink_logits: torch.Tensor | None,
+    backend: str | None,
+) -> Options:
+    """After the checks of the operator, which meets a block only when others already send."""
+    _check_tensors(q, k, v)
+    _sink_logits(sink_logits, q)
+    used = _call.choose("interval_attention", q.device.type, backend, dtype=q.dtype)
+    if used == "reference":
+        raise ValueError("backend: expected 'native' or 'triton' with method 'ring', got 'reference'")
+    _checks.not_double("q", q, used)
+    return Options(_scale(scale, q.shape[3]), _softcap(softcap), used)
 
 
 def _tensors(mask: IntervalMask) -> list[torch.Tensor]:
@@ -124,11 +165,23 @@ def _digest(mask: IntervalMask, layout: SequenceLayout) -> str:
     return found
 
 
-def _prepared(mask: IntervalMask, layout: SequenceLayout) -> tuple[Plan, IntervalMask]:
-    """What a mask and a layout make of each other: once for all layers."""
-    if mask not in layout.masks:
+def _plan(mask: IntervalMask, layout: SequenceLayout) -> Plan:
+    """What a mask makes of a layout: once for all layers."""
+    known = layout.masks.setdefault(mask, {})
+    if "plan" not in known:
         tokens = layout.tokens
-        plan = Plan(layout, [union(keys_seen(mask, rows, tokens, tokens)) for rows in layout.owned])
-        layout.masks[mask] = plan, part(mask, layout.positions(), plan.positions, tokens, tokens)
-    found: tuple[Plan, IntervalMask] = layout.masks[mask]
+        known["plan"] = Plan(layout, [union(keys_seen(mask, rows, tokens, tokens)) for rows in layout.owned])
+    found: Plan = known["plan"]
     return found
+
+
+def _made(mask: IntervalMask, layout: SequenceLayout, method: str, device: torch.device) -> Any:
+    """The mask of this rank's rows and what comes: of all keys ("keys") or by rank ("ring", `Blocks`). Once for all layers."""
+    plan, known = _plan(mask, layout), layout.masks[mask]
+    if (method, device) not in known:
+        tokens = layout.tokens
+        if method == "ring":
+            known[method, device] = Blocks(mask, plan, device)
+        else:
+            known[method, device] = part(mask, layout.positions(), plan.positions, tokens, tokens).to(device)
+    return known[method, device]

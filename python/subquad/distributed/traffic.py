@@ -81,6 +81,7 @@ FORMULAS: dict[str, Callable[[Sizes, int, int], int]] = {
     "LAWCAT, window": lambda s, tokens, ranks: _lawcat(s, tokens, ranks, late=False),
     "LAWCAT, before it": lambda s, tokens, ranks: _lawcat(s, tokens, ranks, late=True),
 }
+FORMULAS["causal, ring"] = FORMULAS["causal"]
 # Of attention that does not know what its mask shows: all keys of others come by once, in hops or at once.
 OTHERS = ("ring attention", "all-gather of keys")
 FORMULAS |= dict.fromkeys(OTHERS, FORMULAS["causal"])
@@ -111,13 +112,18 @@ def played(rank: int, size: int) -> Iterator[list[int]]:
         came.append((size - 1) * given.nbytes)
         return torch.cat([given] * size)
 
-    real = _collectives.all_to_all, _collectives.all_gather
+    def swap(given: Any, coming: Any, group: Any) -> Callable[[], None]:
+        for _, x in coming:
+            came.append(x.zero_().nbytes)
+        return lambda: None
+
+    real = _collectives.all_to_all, _collectives.all_gather, _collectives.swap
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        _collectives.all_to_all, _collectives.all_gather = all_to_all, all_gather
+        _collectives.all_to_all, _collectives.all_gather, _collectives.swap = all_to_all, all_gather, swap
         yield came
     finally:
-        _collectives.all_to_all, _collectives.all_gather = real
+        _collectives.all_to_all, _collectives.all_gather, _collectives.swap = real
         dist.destroy_process_group()
 
 
@@ -141,6 +147,7 @@ def counted(name: str, ranks: int) -> int:
             q, k, v, IntervalMask.sink(s.sinks, s.window), layout=layout
         ),
         "causal": lambda layout: interval_attention(q, k, v, IntervalMask.causal(), layout=layout),
+        "causal, ring": lambda layout: interval_attention(q, k, v, IntervalMask.causal(), layout=layout, method="ring"),
         "decoding step": lambda layout: cache.step(q[:, :1], k[:, :1], v[:, :1]),
         "LAWCAT, window": lambda layout: attend(layout, covers=True),
         "LAWCAT, before it": lambda layout: attend(layout, covers=False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .interval_mask import IntervalMask
@@ -42,18 +44,45 @@ def part(mask: IntervalMask, rows: torch.Tensor, keys: torch.Tensor, tq: int, tk
     Keys keep their order, so an interval of a row stays one interval: no interval is added, nothing dense is made. One run of
     rows of a plain mask, with the keys up to its end, is the same plain mask of other sizes.
     """
-    count = len(keys)
-    if mask.starts is None and not mask.plain_causal:
+    count, plain = len(keys), mask.starts is None and mask.key_start is None
+    if len(rows) == 0 or (plain and not mask.plain_causal):
         return IntervalMask.full(len(rows), count)
-    if len(rows) == 0:
-        return IntervalMask.full(0, count)
-    one_run = int(rows[-1]) - int(rows[0]) == len(rows) - 1
-    if mask.plain_causal and one_run and count >= len(rows) and int(keys[-1]) == int(rows[-1]):
+    if plain and _one_run(rows) and count >= len(rows) and int(keys[-1]) == int(rows[-1]):
         return IntervalMask._plain(True, mask.sink_tokens, mask.window, len(rows), count)
+    return _cut(mask.materialize(tq, tk), rows, keys)
+
+
+def blocks(
+    mask: IntervalMask, rows: torch.Tensor, keys: Sequence[torch.Tensor], tq: int, tk: int
+) -> list[IntervalMask | None]:
+    """The masks of these rows beside each set of keys, all ascending, whatever else the rows see; None for no keys.
+
+    Where it can be it is a plain mask: the rows beside themselves, or rows that see all of a set.
+    """
     whole = mask.materialize(tq, tk)
-    assert whole.starts is not None and whole.ends is not None
-    rows, keys = rows.to(whole.starts.device), keys.to(whole.starts.device)
-    found = [torch.searchsorted(keys, x[:, :, rows].long().contiguous()).int() for x in (whole.starts, whole.ends)]
+    return [_block(mask, whole, rows, at) if len(at) else None for at in keys]
+
+
+def _block(mask: IntervalMask, whole: IntervalMask, rows: torch.Tensor, keys: torch.Tensor) -> IntervalMask:
+    plain = mask.plain_causal and mask.key_start is None and torch.equal(rows, keys) and _one_run(rows)
+    if plain and (mask.sink_tokens == 0 or int(rows[0]) == 0):  # other first keys are no sinks
+        return IntervalMask._plain(True, mask.sink_tokens, mask.window, len(rows), len(keys))
+    found = _cut(whole, rows, keys)
+    assert found.starts is not None and found.ends is not None
+    every = (found.starts[..., 0] == 0) & (found.ends[..., 0] == len(keys))
+    return IntervalMask.full(len(rows), len(keys)) if found.key_start is None and bool(every.all()) else found
+
+
+def _one_run(rows: torch.Tensor) -> bool:
+    return int(rows[-1]) - int(rows[0]) == len(rows) - 1
+
+
+def _cut(mask: IntervalMask, rows: torch.Tensor, keys: torch.Tensor) -> IntervalMask:
+    """Of a mask that has intervals. Keys keep their order, so those of an interval stay neighbours."""
+    assert mask.starts is not None and mask.ends is not None
+    count = len(keys)
+    rows, keys = rows.to(mask.starts.device), keys.to(mask.starts.device)
+    found = [torch.searchsorted(keys, x[:, :, rows].long().contiguous()).int() for x in (mask.starts, mask.ends)]
     empty = found[0] >= found[1]
     starts, ends = (x.masked_fill(empty, count) for x in found)
     order = starts.argsort(dim=-1, stable=True)

@@ -196,16 +196,20 @@ def _wide(name: str, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _lower(mask: IntervalMask, q: torch.Tensor, k: torch.Tensor) -> tuple[Any, ...]:
     """The mask as arguments of the operators, after checking that it fits."""
     lowered = mask.lower(q.shape[1], k.shape[1])
-    batch, heads = q.shape[0], q.shape[2]
     for tensor in lowered[:4]:
         if tensor is None:
             continue
         if tensor.device != q.device:
             raise ValueError(f"mask: expected device {q.device} as q has, got {tensor.device}; see IntervalMask.to")
-        if tensor.shape[0] not in (1, batch) or tensor.shape[1] not in (1, heads):
-            got = f"[{tensor.shape[0]}, {tensor.shape[1]}]"
-            raise ValueError(f"mask: expected batch and heads of [{batch} or 1, {heads} or 1], got {got}")
+        _check_lead(tensor, q)
     return lowered
+
+
+def _check_lead(tensor: torch.Tensor, q: torch.Tensor) -> None:
+    batch, heads = q.shape[0], q.shape[2]
+    if tensor.shape[0] not in (1, batch) or tensor.shape[1] not in (1, heads):
+        got = f"[{tensor.shape[0]}, {tensor.shape[1]}]"
+        raise ValueError(f"mask: expected batch and heads of [{batch} or 1, {heads} or 1], got {got}")
 
 
 def _rotated(q: torch.Tensor, mask: IntervalMask, rope: RopeSpec | None) -> torch.Tensor:

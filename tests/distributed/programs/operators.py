@@ -56,6 +56,38 @@ def exchanges() -> None:
         holds(f"{name}: a ring is one process", all(near))
 
 
+def ring_of_keys() -> None:
+    """Attention whose keys come by real messages between two ranks; one that is left out or out of order would hang."""
+    size, generator = dist.get_world_size(), torch.Generator().manual_seed(2)
+    tokens, limit = 61, 1.3e-6
+    shapes = ((2, tokens, 4, 8), (2, tokens, 2, 8), (2, tokens, 2, 5), (2, tokens))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    w = torch.randn(2, tokens, 4, 5, generator=generator)
+    tensors.append(torch.tensor([10.0, -10.0, 3.0, 0.0]))
+    packed = IntervalMask.packed(torch.tensor([0, 9, 40, 41, tokens]))
+    for name, layout, mask in (
+        ("zigzag, causal", sd.SequenceLayout.zigzag(tokens), IntervalMask.causal()),
+        ("uneven, full", sd.SequenceLayout.contiguous(tokens, lengths=[30, *[1] * (size - 2), 33 - size]), IntervalMask.full()),
+        ("even, a window", sd.SequenceLayout.contiguous(tokens), IntervalMask.sink(3, 9)),
+        ("zigzag, packed", sd.SequenceLayout.zigzag(tokens), packed),
+    ):  # fmt: skip
+        whole = [x.clone().requires_grad_() for x in tensors]
+        out: Any = subquad.interval_attention(*whole[:3], mask, key_bias=whole[3], sink_logits=whole[4])
+        grads = torch.autograd.grad((out * w).sum(), whole)
+        found = []
+        for _ in range(2):
+            local = [*(layout.shard(x) for x in tensors[:4]), tensors[4].clone()]
+            local = [x.requires_grad_() for x in local]
+            options: Any = {"key_bias": local[3], "sink_logits": local[4], "layout": layout, "method": "ring"}
+            o: Any = sd.interval_attention(*local[:3], mask, **options)
+            found.append([o.detach(), *torch.autograd.grad((o * layout.shard(w)).sum(), local)])
+        same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        dist.all_reduce(found[0][5])
+        near = [close(a, b, layout, limit) for a, b in zip(found[0][:5], (out, *grads[:4]), strict=True)]
+        near.append(bool((found[0][5] - grads[4]).abs().max() <= 2 * limit * grads[4].abs().max()))
+        holds(f"keys around a ring: {name}", same and all(near))
+
+
 def meshes() -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -118,6 +150,7 @@ def decoding() -> None:
 def main() -> None:
     begin()
     exchanges()
+    ring_of_keys()
     differ()
     meshes()
     decoding()

@@ -1,4 +1,4 @@
-"""Faults of what meets transformers, and of the functions that have the names of other packages."""
+"""Faults of what meets transformers or other processes, and of the functions that have the names of other packages."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ _WALKS = _of(
 _SHARDS = _of("distributed/lawcat.py", "tests/distributed/test_lawcat_window.py")
 _HALO = _of("distributed/exchange.py", "tests/distributed/test_lawcat_window.py")
 _DELAYED = _of("nn/_window.py", "tests/distributed/test_lawcat_window.py")
+_RING = _of("distributed/ring.py", "tests/distributed/test_ring.py")
+_PARTS = _of("masks/parts.py", "tests/distributed/test_ring.py", "tests/distributed/test_operators.py")
 _FLA = _of("compat/fla.py", "tests/package/test_compat_fla.py")
 _CONV = _of("compat/causal_conv1d.py", "tests/ops/causal_conv1d")
 
@@ -82,6 +84,42 @@ FAULTS = (
         _WALKS,
         "                if run.passes:",
         "                if not run.continues:",
+    ),
+    Fault(
+        "ring-sink-twice",
+        "sink",
+        _RING,
+        "        if sinks is not None:\n            sums.join(",
+        "        for _ in range(0 if sinks is None else 2):\n            sums.join(",
+    ),
+    Fault("ring-keys-not-returned", "gradient", _RING, "dkeys[:, around.give[rank]] += part", "pass"),
+    Fault("ring-own-log-sum", "gradient", _RING, "        stats = sums.stats()\n", ""),
+    Fault(
+        "ring-log-sum-gradient", "gradient", _RING, "(grad_out * out).sum(-1) - grad_lse", "(grad_out * out).sum(-1)"
+    ),
+    Fault("ring-rounded-blocks", "rounding", _RING, "sums.join(out, stats", "sums.join(out.to(q.dtype), stats"),
+    Fault(
+        "ring-rows-that-see-nothing", "nan", _RING, "stats[..., 1].exp().masked_fill(empty, 0.0)", "stats[..., 1].exp()"
+    ),
+    Fault(
+        "ring-no-wait",
+        "state",
+        _RING,
+        "                arrived()\n            block =",
+        "                pass\n            block =",
+    ),
+    Fault("ring-sends-all", "bounds", _RING, "        if not len(rows):\n            return []\n", ""),
+    Fault("parts-sinks-of-a-block", "sink", _PARTS, "plain and (mask.sink_tokens == 0 or int(rows[0]) == 0)", "plain"),
+    Fault("parts-lifetimes", "mask", _PARTS, "mask.starts is None and mask.key_start is None", "mask.starts is None"),
+    Fault(
+        "parts-block-lifetimes",
+        "mask",
+        _PARTS,
+        "mask.plain_causal and mask.key_start is None and",
+        "mask.plain_causal and",
+    ),
+    Fault(
+        "parts-block-full", "mask", _PARTS, "if found.key_start is None and bool(every.all())", "if bool(every.all())"
     ),
     Fault("hf-codes-unchecked", "guard", _SAVING, "        _check_codes(self, files)\n", ""),
     Fault("hf-codes-of-another-shape", "guard", _SAVING, "shape != list(tensor.shape) or ", ""),
