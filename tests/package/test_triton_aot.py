@@ -15,7 +15,7 @@ import subquad.kernels
 from subquad.gpu_report import Entry, triton_entries, triton_side
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.slow]  # minutes of compilation, which begin early
 ARCH = 90
 KERNELS = Path(subquad.kernels.__path__[0])
 
@@ -57,8 +57,8 @@ def test_loads_are_128_bits_wide(entries: list[Entry]) -> None:
         if entry.stem in ("gated_linear_attention", "quantised_linear", "quantised_cats_mlp"):
             continue  # steep gates are read row by row; gates per head, scales of a group are single numbers
         assert entry.code.widest_load == 128, (entry.kernel, entry.cases)
-        # Biases and thresholds per channel are read once per block, in whatever width.
-        assert entry.code.narrow_loads == 0 or "options" in " ".join(entry.cases), (entry.kernel, entry.cases)
+        # Biases and thresholds per channel are read once per block, in whatever width; a tile takes dozens of narrow loads.
+        assert entry.code.narrow_loads <= 2 or "options" in " ".join(entry.cases), (entry.kernel, entry.cases)
 
 
 def test_16_bit_products_use_matrix_units_and_fp32_products_do_not(entries: list[Entry]) -> None:

@@ -216,7 +216,8 @@ SHAPES = [(1, 16, 1), (3, 40, 2), (5, 80, 5), (16, 96, 8), (2, 256, 4), (1, 17, 
 @pytest.mark.parametrize(("group", "d", "num_spans"), SHAPES)
 def test_groups_widths_and_counts(group: int, d: int, num_spans: int, backend: str) -> None:
     config = SuperlinearConfig(sw_index=1, num_spans=num_spans, forward_factor=1.0)
-    compared(drawn(1, 40, 40, group * 2, 2, d, max(1, d - 5)), config, backend)
+    tolerance = CLOSE * max(1.0, d / 128)  # more terms of a score, more roundings
+    compared(drawn(1, 40, 40, group * 2, 2, d, max(1, d - 5)), config, backend, tolerance)
 
 
 @with_backends()
