@@ -98,6 +98,7 @@ __device__ __forceinline__ float score_of(const IntervalAttentionParams& p, cons
   return score;
 }
 
+// allow-spill(interval_attention_split_kernel): two words on sm_100 for bf16, so that three blocks fit
 /// One share of the keys for one group of rows.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kAttentionThreads, 3)
