@@ -18,7 +18,7 @@ HERE := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PY
 
 help:
 	@echo "make demo        run a real language model with CATS and measure it (installs first; ARGS='--quick', '--model gemma3-270m')"
-	@echo "make quick       the tests to run after every change, a minute and a half (installs first; ARGS='tests/ops/cats_mlp')"
+	@echo "make quick       the tests to run after every change, some minutes (installs first; ARGS='tests/ops/cats_mlp')"
 	@echo "make test        all tests on every backend that can run here (installs first)"
 	@echo "make bench       time the ops against torch (ARGS='cats --json FILE')"
 	@echo "make gpu-check   build, test, sanitize and time everything on a GPU (installs nothing; ARGS='--device cpu', --dry-run)"

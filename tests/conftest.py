@@ -79,8 +79,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if lane != "full":
         dtypes: dict[tuple[object, ...], torch.dtype] = {}
         _select(config, items, [_is_whole(item, device, dtypes) for item in items])
-    if device == "cuda":  # a test that asks for no device puts its tensors on the CPU
-        _select(config, items, ["device" in getattr(item, "fixturenames", ()) for item in items])
+    if device == "cuda":  # a test that asks for no device puts its tensors on the CPU, whose levels these are
+        names = [getattr(item, "fixturenames", ()) for item in items]
+        _select(
+            config,
+            items,
+            ["device" in x and not i.get_closest_marker("level") for i, x in zip(items, names, strict=True)],
+        )
     first: dict[tuple[object, ...], torch.dtype] = {}  # of every test, in the order of collection
     quick = {item for item in items if _is_quick(item, first)}
     if lane == "quick":
@@ -103,7 +108,7 @@ def _is_whole(item: pytest.Item, device: str, first: dict[tuple[object, ...], to
     if item.get_closest_marker("full"):
         return False
     if item.get_closest_marker("level"):
-        return device == "cpu" and not (item.get_closest_marker("slow") or item.get_closest_marker("heavy"))
+        return not (item.get_closest_marker("slow") or item.get_closest_marker("heavy"))
     if device != "cpu":
         return True
     task = _params(item).get("task")
