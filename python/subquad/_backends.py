@@ -160,6 +160,8 @@ def has(operator: str, backend: str, device: str) -> bool:
     """Whether a backend was written for this operator and device, whether or not it can run here."""
     if backend == "native":
         return device == "cpu" or OPERATORS[operator].cuda
+    if backend == "triton":
+        return OPERATORS[operator].triton
     return OPERATORS[operator].cuda if backend == "simt" else True
 
 

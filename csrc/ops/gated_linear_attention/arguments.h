@@ -1,5 +1,6 @@
-// Arguments and results of gated_linear_attention_{fwd,bwd} and _step_. `Device` has forward, backward (where the
-// device has one) and step as run(params, dtype, tensors...), where the tensors are all that it touches, q first.
+// Arguments and results of gated_linear_attention_{fwd,bwd}, _local_fwd, _enter_ and _step_. `Device` has forward, step
+// and, where the device has them, backward, local_forward and enter as run(params, dtype, tensors...), where the
+// tensors are all that it touches, q first.
 #pragma once
 
 #include <algorithm>
@@ -33,6 +34,14 @@ inline void check_heads(int64_t states, int64_t q, int64_t k, int64_t v, int64_t
                   shape_text(std::initializer_list<int64_t>{q, k, v, g}), " heads of q, k, v and g");
 }
 
+/// Gates, if there are any, of q's tokens.
+inline void gates_of(GatedLinearAttentionParams& p, const OptionalTensor& g, const Anchor& like_q) {
+  if (!g.has_value()) return;
+  p.gate = g->dim() == 4 ? GateKind::kChannel : GateKind::kHead;
+  p.gate_is_float = is_wide(*g, "g", like_q);
+  p.g = rows_of(*g, "g", p.gate == GateKind::kChannel ? p.dk : 0, like_q);
+}
+
 /// Everything but the results. `least` heads of q.
 inline GatedLinearAttentionParams gla_arguments(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const OptionalTensor& g, const OptionalTensor& s0,
@@ -47,11 +56,7 @@ inline GatedLinearAttentionParams gla_arguments(const Tensor& q, const Tensor& k
   check_same_dtype(k, "k", like_q);
   check_same_dtype(v, "v", like_q);
   p.q = rows_of(q, "q", p.dk, like_q, least), p.k = rows_of(k, "k", p.dk, like_q), p.v = rows_of(v, "v", p.dv, like_q);
-  if (g.has_value()) {
-    p.gate = g->dim() == 4 ? GateKind::kChannel : GateKind::kHead;
-    p.gate_is_float = is_wide(*g, "g", like_q);
-    p.g = rows_of(*g, "g", p.gate == GateKind::kChannel ? p.dk : 0, like_q);
-  }
+  gates_of(p, g, like_q);
   p.states = std::max({p.k.heads, p.v.heads, p.g.heads});
   check_heads(p.states, p.q.heads, p.k.heads, p.v.heads, p.g.heads);
   p.sequences = q.size(0);
@@ -68,14 +73,10 @@ inline GatedLinearAttentionParams gla_arguments(const Tensor& q, const Tensor& k
   return p;
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_linear_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                                      const OptionalTensor& g, const OptionalTensor& s0,
-                                                                      const OptionalTensor& z0,
-                                                                      const OptionalTensor& cu_seqlens, double scale,
-                                                                      double eps, bool normalize) {
-  GatedLinearAttentionParams p = gla_arguments(q, k, v, g, s0, z0, cu_seqlens, scale, eps, 0);
-  const DType dtype = dtype_of(q, "q");
+/// o, den, s, z of a forward.
+using GlaResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+inline GlaResults gla_results(GatedLinearAttentionParams& p, const Tensor& q, bool normalize) {
   const int64_t batch = q.size(0);
   const Tensor o = empty_on(q, {batch, p.tokens, p.q.heads, p.dv}, q.scalar_type());
   const Tensor den = empty_on(q, {normalize ? batch : 0, p.tokens, p.q.heads}, ScalarType::Float);
@@ -83,8 +84,65 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_linear_attention_fwd(const Tens
   const Tensor z = empty_on(q, {normalize ? p.sequences : 0, p.states, p.dk}, ScalarType::Float);
   p.o = o.mutable_data_ptr(), p.s = floats_in(s);
   if (normalize) p.den = floats_in(den), p.z = floats_in(z);
+  return {o, den, s, z};
+}
+
+template <class Device>
+GlaResults gated_linear_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                                      const OptionalTensor& s0, const OptionalTensor& z0,
+                                      const OptionalTensor& cu_seqlens, double scale, double eps, bool normalize) {
+  GatedLinearAttentionParams p = gla_arguments(q, k, v, g, s0, z0, cu_seqlens, scale, eps, 0);
+  const DType dtype = dtype_of(q, "q");
+  const auto [o, den, s, z] = gla_results(p, q, normalize);
   Device::forward(p, dtype, q, k, v, g, s0, z0, cu_seqlens, o, den, s, z);
   return {o, den, s, z};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_attention_local_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g, const OptionalTensor& s0,
+    const OptionalTensor& z0, const OptionalTensor& cu_seqlens, double scale, double eps, bool normalize) {
+  GatedLinearAttentionParams p = gla_arguments(q, k, v, g, s0, z0, cu_seqlens, scale, eps, 0);
+  const DType dtype = dtype_of(q, "q");
+  const auto [o, den, s, z] = gla_results(p, q, normalize);
+  const bool apart = q.scalar_type() != ScalarType::Float;
+  const Tensor sums = empty_on(q, {apart ? q.size(0) : 0, p.tokens, p.q.heads, p.dv}, ScalarType::Float);
+  const Tensor decay = empty_on(q, {p.sequences, p.states, p.dk}, ScalarType::Float);
+  const Tensor reach = empty_on(q, {p.sequences, p.states}, ScalarType::Long);
+  p.local = {floats_in(apart ? sums : o), floats_in(decay), static_cast<int64_t*>(reach.mutable_data_ptr())};
+  Device::local_forward(p, dtype, q, k, v, g, s0, z0, cu_seqlens, o, den, s, z, sums, decay, reach);
+  return {o, den, s, z, sums, decay, reach};
+}
+
+template <class Device>
+void gated_linear_attention_enter_(const Tensor& o, const Tensor& den, const Tensor& sums, const Tensor& reach,
+                                   const Tensor& q, const OptionalTensor& g, const Tensor& s0, const OptionalTensor& z0,
+                                   double scale, double eps) {
+  const Anchor like_q{q, "q"};
+  check_dims(q, "q", 4);
+  check_dims(s0, "s0", 4);
+  GatedLinearAttentionParams p{};
+  p.sequences = q.size(0), p.tokens = q.size(1), p.states = s0.size(1), p.dk = q.size(3), p.dv = s0.size(3);
+  STD_TORCH_CHECK(p.dv >= 1 && p.dv <= kGlaMaxDim, "s0: expected a last dimension in [1, ", kGlaMaxDim, "], got ",
+                  p.dv);
+  p.q = rows_of(q, "q", p.dk, like_q);
+  gates_of(p, g, like_q);
+  STD_TORCH_CHECK(p.states >= 1, "s0: expected at least one head, got none");
+  check_heads(p.states, p.q.heads, p.states, p.states, p.g.heads);
+  p.s0 = floats_of(s0, "s0", {p.sequences, p.states, p.dk, p.dv}, like_q);
+  p.z0 = floats_of(z0, "z0", {p.sequences, p.states, p.dk}, like_q);
+  p.scale = static_cast<float>(scale), p.eps = static_cast<float>(eps);
+  const DType dtype = dtype_of(q, "q");
+  p.o = const_cast<void*>(data_of(o, "o", {p.sequences, p.tokens, p.q.heads, p.dv}, like_q));
+  const int64_t normalised = z0.has_value() ? p.sequences : 0;
+  float* const totals = const_cast<float*>(floats_of(den, "den", {normalised, p.tokens, p.q.heads}, like_q));
+  if (z0.has_value()) p.den = totals;
+  const bool apart = q.scalar_type() != ScalarType::Float;
+  float* const numerators =
+      const_cast<float*>(floats_of(sums, "sums", {apart ? p.sequences : 0, p.tokens, p.q.heads, p.dv}, like_q));
+  p.local.sums = apart ? numerators : static_cast<float*>(p.o);
+  p.local.reach = const_cast<int64_t*>(int64_of(reach, "reach", {p.sequences, p.states}, like_q));
+  Device::enter(p, dtype, q, o, den, sums, reach, g, s0, z0);
 }
 
 template <class Device>

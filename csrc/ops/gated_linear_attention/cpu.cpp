@@ -45,9 +45,21 @@ struct Cpu {
     const int64_t rows = q.size(0) * p.tokens;
     advise_huge_pages(p.o, rows * p.q.heads * p.dv * static_cast<int64_t>(q.element_size()));
     const GatedLinearAttentionKernels kernels = SQ_DISPATCH_ISA(gated_linear_attention_kernels, dtype);
-    p.shares = shares_of(p);
+    p.shares = p.local.reach == nullptr ? shares_of(p) : 1;
     parallel_items_with_scratch(kernels.forward_items(p), is_small(p), kernels.forward_scratch(p),
                                 [&](int64_t item, void* scratch) { kernels.forward(p, item, scratch); });
+  }
+
+  static void local_forward(GatedLinearAttentionParams p, DType dtype, const Tensor& q, const auto&... tensors) {
+    advise_huge_pages(p.local.sums, q.size(0) * p.tokens * p.q.heads * p.dv * static_cast<int64_t>(sizeof(float)));
+    forward(p, dtype, q, tensors...);
+  }
+
+  static void enter(GatedLinearAttentionParams p, DType dtype, const auto&...) {
+    p.group = group_of(p);
+    const GatedLinearAttentionKernels kernels = SQ_DISPATCH_ISA(gated_linear_attention_kernels, dtype);
+    parallel_items_with_scratch(kernels.enter_items(p), is_small(p), kernels.enter_scratch(p),
+                                [&](int64_t item, void* scratch) { kernels.enter(p, item, scratch); });
   }
 
   static void backward(GatedLinearAttentionParams p, const GatedLinearAttentionGrads& grads, DType dtype,
@@ -88,6 +100,8 @@ struct Cpu {
 
 SQ_REGISTER_OPS(m) {
   m.impl("gated_linear_attention_fwd", TORCH_BOX(&gated_linear_attention_fwd<Cpu>));
+  m.impl("gated_linear_attention_local_fwd", TORCH_BOX(&gated_linear_attention_local_fwd<Cpu>));
+  m.impl("gated_linear_attention_enter_", TORCH_BOX(&gated_linear_attention_enter_<Cpu>));
   m.impl("gated_linear_attention_bwd", TORCH_BOX(&gated_linear_attention_bwd<Cpu>));
   m.impl("gated_linear_attention_step_", TORCH_BOX(&gated_linear_attention_step_<Cpu>));
 }

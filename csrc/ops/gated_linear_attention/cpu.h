@@ -16,6 +16,12 @@ struct GatedLinearAttentionKernels {
   int64_t (*forward_scratch)(const GatedLinearAttentionParams&);
   void (*forward)(const GatedLinearAttentionParams&, int64_t item, void* scratch);
 
+  /// The states p.s0 and p.z0 into what `forward` with p.local left: q and gates alone are read, o, sums and den
+  /// changed.
+  int64_t (*enter_items)(const GatedLinearAttentionParams&);
+  int64_t (*enter_scratch)(const GatedLinearAttentionParams&);
+  void (*enter)(const GatedLinearAttentionParams&, int64_t item, void* scratch);
+
   int64_t (*backward_items)(const GatedLinearAttentionParams&);
   int64_t (*backward_scratch)(const GatedLinearAttentionParams&);
   void (*backward)(const GatedLinearAttentionParams&, const GatedLinearAttentionGrads&, int64_t item, void* scratch);

@@ -3,6 +3,7 @@
 
 #include "common/exp.h"
 #include "ops/gated_linear_attention/cpu_backward.h"
+#include "ops/gated_linear_attention/cpu_enter.h"
 #include "ops/gated_linear_attention/cpu_forward.h"
 #include "ops/gated_linear_attention/cpu_step.h"
 
@@ -24,6 +25,19 @@ template <class T>
 void forward(const GatedLinearAttentionParams& p, int64_t item, void* scratch) {
   const int64_t count = groups(p), own = item / p.shares, first = own % count * p.group;
   GlaForward<T>(p, Arena(scratch)).run(own / count, first, smaller(first + p.group, p.states), item % p.shares);
+}
+
+int64_t enter_items(const GatedLinearAttentionParams& p) { return p.sequences * groups(p); }
+
+template <class T>
+int64_t enter_scratch(const GatedLinearAttentionParams& p) {
+  return GlaEnter<T>(p, Arena(nullptr)).bytes();
+}
+
+template <class T>
+void enter(const GatedLinearAttentionParams& p, int64_t item, void* scratch) {
+  const int64_t count = groups(p), first = item % count * p.group;
+  GlaEnter<T>(p, Arena(scratch)).run(item / count, first, smaller(first + p.group, p.states));
 }
 
 int64_t backward_items(const GatedLinearAttentionParams& p) { return p.sequences * gla_units(p); }
@@ -141,8 +155,8 @@ void step(const GlaStepParams& p, int64_t item, int64_t first, int64_t count, co
 
 template <class T>
 GatedLinearAttentionKernels kernels() {
-  return {forward_items,       forward_scratch<T>, forward<T>,     backward_items,
-          backward_scratch<T>, backward<T>,        step_totals<T>, step<T>};
+  return {forward_items,  forward_scratch<T>,  forward<T>,  enter_items,    enter_scratch<T>, enter<T>,
+          backward_items, backward_scratch<T>, backward<T>, step_totals<T>, step<T>};
 }
 
 }  // namespace

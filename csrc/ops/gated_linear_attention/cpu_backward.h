@@ -179,7 +179,7 @@ class GlaBackward {
   }
 
   void advance(int64_t s, int64_t t, int64_t n, const float* from, float* to) {
-    if (!chunk_.load(sequence_, s, sequence_.begin + t, n, false)) {
+    if (!chunk_.load(sequence_, s, sequence_.begin + t, n, Rows::kKeys)) {
       const int64_t half = (n + 1) / 2;
       advance(s, t, half, from, to);
       advance(s, t + half, n - half, to, to);

@@ -87,6 +87,8 @@ inline const E* row_of(const GlaTensor& x, int64_t b, int64_t t, int64_t head) {
   return static_cast<const E*>(x.data) + b * x.stride_b + t * x.stride_t + head * x.stride_h;
 }
 
+enum class Rows { kAll, kKeys, kQueries };  // that a chunk loads; keys with values
+
 template <class T>
 class Chunk {
  public:
@@ -100,12 +102,29 @@ class Chunk {
     qb = arena.take<float>(size_.per_state * kChunk * size_.k);
   }
 
-  /// Tokens [t, t + n) of state head s, the queries too if `queries`. False when they must be taken in smaller chunks.
-  bool load(const Sequence& sequence, int64_t s, int64_t t, int64_t n, bool queries = true) {
+  /// Tokens [t, t + n) of state head s. False when they must be taken in smaller chunks.
+  bool load(const Sequence& sequence, int64_t s, int64_t t, int64_t n, Rows rows = Rows::kAll) {
     keys_fit = false;
-    const int64_t b = sequence.b, padded = chunk_rows(n);
-    if (!load_gates(b, s, t, n, queries)) return false;
+    const int64_t b = sequence.b;
+    if (!load_gates(b, s, t, n, rows)) return false;
     Magnitude far;
+    if (rows != Rows::kQueries) load_keys(b, s, t, n, far);
+    keys_fit = far.within(kModerate) || n == 1;
+    for (int64_t h = 0; h < size_.per_state && rows != Rows::kKeys; ++h)
+      load_queries(b, s * size_.per_state + h, t, n, q(h), far);
+    return far.within(kModerate) || n == 1;
+  }
+
+  float* q(int64_t head_of_state) const { return qb + head_of_state * kChunk * size_.k; }
+
+  bool keys_fit = false;  // if `load` failed, it was for queries alone
+  float *up, *down;       // [rows, K]: 2^(b - m), 2^(m - b); not set without a gate
+  float *head, *tail;     // [K]: decay of the state before and after the chunk's update
+  float *kb, *v, *qb;     // [rows, K], [rows, V], [query head, rows, K]; rows padded with zeros to `chunk_rows`
+
+ private:
+  void load_keys(int64_t b, int64_t s, int64_t t, int64_t n, Magnitude& far) const {
+    const int64_t padded = chunk_rows(n);
     for (int64_t i = 0; i < n; ++i) {
       float *key = kb + i * size_.k, *value = v + i * size_.v;
       const float* fall = down + i * size_.k;
@@ -121,19 +140,8 @@ class Chunk {
     }
     zero_words(kb + n * size_.k, (padded - n) * size_.k);
     zero_words(v + n * size_.v, (padded - n) * size_.v);
-    keys_fit = far.within(kModerate) || n == 1;
-    for (int64_t h = 0; h < size_.per_state && queries; ++h) load_queries(b, s * size_.per_state + h, t, n, q(h), far);
-    return far.within(kModerate) || n == 1;
   }
 
-  float* q(int64_t head_of_state) const { return qb + head_of_state * kChunk * size_.k; }
-
-  bool keys_fit = false;  // if `load` failed, it was for queries alone
-  float *up, *down;       // [rows, K]: 2^(b - m), 2^(m - b); not set without a gate
-  float *head, *tail;     // [K]: decay of the state before and after the chunk's update
-  float *kb, *v, *qb;     // [rows, K], [rows, V], [query head, rows, K]; rows padded with zeros to `chunk_rows`
-
- private:
   void load_queries(int64_t b, int64_t query_head, int64_t t, int64_t n, float* dst, Magnitude& far) const {
     for (int64_t i = 0; i < n; ++i) {
       float* query = dst + i * size_.k;
@@ -148,8 +156,9 @@ class Chunk {
     zero_words(dst + n * size_.k, (chunk_rows(n) - n) * size_.k);
   }
 
-  /// False when an exponent is too large (or NaN). Without `queries` the last row alone of `up` is set.
-  bool load_gates(int64_t b, int64_t s, int64_t t, int64_t n, bool queries) {
+  /// False when an exponent is too large (or NaN). For keys alone the last row alone of `up` is set, for queries `down`
+  /// is not.
+  bool load_gates(int64_t b, int64_t s, int64_t t, int64_t n, Rows rows) {
     decays_ = p_.gate != GateKind::kNone;
     if (!decays_) {
       for (int64_t c = 0; c < size_.k; ++c) head[c] = tail[c] = 1.0f;
@@ -175,8 +184,8 @@ class Chunk {
       for (int64_t i = c; i < n * width; i += width) {
         const Vec exponent = vec_load(up + i) - m;
         far.add(exponent);
-        if (queries || i + width >= n * width) vec_store(up + i, vec_exp2(exponent));
-        vec_store(down + i, vec_exp2(-exponent));
+        if (rows != Rows::kKeys || i + width >= n * width) vec_store(up + i, vec_exp2(exponent));
+        if (rows != Rows::kQueries) vec_store(down + i, vec_exp2(-exponent));
       }
       const Vec grown = first > 126.0f ? vec_set(INFINITY) : decay_of(first);
       vec_store(head + c, grown * decay_of(m));
@@ -220,7 +229,7 @@ class RowsAhead {
  public:
   explicit RowsAhead(const GatedLinearAttentionParams& p) : p_(p), per_state_(p.q.heads / p.states) {}
 
-  enum class What { kState, kResults, kGradients };  // of the call: what else is read and written
+  enum class What { kState, kEntered, kResults, kGradients };  // of the call: what else is read and written
 
   /// Tokens [t, t + n) of state head s; `grads` for kGradients.
   void aim(int64_t b, int64_t s, int64_t t, int64_t n, What what, const GatedLinearAttentionGrads* grads = nullptr) {
@@ -230,10 +239,16 @@ class RowsAhead {
   void fetch() {
     if (t_ >= end_) return;
     const int64_t k_head = s_ * p_.k.heads / p_.states, v_head = s_ * p_.v.heads / p_.states;
-    touch<0>(row_of<T>(p_.k, b_, t_, k_head), p_.dk);
-    touch<0>(row_of<T>(p_.v, b_, t_, v_head), p_.dv);
+    if (what_ != What::kEntered) {
+      touch<0>(row_of<T>(p_.k, b_, t_, k_head), p_.dk);
+      touch<0>(row_of<T>(p_.v, b_, t_, v_head), p_.dv);
+    }
     for (int64_t h = s_ * per_state_; h < (s_ + 1) * per_state_ && what_ != What::kState; ++h) {
       touch<0>(row_of<T>(p_.q, b_, t_, h), p_.dk);
+      if (what_ == What::kEntered) {
+        touch<1>(result<float>(p_.local.sums, p_.q.heads, h, p_.dv), p_.dv);
+        continue;
+      }
       if (what_ == What::kResults) touch<1>(result<T>(p_.o, p_.q.heads, h, p_.dv), p_.dv);
       if (what_ == What::kResults) continue;
       touch<0>(result<T>(grads_->grad_o, p_.q.heads, h, p_.dv), p_.dv);

@@ -3,11 +3,14 @@
 // Rows of one head lie a whole token apart: one head alone would touch a new page every other row. Neighbours walk the
 // chunks together, and while one chunk is multiplied the rows of the next are fetched.
 //
+// Where a sequence is continued, its state begins with zeros, and a token keeps its numerator and denominator as long
+// as what enters later still reaches it.
+//
 // A sequence may be cut into shares. Each goes through the tokens before it for their state alone, by the same
 // operations, so that cuts change no bit and shares wait for nothing. Where there are no queries all go so.
 #pragma once
 
-#include "ops/gated_linear_attention/cpu_chunk.h"
+#include "ops/gated_linear_attention/cpu_state.h"
 
 namespace subquad::cpu::SUBQUAD_ISA::gla {
 
@@ -22,8 +25,8 @@ class GlaForward {
         pairs_(size_, arena),
         ahead_(p),
         far_ahead_(p) {
-    memory_ = arena.take<float>(p.group * memory_size());
-    kept_ = arena.take<float>(kHalvings * memory_size());
+    memory_ = arena.take<float>(p.group * State::words(size_));
+    kept_ = arena.take<float>(kHalvings * State::words(size_));
     factors_ = arena.take<float>(kPassing * size_.k);
     passing_[1].up = passing_[0].up, passing_[1].down = passing_[0].down;  // of one at a time
     out_ = arena.take<float>(kChunk * size_.v);
@@ -57,6 +60,7 @@ class GlaForward {
         const int64_t next = last ? t + kChunk : t;
         ahead_.aim(sequence_.b, last ? first : s + 1, next, smaller(kChunk, end_results - next),
                    RowsAhead<T>::What::kResults);
+        if (p_.local.reach != nullptr) see_reach(n, t);
         walk(t, smaller(kChunk, sequence_.end - t), 0);
       }
     for (int64_t s = first; s < end && end_results == sequence_.end; ++s) {
@@ -66,30 +70,37 @@ class GlaForward {
   }
 
  private:
-  int64_t memory_size() const { return size_.k * (size_.v + 2); }
-  size_t memory_bytes() const { return static_cast<size_t>(memory_size()) * sizeof(float); }
+  size_t memory_bytes() const { return static_cast<size_t>(State::words(size_)) * sizeof(float); }
 
   void choose(int64_t head, int64_t member) {
     head_ = head;
-    state_ = memory_ + member * memory_size();
-    z_ = state_ + size_.k * size_.v;
-    pending_ = z_ + size_.k;
+    state_ = State(memory_ + member * State::words(size_), size_);
   }
 
   void begin(int64_t at) {
-    zero_words(state_, size_.k * size_.v);
-    zero_words(z_, size_.k);
-    for (int64_t c = 0; c < p_.dk && p_.s0 != nullptr; ++c)
-      std::memcpy(state_ + c * size_.v, p_.s0 + (at * p_.dk + c) * p_.dv, static_cast<size_t>(p_.dv) * sizeof(float));
-    if (p_.z0 != nullptr) std::memcpy(z_, p_.z0 + at * p_.dk, static_cast<size_t>(p_.dk) * sizeof(float));
-    for (int64_t c = 0; c < size_.k; ++c) pending_[c] = 1.0f;
+    state_.begin(p_, size_, at);
+    if (p_.local.reach != nullptr) p_.local.reach[at] = is_continued(at / p_.states) ? sequence_.end : 0;
+  }
+
+  bool is_continued(int64_t n) const { return p_.cu_seqlens == nullptr || n == 0; }
+
+  /// Whether the decays of the head chosen up to token t are all 0. `reach` counts from the first token, as sequences
+  /// that are continued begin at 0.
+  void see_reach(int64_t n, int64_t t) {
+    int64_t& reach = p_.local.reach[n * p_.states + head_];
+    within_reach_ = t < reach;
+    if (!within_reach_) return;
+    for (int64_t c = 0; c < p_.dk; ++c)
+      if (state_.decay[c] * state_.pending[c] != 0.0f) return;
+    reach = t, within_reach_ = false;
   }
 
   void finish(int64_t at) {
-    decay_state(nullptr);
-    for (int64_t c = 0; c < p_.dk; ++c)
-      std::memcpy(p_.s + (at * p_.dk + c) * p_.dv, state_ + c * size_.v, static_cast<size_t>(p_.dv) * sizeof(float));
-    if (p_.z != nullptr) std::memcpy(p_.z + at * p_.dk, z_, static_cast<size_t>(p_.dk) * sizeof(float));
+    state_.move_to(nullptr, p_, size_);
+    const size_t row = static_cast<size_t>(p_.dv) * sizeof(float), column = static_cast<size_t>(p_.dk) * sizeof(float);
+    for (int64_t c = 0; c < p_.dk; ++c) std::memcpy(p_.s + (at * p_.dk + c) * p_.dv, state_.s + c * size_.v, row);
+    if (p_.z != nullptr) std::memcpy(p_.z + at * p_.dk, state_.z, column);
+    if (p_.local.decay != nullptr) std::memcpy(p_.local.decay + at * p_.dk, state_.decay, column);
   }
 
   /// Where the results of a share begin: so that all shares take as long, when a token on the way takes kPassingTime
@@ -105,7 +116,7 @@ class GlaForward {
 
   /// Tokens [t, t + n) into the state, without results.
   void pass(int64_t t, int64_t n) {
-    if (passing_[0].load(sequence_, head_, t, n, false)) return pass_loaded(1, n);
+    if (passing_[0].load(sequence_, head_, t, n, Rows::kKeys)) return pass_loaded(1, n);
     const int64_t half = (n + 1) / 2;
     pass(t, half);
     pass(t + half, n - half);
@@ -118,7 +129,7 @@ class GlaForward {
       return;
     }
     for (int64_t i = 0; i < kPassing; ++i) {
-      if (passing_[i].load(sequence_, head_, t + i * kChunk, kChunk, false)) continue;
+      if (passing_[i].load(sequence_, head_, t + i * kChunk, kChunk, Rows::kKeys)) continue;
       if (i > 0) pass_loaded(i, kChunk);
       for (; i < kPassing; ++i) pass(t + i * kChunk, kChunk);
       return;
@@ -126,13 +137,16 @@ class GlaForward {
     pass_loaded(kPassing, kChunk);
   }
 
-  /// What `decay_state` and `update` do for one chunk after the other, with the state in registers meanwhile.
+  /// What `State::move_to` and `update` do for one chunk after the other, with the state in registers meanwhile.
   void pass_loaded(int64_t chunks, int64_t n) {
     for (int64_t i = 0; i < chunks; ++i) {
-      const float* before = i == 0 ? pending_ : passing_[i - 1].tail;
+      const float* before = i == 0 ? state_.pending : passing_[i - 1].tail;
       for (int64_t c = 0; c < size_.k; ++c) factors_[i * size_.k + c] = before[c] * passing_[i].head[c];
-      for (int64_t c = 0; c < size_.k; c += kLanes)
-        vec_store(z_ + c, vec_mul(vec_load(z_ + c), vec_load(factors_ + i * size_.k + c)));
+      for (int64_t c = 0; c < size_.k; c += kLanes) {
+        const Vec factor = vec_load(factors_ + i * size_.k + c);
+        vec_store(state_.z + c, vec_mul(vec_load(state_.z + c), factor));
+        vec_store(state_.decay + c, vec_mul(vec_load(state_.decay + c), factor));
+      }
       add_keys(passing_[i], n);
     }
     const int64_t tiles = ceil_div(size_.v, kTileCols) * (size_.k / kTileRows),
@@ -146,12 +160,12 @@ class GlaForward {
         }
         for (int64_t i = 0; i < fetches; ++i) far_ahead_.fetch();
       }
-    std::memcpy(pending_, passing_[chunks - 1].tail, static_cast<size_t>(size_.k) * sizeof(float));
+    std::memcpy(state_.pending, passing_[chunks - 1].tail, static_cast<size_t>(size_.k) * sizeof(float));
   }
 
   template <int N>
   void pass_tile(int64_t chunks, int64_t n, int64_t c, int64_t col) {
-    float* at = state_ + c * size_.v + col;
+    float* at = state_.s + c * size_.v + col;
     Vec sums[kTileRows][N];
     for (int r = 0; r < kTileRows; ++r)
       for (int j = 0; j < N; ++j) sums[r][j] = vec_load(at + r * size_.v + j * kLanes);
@@ -177,19 +191,19 @@ class GlaForward {
       const int64_t half = (n + 1) / 2;
       // If keys and values would do, the state goes on as it does in `pass`.
       const bool apart = chunk_.keys_fit;
-      float* kept = kept_ + depth * memory_size();
-      if (apart) std::memcpy(kept, state_, memory_bytes());
+      float* kept = kept_ + depth * State::words(size_);
+      if (apart) std::memcpy(kept, state_.s, memory_bytes());
       walk(t, half, depth + 1);
       walk(t + half, n - half, depth + 1);
       if (!apart) return;
-      std::memcpy(state_, kept, memory_bytes());
+      std::memcpy(state_.s, kept, memory_bytes());
       return pass(t, n);
     }
     const int64_t padded = chunk_rows(n);
-    decay_state(chunk_.head);
+    state_.move_to(chunk_.head, p_, size_);
     transpose_words(chunk_.kb, padded, size_.k, pairs_.transposed, padded);
     for (int64_t h = 0; h < size_.per_state; ++h) {
-      product<Floats>(round_up(n, kTileRows), size_.v, p_.dk, Left{chunk_.q(h), size_.k, 1}, Block{state_, size_.v},
+      product<Floats>(round_up(n, kTileRows), size_.v, p_.dk, Left{chunk_.q(h), size_.k, 1}, Block{state_.s, size_.v},
                       Block{out_, size_.v}, false);
       for (int64_t row = 0; row < n; row += kTileRows) attend(t, n, padded, h, row);
     }
@@ -198,10 +212,10 @@ class GlaForward {
 
   /// The chunk into the state and z, which are decayed to it.
   void update(int64_t n) {
-    std::memcpy(pending_, chunk_.tail, static_cast<size_t>(size_.k) * sizeof(float));
+    std::memcpy(state_.pending, chunk_.tail, static_cast<size_t>(size_.k) * sizeof(float));
     for (int64_t c = 0; c < size_.k; c += kTileRows) {
       product<Floats>(kTileRows, size_.v, n, Left{chunk_.kb + c, 1, size_.k}, Block{chunk_.v, size_.v},
-                      Block{state_ + c * size_.v, size_.v}, true);
+                      Block{state_.s + c * size_.v, size_.v}, true);
       ahead_.fetch();
     }
     add_keys(chunk_, n);
@@ -209,9 +223,9 @@ class GlaForward {
 
   void add_keys(const Chunk<T>& chunk, int64_t n) {
     for (int64_t c = 0; c < size_.k; c += kLanes) {
-      Vec sum = vec_load(z_ + c);
+      Vec sum = vec_load(state_.z + c);
       for (int64_t i = 0; i < n; ++i) sum = vec_add(sum, vec_load(chunk.kb + i * size_.k + c));
-      vec_store(z_ + c, sum);
+      vec_store(state_.z + c, sum);
     }
   }
 
@@ -227,22 +241,15 @@ class GlaForward {
       const int64_t at = (sequence_.b * p_.tokens + t + i) * p_.q.heads + head_ * size_.per_state + h;
       float inverse = 1.0f;
       if (p_.den != nullptr) {
-        const float total = dot(qb + i * size_.k, z_, p_.dk) + sum_of(scores + i * padded, padded);
+        const float total = dot(qb + i * size_.k, state_.z, p_.dk) + sum_of(scores + i * padded, padded);
         p_.den[at] = total;
         inverse = 1.0f / (total + p_.eps);
       }
+      if (within_reach_) {
+        round_row(out_ + i * size_.v, p_.dv, 1.0f, p_.local.sums + at * p_.dv);
+        continue;
+      }
       round_row(out_ + i * size_.v, p_.dv, inverse, static_cast<T*>(p_.o) + at * p_.dv);
-    }
-  }
-
-  /// Rows of the state and z times the decay that is pending, and `next`.
-  void decay_state(const float* next) {
-    for (int64_t c = 0; c < p_.dk; ++c) {
-      const float factor = next == nullptr ? pending_[c] : pending_[c] * next[c];
-      z_[c] *= factor;
-      const Vec f = vec_set(factor);
-      float* row = state_ + c * size_.v;
-      for (int64_t i = 0; i < size_.v; i += kLanes) vec_store(row + i, vec_mul(vec_load(row + i), f));
     }
   }
 
@@ -258,7 +265,8 @@ class GlaForward {
   Sequence sequence_{};
   int64_t head_ = 0, bytes_ = 0;
   float *memory_, *kept_, *factors_, *out_;
-  float *state_ = nullptr, *z_ = nullptr, *pending_ = nullptr;  // of the head chosen
+  State state_;                // of the head chosen
+  bool within_reach_ = false;  // of the chunk at hand
 };
 
 }  // namespace subquad::cpu::SUBQUAD_ISA::gla

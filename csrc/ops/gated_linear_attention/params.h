@@ -15,6 +15,14 @@ struct GlaTensor {
   int64_t stride_b, stride_t, stride_h, heads;
 };
 
+/// Of the sequences that are continued (with cu_seqlens the first alone, else all): their results for a state of zeros
+/// before them, from which those for another one can be had, for all is linear in it. Null unless asked for.
+struct GlaLocal {
+  float* sums;     // [B, T, Hq, V] numerators of the tokens within reach; o in float32
+  float* decay;    // [N, states, K] product of the decays of all tokens
+  int64_t* reach;  // [N, states] tokens from the first on whose decays are not all 0 yet; the others have their results
+};
+
 /// One call. q, k, v and o share one element type. State head s reads k head s * k.heads / states, and so on; query
 /// head h reads state h * states / q.heads. Gates are natural logarithms of the decay.
 struct GatedLinearAttentionParams {
@@ -32,6 +40,7 @@ struct GatedLinearAttentionParams {
   int64_t group;   // CPU: neighbouring state heads that walk a sequence together
   int64_t shares;  // CPU: parts of a sequence for a thread each
   float scale, eps;
+  GlaLocal local;
 };
 
 /// What the backward adds: gradients of the results in, gradients of the inputs out, all contiguous.

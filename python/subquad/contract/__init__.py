@@ -73,7 +73,7 @@ def _define() -> tuple[dict[str, dict[str, Any]], list[torch.library.Library]]:
         for name, op in OPERATORS.items():
             library.define(name + op.args, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{namespace}::{name}", op.fake, lib=library)
-            if backend == "triton":
+            if backend == "triton" and op.triton:
                 for key in ("CPU", "CUDA"):
                     library.impl(name, _triton_impl(name), key)
             handles[backend][name] = getattr(getattr(torch.ops, namespace), name).default

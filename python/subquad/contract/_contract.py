@@ -24,7 +24,7 @@ class Operator:
         strided: arguments whose last dimension has to be dense while the other strides are free. All others are made contiguous
             before the call, but those `as_given`.
         as_given: arguments that the kernels read, or write, with any strides.
-        cuda: whether CUDA C++ has it.
+        cuda, triton: whether CUDA C++ and Triton have it.
     """
 
     args: str
@@ -36,6 +36,7 @@ class Operator:
     strided: tuple[str, ...] = ()
     as_given: tuple[str, ...] = ()
     cuda: bool = True
+    triton: bool = True
 
 
 @dataclass(frozen=True)

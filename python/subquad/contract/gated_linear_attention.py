@@ -37,6 +37,14 @@ def _forward(
     return q.new_empty((b, t, heads, v.shape[3])), den, wide.new_empty((count, states, width, v.shape[3])), z
 
 
+def _local(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    o, den, s, z = _forward(q, k, v, g, *rest)
+    sums = den.new_empty((0 if o.dtype is torch.float32 else o.shape[0], *o.shape[1:]))
+    return o, den, s, z, sums, s.new_empty(s.shape[:3]), s.new_empty(s.shape[:2], dtype=torch.int64)
+
+
 def _backward(
     grad_o: torch.Tensor,
     grad_s: torch.Tensor,
@@ -67,6 +75,26 @@ CONTRACT = Contract(
             differentiable=("q", "k", "v", "g", "s0", "z0"),
             switches={"z": "normalize"},
             strided=("q", "k", "v", "g"),
+        ),
+        # For sequences that are continued, on a CPU: a forward that knows nothing of what enters, and that added afterwards. Of
+        # packed sequences the first is continued, else all. `sums`, in float32 o itself, are numerators where the decays of
+        # all tokens so far are not all 0, for the first `reach` tokens; den lacks as much there.
+        "gated_linear_attention_local_fwd": Operator(
+            f"({_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+            _local,
+            outputs=("o", "den", "s", "z", "sums", "decay", "reach"),
+            strided=("q", "k", "v", "g"),
+            cuda=False,
+            triton=False,
+        ),
+        "gated_linear_attention_enter_": Operator(
+            "(Tensor(a!) o, Tensor(b!) den, Tensor sums, Tensor reach, Tensor q, Tensor? g, Tensor s0, Tensor? z0, float scale, "
+            "float eps) -> ()",
+            lambda *_: None,
+            outputs=(),
+            strided=("q", "g"),
+            cuda=False,
+            triton=False,
         ),
         "gated_linear_attention_bwd": Operator(
             f"(Tensor grad_o, Tensor grad_s, Tensor? grad_z, Tensor den, {_ARGS}) -> "

@@ -7,6 +7,9 @@ X_j is the state after run j, D_j = exp(sum of its gates), S_j its state from no
                                  state that enters it; G_(j+1) enters the local backward as the gradient of X_j
 
 D_j = 0 where a sequence begins inside the run. z is one more column of S.
+
+S_j of a run that takes part in longer sequences is walked, before the local operator, or, on a CPU, where the run's gates soon
+forget what entered it, a by-product of the local operator from nothing: then X_(j-1) is added to the few outputs that it reaches.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _checks
-from .._backends import backward_backend
+from .._backends import backward_backend, has
 from ..ops import _call
 from ..ops._autograd import once_differentiable, without_autocast
 from ..ops.gated_linear_attention import MAX_HEAD_DIM, _check_rows, _initial_state
@@ -27,6 +30,8 @@ from .layout import Run, SequenceLayout
 from .scan import exclusive_scan, method_of
 
 State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+_FORWARD, _LOCAL, _ENTER = (f"gated_linear_attention_{part}" for part in ("fwd", "local_fwd", "enter_"))
+_FORGOTTEN = -104.0  # exp of it is 0 in float32
 
 
 class _Call(NamedTuple):
@@ -39,19 +44,29 @@ class _Call(NamedTuple):
     normalize: bool
     states: int  # heads of the state
     backend: str
+    on_cpu: bool
 
     @property
     def rows(self) -> list[int]:
         """States of each of this rank's runs; 0 stands for the batch."""
         return [run.pieces if self.layout.packed else 0 for run in self.layout.mine]
 
+    @property
+    def splits(self) -> bool:
+        """Whether the backend has the forward in two parts."""
+        return has(_LOCAL, self.backend, "cpu") and self.on_cpu
+
     def bounds(self, run: Run, device: torch.device) -> torch.Tensor | None:
         return torch.tensor(run.cuts, device=device) if self.layout.packed else None
 
     def forward(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = _call.call(
-            "gated_linear_attention_fwd", self.backend, *arguments
+            _FORWARD, self.backend, *arguments
         )
+        return found
+
+    def local(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        found: tuple[torch.Tensor, ...] = _call.call(_LOCAL, self.backend, *arguments)
         return found
 
 
@@ -117,7 +132,8 @@ def gated_linear_attention(
         if used == "reference":
             raise ValueError("backend: expected 'native' or 'triton', got 'reference', which has no states to exchange")
         _checks.not_double("q", q, used)
-        call = _Call(layout, chosen, number, _checks.number("eps", eps), normalize, states, used)
+        options = (number, _checks.number("eps", eps), normalize)
+        call = _Call(layout, chosen, *options, states, used, q.device.type == "cpu")
         known.update(call=call, s0=s0, z0=z0)
 
     def signature() -> dict[str, Any]:
@@ -166,11 +182,40 @@ def _sum_of_tokens(x: torch.Tensor) -> torch.Tensor:
     return total.sum(1)
 
 
-def _walk(call: _Call, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, begin: torch.Tensor) -> torch.Tensor:
-    """The state [B, HS, K, V + 1] after these tokens."""
+class _Rows(NamedTuple):
+    """[B, T, ...]"""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None
+
+    def at(self, tokens: slice) -> _Rows:
+        q, k, v = (x[:, tokens] for x in (self.q, self.k, self.v))
+        return _Rows(q, k, v, None if self.g is None else self.g[:, tokens])
+
+    def of(self, run: Run, piece: int) -> _Rows:
+        """A run's rows of its first piece, 0, or its last, -1."""
+        return self.at(slice(0, run.cuts[1]) if piece == 0 else slice(run.cuts[-2], run.cuts[-1]))
+
+
+def _arguments(call: _Call, run: Run, rows: _Rows, begin: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The operator's seven tensors."""
+    return (*rows, *_apart(begin, call.normalize), call.bounds(run, begin.device))
+
+
+def _walk(call: _Call, rows: _Rows, begin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state [B, HS, K, V + 1] after these tokens, and the logarithm [B, HS, K, 1] of what they leave of one before them."""
+    _, k, v, g = rows
     s, z = _apart(begin, call.normalize)
-    *_, s, z = call.forward(_no_queries(k), k, v, g, s, z, None, 1.0, 1.0, call.normalize)
-    return _joined(s, z if call.normalize else None)
+    arguments = (_no_queries(k), k, v, g, s, z, None, 1.0, 1.0, call.normalize)
+    if call.splits:
+        _, _, s, z, _, left, _ = call.local(*arguments)
+        decay = left.log().unsqueeze(-1)
+    else:
+        *_, s, z = call.forward(*arguments)
+        decay = _log_decay(g, s)
+    return _joined(s, z if call.normalize else None), decay
 
 
 def _no_queries(k: torch.Tensor) -> torch.Tensor:
@@ -238,6 +283,64 @@ def _asked(call: _Call, grad_o: torch.Tensor, o: torch.Tensor, den: torch.Tensor
     return torch.cat([numerator, -(numerator * o).sum(-1, keepdim=True)], -1)
 
 
+def _soon_forgets(call: _Call, g: torch.Tensor | None) -> bool:
+    """Whether the gates decay what enters to nothing within half of these tokens."""
+    if g is None or not call.splits:
+        return False
+    total, step = torch.zeros(()), max(64, g.shape[1] // 32)
+    for low in range(0, g.shape[1] // 2, step):
+        total = total + _sum_of_tokens(g[:, low : low + step])
+        if bool((total < _FORGOTTEN).all()):
+            return True
+    return False
+
+
+class _Results(NamedTuple):
+    """Of a run; with the last three of one whose entering state is still to come."""
+
+    o: torch.Tensor
+    den: torch.Tensor
+    s: torch.Tensor
+    z: torch.Tensor
+    sums: torch.Tensor | None = None
+    decay: torch.Tensor | None = None
+    reach: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, call: _Call, run: Run, rows: _Rows, begin: torch.Tensor) -> _Results:
+        return cls(*call.forward(*_arguments(call, run, rows, begin), call.scale, call.eps, call.normalize))
+
+    @classmethod
+    def before(cls, call: _Call, run: Run, rows: _Rows, begin: torch.Tensor) -> _Results | None:
+        """Without what enters the run, where that is cheaper than a walk."""
+        if not _soon_forgets(call, rows.of(run, 0 if run.continues else -1).g):
+            return None
+        if not run.continues:
+            return cls.of(call, run, rows, begin)
+        return cls(*call.local(*_arguments(call, run, rows, begin), call.scale, call.eps, call.normalize))
+
+    def left(self, last: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `_walk` gives."""
+        s, z = self.s[last], self.z[last] if len(self.z) else None
+        decay = torch.ones_like(s[..., 0]) if self.decay is None else self.decay[last]
+        return _joined(s, z), decay.log().unsqueeze(-1)
+
+    def entered(self, call: _Call, run: Run, rows: _Rows, x: torch.Tensor) -> _Results:
+        """With x [1 or B, HS, K, V + 1] before the run's first piece."""
+        if self.sums is None or self.decay is None or self.reach is None:
+            return self
+        head, first = slice(0, run.cuts[1]), slice(0, len(x))
+        s, z = _apart(x, call.normalize)
+        q, _, _, g = rows.of(run, 0)
+        written = (self.o[:, head], self.den[:, head], self.sums[:, head], self.reach[first])
+        _call.call(_ENTER, call.backend, *written, q, g, s, z, call.scale, call.eps)
+        decay = self.decay[first]
+        self.s[first] += torch.where(s == 0, 0.0, decay.unsqueeze(-1) * s)
+        if z is not None:
+            self.z[first] += torch.where(z == 0, 0.0, decay * z)
+        return self
+
+
 class _Parallel(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -254,29 +357,26 @@ class _Parallel(torch.autograd.Function):
         runs, packed = layout.mine, layout.packed
         begins = _begins(call, q, k, v, s0, z0)
         first, last = (slice(0, 1), slice(-1, None)) if packed else (slice(None), slice(None))
+        rows = [_Rows(q, k, v, g).at(run.local) for run in runs]
+        ready = [_Results.before(call, *x) for x in zip(runs, rows, begins, strict=True)]
         messages = []
-        for run, begin in zip(runs, begins, strict=True):
-            end = slice(run.offset + run.cuts[-2], run.offset + run.cuts[-1])
-            gates = None if g is None else g[:, end]
+        for run, row, begin, known in zip(runs, rows, begins, ready, strict=True):
             own = begin[last]
             decay = torch.zeros_like(own[..., :1])
             if layout.hands_on(run):
-                own = _walk(call, k[:, end], v[:, end], gates, own)
+                own, through = _walk(call, row.of(run, -1), own) if known is None else known.left(last)
                 if run.passes:  # else nothing goes through it, either way
-                    decay = _log_decay(gates, own)
+                    decay = through
             messages.append(torch.cat([own, decay], -1))
         entered = exclusive_scan(messages, layout, call.method)
         outputs, finals, saved = [], [], []
-        for run, begin, x in zip(runs, begins, entered, strict=True):
+        for run, row, begin, known, x in zip(runs, rows, begins, ready, entered, strict=True):
             if run.continues:
                 begin[first] = x
-            t = run.local
-            s, z = _apart(begin, call.normalize)
-            tensors = (*(x[:, t] for x in (q, k, v)), None if g is None else g[:, t], s, z, call.bounds(run, q.device))
-            o, den, s, z = call.forward(*tensors, call.scale, call.eps, call.normalize)
-            outputs.append(o)
-            finals.append((s, z))
-            saved += [den, o, *tensors]
+            results = _Results.of(call, run, row, begin) if known is None else known.entered(call, run, row, x)
+            outputs.append(results.o)
+            finals.append((results.s, results.z))
+            saved += [results.den, results.o, *_arguments(call, run, row, begin)]
         ctx.save_for_backward(*saved, *(m[..., -1:] for m in messages))
         ctx.call, ctx.given = call, (s0 is not None, z0 is not None)
         ctx.set_materialize_grads(False)
