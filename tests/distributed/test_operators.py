@@ -175,6 +175,10 @@ def test_gated_linear_attention(size: int, kind: str, gate: str, method: str, no
 @pytest.mark.parametrize("kind", ["uneven", "gaps", "zigzag", "packed", "packed-zigzag"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_states_and_their_gradients(size: int, kind: str, normalize: bool) -> None:
+    states_and_their_gradients(size, kind, normalize)
+
+
+def states_and_their_gradients(size: int, kind: str, normalize: bool) -> None:
     """Initial states of the sequences that begin on a rank, the state after each rank's last token, and gradients into both."""
     batch, cu = batch_of(kind), bounds_of(kind, size)
     q, k, v = (

@@ -1,4 +1,5 @@
-"""What gated linear attention on shards does besides one process's work: walks without queries, where another rank needs them."""
+"""What gated linear attention on shards does besides one process's work: walks without queries where another rank needs them, or
+results first and what enters them later."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ import subquad.distributed as sd
 from subquad.distributed.traffic import played
 from subquad.testing.instruments import record_ops
 
-from .test_operators import LAYOUTS, TOKENS, batch_of, bounds_of, compare, normal
+from .test_operators import (
+    LAYOUTS,
+    TOKENS,
+    batch_of,
+    bounds_of,
+    compare,
+    normal,
+    states_and_their_gradients,
+)
 from .threads import on_ranks
 
 module = import_module("subquad.distributed.gated_linear_attention")  # as an attribute it is the function
@@ -127,17 +136,106 @@ def test_a_gradient_of_the_last_state_enters_once_for_all_its_queries() -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_walks_have_no_queries_and_are_made_where_they_are_needed(rank: int, normalize: bool) -> None:
     """Nobody needs the state after the last run, or the gradient of the one before the first."""
-    forward, backward = "gated_linear_attention_fwd", "gated_linear_attention_bwd"
+    forward, local, backward = (f"gated_linear_attention_{name}" for name in ("fwd", "local_fwd", "bwd"))
     tensors = [torch.rand(1, 5, 2, 4, requires_grad=True) for _ in range(3)]
     with played(rank, 3), record_ops("native") as calls:
         layout = sd.SequenceLayout.contiguous(15)
         o, _ = sd.gated_linear_attention(*tensors, layout=layout, normalize=normalize, backend="native")
         found = [(call.name, heads_of(call)) for call in calls]
-        assert found == [(forward, 0)] * (rank < 2) + [(forward, 2)]
+        assert found == [(local, 0)] * (rank < 2) + [(forward, 2)]
         calls.clear()
         o.sum().backward()
         found = [(call.name, heads_of(call)) for call in calls]
         assert found == [(forward, 0)] * (rank > 0) + [(backward, 2)]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_gates_that_forget_need_no_walk(rank: int) -> None:
+    """The first run has nothing before it; all others compute before they know what was."""
+    forward, local, enter = (f"gated_linear_attention_{name}" for name in ("fwd", "local_fwd", "enter_"))
+    q, k, v = (torch.rand(1, 200, 2, 4) for _ in range(3))
+    for fall, forgets in ((1.06, True), (1.03, False)):  # within half of the tokens, or just behind
+        with played(rank, 3), record_ops("native") as calls:
+            layout = sd.SequenceLayout.contiguous(600)
+            sd.gated_linear_attention(q, k, v, torch.full((1, 200, 2), -fall), layout=layout, backend="native")
+            found = [call.name for call in calls]
+        results = [forward] if rank == 0 else [local, enter]
+        assert found == (results if forgets else [local] * (rank < 2) + [forward])
+
+
+EARLY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "channel": ({"gate": "channel"}, {"normalize": True}),
+    "head": ({"gate": "head"}, {}),
+    "none": ({"gate": "none"}, {"normalize": True, "eps": 0.5, "scale": 0.3}),
+    "bf16": ({"gate": "channel", "dtype": torch.bfloat16}, {"normalize": True}),
+}
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results before what enters, whatever the gates."""
+    monkeypatch.setattr(module, "_soon_forgets", lambda call, g: call.splits)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("case", EARLY)
+def test_results_first(early: None, size: int, kind: str, case: str) -> None:
+    shapes, options = EARLY[case]
+    cu = bounds_of(kind, size)
+    compare(
+        size,
+        LAYOUTS[kind],
+        rows_of(batch_of(kind), **shapes),
+        {},
+        lambda **x: subquad.gated_linear_attention(**x, cu_seqlens=cu, **options)[0],
+        lambda **x: sd.gated_linear_attention(**x, **options)[0],
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("kind", ["uneven", "gaps", "zigzag", "packed", "packed-zigzag"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_states_of_results_first(early: None, size: int, kind: str, normalize: bool) -> None:
+    states_and_their_gradients(size, kind, normalize)
+
+
+@pytest.mark.parametrize("method", ["all_gather", "scan"])
+def test_steep_gates(method: str) -> None:
+    """Such that forget, some heads at once and some never, whose results come first by themselves."""
+    rows = rows_of(2, "channel")
+    rows["g"] = rows["g"] * 300.0
+    mixed = rows | {"g": torch.cat([rows["g"], torch.zeros_like(rows["g"])], 2)}
+    for given in (rows, mixed, rows | {"g": torch.full_like(rows["g"], -torch.inf)}):
+        compare(
+            3,
+            LAYOUTS["even"],
+            given,
+            {},
+            lambda **x: subquad.gated_linear_attention(**x, normalize=True)[0],
+            lambda **x: sd.gated_linear_attention(**x, method=method, normalize=True)[0],
+        )
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_goes_on(monkeypatch: pytest.MonkeyPatch, value: float, first: bool) -> None:
+    """Over the borders, and not before it came."""
+    monkeypatch.setattr(module, "_soon_forgets", lambda call, g: first)
+    rows = rows_of(1, "channel")
+    rows["g"] = rows["g"] * 300.0
+    rows["v"][0, 25, 0, 2] = value
+    wanted = subquad.gated_linear_attention(**rows)[0]
+
+    def body(rank: int) -> Any:
+        layout = LAYOUTS["even"](3)
+        y = sd.gated_linear_attention(**{name: layout.shard(x) for name, x in rows.items()}, layout=layout)[0]
+        return layout.positions(), y
+
+    for at, y in on_ranks(3, body):
+        good = wanted[:, at].isfinite()
+        assert torch.equal(y.isfinite(), good)
+        torch.testing.assert_close(y[good], wanted[:, at][good], rtol=3e-6, atol=3e-6)
 
 
 def heads_of(call: Any) -> int:

@@ -287,9 +287,9 @@ def _soon_forgets(call: _Call, g: torch.Tensor | None) -> bool:
     """Whether the gates decay what enters to nothing within half of these tokens."""
     if g is None or not call.splits:
         return False
-    total, step = torch.zeros(()), max(64, g.shape[1] // 32)
-    for low in range(0, g.shape[1] // 2, step):
-        total = total + _sum_of_tokens(g[:, low : low + step])
+    total, half = torch.zeros(()), g.shape[1] // 2
+    for part in g[:, :half].split(max(64, half // 16), 1):
+        total = total + _sum_of_tokens(part)
         if bool((total < _FORGOTTEN).all()):
             return True
     return False
