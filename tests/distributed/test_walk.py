@@ -154,10 +154,11 @@ def test_gates_that_forget_need_no_walk(rank: int) -> None:
     """The first run has nothing before it; all others compute before they know what was."""
     forward, local, enter = (f"gated_linear_attention_{name}" for name in ("fwd", "local_fwd", "enter_"))
     q, k, v = (torch.rand(1, 200, 2, 4) for _ in range(3))
-    for fall, forgets in ((1.06, True), (1.03, False)):  # within half of the tokens, or just behind
+    for other, fall, forgets in ((9.0, 1.06, True), (1.06, 1.03, False)):  # within half of the tokens, or just behind
+        g = torch.tensor([-other, -fall]).expand(1, 200, 2)  # all heads, not one alone
         with played(rank, 3), record_ops("native") as calls:
             layout = sd.SequenceLayout.contiguous(600)
-            sd.gated_linear_attention(q, k, v, torch.full((1, 200, 2), -fall), layout=layout, backend="native")
+            sd.gated_linear_attention(q, k, v, g, layout=layout, backend="native")
             found = [call.name for call in calls]
         results = [forward] if rank == 0 else [local, enter]
         assert found == (results if forgets else [local] * (rank < 2) + [forward])

@@ -15,6 +15,7 @@ from subquad.testing.instruments import guarded_allocations
 from subquad.testing.specs.gated_linear_attention import SPEC, draw, oracle
 
 STEM = "gated_linear_attention"
+SCALE, EPS = 0.3, 0.4
 LOCAL, ENTER, FORWARD = f"{STEM}_local_fwd", f"{STEM}_enter_", f"{STEM}_fwd"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 CALLS: tuple[tuple[str, int, tuple[int, int, int, int], int, int, dict[str, Any]], ...] = (
@@ -42,7 +43,7 @@ def drawn(name: str, dtype: torch.dtype, **changes: Any) -> Any:
 def local(sample: Any, backend: str, bounds: torch.Tensor | None = None, **states: torch.Tensor) -> Any:
     """(o, den, s, z, sums, decay, reach), for a state of zeros."""
     rows = (sample.args.get(n) for n in ("q", "k", "v", "g"))
-    return HANDLES[backend][LOCAL](*rows, states.get("s0"), states.get("z0"), bounds, 0.3, 1e-10, normalised(sample))
+    return HANDLES[backend][LOCAL](*rows, states.get("s0"), states.get("z0"), bounds, SCALE, EPS, normalised(sample))
 
 
 def normalised(sample: Any) -> bool:
@@ -53,14 +54,14 @@ def enter(sample: Any, found: Any, backend: str) -> tuple[torch.Tensor, ...]:
     """(o, s and, where it is, z), with the state of the sample before the tokens; `found` is changed."""
     o, den, s, z, sums, decay, reach = found
     s0, z0 = sample["s0"], sample.args.get("z0")
-    HANDLES[backend][ENTER](o, den, sums, reach, sample["q"], sample.args.get("g"), s0, z0, 0.3, 1e-10)
+    HANDLES[backend][ENTER](o, den, sums, reach, sample["q"], sample.args.get("g"), s0, z0, SCALE, EPS)
     return (o, s + decay.unsqueeze(-1) * s0, *(() if z0 is None else (z + decay * z0,)))
 
 
 def expected(sample: Any) -> tuple[torch.Tensor, ...]:
     """The definition, in float64, with the state before the first token."""
     wide = sample.to(torch.float64, sample.wide(sample.args))
-    return oracle(**wide.args, normalize=normalised(sample), scale=0.3)
+    return oracle(**wide.args, normalize=normalised(sample), scale=SCALE, eps=EPS)
 
 
 @pytest.mark.quick
@@ -80,7 +81,7 @@ def test_what_enters_afterwards_is_what_entered_before(name: str, dtype: torch.d
 def test_the_shapes_are_those_promised(name: str, dtype: torch.dtype, backend: str) -> None:
     sample = drawn(name, dtype)
     rows = [sample.args.get(n) for n in ("q", "k", "v", "g")]
-    promised = CONTRACT.operators[LOCAL].fake(*rows, None, None, None, 0.3, 1e-10, normalised(sample))
+    promised = CONTRACT.operators[LOCAL].fake(*rows, None, None, None, SCALE, EPS, normalised(sample))
     for one, other in zip(local(sample, backend), promised, strict=True):
         assert (one.shape, one.dtype, one.is_contiguous()) == (other.shape, other.dtype, True)
 
@@ -92,7 +93,7 @@ def test_beyond_its_reach_nothing_is_left_to_do(name: str, dtype: torch.dtype, b
     """As many tokens as the gates allow, and no more; the others have the bits of a forward from nothing."""
     sample = drawn(name, dtype)
     o, *_, reach = local(sample, backend)
-    whole = HANDLES[backend][FORWARD](*(sample.args.get(n) for n in ("q", "k", "v", "g")), None, None, None, 0.3, 1e-10,
+    whole = HANDLES[backend][FORWARD](*(sample.args.get(n) for n in ("q", "k", "v", "g")), None, None, None, SCALE, EPS,
                                       normalised(sample))  # fmt: skip
     tokens, each = o.shape[1], o.shape[2] // reach.shape[1]
     fall = sample["g"].double().cumsum(1).amax(3)  # of the channel that forgets last
@@ -117,10 +118,10 @@ def test_of_packed_sequences_the_first_is_continued(backend: str) -> None:
         assert reach[1:].eq(0).all()
         q, g = sample["q"][:, head], sample["g"][:, head]
         HANDLES[backend][ENTER](
-            o[:, head], den[:, head], sums[:, head], reach[:1], q, g, sample["s0"][:1], sample["z0"][:1], 0.3, 1e-10
+            o[:, head], den[:, head], sums[:, head], reach[:1], q, g, sample["s0"][:1], sample["z0"][:1], SCALE, EPS
         )
         wide = sample.to(torch.float64, sample.wide(sample.args))
-        wanted = oracle(**wide.args, normalize=True, scale=0.3, cu_seqlens=cu)
+        wanted = oracle(**wide.args, normalize=True, scale=SCALE, eps=EPS, cu_seqlens=cu)
         s[:1] += decay[:1].unsqueeze(-1) * sample["s0"][:1]
         z[:1] += decay[:1] * sample["z0"][:1]
         for one, other in zip((o, s, z), wanted, strict=True):
@@ -231,5 +232,5 @@ def test_refused_before_anything_is_written(what: str, backend: str) -> None:
     given = {"o": o, "den": den, "sums": sums, "reach": reach, **{n: sample[n] for n in ("q", "g", "s0", "z0")}}
     kept = o.clone()
     with pytest.raises(RuntimeError, match=message):
-        HANDLES[backend][ENTER](*(given | change(given)).values(), 0.3, 1e-10)
+        HANDLES[backend][ENTER](*(given | change(given)).values(), SCALE, EPS)
     assert_same_bits(o, kept)

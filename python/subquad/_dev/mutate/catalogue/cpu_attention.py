@@ -8,6 +8,8 @@ from .cpu import of
 _GLA_STEP = of("ops/gated_linear_attention/cpu.isa.cpp", "gated_linear_attention")
 _GLA_STATE = of("ops/gated_linear_attention/cpu_step.h", "gated_linear_attention", "lawcat_decode_step")
 _GLA = of("ops/gated_linear_attention/cpu_forward.h", "gated_linear_attention")
+_GLA_HELD = of("ops/gated_linear_attention/cpu_state.h", "gated_linear_attention")
+_GLA_ENTER = of("ops/gated_linear_attention/cpu_enter.h", "gated_linear_attention")
 _GLA_CHUNK = of("ops/gated_linear_attention/cpu_chunk.h", "gated_linear_attention")
 _GLA_BACK = of("ops/gated_linear_attention/cpu_backward.h", "gated_linear_attention")
 _ATTENTION = of("ops/interval_attention/cpu_forward.h", "interval_attention")
@@ -39,8 +41,40 @@ FAULTS = (
         "skipped = slot < -1 || slot >= p.pool;",
     ),
     Fault("cpu-gla-step-z", "state", _GLA_STEP, "z[c] = decay[c] * z[c] + k[c];", "z[c] = z[c] + k[c];"),
-    Fault("cpu-gla-last-tail", "state", _GLA, "decay_state(nullptr);", ""),
-    Fault("cpu-gla-pending-first", "state", _GLA, "pending_[c] = 1.0f;", "pending_[c] = 0.0f;"),
+    Fault("cpu-gla-last-tail", "state", _GLA, "state_.move_to(nullptr, p_, size_);", ""),
+    Fault(
+        "cpu-gla-pending-first",
+        "state",
+        _GLA_HELD,
+        "pending[c] = decay[c] = 1.0f;",
+        "pending[c] = 0.0f, decay[c] = 1.0f;",
+    ),
+    Fault("cpu-gla-local-decay", "state", _GLA_HELD, "z[c] *= factor, decay[c] *= factor;", "z[c] *= factor;"),
+    Fault(
+        "cpu-gla-local-first",
+        "bounds",
+        _GLA,
+        "return p_.cu_seqlens == nullptr || n == 0;",
+        "return p_.cu_seqlens == nullptr;",
+    ),
+    Fault("cpu-gla-local-reach", "bounds", _GLA, "reach = t, within_reach_ = false;", "reach = t;"),
+    Fault(
+        "cpu-gla-local-kept", "state", _GLA, "state_.decay[c] * state_.pending[c] != 0.0f", "state_.pending[c] != 0.0f"
+    ),
+    Fault(
+        "cpu-gla-enter-tail",
+        "state",
+        _GLA_ENTER,
+        "std::memcpy(state_.pending, chunk_.tail,",
+        "std::memcpy(state_.pending, chunk_.head,",
+    ),
+    Fault("cpu-gla-enter-den", "formula", _GLA_ENTER, "p_.den[at] += extra;", "p_.den[at] = extra;"),
+    Fault("cpu-gla-enter-eps", "formula", _GLA_ENTER, "1.0f / (p_.den[at] + p_.eps)", "1.0f / p_.den[at]"),
+    Fault("cpu-gla-enter-endless", "nan", _GLA_ENTER, "return finite ? reach(s) : p_.tokens;", "return reach(s);"),
+    Fault("cpu-gla-enter-nan", "nan", _GLA_ENTER, "    add_row(o, more, extra, 1.0f, o);", ""),
+    Fault(
+        "cpu-gla-enter-half", "bounds", _GLA_ENTER, "walk(t + half, n - half);", "walk(t + half, n - half - (n > 3));"
+    ),
     Fault(
         "cpu-gla-half",
         "bounds",

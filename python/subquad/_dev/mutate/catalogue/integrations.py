@@ -79,6 +79,27 @@ FAULTS = (
         "        pass\n",
     ),
     Fault(
+        "distributed-gla-early-final",
+        "state",
+        _WALKS,
+        "        self.s[first] += torch.where(s == 0, 0.0, decay.unsqueeze(-1) * s)\n",
+        "",
+    ),
+    Fault(
+        "distributed-gla-early-decay",
+        "state",
+        _WALKS,
+        "else self.decay[last]\n",
+        "else torch.ones_like(self.decay[last])\n",
+    ),
+    Fault(
+        "distributed-gla-forgets",
+        "dispatch",
+        _WALKS,
+        "if bool((total < _FORGOTTEN).all())",
+        "if bool((total < _FORGOTTEN).any())",
+    ),
+    Fault(
         "distributed-gla-passing",
         "state",
         _WALKS,
