@@ -153,7 +153,7 @@ def test_walks_have_no_queries_and_are_made_where_they_are_needed(rank: int, nor
 def test_gates_that_forget_need_no_walk(rank: int) -> None:
     """The first run has nothing before it; all others compute before they know what was."""
     forward, local, enter = (f"gated_linear_attention_{name}" for name in ("fwd", "local_fwd", "enter_"))
-    q, k, v = (torch.rand(1, 200, 2, 4) for _ in range(3))
+    q, k, v = (torch.rand(1, 200, heads, 4) for heads in (4, 2, 2))
     for other, fall, forgets in ((9.0, 1.06, True), (1.06, 1.03, False)):  # within half of the tokens, or just behind
         g = torch.tensor([-other, -fall]).expand(1, 200, 2)  # all heads, not one alone
         with played(rank, 3), record_ops("native") as calls:
@@ -161,7 +161,17 @@ def test_gates_that_forget_need_no_walk(rank: int) -> None:
             sd.gated_linear_attention(q, k, v, g, layout=layout, backend="native")
             found = [call.name for call in calls]
         results = [forward] if rank == 0 else [local, enter]
-        assert found == (results if forgets else [local] * (rank < 2) + [forward])
+        walks = [local] * (rank < 2) + [forward]
+        assert found == (results if forgets else walks)
+    for dtype, grad, first in (
+        (torch.float32, False, True),
+        (torch.float32, True, False),
+        (torch.bfloat16, False, False),
+    ):
+        with played(rank, 3), record_ops("native") as calls:  # a state for every query head, no gates
+            rows = [x[:, :, :2].to(dtype).requires_grad_(grad) for x in (q, k, v)]
+            sd.gated_linear_attention(*rows, layout=layout, backend="native")
+            assert [call.name for call in calls] == (results if first else walks)
 
 
 EARLY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -175,7 +185,7 @@ EARLY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results before what enters, whatever the gates."""
-    monkeypatch.setattr(module, "_soon_forgets", lambda call, g: call.splits)
+    monkeypatch.setattr(module, "_results_first", lambda call, *_: call.splits)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -222,7 +232,7 @@ def test_steep_gates(method: str) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_no_number_goes_on(monkeypatch: pytest.MonkeyPatch, value: float, first: bool) -> None:
     """Over the borders, and not before it came."""
-    monkeypatch.setattr(module, "_soon_forgets", lambda call, g: first)
+    monkeypatch.setattr(module, "_results_first", lambda *_: first)
     rows = rows_of(1, "channel")
     rows["g"] = rows["g"] * 300.0
     rows["v"][0, 25, 0, 2] = value

@@ -50,9 +50,7 @@ class Case:
 
 
 FALLS = (0.1, 0.0001)  # what enters is forgotten after 2,000 tokens; after more than there are
-WORK = tuple(
-    Case(*size, dtype, fall) for size in ((32768, 4, 64), (8192, 8, 128)) for dtype in CLOSE for fall in FALLS
-)
+WORK = tuple(Case(*size, dtype, fall) for size in ((32768, 4, 64), (8192, 8, 128)) for dtype in CLOSE for fall in FALLS)
 PROCESSES = tuple(Case(65536, 4, 64, dtype, fall) for dtype in CLOSE for fall in FALLS)
 QUICK = (Case(512, 2, 16),)
 
