@@ -301,14 +301,17 @@ def _results_first(call: _Call, rows: _Rows) -> bool:
 
 
 def _soon_forgets(g: torch.Tensor | None) -> bool:
-    """Whether gates decay what enters to nothing within half of their tokens."""
+    """Whether gates decay what enters to nothing within half of their tokens. Not looked for to the end where it is unlikely."""
     if g is None:
         return False
-    total, half = torch.zeros(()), g.shape[1] // 2
+    total, seen, half = torch.zeros(()), 0, g.shape[1] // 2
     for part in g[:, :half].split(max(64, half // 16), 1):
         total = total + _sum_of_tokens(part)
+        seen += part.shape[1]
         if bool((total < _FORGOTTEN).all()):
             return True
+        if bool((total * (2 * half) > _FORGOTTEN * seen).any()):  # twice as fast from here on would not do
+            return False
     return False
 
 

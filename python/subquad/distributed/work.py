@@ -43,10 +43,10 @@ class Case:
         return f"{self.tokens} tokens, {self.heads} heads of {self.width}, {dtype}, gates to -{self.fall:g}"
 
     def tensors(self) -> list[torch.Tensor]:
-        """q, k, v and g, the same in every process."""
+        """q, k, v and g, the same in every process. Values have a mean of 0, else gradients would be rounding errors mostly."""
         generator = torch.Generator().manual_seed(0)
         q, k, v, g = (torch.rand(1, self.tokens, self.heads, self.width, generator=generator) for _ in range(4))
-        return [*(x.to(self.dtype).requires_grad_() for x in (q, k, v)), (-self.fall * g).requires_grad_()]
+        return [*(x.to(self.dtype).requires_grad_() for x in (q, k, v - 0.5)), (-self.fall * g).requires_grad_()]
 
 
 FALLS = (0.1, 0.0001)  # what enters is forgotten after 2,000 tokens; after more than there are
