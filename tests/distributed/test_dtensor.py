@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import subquad
 import subquad.distributed
 from subquad import IntervalMask
 
-from .threads import on_ranks
+from .threads import caught, on_ranks
 
 SIZE = 3
 B, T, H, K, V = SIZE, 7, 2 * SIZE, 8, 4
 WHOLE, ROWS, TOKENS, HEADS, STATES = Replicate(), Shard(0), Shard(1), Shard(2), Shard(1)
+PARTS = Partial()
 
 
 def linear(q: Any, k: Any, v: Any, g: Any = None, s0: Any = None, z0: Any = None) -> Any:
@@ -53,6 +54,12 @@ def mapped(x: Any, weight: Any, fm_weight: Any, bias: Any) -> Any:
     return subquad.conv_feature_map(x, weight, fm_weight, bias)[0]
 
 
+def cats(x: Any, gate: Any, up: Any, down: Any, threshold: Any = 0.3, *biases: Any, **options: Any) -> Any:
+    named = dict(zip(("b_gate", "b_up", "b_down"), biases, strict=False))
+    threshold = threshold.detach() if isinstance(threshold, torch.Tensor) else threshold
+    return subquad.cats_mlp(x, gate, up, down, threshold, **named, **options)
+
+
 def shapes(q: int, k: int, v: int) -> list[tuple[int, ...]]:
     return [(B, T, q, K), (B, T, k, K), (B, T, v, V)]
 
@@ -60,6 +67,10 @@ def shapes(q: int, k: int, v: int) -> list[tuple[int, ...]]:
 LINEAR = [*shapes(2 * H, H, H), (B, T, H, K), (B, H, K, V), (B, H, K)]
 CONVOLUTION = [(B, T, H), (2 * H, 4), (2 * H,), (B, H, 3), (B, T, 2 * H)]
 CONV_MAP = [(B, T, H, K), (H * K, 4), (H, K, 3)]
+NEURONS = 4 * SIZE + 1  # which the ranks do not divide
+MLP = [(B, T, K), (NEURONS, K), (NEURONS, K), (K, NEURONS)]
+BIASES = [(NEURONS,), (NEURONS,), (K,)]
+BY_NEURONS = [WHOLE, Shard(0), Shard(0), Shard(1)]
 Case = tuple[Callable[..., Any], list[tuple[int, ...]], list[Any], Any]
 CASES: dict[str, Case] = {
     "linear, heads": (linear, LINEAR, [HEADS] * 4 + [STATES] * 2, HEADS),
@@ -80,6 +91,13 @@ CASES: dict[str, Case] = {
     "conv and map, rows": (mapped, [*CONV_MAP, (H * K,)], [ROWS, WHOLE, WHOLE, WHOLE], ROWS),
     "conv and map, heads": (mapped, [*CONV_MAP, (H * K,)], [HEADS, Shard(0), Shard(0), Shard(0)], HEADS),
     "feature map, tokens": (subquad.feature_map, [(B, SIZE, H, K)], [TOKENS], TOKENS),
+    "CATS, neurons": (cats, MLP, BY_NEURONS, PARTS),
+    "CATS, neurons, biases and thresholds": (
+        cats, [*MLP, (NEURONS,), *BIASES], [*BY_NEURONS, Shard(0), Shard(0), Shard(0), WHOLE], PARTS
+    ),
+    "CATS, rows": (cats, [*MLP, (1,), *BIASES], [ROWS, *[WHOLE] * 7], ROWS),
+    "CATS, tokens": (cats, [*MLP, (NEURONS,), *BIASES], [TOKENS, *[WHOLE] * 7], TOKENS),
+    "CATS, whole": (cats, [*MLP, (), *BIASES], [WHOLE] * 8, WHOLE),
 }  # fmt: skip
 
 
@@ -118,7 +136,7 @@ def compare(fn: Callable[..., Any], sizes: list[tuple[int, ...]], placements: li
             assert results[0].placements == (out,) and sent.get_total_counts() == 0
         for a, b in zip(results, expected if isinstance(expected, tuple) else (expected,), strict=True):
             close(whole(a), b.detach())
-        own = distribute_tensor(weight, mesh, results[0].placements)
+        own = distribute_tensor(weight, mesh, [WHOLE if p == PARTS else p for p in results[0].placements])
         for a, b in zip(torch.autograd.grad((results[0] * own).sum(), given, allow_unused=True), grads, strict=True):
             assert (a is None) is (b is None)
             if b is not None:
@@ -164,3 +182,82 @@ def test_a_mesh_of_two_dimensions() -> None:
         close(whole(found), expected)
 
     on_ranks(4, body)
+
+
+# --- the CATS MLP ----------------------------------------
+
+FEW: dict[str, tuple[int, list[Any], dict[str, Any]]] = {
+    "neurons": (2, BY_NEURONS, {}),
+    "neurons, a union": (2, BY_NEURONS, {"mask_mode": "union"}),
+    "tokens": (5, [TOKENS, *[WHOLE] * 3], {}),
+    "tokens, a union": (5, [TOKENS, *[WHOLE] * 3], {"mask_mode": "union"}),
+    "many tokens, dense": (18, [TOKENS, *[WHOLE] * 3], {"prefill": "dense"}),
+    "neurons, dense": (18, BY_NEURONS, {"prefill": "dense"}),
+    "channels of tokens, columns of gates": (2, [HEADS, Shard(1), WHOLE, WHOLE], {}),
+    "weights alone": (2, [TOKENS, *BY_NEURONS[1:]], {}),
+}
+
+
+@pytest.mark.parametrize("neurons", [NEURONS, 4])  # of the latter two ranks have two, one has none
+@pytest.mark.parametrize("down", ["rows", "columns"])
+@pytest.mark.parametrize("name", FEW)
+def test_few_tokens(name: str, down: str, neurons: int) -> None:
+    """The sparse kernels, in both layouts of the down projection; what all tokens of a call decide is decided by all."""
+    tokens, placements, options = FEW[name]
+    sizes = [(1, tokens, K), (neurons, K), (neurons, K), (K, neurons)]
+    plain = drawn(sizes, cats)
+    if down == "columns":
+        plain[3] = plain[3].t().contiguous().t()
+    with torch.no_grad():
+        expected = cats(*plain, 3.0, **options)
+        assert not options or not torch.equal(expected, cats(*plain, 3.0))
+
+    def body(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (SIZE,), mesh_dim_names=("tp",))
+        given = [distribute_tensor(x, mesh, [p]) for x, p in zip(plain, placements, strict=True)]
+        with torch.no_grad():
+            found = cats(*given, 3.0, **options)
+        close(whole(found), expected)
+
+    on_ranks(SIZE, body)
+
+
+def test_an_mlp_on_a_mesh_of_two_dimensions() -> None:
+    """Rows over one, neurons over the other; the bias of down enters once."""
+    sizes = [(4, T, K), (6, K), (6, K), (K, 6), (6,), (6,), (6,), (K,)]
+    plain = [x.requires_grad_() for x in drawn(sizes, cats)]
+    expected = cats(*plain)
+    grads = torch.autograd.grad(expected.square().sum(), plain, allow_unused=True)
+
+    def body(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        split = [WHOLE, Shard(0), Shard(0), Shard(1), Shard(0), Shard(0), Shard(0), WHOLE]
+        pairs = zip(plain, [ROWS, *[WHOLE] * 7], split, strict=True)
+        given = [distribute_tensor(x.detach(), mesh, [a, b]).requires_grad_() for x, a, b in pairs]
+        with CommDebugMode() as sent:
+            found = cats(*given)
+        assert found.placements == (ROWS, PARTS) and sent.get_total_counts() == 0
+        close(whole(found), expected.detach())
+        loss = found.redistribute(placements=[ROWS, WHOLE]).square().sum()
+        for a, b in zip(torch.autograd.grad(loss, given, allow_unused=True), grads, strict=True):
+            assert (a is None) is (b is None)
+            if b is not None:
+                close(whole(a), b)
+
+    on_ranks(4, body)
+
+
+def test_an_mlp_with_plain_tensors_is_refused() -> None:
+    x, gate, up, down = drawn(MLP, cats)
+
+    def body(rank: int) -> list[str]:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        given = [distribute_tensor(t, mesh, [WHOLE]) for t in (x, gate, up)]
+        threshold = torch.zeros(NEURONS)
+        columns = distribute_tensor(down, mesh, [WHOLE])
+        return [caught(lambda: cats(*given, down)), caught(lambda: cats(*given, columns, threshold))]
+
+    for found in on_ranks(2, body):
+        assert found == [
+            f"TypeError: {name}: expected a DTensor as x is, got a Tensor" for name in ("w_down", "threshold")
+        ]

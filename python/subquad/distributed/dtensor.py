@@ -1,7 +1,8 @@
 """Rules by which operators take DTensors: whole batches and whole heads, forward and backward.
 
 A rule lists what is acceptable on one dimension of a mesh; torch combines several. None splits a sequence whose tokens meet: that
-needs messages inside an operator. `register_sharding` is an experiment of torch, and is used in this file alone.
+needs messages inside an operator. `register_sharding` is an experiment of torch, and is used in this file alone. The CATS MLP,
+whose training is no operator, is called with this process's parts.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
-from torch.distributed.tensor import Partial, Replicate, Shard
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..contract import HANDLES
+from ..ops import _call
+from ..ops.cats_mlp import cats_mlp, sparse_limit
 
 Named = Mapping[
     str, Any
@@ -198,3 +202,49 @@ for _operator, _rule in (
     ("conv_feature_map_bwd", _convolution_backward),
 ):
     _register(_operator, _rule)
+
+
+# --- the CATS MLP ----------------------------------------
+
+_NEURONS = {"w_gate": Shard(0), "w_up": Shard(0), "w_down": Shard(1), "b_gate": Shard(0), "b_up": Shard(0)}
+
+
+def _cats(given: Mapping[str, DTensor], alone: bool, dim: int) -> tuple[Any, dict[str, Any]]:
+    """(placement of the result, of arguments) on a dimension of the mesh: by neurons, by tokens that are `alone`, or whole."""
+    if any(name in given and not given[name].placements[dim].is_replicate() for name in _NEURONS):
+        each = "threshold" in given and given["threshold"].shape == given["w_gate"].shape[:1]
+        return Partial(), _NEURONS | ({"threshold": Shard(0)} if each else {})
+    own: Any = given["x"].placements[dim]
+    if alone and any(own == Shard(d) for d in range(given["x"].dim() - 1)):
+        return own, {"x": own}
+    return WHOLE, {}
+
+
+def _cats_mlp(
+    tensors: Mapping[str, Any], *, mask_mode: str, prefill: str, max_sparse_tokens: int | None, **options: Any
+) -> DTensor:
+    """`cats_mlp` of tensors that fit each other; among them a threshold, which may be a number."""
+    given: dict[str, Any] = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+    for name, x in given.items():
+        if not isinstance(x, DTensor):
+            raise TypeError(f"{name}: expected a DTensor as x is, got a {type(x).__name__}")
+    x, mesh, local = given["x"], given["x"].device_mesh, dict(tensors)
+    if prefill == "dense" and x.numel() > sparse_limit(max_sparse_tokens) * x.shape[-1]:  # of all processes' tokens
+        given.pop("threshold", None)
+        local["threshold"], prefill = -1.0, "masked"
+    chosen = [_cats(given, mask_mode == "token", dim) for dim in range(mesh.ndim)]
+    results = [result for result, _ in chosen]
+    for name, tensor in given.items():
+        placed = [placements.get(name, WHOLE) for _, placements in chosen]
+        parts = [p if result == WHOLE else _gradient(tensor, p) for result, p in zip(results, placed, strict=True)]
+        local[name] = tensor.redistribute(placements=placed).to_local(grad_placements=parts)
+    if local["b_down"] is not None:  # is added once
+        where = zip(mesh.get_coordinate() or (), results, strict=False)
+        first = all(rank == 0 for rank, result in where if result == Partial())
+        local["b_down"] = torch.where(torch.tensor(first, device=x.device), local["b_down"], 0.0)
+    y = cats_mlp(**local, mask_mode=mask_mode, prefill=prefill, max_sparse_tokens=max_sparse_tokens, **options)
+    stride = torch.empty(x.shape, device="meta").stride()
+    return DTensor.from_local(y, mesh, results, run_check=False, shape=x.shape, stride=stride)
+
+
+_call.DTENSORS["cats_mlp"] = _cats_mlp

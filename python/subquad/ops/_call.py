@@ -23,6 +23,7 @@ from ._schema import GRADIENTS, SIGNATURES, Signature
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 GradientHook = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 _HOOKS: dict[str, GradientHook] = {}
+DTENSORS: dict[str, Callable[..., Any]] = {}  # by function; `subquad.distributed` fills it
 
 
 # --- before the checks ----------------------------------------
@@ -41,6 +42,11 @@ def autocast(*values: Any, to: Any = None) -> tuple[Any, ...]:
         if isinstance(value, torch.Tensor):
             _checks.memory(f"operand {i}", value)
     return tuple(v.to(dtype) if isinstance(v, torch.Tensor) and v.dtype in _CASTABLE else v for v in values)
+
+
+def on_parts(function: str, x: object) -> Callable[..., Any] | None:
+    """What is called in the place of a function whose training is no operator where x is a DTensor, if anything is."""
+    return DTENSORS.get(function) if type(x).__name__ == "DTensor" else None
 
 
 # --- results ----------------------------------------

@@ -75,6 +75,14 @@ def cats_mlp(
     x, w_gate, w_up, w_down, b_gate, b_up, b_down = _call.autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
     tokens = _check_tensors(x, *weights)
+    if (on_parts := _call.on_parts("cats_mlp", x)) is not None:
+        names = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+        placed: torch.Tensor = on_parts(
+            {"x": x, **dict(zip(names, weights, strict=True)), "threshold": threshold},
+            activation=activation, inclusive=inclusive, mask_mode=mask_mode, prefill=prefill,
+            max_sparse_tokens=max_sparse_tokens, grad=grad, backend=backend,
+        )  # fmt: skip
+        return placed
     t = _checks.threshold(threshold, w_gate.shape[0], x.device)
     code = _checks.choice("activation", activation, ACTIVATIONS)
     _checks.flag("inclusive", inclusive)
