@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import subquad
 import subquad.distributed as sd
-from subquad import RopeSpec, SinkKVCache
+from subquad import RopeSpec, SinkKVCache, SuperlinearConfig, SuperlinearKVCache
 from subquad.distributed import _collectives
 from subquad.nn import SinkAttention
 
@@ -265,6 +265,46 @@ def test_refused() -> None:
     for found in on_ranks(2, body):
         for name, (text, message) in found.items():
             assert message in text, name
+
+
+# --- by heads ----------------------------------------
+
+
+def test_caches_of_some_heads_are_those_of_all() -> None:
+    """To the bit, and without a message: nothing of video or of a search is shared by heads of keys."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, search = (torch.randn(B, 48, heads, D, generator=generator) for heads in (8, 4, 4, 8))
+
+    def video(own: slice, queries: slice) -> list[torch.Tensor]:
+        sizes = {"frame_tokens": 4, "sink_frames": 1, "local_frames": 4, "block_frames": 2}
+        cache = subquad.FrameSinkCache(1, B, k[:, :, own].shape[2], D, rope=ROPE, kv_dtype=torch.int8, **sizes)
+        found = []
+        for at in range(0, 48, 8):
+            given = (q[:, at : at + 8, queries], k[:, at : at + 8, own], v[:, at : at + 8, own])
+            found.append(cache.attend(0, *(x.contiguous() for x in given)))
+            cache.commit()
+        return found
+
+    def spans(own: slice, queries: slice, route: str) -> list[torch.Tensor]:
+        config = SuperlinearConfig(sw_index=1, num_spans=2, backward_factor=2.0, route_per=route)
+        cache = SuperlinearKVCache(B, k[:, :, own].shape[2], 48, D, page_size=16)
+        found = []
+        for low, high in ((0, 40), (40, 41), (41, 48)):
+            cache.append(k[:, low:high, own].contiguous(), v[:, low:high, own].contiguous())
+            at = torch.full((B,), low)
+            given = search[:, low:high, queries].contiguous(), q[:, low:high, queries].contiguous()
+            found.append(subquad.superlinear_attention_step(*given, cache, at, config=config))
+        return found
+
+    kinds: list[Callable[..., list[torch.Tensor]]] = [video]
+    kinds += [lambda own, queries, r=route: spans(own, queries, r) for route in ("head", "group")]
+    with torch.no_grad():
+        for kind in kinds:
+            expected = kind(slice(None), slice(None))
+            for rank in range(2):
+                own, queries = slice(2 * rank, 2 * rank + 2), slice(4 * rank, 4 * rank + 4)
+                for a, b in zip(kind(own, queries), expected, strict=True):
+                    assert torch.equal(a, b[:, :, queries])
 
 
 # --- from a prompt under context parallelism ----------------------------------------

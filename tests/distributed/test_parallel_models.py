@@ -96,6 +96,40 @@ def test_sinks(options: dict[str, Any]) -> None:
     on_ranks(2, body)
 
 
+@pytest.mark.filterwarnings("ignore:subquad. SuperlinearConfig")  # keys that are never reached, on purpose
+@pytest.mark.parametrize("options", [{}, {"route_per": "group", "search_scale": 0.3}], ids=["heads", "groups"])
+def test_superlinear(options: dict[str, Any]) -> None:
+    """Every head searches by itself, or those of one key head together; caches hold this process's heads."""
+    one, ids = llama(), tokens(40)
+    convert(one, attention="superlinear", sw_index=1, num_spans=2, backward_factor=1.0, forward_factor=0.5, **options)
+    with torch.no_grad():
+        for p in one.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    expected = gradients(one, ids, attention_mask=mask)
+    told: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    generated = one.generate(ids, **told)
+
+    def body(rank: int) -> None:
+        model = copy.deepcopy(one)
+        names = sd.parallelize(model, mesh_of(2))
+        assert names == [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("self_attn", "mlp")]
+        assert model.model.layers[0].self_attn.q_search_proj.weight.to_local().shape == (32, 64)
+        same_gradients(gradients(model, ids, attention_mask=mask), expected)
+        found = model.generate(ids, return_dict_in_generate=True, **told)
+        assert torch.equal(found.sequences, generated)
+        assert found.past_key_values.layers[0].keys.shape[1] == 1
+        assert torch.equal(model.generate(ids, cache_implementation="static", **told), generated)
+        cache, whole_cache = transformers.DynamicCache(), transformers.DynamicCache()
+        with torch.no_grad():
+            for low, high in ((0, 30), (30, 31), (31, 40)):
+                part = ids[:, low:high]
+                close(model(part, past_key_values=cache).logits, one(part, past_key_values=whole_cache).logits)
+
+    on_ranks(2, body)
+
+
 def test_sharded_caches() -> None:
     """Of a whole model, by tokens and by heads: padding, a stream beyond the window, a copy of the model."""
     one, ids = llama(), tokens(20)

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 import subquad.distributed as sd
-from subquad.nn import CATSMLP, LawcatAttention, LawcatCache
+from subquad import RopeSpec
+from subquad.nn import CATSMLP, LawcatAttention, LawcatCache, SinkAttention, SuperlinearAttention
 
 from .programs.common import error, whole
 from .threads import caught, on_ranks
@@ -145,6 +146,37 @@ def test_heads(name: str, size: int) -> None:
     mask[0, :4] = False
     options = {"position_embeddings": rotation(19)} if "window" in name else {"attention_mask": mask}
     same_as_one_process(lambda: layer_of(2 * size, size, **LAYERS[name]), sd.LawcatParallel, size, x, **options)
+
+
+SOFTMAX: dict[str, Callable[..., nn.Module]] = {
+    "sinks": lambda *sizes, **options: SinkAttention(
+        *sizes, sink_tokens=2, window=5, learned_sink=True, bias=True, **options
+    ),
+    "superlinear": lambda *sizes, **options: SuperlinearAttention(
+        *sizes, sw_index=2, num_spans=2, backward_factor=2.0, qkv_bias=True, o_bias=True, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_heads_of_softmax(name: str, size: int) -> None:
+    """Norms of q and k, which all queries share, biases, a rotation of the layer's own; packed sequences."""
+    rope = RopeSpec(30.0 ** -(torch.arange(4) / 4), 8)
+    one = moved(SOFTMAX[name](HIDDEN, 2 * size, size, 8, qk_norm=True, rope=rope, layer_idx=0))
+    x = torch.randn(1, 40, HIDDEN, generator=torch.Generator().manual_seed(0))
+    options = {"cu_seqlens": torch.tensor([0, 9, 40])}
+    expected = trained(one, x, **options)
+
+    def body(rank: int) -> None:
+        layer = copy.deepcopy(one)
+        assert sd.parallelize(layer, mesh_of(size)) == [""]
+        for a, b in zip(trained(layer, x, **options), expected, strict=True):
+            close(a, b)
+        with pytest.raises(ValueError, match="expected a size that divides the 1 key heads"):
+            sd.parallelize(SOFTMAX[name](HIDDEN, 2, 1, 8), mesh_of(size))
+
+    on_ranks(size, body)
 
 
 @pytest.mark.parametrize("name", ["plain", "everything", "window"])

@@ -22,13 +22,14 @@ from ..nn.feature_map import LearnedFeatureMap
 from ..nn.lawcat import GateProjection, LawcatAttention
 from ..nn.quantised_cats_mlp import QuantisedCATSMLP
 from ..nn.sink_attention import SinkAttention
+from ..nn.superlinear_attention import SuperlinearAttention
 from . import _collectives, stock
 from .agreement import agree
 
 # Children that hold what is split, by name; a part of a model that is exchanged for another may compute anything.
 _KINDS: dict[str, type[nn.Module]] = {
     **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "down_proj"), nn.Linear),
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "output_gate"), nn.Linear),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_search_proj", "output_gate"), nn.Linear),
     **dict.fromkeys(("conv_q", "conv_k", "conv_v"), ShortConvolution),
     **dict.fromkeys(("feature_map", "feature_map_k"), LearnedFeatureMap),
     "gate": GateProjection,
@@ -113,6 +114,10 @@ class _HeadsParallel(_Style):
         return super().facts(module) | {"options": module.config}
 
 
+class _SuperlinearParallel(_HeadsParallel):
+    layer = SuperlinearAttention
+
+
 class LawcatParallel(_HeadsParallel):
     """A `LawcatAttention` split by its heads, for `torch.distributed.tensor.parallel.parallelize_module`.
 
@@ -132,7 +137,8 @@ class LawcatParallel(_HeadsParallel):
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None = 0) -> list[str]:
-    """Split every `CATSMLP` of a model by neurons, every `LawcatAttention` and `SinkAttention` by heads, in place.
+    """Split every `CATSMLP` of a model by neurons, every `LawcatAttention`, `SinkAttention` and `SuperlinearAttention` by heads,
+    in place.
 
     Softmax attention and dense MLPs beside them are split by torch's styles where the model's config has a plan for that
     (`base_model_tp_plan`) that knows no other parameters in them, and the ranks divide their heads and neurons. Everything else
@@ -160,7 +166,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, src_data_rank: int | None
     """
     _checks.module("model", model)
     _check_mesh(mesh)
-    styles: list[_Style] = [CATSParallel(), LawcatParallel(), _HeadsParallel()]
+    styles: list[_Style] = [CATSParallel(), LawcatParallel(), _HeadsParallel(), _SuperlinearParallel()]
     found: list[tuple[str, Any, _Style]] = [
         (name, module, style)
         for name, module in model.named_modules()
@@ -194,7 +200,7 @@ def _agreed(found: list[tuple[str, Any, _Style]], mesh: DeviceMesh, **more: Any)
     try:
         if not found:
             raise ValueError(
-                "model: expected layers made by convert (mlp='cats', attention='lawcat' or 'sink'), got none"
+                "model: expected layers made by convert (mlp='cats', attention='lawcat', 'sink' or 'superlinear'), got none"
             )
         for name, module, style in found:
             try:

@@ -20,6 +20,7 @@ from ._attention import AttentionLayer
 from ._children import check_whole, plain
 from ._inherited import Inherited, remember
 from ._scores import normed, scores_of
+from ._sharded import in_parts
 from ._sizes import add_projections
 from ._tokens import Tokens, firsts_of, keys_of, read, refuse_packed, sliding_window
 
@@ -195,10 +196,27 @@ class SuperlinearAttention(AttentionLayer):
         if position_embeddings is None and self.original is not None and self.scores.positions_needed:
             raise ValueError("position_embeddings: expected (cos, sin), which the original rotates by, got None")
         _checks.hidden(hidden_states, self.hidden_size)
-        b, t, _ = hidden_states.shape
         cache = cache if past_key_values is None else past_key_values
+        if cu_seqlens is not None:
+            kwargs["cu_seqlens"] = cu_seqlens
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            return self._forward(x, position_embeddings, attention_mask, cache, **kwargs)
+
+        return in_parts(self, self.o_proj, attend, hidden_states), None
+
+    def _forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: Any,
+        cache: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The output of the heads there are."""
+        b, t, _ = hidden_states.shape
         seen = None if cache is None else _seen(cache, self.layer_idx)
-        tokens = read(attention_mask, b, t, None, seen, position_embeddings, cu_seqlens=cu_seqlens, **kwargs)
+        tokens = read(attention_mask, b, t, None, seen, position_embeddings, **kwargs)
         device = hidden_states.device
         # Before the cache counts on, which it may do in place.
         place = tokens.once(("place", device), lambda: _places(t, seen, device))
@@ -212,7 +230,8 @@ class SuperlinearAttention(AttentionLayer):
             tokens.once("alone", lambda: refuse_packed(tokens))
             k, v = self._kept(cache, k, v, kwargs)
         mixed = self._attend(search, q, k, v, place, attention_mask, tokens, seen)
-        return self.o_proj(mixed.flatten(2)), None
+        y: torch.Tensor = self.o_proj(mixed.flatten(2))
+        return y
 
     def _rotated(
         self,
