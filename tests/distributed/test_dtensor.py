@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import subquad
 import subquad.distributed
 from subquad import IntervalMask
 
+from .programs.common import LIMIT, whole
 from .threads import caught, on_ranks
 
 SIZE = 3
@@ -110,12 +111,8 @@ def drawn(sizes: list[tuple[int, ...]], fn: Callable[..., Any]) -> list[torch.Te
     return made
 
 
-def whole(x: torch.Tensor) -> torch.Tensor:
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach()
-
-
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=LIMIT * float(expected.abs().max()))
 
 
 def compare(fn: Callable[..., Any], sizes: list[tuple[int, ...]], placements: list[Any], out: Any) -> None:

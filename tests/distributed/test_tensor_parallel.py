@@ -16,10 +16,9 @@ import subquad.distributed as sd
 from subquad import RopeSpec
 from subquad.nn import CATSMLP, LawcatAttention, LawcatCache, SinkAttention, SuperlinearAttention
 
-from .programs.common import error, whole
+from .programs.common import LIMIT, error, whole
 from .threads import caught, on_ranks
 
-LIMIT = 2e-6
 HIDDEN = 48
 
 

@@ -174,7 +174,8 @@ def rotated(
 def joined(layer: LawcatAttention, near: torch.Tensor, near_sum: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
     """The window's terms and the sums of linear attention [B, T, HQ, V + 1], its denominator last, as one mean."""
     assert layer.window_factor is not None
-    factor = layer.window_factor.float().sigmoid()[:, None]
+    # One for every row: the two terms of its gradient nearly cancel, and do so row by row before rows are added.
+    factor = layer.window_factor.float().sigmoid()[:, None].expand_as(near_sum)
     rest_of = 1 - factor if layer.affine_window else 1.0
     far, far_sum = wide[..., :-1], wide[..., -1:]
     return (factor * near + rest_of * far) / (factor * near_sum + rest_of * far_sum + layer.eps)

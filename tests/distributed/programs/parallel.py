@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import begin, claim, end, error, holds
+from common import LIMIT, begin, claim, end, error, holds
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -55,10 +55,10 @@ def data_parallel(one: Any) -> None:
     ):
         losses = trained(model, optimizer_of(model), mine)  # the optimizer is made before the first forward
         dist.all_reduce(losses)
-        claim(f"{name}: losses", error(losses / size, expected), 2e-6)
-        claim(f"{name}: parameters", furthest(getattr(model, "module", model), whole), 1e-5)
+        claim(f"{name}: losses", error(losses / size, expected), LIMIT)
+        claim(f"{name}: parameters", furthest(getattr(model, "module", model), whole), LIMIT)
         with torch.no_grad():
-            claim(f"{name}: few tokens", error(model(ids[:1, :2]).logits, whole(ids[:1, :2]).logits), 1e-5)
+            claim(f"{name}: few tokens", error(model(ids[:1, :2]).logits, whole(ids[:1, :2]).logits), LIMIT)
 
 
 def three_dimensions(one: Any, folder: str) -> None:
@@ -94,8 +94,8 @@ def three_dimensions(one: Any, folder: str) -> None:
         losses.append(out.loss.detach())
     total = torch.stack(losses)
     dist.all_reduce(total, group=mesh["cp"].get_group())
-    claim("sequence x heads x FSDP2: losses", error(total, expected), 2e-6)
-    claim("sequence x heads x FSDP2: parameters", furthest(model, whole), 1e-5)
+    claim("sequence x heads x FSDP2: losses", error(total, expected), LIMIT)
+    claim("sequence x heads x FSDP2: parameters", furthest(model, whole), LIMIT)
     weight = model.model.layers[0].mlp.down_proj.weight
     holds("sequence x heads x FSDP2: a weight lies over both", weight.to_local().numel() * 4 == weight.numel())
     state, momenta = get_state_dict(model, own)
