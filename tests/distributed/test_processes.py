@@ -16,15 +16,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def torchrun(program: Path, size: int, *options: str) -> str:
     """What the ranks print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    done = subprocess.run(
-        [*command, str(program), *options],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, str(program), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
-    return done.stdout
+    try:
+        out, err = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which ends the ranks, too; groups of a mesh would let them wait for half an hour
+        out, err = process.communicate()
+    assert process.returncode == 0, f"{out}\n{err[-3000:]}"
+    return out
 
 
 @pytest.mark.heavy

@@ -19,7 +19,7 @@ from subquad.distributed import _collectives, traffic
 from subquad.masks.parts import blocks
 
 from .test_operators import CLOSE, LAYOUTS, MASKS, TOKENS, compare, normal
-from .threads import caught, on_ranks
+from .threads import caught, on_ranks, taken
 
 
 class Mail:
@@ -48,7 +48,7 @@ def mail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mail]:
 
         def wait() -> None:
             for source, x in came:
-                got = boxes[source, rank].get(timeout=20)
+                got = taken(boxes[source, rank])
                 assert got.shape == x.shape and got.dtype is x.dtype
                 x.copy_(got)
 
