@@ -61,6 +61,17 @@ def cats(x: Any, gate: Any, up: Any, down: Any, threshold: Any = 0.3, *biases: A
     return subquad.cats_mlp(x, gate, up, down, threshold, **named, **options)
 
 
+def product(x: Any, codes: Any, bias: Any) -> Any:
+    return subquad.quantised_linear(x, codes, bias, format="int4")
+
+
+def cats_of_codes(x: Any, gate: Any, up: Any, down: Any, threshold: Any = 0.3, *biases: Any, **options: Any) -> Any:
+    """Its mask, too."""
+    named = dict(zip(("b_gate", "b_up", "b_down", "down_scales"), biases, strict=False))
+    threshold = threshold.detach() if isinstance(threshold, torch.Tensor) else threshold
+    return subquad.quantised_cats_mlp(x, gate, up, down, threshold, format="int8", return_mask=True, **named, **options)
+
+
 def shapes(q: int, k: int, v: int) -> list[tuple[int, ...]]:
     return [(B, T, q, K), (B, T, k, K), (B, T, v, V)]
 
@@ -72,6 +83,8 @@ NEURONS = 4 * SIZE + 1  # which the ranks do not divide
 MLP = [(B, T, K), (NEURONS, K), (NEURONS, K), (K, NEURONS)]
 BIASES = [(NEURONS,), (NEURONS,), (K,)]
 BY_NEURONS = [WHOLE, Shard(0), Shard(0), Shard(1)]
+WIDE = 32  # groups of codes
+CODES = [(B, T, WIDE), *[(NEURONS, WIDE)] * 3, (NEURONS,), (NEURONS,), (NEURONS,), (WIDE,)]
 Case = tuple[Callable[..., Any], list[tuple[int, ...]], list[Any], Any]
 CASES: dict[str, Case] = {
     "linear, heads": (linear, LINEAR, [HEADS] * 4 + [STATES] * 2, HEADS),
@@ -98,6 +111,20 @@ CASES: dict[str, Case] = {
     ),
     "CATS, rows": (cats, [*MLP, (1,), *BIASES], [ROWS, *[WHOLE] * 7], ROWS),
     "CATS, tokens": (cats, [*MLP, (NEURONS,), *BIASES], [TOKENS, *[WHOLE] * 7], TOKENS),
+    "product with codes, rows": (product, [(B * T, WIDE), (12, WIDE), (12,)], [ROWS, WHOLE, WHOLE], ROWS),
+    "product with codes, outputs": (product, [(B * T, WIDE), (12, WIDE), (12,)], [WHOLE, Shard(0), Shard(0)], TOKENS),
+    "CATS of codes, neurons": (
+        cats_of_codes, CODES, [WHOLE, *[Shard(0)] * 3, Shard(0), Shard(0), Shard(0), WHOLE], PARTS
+    ),
+    "CATS of codes, tokens": (cats_of_codes, CODES, [TOKENS, *[WHOLE] * 7], TOKENS),
+    "CATS of codes, scales of 32 neurons": (
+        cats_of_codes, [(B, T, WIDE), *[(32 * SIZE, WIDE)] * 3, (1,), *[(32 * SIZE,)] * 2, (WIDE,), (SIZE, WIDE)],
+        [WHOLE, *[Shard(0)] * 3, WHOLE, Shard(0), Shard(0), WHOLE, Shard(0)], PARTS,
+    ),
+    "CATS of codes, scales that do not fit": (
+        cats_of_codes, [(B, T, WIDE), *[(32, WIDE)] * 3, (1,), *[(32,)] * 2, (WIDE,), (1, WIDE)],
+        [WHOLE, *[Shard(0)] * 3, *[WHOLE] * 5], None,
+    ),
     "CATS, whole": (cats, [*MLP, (), *BIASES], [WHOLE] * 8, WHOLE),
 }  # fmt: skip
 
@@ -108,33 +135,43 @@ def drawn(sizes: list[tuple[int, ...]], fn: Callable[..., Any]) -> list[torch.Te
     if fn is linear:  # weights of one sign, decays
         made = [x if i == 2 else x.abs() for i, x in enumerate(made)]
         made[3:4] = [-0.1 * x for x in made[3:4]]
+    if fn is product:
+        made[1] = subquad.quantise(made[1], "int4")
+    if fn is cats_of_codes:
+        made[1:4] = [subquad.quantise(x, "int8") for x in made[1:4]]
+        if len(made) == 9:  # codes of down, and the bytes of fp16 scales
+            made[3] = torch.randint(0, 256, sizes[3], generator=generator, dtype=torch.uint8)
+            made[8] = made[8].abs().div(50).half().view(torch.uint8)
     return made
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     torch.testing.assert_close(found, expected, rtol=0, atol=LIMIT * float(expected.abs().max()))
+    return True
 
 
 def compare(fn: Callable[..., Any], sizes: list[tuple[int, ...]], placements: list[Any], out: Any) -> None:
-    plain = [x.requires_grad_() for x in drawn(sizes, fn)]
+    plain = [x.requires_grad_(x.is_floating_point()) for x in drawn(sizes, fn)]
+    learn = [i for i, x in enumerate(plain) if x.requires_grad]
     expected = fn(*plain)
     first = expected[0] if isinstance(expected, tuple) else expected
     weight = torch.linspace(-1, 1, first.numel()).view_as(first)
-    grads = torch.autograd.grad((first * weight).sum(), plain, allow_unused=True)
+    grads = torch.autograd.grad((first * weight).sum(), [plain[i] for i in learn], allow_unused=True)
 
     def body(rank: int) -> None:
         mesh = init_device_mesh("cpu", (SIZE,), mesh_dim_names=("tp",))
         pairs = zip(plain, placements, strict=True)
-        given = [distribute_tensor(x.detach(), mesh, [p]).requires_grad_() for x, p in pairs]
+        given = [distribute_tensor(x.detach(), mesh, [p]).requires_grad_(x.requires_grad) for x, p in pairs]
         with CommDebugMode() as sent:
             found = fn(*given)
         results = found if isinstance(found, tuple) else (found,)
         if out is not None:
             assert results[0].placements == (out,) and sent.get_total_counts() == 0
         for a, b in zip(results, expected if isinstance(expected, tuple) else (expected,), strict=True):
-            close(whole(a), b.detach())
+            assert torch.equal(whole(a), b) if b.dtype is torch.bool else close(whole(a), b.detach())
         own = distribute_tensor(weight, mesh, [WHOLE if p == PARTS else p for p in results[0].placements])
-        for a, b in zip(torch.autograd.grad((results[0] * own).sum(), given, allow_unused=True), grads, strict=True):
+        learned = [given[i] for i in learn]
+        for a, b in zip(torch.autograd.grad((results[0] * own).sum(), learned, allow_unused=True), grads, strict=True):
             assert (a is None) is (b is None)
             if b is not None:
                 close(whole(a), b)

@@ -18,6 +18,8 @@ from torch.distributed.tensor.experimental import register_sharding
 from ..contract import HANDLES
 from ..ops import _call
 from ..ops.cats_mlp import cats_mlp, sparse_limit
+from ..ops.quantised_cats_mlp import quantised_cats_mlp
+from ..reference.quantised_linear import GROUP
 
 Named = Mapping[
     str, Any
@@ -189,6 +191,31 @@ def _convolution_backward(x: Named) -> list[Choice]:
     return found
 
 
+# --- products with weights in few bits ----------------------------------------
+
+
+def _product(x: Named, rows: str) -> list[tuple[Any, dict[str, Any]]]:
+    """By rows of the tensor of this name, by outputs."""
+    n = _ranks(x[rows])
+    found: list[tuple[Any, dict[str, Any]]] = []
+    if x[rows].shape[0] % n == 0:
+        found.append((Shard(0), {rows: Shard(0)}))
+    if x["weight"].shape[0] % n == 0:
+        found.append((Shard(1), {"weight": Shard(0), "bias": Shard(0)}))
+    return found
+
+
+def _product_forward(x: Named) -> list[Choice]:
+    return [([outputs], placed) for outputs, placed in _product(x, "x")]
+
+
+def _product_backward(x: Named) -> list[Choice]:
+    return [
+        ([outputs if outputs == Shard(0) else Partial()], placed | {"grad_y": outputs})
+        for outputs, placed in _product(x, "grad_y")
+    ]
+
+
 for _operator, _rule in (
     ("gated_linear_attention_fwd", _linear_forward),
     ("gated_linear_attention_bwd", _linear_backward),
@@ -200,6 +227,8 @@ for _operator, _rule in (
     ("causal_conv1d_bwd", _convolution_backward),
     ("conv_feature_map_fwd", _convolution_forward),
     ("conv_feature_map_bwd", _convolution_backward),
+    ("quantised_linear_fwd", _product_forward),
+    ("quantised_linear_bwd", _product_backward),
 ):
     _register(_operator, _rule)
 
@@ -207,44 +236,64 @@ for _operator, _rule in (
 # --- the CATS MLP ----------------------------------------
 
 _NEURONS = {"w_gate": Shard(0), "w_up": Shard(0), "w_down": Shard(1), "b_gate": Shard(0), "b_up": Shard(0)}
+_CODES = _NEURONS | {"w_down": Shard(0), "down_scales": Shard(0)}  # whose rows are neurons, scales those of 32
 
 
-def _cats(given: Mapping[str, DTensor], alone: bool, dim: int) -> tuple[Any, dict[str, Any]]:
+def _cats(
+    given: Mapping[str, DTensor], neurons: Mapping[str, Any], alone: bool, dim: int
+) -> tuple[Any, Mapping[str, Any]]:
     """(placement of the result, of arguments) on a dimension of the mesh: by neurons, by tokens that are `alone`, or whole."""
-    if any(name in given and not given[name].placements[dim].is_replicate() for name in _NEURONS):
-        each = "threshold" in given and given["threshold"].shape == given["w_gate"].shape[:1]
-        return Partial(), _NEURONS | ({"threshold": Shard(0)} if each else {})
+    count, size = given["w_gate"].shape[0], given["x"].device_mesh.size()
+    fits = "down_scales" not in given or count % (GROUP * size) == 0
+    if fits and any(name in given and not given[name].placements[dim].is_replicate() for name in neurons):
+        each = "threshold" in given and given["threshold"].shape == (count,)
+        return Partial(), {**neurons, "threshold": Shard(0) if each else WHOLE}
     own: Any = given["x"].placements[dim]
     if alone and any(own == Shard(d) for d in range(given["x"].dim() - 1)):
         return own, {"x": own}
     return WHOLE, {}
 
 
-def _cats_mlp(
-    tensors: Mapping[str, Any], *, mask_mode: str, prefill: str, max_sparse_tokens: int | None, **options: Any
-) -> DTensor:
-    """`cats_mlp` of tensors that fit each other; among them a threshold, which may be a number."""
-    given: dict[str, Any] = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
-    for name, x in given.items():
-        if not isinstance(x, DTensor):
-            raise TypeError(f"{name}: expected a DTensor as x is, got a {type(x).__name__}")
-    x, mesh, local = given["x"], given["x"].device_mesh, dict(tensors)
-    if prefill == "dense" and x.numel() > sparse_limit(max_sparse_tokens) * x.shape[-1]:  # of all processes' tokens
-        given.pop("threshold", None)
-        local["threshold"], prefill = -1.0, "masked"
-    chosen = [_cats(given, mask_mode == "token", dim) for dim in range(mesh.ndim)]
-    results = [result for result, _ in chosen]
-    for name, tensor in given.items():
-        placed = [placements.get(name, WHOLE) for _, placements in chosen]
-        parts = [p if result == WHOLE else _gradient(tensor, p) for result, p in zip(results, placed, strict=True)]
-        local[name] = tensor.redistribute(placements=placed).to_local(grad_placements=parts)
-    if local["b_down"] is not None:  # is added once
-        where = zip(mesh.get_coordinate() or (), results, strict=False)
-        first = all(rank == 0 for rank, result in where if result == Partial())
-        local["b_down"] = torch.where(torch.tensor(first, device=x.device), local["b_down"], 0.0)
-    y = cats_mlp(**local, mask_mode=mask_mode, prefill=prefill, max_sparse_tokens=max_sparse_tokens, **options)
-    stride = torch.empty(x.shape, device="meta").stride()
-    return DTensor.from_local(y, mesh, results, run_check=False, shape=x.shape, stride=stride)
+def _on_parts(function: Callable[..., Any], neurons: Mapping[str, Any]) -> Callable[..., Any]:
+    """A function of tensors by name that fit each other; among them a threshold, which may be a number."""
+
+    def call(
+        tensors: Mapping[str, Any], *, mask_mode: str, prefill: str, max_sparse_tokens: int | None, **options: Any
+    ) -> Any:
+        given: dict[str, Any] = {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+        for name, x in given.items():
+            if not isinstance(x, DTensor):
+                raise TypeError(f"{name}: expected a DTensor as x is, got a {type(x).__name__}")
+        x, mesh, local = given["x"], given["x"].device_mesh, dict(tensors)
+        if prefill == "dense" and x.numel() > sparse_limit(max_sparse_tokens) * x.shape[-1]:  # of all processes' tokens
+            given.pop("threshold", None)
+            local["threshold"], prefill = -1.0, "masked"
+        chosen = [_cats(given, neurons, mask_mode == "token", dim) for dim in range(mesh.ndim)]
+        results = [result for result, _ in chosen]
+        for name, tensor in given.items():
+            placed = [placements.get(name, WHOLE) for _, placements in chosen]
+            parts = [p if result == WHOLE else _gradient(tensor, p) for result, p in zip(results, placed, strict=True)]
+            local[name] = tensor.redistribute(placements=placed).to_local(grad_placements=parts)
+        if local["b_down"] is not None:  # is added once
+            where = zip(mesh.get_coordinate() or (), results, strict=False)
+            first = all(rank == 0 for rank, result in where if result == Partial())
+            local["b_down"] = torch.where(torch.tensor(first, device=x.device), local["b_down"], 0.0)
+        more = {"mask_mode": mask_mode, "prefill": prefill, "max_sparse_tokens": max_sparse_tokens}
+        y = function(**local, **more, **options)
+        if isinstance(y, torch.Tensor):
+            return _joined(y, mesh, results, x.shape)
+        last = Shard(x.dim() - 1)  # neurons, of the mask
+        of_mask = [last if result == Partial() else result for result in results]
+        shape = (*x.shape[:-1], given["w_gate"].shape[0])
+        return _joined(y[0], mesh, results, x.shape), _joined(y[1], mesh, of_mask, shape)
+
+    return call
 
 
-_call.DTENSORS["cats_mlp"] = _cats_mlp
+def _joined(part: torch.Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> DTensor:
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+_call.DTENSORS["cats_mlp"] = _on_parts(cats_mlp, _NEURONS)
+_call.DTENSORS["quantised_cats_mlp"] = _on_parts(quantised_cats_mlp, _CODES)

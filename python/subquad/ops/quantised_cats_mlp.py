@@ -86,6 +86,16 @@ def quantised_cats_mlp(
     for name, value, size in (("b_gate", b_gate, neurons), ("b_up", b_up, neurons), ("b_down", b_down, hidden)):
         if value is not None:
             _checks.like(name, value, (size,), x, "x")
+    if (on_parts := _call.on_parts("quantised_cats_mlp", x)) is not None:
+        operands = {
+            "x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down, "threshold": threshold, "down_scales": down_scales,
+            "b_gate": b_gate, "b_up": b_up, "b_down": b_down,
+        }  # fmt: skip
+        placed: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = on_parts(
+            operands, format=formats, activation=activation, inclusive=inclusive, mask_mode=mask_mode, prefill=prefill,
+            max_sparse_tokens=max_sparse_tokens, grad=grad, return_mask=return_mask, backend=backend,
+        )  # fmt: skip
+        return placed
     t = _checks.threshold(threshold, neurons, x.device)
     code = _checks.choice("activation", activation, ACTIVATIONS)
     _checks.flag("inclusive", inclusive)

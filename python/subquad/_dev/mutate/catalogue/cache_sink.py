@@ -34,6 +34,10 @@ FAULTS = (
     Fault("dtensor-partial", "formula", _DTENSOR, "Partial() if placement == WHOLE else placement", "placement"),
     Fault("dtensor-pairing", "bounds", _DTENSOR, "WHOLE if count == 1 else None", "WHOLE"),
     Fault("dtensor-head-width", "bounds", _DTENSOR, "of.shape[2] % (width * n) == 0", "of.shape[2] % n == 0"),
+    Fault("dtensor-bias-of-all", "formula", _DTENSOR, "if result == Partial())\n", "if not result)\n"),
+    Fault("dtensor-union", "formula", _DTENSOR, 'mask_mode == "token", dim)', "True, dim)"),
+    Fault("dtensor-few-of-many", "bounds", _DTENSOR, 'if prefill == "dense" and x.numel()', "if False and x.numel()"),
+    Fault("dtensor-groups-of-neurons", "bounds", _DTENSOR, "count % (GROUP * size) == 0", "True"),
     Fault("dtensor-no-gradient", "state", _DTENSOR_CALL, "ctx.set_materialize_grads(False)", "pass"),
     Fault(
         "cache-channels-own",
