@@ -61,6 +61,11 @@ def cats(x: Any, gate: Any, up: Any, down: Any, threshold: Any = 0.3, *biases: A
     return subquad.cats_mlp(x, gate, up, down, threshold, **named, **options)
 
 
+def cats_of_columns(x: Any, gate: Any, up: Any, columns: Any, *more: Any) -> Any:
+    """Down as sparse kernels want it."""
+    return cats(x, gate, up, columns.t(), *more)
+
+
 def product(x: Any, codes: Any, bias: Any) -> Any:
     return subquad.quantised_linear(x, codes, bias, format="int4")
 
@@ -108,6 +113,10 @@ CASES: dict[str, Case] = {
     "CATS, neurons": (cats, MLP, BY_NEURONS, PARTS),
     "CATS, neurons, biases and thresholds": (
         cats, [*MLP, (NEURONS,), *BIASES], [*BY_NEURONS, Shard(0), Shard(0), Shard(0), WHOLE], PARTS
+    ),
+    "CATS, neurons, columns of down": (
+        cats_of_columns, [*MLP[:3], (NEURONS, K), (NEURONS,), *BIASES],
+        [WHOLE, *[Shard(0)] * 6, WHOLE], PARTS,
     ),
     "CATS, rows": (cats, [*MLP, (1,), *BIASES], [ROWS, *[WHOLE] * 7], ROWS),
     "CATS, tokens": (cats, [*MLP, (NEURONS,), *BIASES], [TOKENS, *[WHOLE] * 7], TOKENS),
