@@ -316,6 +316,7 @@ def test_refused() -> None:
             "few bits": caught(lambda: convert(model, weights="int8")),
             "few bits, split by transformers": caught(lambda: convert(stock, weights="int8")),
             "sinks": caught(lambda: convert(stock, attention="sink")),
+            "superlinear": caught(lambda: convert(stock, attention="superlinear")),
             "split after converting": caught(lambda: late(ids)),
             "nothing to split": caught(lambda: sd.parallelize(llama(), mesh)),
         }
@@ -327,6 +328,7 @@ def test_refused() -> None:
         assert "model.layers.0.mlp: expected whole weights, got a part" in found["calibrate"]
         for kind in ("few bits", "few bits, split by transformers"):
             assert "self_attn.q_proj: weight: expected a whole parameter, got a DTensor; convert before" in found[kind]
-        assert "q_proj.weight: expected a whole parameter, got a DTensor" in found["sinks"]
+        for kind in ("sinks", "superlinear"):
+            assert "q_proj.weight: expected a whole parameter, got a DTensor" in found[kind]
         assert "expected a parameter that is split over 2 processes, got a whole one" in found["split after converting"]
         assert "model: expected layers made by convert" in found["nothing to split"]
