@@ -2,14 +2,15 @@
 // `name: expected ..., got ...`, with the names that Python has. Torch's stable headers only.
 #pragma once
 
-#include <torch/csrc/stable/device.h>
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -28,13 +29,27 @@ inline void check_memory(const Tensor& t, const char* name) {
                   ": expected a tensor with memory, got one whose storage was freed");
 }
 
+/// Type and index of a tensor's device, as torch's C interface numbers them.
+struct DeviceCode {
+  int32_t type = 0, index = 0;
+
+  explicit DeviceCode(const Tensor& t) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  }
+  bool operator==(const DeviceCode&) const = default;
+};
+
 /// The tensor that the others of a call must fit, and its name.
 struct Anchor {
   const Tensor& tensor;
   const char* name;
+  ScalarType dtype;
+  DeviceCode device;
 
-  Anchor(const Tensor& of, const char* called) : tensor(of), name(called) { check_memory(of, called); }
-  ScalarType dtype() const { return tensor.scalar_type(); }
+  Anchor(const Tensor& of, const char* called) : tensor(of), name(called), dtype(of.scalar_type()), device(of) {
+    check_memory(of, called);
+  }
 };
 
 template <class Sizes>
@@ -72,36 +87,40 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType dtype) {
 
 inline void check_device(const Tensor& t, const char* name, const Anchor& anchor) {
   check_memory(t, name);
-  STD_TORCH_CHECK(t.device() == anchor.tensor.device(), name, ": expected the device of ", anchor.name,
-                  ", got another");
+  STD_TORCH_CHECK(DeviceCode(t) == anchor.device, name, ": expected the device of ", anchor.name, ", got another");
 }
 
 inline void check_same_dtype(const Tensor& t, const char* name, const Anchor& anchor) {
-  STD_TORCH_CHECK(t.scalar_type() == anchor.dtype(), name, ": expected the dtype of ", anchor.name, ", ",
-                  dtype_name(anchor.dtype()), ", got ", dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == anchor.dtype, name, ": expected the dtype of ", anchor.name, ", ",
+                  dtype_name(anchor.dtype), ", got ", dtype_name(t.scalar_type()));
 }
 
 /// True for float32, false for the dtype of the anchor; anything else is refused.
 inline bool is_wide(const Tensor& t, const char* name, const Anchor& anchor) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == anchor.dtype(), name,
-                  ": expected float32 or the dtype of ", anchor.name, ", ", dtype_name(anchor.dtype()), ", got ",
-                  dtype_name(t.scalar_type()));
-  return t.scalar_type() == ScalarType::Float;
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == anchor.dtype, name, ": expected float32 or the dtype of ",
+                  anchor.name, ", ", dtype_name(anchor.dtype), ", got ", dtype_name(dtype));
+  return dtype == ScalarType::Float;
 }
 
-/// The data of a contiguous tensor with this dtype and shape, on the anchor's device.
-inline const void* data_of(const Tensor& t, const char* name, Shape shape, ScalarType dtype, const Anchor& anchor) {
+/// The data of a contiguous tensor of this shape, on the anchor's device.
+inline const void* dense_of(const Tensor& t, const char* name, Shape shape, const Anchor& anchor) {
   check_device(t, name, anchor);
-  check_dtype(t, name, dtype);
   check_shape(t, name, shape);
   check_contiguous(t, name);
   return t.const_data_ptr();
 }
 
+/// The same with this dtype.
+inline const void* data_of(const Tensor& t, const char* name, Shape shape, ScalarType dtype, const Anchor& anchor) {
+  check_dtype(t, name, dtype);
+  return dense_of(t, name, shape, anchor);
+}
+
 /// The same with the anchor's dtype.
 inline const void* data_of(const Tensor& t, const char* name, Shape shape, const Anchor& anchor) {
   check_same_dtype(t, name, anchor);
-  return data_of(t, name, shape, anchor.dtype(), anchor);
+  return dense_of(t, name, shape, anchor);
 }
 
 /// Null where the tensor is absent.
@@ -129,9 +148,43 @@ const int64_t* int64_of(const T& t, const char* name, Shape shape, const Anchor&
   return static_cast<const int64_t*>(data_of(t, name, shape, ScalarType::Long, anchor));
 }
 
-/// A new contiguous tensor on the device of `beside`.
+/// The width W of taps [C, W], or [C, 1, W] as modules have them.
+inline int64_t taps_of(const Tensor& t, const char* name) {
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims == 2 || (dims == 3 && t.size(1) == 1), name, ": expected shape [C, W] or [C, 1, W], got ",
+                  shape_text(t.sizes()));
+  return t.size(dims - 1);
+}
+
+/// Their data, of this number of channels.
+inline const void* taps_in(const Tensor& t, const char* name, int64_t channels, int64_t taps, const Anchor& anchor) {
+  return t.dim() == 3 ? data_of(t, name, {channels, 1, taps}, anchor) : data_of(t, name, {channels, taps}, anchor);
+}
+
+/// A number that float32 holds.
+inline float finite(double value, const char* name) {
+  STD_TORCH_CHECK(std::abs(value) <= std::numeric_limits<float>::max(), name, ": expected a finite number, got ",
+                  value);
+  return static_cast<float>(value);
+}
+
+/// A new contiguous tensor on the device of `beside`. Not torch::stable::empty, which takes half a microsecond to find
+/// the operator by its name.
 inline Tensor empty_on(const Tensor& beside, Shape shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt, beside.device());
+  constexpr size_t kMaxDims = 8;
+  STD_TORCH_CHECK(shape.size() <= kMaxDims, "shape: expected at most ", kMaxDims, " dimensions, got ", shape.size());
+  int64_t strides[kMaxDims];
+  int64_t next = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = next;
+    next *= std::max<int64_t>(shape.begin()[i], 1);
+  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const DeviceCode device(beside);
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                                                         code, device.type, device.index, &made));
+  return Tensor(made);
 }
 
 /// The same, or an empty one where nobody wants it.

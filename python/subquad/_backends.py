@@ -156,6 +156,14 @@ def resolve(stem: str, device: str, requested: str | None, few: bool = False, dt
     return _require(stem, name, device)
 
 
+def settled(stem: str, device: str, requested: str | None, few: bool) -> str | None:
+    """What `resolve` is known to give for a dtype that kernels take; None where it has to be asked."""
+    name = requested if requested is not None else (_override if _override is not None else _from_env)
+    if name is None:
+        return _choices.get((stem, device, few))
+    return name if (stem, name, device) in _ready else None
+
+
 def has(operator: str, backend: str, device: str) -> bool:
     """Whether a backend was written for this operator and device, whether or not it can run here."""
     if backend == "native":

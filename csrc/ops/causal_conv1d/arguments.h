@@ -6,6 +6,7 @@
 
 #include "ops/causal_conv1d/params.h"
 #include "torch/checks.h"
+#include "torch/unshared.h"
 
 namespace subquad {
 
@@ -14,29 +15,28 @@ struct ConvNames {
   const char *weight = "weight", *bias = "bias";
 };
 
-/// Shapes of x, weight and bias, which all operators share.
+/// Shapes of x [B, ..., D / G], weight and bias, which all operators share.
 template <class P>
 void set_channels(P& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t groups,
                   int64_t head_dim, bool silu, ConvNames names = {}) {
   const Anchor like_x{x, "x"};
-  check_dims(x, "x", 3);
-  check_dims(weight, names.weight, 2);
-  STD_TORCH_CHECK(weight.size(1) >= 1 && weight.size(1) <= kConvMaxTaps, names.weight, ": expected 1 to ", kConvMaxTaps,
-                  " taps, got ", weight.size(1));
+  const int64_t taps = taps_of(weight, names.weight);
+  STD_TORCH_CHECK(taps >= 1 && taps <= kConvMaxTaps, names.weight, ": expected 1 to ", kConvMaxTaps, " taps, got ",
+                  taps);
   STD_TORCH_CHECK(weight.size(0) < (int64_t{1} << 31), names.weight, ": expected fewer than 2^31 channels, got ",
                   weight.size(0));
   STD_TORCH_CHECK(groups >= 1, "groups: expected >= 1, got ", groups);
   p.batch = x.size(0);
-  p.inputs = x.size(2);
+  p.inputs = x.size(x.dim() - 1);
   p.channels = weight.size(0);
-  p.taps = static_cast<int>(weight.size(1));
+  p.taps = static_cast<int>(taps);
   p.groups = groups;
   p.head_dim = head_dim;
   p.silu = silu;
   STD_TORCH_CHECK(head_dim >= 1 && p.inputs % head_dim == 0 && p.channels == p.inputs * groups,
                   "head_dim: expected a divisor of the channels of x, and groups times as many in ", names.weight,
                   ", got ", head_dim, " for ", p.inputs, " channels, ", p.channels, " in ", names.weight);
-  p.weight = data_of(weight, names.weight, {p.channels, p.taps}, like_x);
+  p.weight = taps_in(weight, names.weight, p.channels, taps, like_x);
   p.bias = data_of(bias, names.bias, {p.channels}, like_x);
 }
 
@@ -46,6 +46,7 @@ inline CausalConv1dParams conv_arguments(const Tensor& x, const Tensor& weight, 
                                          ConvNames names = {}) {
   const Anchor like_x{x, "x"};
   CausalConv1dParams p{};
+  check_dims(x, "x", 3);
   set_channels(p, x, weight, bias, groups, head_dim, silu, names);
   p.time = x.size(1);
   check_last_contiguous(x, "x");
@@ -140,12 +141,14 @@ Tensor causal_conv1d_update_(const Tensor& x, const Tensor& conv_state, const Te
                              int64_t groups, int64_t head_dim, bool silu) {
   const Anchor like_x{x, "x"};
   CausalConv1dUpdateParams p{};
+  const bool one = x.dim() == 2;  // token per row
+  STD_TORCH_CHECK(one || x.dim() == 3, "x: expected shape [B, D] or [B, s, D], got ", shape_text(x.sizes()));
   set_channels(p, x, weight, bias, groups, head_dim, silu);
   check_contiguous(x, "x");
   check_device(conv_state, "conv_state", like_x);
   check_same_dtype(conv_state, "conv_state", like_x);
   check_dims(conv_state, "conv_state", 3);
-  p.tokens = x.size(1);
+  p.tokens = one ? 1 : x.size(1);
   p.x = x.const_data_ptr();
   p.states = conv_state.size(0);
   p.length = conv_state.size(2);
@@ -154,11 +157,19 @@ Tensor causal_conv1d_update_(const Tensor& x, const Tensor& conv_state, const Te
   STD_TORCH_CHECK(p.length >= p.taps - 1, "conv_state: expected at least ", p.taps - 1, " columns, got ", p.length);
   p.state_stride_n = conv_state.stride(0), p.state_stride_c = conv_state.stride(1);
   p.state_stride_l = conv_state.stride(2);
-  p.residual = data_of(residual, "residual", {p.batch, p.tokens, p.channels}, like_x);
+  p.residual = one ? data_of(residual, "residual", {p.batch, p.channels}, like_x)
+                   : data_of(residual, "residual", {p.batch, p.tokens, p.channels}, like_x);
   p.seqlens = int32_of(cache_seqlens, "cache_seqlens", {p.batch}, like_x);
   p.indices = int32_of(conv_state_indices, "conv_state_indices", {p.batch}, like_x);
+  check_unshared({{conv_state, "conv_state"}}, {{x, "x"},
+                                                {weight, "weight"},
+                                                {bias, "bias"},
+                                                {residual, "residual"},
+                                                {cache_seqlens, "cache_seqlens"},
+                                                {conv_state_indices, "conv_state_indices"}});
   const DType dtype = dtype_of(x, "x");
-  const Tensor y = empty_on(x, {p.batch, p.tokens, p.channels}, x.scalar_type());
+  const Tensor y = one ? empty_on(x, {p.batch, p.channels}, x.scalar_type())
+                       : empty_on(x, {p.batch, p.tokens, p.channels}, x.scalar_type());
   p.y = y.mutable_data_ptr();
   p.state = conv_state.mutable_data_ptr();
   Device::update(p, dtype, x, conv_state, weight, bias, residual, cache_seqlens, conv_state_indices, y);

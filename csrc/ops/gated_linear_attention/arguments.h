@@ -8,6 +8,7 @@
 
 #include "ops/gated_linear_attention/params.h"
 #include "torch/checks.h"
+#include "torch/unshared.h"
 
 namespace subquad {
 
@@ -213,14 +214,17 @@ Tensor gated_linear_attention_step_(const Tensor& q, const Tensor& k, const Tens
     STD_TORCH_CHECK(p.gate == GateKind::kHead || g->size(2) == p.dk, "g: expected a head dimension of ", p.dk, ", got ",
                     shape_text(g->sizes()));
   }
-  STD_TORCH_CHECK(p.states >= 1, "state: expected at least one head, got none");
+  const int64_t states = std::max({p.k_heads, p.v_heads, p.g_heads});
+  STD_TORCH_CHECK(p.states == states, "state: expected ", states, " heads, the largest of k, v and g, got ", p.states);
   check_heads(p.states, p.q_heads, p.k_heads, p.v_heads, p.g_heads);
   p.s = const_cast<float*>(floats_of(state, "state", {p.pool, p.states, p.dk, p.dv}, like_q));
   p.z = const_cast<float*>(floats_of(z, "z", {p.pool, p.states, p.dk}, like_q));
   p.state_indices = int64_of(state_indices, "state_indices", {p.batch}, like_q);
   STD_TORCH_CHECK(state_indices.has_value() || p.pool == p.batch, "state: expected one per row of q, ", p.batch,
                   ", got ", p.pool);
-  p.scale = static_cast<float>(scale), p.eps = static_cast<float>(eps);
+  p.scale = finite(scale, "scale"), p.eps = finite(eps, "eps");
+  check_unshared({{state, "state"}, {z, "z"}},
+                 {{q, "q"}, {k, "k"}, {v, "v"}, {g, "g"}, {state_indices, "state_indices"}});
   const DType dtype = dtype_of(q, "q");
   const Tensor o = empty_on(q, {p.batch, p.q_heads, p.dv}, q.scalar_type());
   p.o = o.mutable_data_ptr();

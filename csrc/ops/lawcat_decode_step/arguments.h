@@ -4,6 +4,7 @@
 
 #include "ops/lawcat_decode_step/params.h"
 #include "torch/checks.h"
+#include "torch/unshared.h"
 
 namespace subquad {
 
@@ -18,7 +19,6 @@ Tensor lawcat_decode_step_(const Tensor& q0, const Tensor& k0, const Tensor& v, 
   check_dims(q0, "q0", 3);
   check_dims(k0, "k0", 3);
   check_dims(v, "v", 3);
-  check_dims(cq, "cq", 2);
   check_dims(wphi, "wphi", 3);
   check_dims(wphi_k, "wphi_k", 3);
   check_dims(state, "state", 4);
@@ -27,14 +27,14 @@ Tensor lawcat_decode_step_(const Tensor& q0, const Tensor& k0, const Tensor& v, 
   p.v_heads = v.size(1), p.dv = v.size(2), p.maps = wphi.size(0), p.key_maps = wphi_k.size(0), p.f = wphi.size(2);
   p.pool = state.size(0), p.states = state.size(1);
   const int64_t keys = 2 * p.f;
-  STD_TORCH_CHECK(cq.size(1) >= 1 && cq.size(1) <= kDecodeMaxTaps, "cq: expected 1 to ", kDecodeMaxTaps, " taps, got ",
-                  cq.size(1));
-  p.taps = static_cast<int>(cq.size(1));
+  const int64_t taps = taps_of(cq, "cq");
+  STD_TORCH_CHECK(taps >= 1 && taps <= kDecodeMaxTaps, "cq: expected 1 to ", kDecodeMaxTaps, " taps, got ", taps);
+  p.taps = static_cast<int>(taps);
   STD_TORCH_CHECK(
       p.d >= 1 && p.dv >= 1 && p.f >= 1 && p.d <= kDecodeMaxDim && p.dv <= kDecodeMaxDim && keys <= kDecodeMaxDim,
       "q0: expected head dimensions and features in 1..", kDecodeMaxDim, ", got ", p.d, ", ", p.dv, " and ", keys);
   STD_TORCH_CHECK(
-      p.k_heads >= 1 && p.v_heads >= 1 && p.states >= 1 && p.maps >= 1 && p.key_maps >= 1 &&
+      p.q_heads >= 1 && p.k_heads >= 1 && p.v_heads >= 1 && p.states >= 1 && p.maps >= 1 && p.key_maps >= 1 &&
           p.states % p.k_heads == 0 && p.states % p.v_heads == 0 && p.q_heads % p.states == 0 &&
           p.q_heads % p.maps == 0 && p.states % p.key_maps == 0,
       "state: expected a number of heads that those of k0, v and wphi_k divide, and that divides q0's, got ", p.states);
@@ -52,8 +52,8 @@ Tensor lawcat_decode_step_(const Tensor& q0, const Tensor& k0, const Tensor& v, 
     p.u = p.gate == GateKind::kChannel ? data_of(*u, "u", {p.batch, p.g_heads, keys}, u->scalar_type(), like_q)
                                        : data_of(*u, "u", {p.batch, p.g_heads}, u->scalar_type(), like_q);
   }
-  p.cq = data_of(cq, "cq", {p.q_heads * p.d, p.taps}, like_q);
-  p.ck = data_of(ck, "ck", {p.states * p.d, p.taps}, like_q);
+  p.cq = taps_in(cq, "cq", p.q_heads * p.d, taps, like_q);
+  p.ck = taps_in(ck, "ck", p.states * p.d, taps, like_q);
   p.cq_bias = data_of(cq_bias, "cq_bias", {p.q_heads * p.d}, like_q);
   p.ck_bias = data_of(ck_bias, "ck_bias", {p.states * p.d}, like_q);
   p.wphi = data_of(wphi, "wphi", {p.maps, p.d, p.f}, like_q);
@@ -66,8 +66,22 @@ Tensor lawcat_decode_step_(const Tensor& q0, const Tensor& k0, const Tensor& v, 
   STD_TORCH_CHECK(state_indices.has_value() || p.pool == p.batch, "state: expected one per row of q0, ", p.batch,
                   ", got ", p.pool);
   p.silu = silu;
-  p.tau = static_cast<float>(tau), p.clamp_min = static_cast<float>(clamp_min), p.scale = static_cast<float>(scale);
-  p.eps = static_cast<float>(eps), p.fm_eps = static_cast<float>(fm_eps);
+  p.tau = finite(tau, "tau"), p.scale = finite(scale, "scale"), p.eps = finite(eps, "eps");
+  p.fm_eps = finite(fm_eps, "fm_eps"), p.clamp_min = static_cast<float>(clamp_min);
+  STD_TORCH_CHECK(tau > 0, "tau: expected a number above 0, got ", tau);
+  STD_TORCH_CHECK(fm_eps >= 0, "fm_eps: expected a number that is not negative, got ", fm_eps);
+  check_unshared({{conv_q, "conv_q"}, {conv_k, "conv_k"}, {state, "state"}, {z, "z"}},
+                 {{q0, "q0"},
+                  {k0, "k0"},
+                  {v, "v"},
+                  {u, "u"},
+                  {cq, "cq"},
+                  {ck, "ck"},
+                  {cq_bias, "cq_bias"},
+                  {ck_bias, "ck_bias"},
+                  {wphi, "wphi"},
+                  {wphi_k, "wphi_k"},
+                  {state_indices, "state_indices"}});
   const DType dtype = dtype_of(q0, "q0");
   const Tensor o = empty_on(q0, {p.batch, p.q_heads, p.dv}, q0.scalar_type());
   p.o = o.mutable_data_ptr();

@@ -6,6 +6,7 @@
 
 #include "ops/sink_attention_step/params.h"
 #include "torch/checks.h"
+#include "torch/unshared.h"
 
 namespace subquad {
 
@@ -52,6 +53,9 @@ std::tuple<Tensor, Tensor> sink_attention_step_(
     p.q = strided(*q, "q", {p.batch, p.width, p.heads, p.d});
     p.q_stride_b = q->stride(0), p.q_stride_t = q->stride(1), p.q_stride_h = q->stride(2);
     p.sink_logits = floats_of(sink_logits, "sink_logits", {p.heads}, like_k);
+  } else if (sink_logits.has_value()) {  // of nobody's softmax
+    check_device(*sink_logits, "sink_logits", like_k);
+    check_dtype(*sink_logits, "sink_logits", ScalarType::Float);
   }
   const ScalarType kind = ring_k.scalar_type();
   p.kind = kind == ScalarType::Char            ? RingKind::kInt8
@@ -79,8 +83,23 @@ std::tuple<Tensor, Tensor> sink_attention_step_(
                     turns->size(0));
     p.turns = reinterpret_cast<const uint64_t*>(int64_of(turns, "turns", {p.rotary / 2}, like_k));
   }
-  p.window = window, p.scale = static_cast<float>(scale), p.rotary_scale = static_cast<float>(rotary_scale);
+  p.window = window, p.scale = finite(scale, "scale"), p.rotary_scale = static_cast<float>(rotary_scale);
   p.interleaved = interleaved, p.rotated = rotated, p.absolute = absolute, p.together = together, p.advance = advance;
+  check_unshared({{sink_k, "sink_k"},
+                  {sink_v, "sink_v"},
+                  {ring_k, "ring_k"},
+                  {ring_v, "ring_v"},
+                  {k_scale, "k_scale"},
+                  {v_scale, "v_scale"},
+                  {seen, "seen"},
+                  {written, "written"}},
+                 {{k, "k"},
+                  {v, "v"},
+                  {q, "q"},
+                  {first, "first"},
+                  {tokens, "tokens"},
+                  {sink_logits, "sink_logits"},
+                  {turns, "turns"}});
   const DType dtype = dtype_of(k, "k");
   const Tensor out = empty_on(v, {p.batch, p.width, p.heads, p.dv}, v.scalar_type());
   const Tensor lse = empty_on(v, {p.batch, p.width, p.heads}, ScalarType::Float);

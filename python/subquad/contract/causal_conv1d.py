@@ -48,7 +48,7 @@ CONTRACT = Contract(
         "causal_conv1d_update_": Operator(
             "(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? residual, Tensor? cache_seqlens, "
             "Tensor? conv_state_indices, int groups, int head_dim, bool silu) -> Tensor",
-            lambda x, conv_state, weight, *_: x.new_empty((*x.shape[:2], weight.shape[0])),
+            lambda x, conv_state, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
             outputs=("y",),
             as_given=("conv_state",),
         ),

@@ -2,7 +2,7 @@
 
 The only user of the operators' handles. A public function casts (`autocast`), checks what is particular to it, and ends in `run`
 or `step` with the arguments of its operator in the order of the schema; what else happens to a call is stated in the op's
-contract and done here, for all ops alike.
+contract and done here, for all ops alike. Functions of a few microseconds ask `at_once` first.
 """
 
 from __future__ import annotations
@@ -15,15 +15,75 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _checks
-from .._backends import SubquadWarning, backward_backend, resolve
+from .._backends import SubquadWarning, backward_backend, resolve, settled
 from ..contract import CONTRACTS, HANDLES, OPERATORS, STEM_OF
 from ._autograd import autocasts, once_differentiable, without_autocast
-from ._schema import GRADIENTS, SIGNATURES, Signature
+from ._schema import GRADIENTS, PLAIN, SIGNATURES, Signature
 
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 GradientHook = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 _HOOKS: dict[str, GradientHook] = {}
 DTENSORS: dict[str, Callable[..., Any]] = {}  # by function; `subquad.distributed` fills it
+
+
+# --- without the checks ----------------------------------------
+
+CHECKED = (
+    "native",
+    "simt",
+)  # these refuse every bad argument themselves, before anything is written: csrc/ops/*/arguments.h
+_taken: dict[str, set[tuple[type, ...]]] = {operator: set() for operator in OPERATORS}  # types that a signature takes
+
+
+def at_once(operator: str, backend: str | None, prepare: Callable[..., tuple[Any, ...]], *given: Any) -> Any:
+    """The results of an operator, called with unchecked arguments; None where the call has to go the long way.
+
+    That is where more is to be done than to call a kernel of C++ (gradients, autocast, a compiler, `torch.func`, tensors of other
+    classes or layouts), and where something was refused: the checks in Python then say what. Nothing was written before that.
+
+    Args:
+        operator: its name, `<stem>_fwd` or, of a state, one that ends in an underscore.
+        backend: what the caller asked for.
+        prepare: makes the operator's arguments, in the order of the schema, of `given`. It may raise anything, but checks what
+            operators cannot see: names of options, numbers of indices.
+        given: what the caller gave, the tensor that says the device and dtype first.
+    """
+    first = given[0]
+    if (
+        torch.compiler.is_compiling()
+        or type(first) not in PLAIN
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    signature, stem, on_cpu = SIGNATURES[operator], STEM_OF[operator], first.is_cpu
+    few = not on_cpu and CONTRACTS[stem].few > 0
+    if few and not signature.written:  # whose tokens nobody has counted yet; those of a step are few
+        return None
+    name = settled(stem, "cpu" if on_cpu else "cuda", backend, few)
+    if name not in CHECKED or not (on_cpu or first.is_cuda) or first.dtype is torch.float64:
+        return None
+    try:
+        arguments = prepare(*given)
+        types = tuple(map(type, arguments))
+        if types not in _taken[operator]:
+            if not signature.takes(types):
+                return None
+            _taken[operator].add(types)
+        differentiates = torch.is_grad_enabled()
+        for i in signature.tensors:
+            x = arguments[i]
+            # A meta tensor would take the call to the fake kernel.
+            if x is not None and (
+                x.is_meta
+                or (differentiates and x.requires_grad)
+                or not (x.is_contiguous() or i not in signature.contiguous)
+            ):
+                return None
+        return HANDLES[name][operator](*arguments)
+    except Exception:  # whatever it was, the checks have better words, or it comes again
+        return None
 
 
 # --- before the checks ----------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..contract import HANDLES, OPERATORS
 
 
@@ -17,6 +19,7 @@ class Signature:
         written: that it writes to.
         differentiable: that have gradients.
         contiguous, strided: see `Operator`.
+        kinds: of each argument the types that operators take as they are; of a tensor none but torch's own.
     """
 
     names: tuple[str, ...]
@@ -25,6 +28,21 @@ class Signature:
     differentiable: tuple[int, ...]
     contiguous: tuple[int, ...]
     strided: tuple[int, ...]
+    kinds: tuple[tuple[type, ...], ...]
+
+    def takes(self, types: tuple[type, ...]) -> bool:
+        """Whether arguments of these types are what the schema wants, with nothing to convert and nobody to ask."""
+        return len(types) == len(self.kinds) and all(t in kind for t, kind in zip(types, self.kinds, strict=True))
+
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "Tensor": PLAIN,
+    "Optional[Tensor]": (*PLAIN, type(None)),
+    "float": (float, int),
+    "int": (int,),
+    "bool": (bool,),
+}
 
 
 def _signature(operator: str) -> Signature:
@@ -41,6 +59,7 @@ def _signature(operator: str) -> Signature:
         tuple(names.index(n) for n in spec.differentiable),
         tuple(i for i in tensors if names[i] not in (*spec.strided, *spec.as_given)),
         tuple(names.index(n) for n in spec.strided),
+        tuple(_KINDS.get(str(a.type), ()) for a in arguments),
     )
 
 

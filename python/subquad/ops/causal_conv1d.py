@@ -137,6 +137,12 @@ def causal_conv1d_update(
         >>> subquad.causal_conv1d_update(torch.tensor([[2.0]]), state, torch.tensor([[1.0, 10.0]])), state.flatten()
         (tensor([[21.]]), tensor([2.]))
     """
+    at_once: torch.Tensor | None = _call.at_once(
+        "causal_conv1d_update_", backend, _update_arguments,
+        x, conv_state, weight, bias, residual, cache_seqlens, conv_state_indices, channel_groups, head_dim, activation,
+    )  # fmt: skip
+    if at_once is not None:
+        return at_once
     x, weight, bias, residual = _call.autocast(x, weight, bias, residual, to=conv_state)
     _checks.tensor("x", x)
     if x.dim() not in (2, 3):
@@ -152,15 +158,7 @@ def causal_conv1d_update(
         raise ValueError(f"conv_state: expected shape {expected}, got {list(conv_state.shape)}")
     if residual is not None:
         _checks.like("residual", residual, (*x.shape[:-1], weight.shape[0]), x, "x")
-    if cache_seqlens is not None:
-        lengths = _lengths(cache_seqlens, batch, x)
-        # Only the place in the ring counts; more tokens than 32 bits count stay right.
-        lengths = lengths if lengths.dtype is torch.int32 else lengths.remainder(max(1, conv_state.shape[2]))
-        cache_seqlens = lengths.to(torch.int32)
-    if conv_state_indices is not None:
-        pool = conv_state.shape[0]
-        found = _checks.indices("conv_state_indices", conv_state_indices, batch, pool, x.device)
-        conv_state_indices = found.clamp(-1, pool).to(torch.int32)  # what is outside must not wrap to the inside
+    cache_seqlens, conv_state_indices = _narrow(cache_seqlens, conv_state_indices, x, conv_state)
     tokens = x if x.dim() == 3 else x[:, None]
     if residual is not None and x.dim() == 2:
         residual = residual[:, None]
@@ -171,6 +169,33 @@ def causal_conv1d_update(
     hint = "call it under torch.no_grad(), or use causal_conv1d with initial_state"
     y: torch.Tensor = _call.step("causal_conv1d_update_", backend, arguments, define, hint=hint)
     return y if x.dim() == 3 else y.squeeze(1)
+
+
+def _update_arguments(
+    x: torch.Tensor, conv_state: torch.Tensor, weight: Any, bias: Any, residual: Any,
+    lengths: Any, indices: Any, groups: Any, head_dim: Any, activation: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of the operator, unchecked but for the activation's name and the numbers of lengths and indices."""
+    if lengths is not None or indices is not None:
+        lengths, indices = _narrow(lengths, indices, x, conv_state)
+    width = max(1, x.shape[-1]) if groups == 1 else head_dim
+    return x, conv_state, weight, bias, residual, lengths, indices, groups, width, activation_flag(activation)
+
+
+def _narrow(
+    lengths: torch.Tensor | None, indices: torch.Tensor | None, x: torch.Tensor, conv_state: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`cache_seqlens` and `conv_state_indices`, checked, in int32."""
+    batch, (pool, _, length) = x.shape[0], conv_state.shape
+    if lengths is not None:
+        lengths = _lengths(lengths, batch, x)
+        # Only the place in the ring counts; more tokens than 32 bits count stay right.
+        lengths = lengths if lengths.dtype is torch.int32 else lengths.remainder(max(1, length))
+        lengths = lengths.to(torch.int32)
+    if indices is not None:
+        indices = _checks.indices("conv_state_indices", indices, batch, pool, x.device)
+        indices = indices.clamp(-1, pool).to(torch.int32)  # what is outside must not wrap to the inside
+    return lengths, indices
 
 
 def _lengths(value: object, batch: int, x: torch.Tensor) -> torch.Tensor:

@@ -139,6 +139,12 @@ def gated_linear_attention_step(
         >>> subquad.gated_linear_attention_step(q, k, v, None, state).shape, bool(state.any())
         (torch.Size([1, 2, 4]), True)
     """
+    operator = "gated_linear_attention_step_"
+    at_once: torch.Tensor | None = _call.at_once(
+        operator, backend, _step_arguments, q, k, v, g, state, z, state_indices, scale, eps
+    )
+    if at_once is not None:
+        return at_once
     q, k, v = _call.autocast(q, k, v)
     states = _check_rows(q, k, v, g, 3)
     batch, _, width = q.shape
@@ -154,8 +160,17 @@ def gated_linear_attention_step(
     arguments = (q, k, v, g, state, z, state_indices, scale, eps)
     define = reference.gated_linear_attention_step
     hint = "call it under torch.no_grad(), or use gated_linear_attention with initial_state"
-    o: torch.Tensor = _call.step("gated_linear_attention_step_", backend, arguments, define, hint=hint)
+    o: torch.Tensor = _call.step(operator, backend, arguments, define, hint=hint)
     return o
+
+
+def _step_arguments(
+    q: torch.Tensor, k: Any, v: Any, g: Any, state: torch.Tensor, z: Any, indices: Any, scale: float | None, eps: Any
+) -> tuple[Any, ...]:
+    """Those of the operator, unchecked but for the numbers of indices."""
+    if indices is not None:
+        indices = _checks.indices("state_indices", indices, len(q), len(state), q.device).to(torch.int64)
+    return q, k, v, g, state, z, indices, q.shape[-1] ** -0.5 if scale is None else scale, eps
 
 
 def _check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, dims: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -86,6 +87,13 @@ def lawcat_decode_step(
         >>> subquad.lawcat_decode_step(q0, k0, v, None, taps, taps, maps, *past, state).shape, bool(state.any())
         (torch.Size([1, 2, 5]), True)
     """
+    at_once: torch.Tensor | None = _call.at_once(
+        "lawcat_decode_step_", backend, _arguments,
+        q0, k0, v, u, cq, ck, cq_bias, ck_bias, wphi, wphi_k, conv_q, conv_k, state, z, state_indices,
+        activation, tau, clamp_min, scale, eps, fm_eps,
+    )  # fmt: skip
+    if at_once is not None:
+        return at_once
     q0, k0, v, cq, ck, wphi, wphi_k, cq_bias, ck_bias = _call.autocast(
         q0, k0, v, cq, ck, wphi, wphi_k, cq_bias, ck_bias, to=conv_q
     )
@@ -114,6 +122,21 @@ def lawcat_decode_step(
         "lawcat_decode_step_", backend, arguments, define, hint="call it under torch.no_grad()"
     )
     return o
+
+
+def _arguments(
+    q0: torch.Tensor, k0: Any, v: Any, u: Any, cq: Any, ck: Any, cq_bias: Any, ck_bias: Any, wphi: Any, wphi_k: Any,
+    conv_q: Any, conv_k: Any, state: torch.Tensor, z: Any, indices: Any,
+    activation: Any, tau: Any, clamp_min: Any, scale: Any, eps: Any, fm_eps: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of the operator, unchecked but for the activation's name, the numbers of indices and an infinite `clamp_min`."""
+    if indices is not None:
+        indices = _checks.indices("state_indices", indices, len(q0), len(state), q0.device).to(torch.int64)
+    return (
+        q0, k0, v, u, cq, ck, cq_bias, ck_bias, wphi, wphi if wphi_k is None else wphi_k, conv_q, conv_k, state, z, indices,
+        activation_flag(activation), tau, -math.inf if clamp_min is None else _checks.number("clamp_min", clamp_min),
+        state.shape[2] ** -0.5 if scale is None else scale, eps, fm_eps,
+    )  # fmt: skip
 
 
 # --- checks ----------------------------------------

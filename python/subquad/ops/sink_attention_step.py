@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import _checks
@@ -9,6 +11,9 @@ from ..reference import sink_attention_step as reference
 from ..rope import RopeSpec, check_rope
 from . import _call
 from ._sink_checks import check_counter, check_states, check_tokens, count_of
+
+KEY_ROPES = ("pre", "post")
+POSITIONS = ("cache", "absolute")
 
 
 def sink_attention_step(
@@ -84,6 +89,13 @@ def sink_attention_step(
         >>> out.shape, cache[4].item()
         (torch.Size([1, 3, 4, 8]), 3)
     """
+    at_once: tuple[torch.Tensor, torch.Tensor] | None = _call.at_once(
+        "sink_attention_step_", backend, _arguments,
+        k, v, q, sink_k, sink_v, ring_k, ring_v, k_scale, v_scale, seen, written, first, m, sink_logits,
+        rope, window, scale, key_rope, positions, together, commit,
+    )  # fmt: skip
+    if at_once is not None:
+        return at_once
     q, k, v = _call.autocast(q, k, v, to=sink_k)
     check_tokens(q, k, v)
     check_states(k, v, sink_k, sink_v, ring_k, ring_v, k_scale, v_scale)
@@ -96,8 +108,8 @@ def sink_attention_step(
         m = count_of(m, k)
     for name, flag in (("together", together), ("commit", commit)):
         _checks.flag(name, flag)
-    rotated = _checks.choice("key_rope", key_rope, ("pre", "post")) == 1
-    absolute = _checks.choice("positions", positions, ("cache", "absolute")) == 1
+    rotated = _checks.choice("key_rope", key_rope, KEY_ROPES) == 1
+    absolute = _checks.choice("positions", positions, POSITIONS) == 1
     check_rope("rope", rope)
     if rope is not None and rope.rotary_dim > k.shape[3]:
         raise ValueError(f"rope: expected at most {k.shape[3]} rotated elements of a head, got {rope.rotary_dim}")
@@ -112,14 +124,41 @@ def sink_attention_step(
     scale = k.shape[3] ** -0.5 if scale is None else _checks.number("scale", scale)
     arguments = (
         k, v, q, sink_k, sink_v, ring_k, ring_v, k_scale, v_scale, seen, written, first, m, sink_logits,
-        None if rope is None else rope.turns(k.device), window, scale, 1.0 if rope is None else rope.attention_scaling**2,
-        rope is not None and rope.interleaved, rotated, absolute, together, commit,
+        *_rotation(rope, k, window, scale), rotated, absolute, together, commit,
     )  # fmt: skip
     define = reference.sink_attention_step
     result: tuple[torch.Tensor, torch.Tensor] = _call.step(
         "sink_attention_step_", backend, arguments, define, hint=_HINT
     )
     return result
+
+
+def _arguments(
+    k: torch.Tensor, v: Any, q: Any, sink_k: Any, sink_v: Any, ring_k: Any, ring_v: Any, k_scale: Any, v_scale: Any,
+    seen: Any, written: Any, first: Any, m: Any, sink_logits: Any,
+    rope: Any, window: Any, scale: Any, key_rope: Any, positions: Any, together: Any, commit: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of the operator, unchecked but for names, the rotation and the numbers of `m`."""
+    if m is not None:
+        m = count_of(m, k)
+    if rope is not None:
+        check_rope("rope", rope)
+    if sink_logits is not None and sink_logits.dtype in (torch.bfloat16, torch.float16):
+        sink_logits = sink_logits.float()
+    rotated = _checks.choice("key_rope", key_rope, KEY_ROPES) == 1
+    absolute = _checks.choice("positions", positions, POSITIONS) == 1
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    return (
+        k, v, q, sink_k, sink_v, ring_k, ring_v, k_scale, v_scale, seen, written, first, m, sink_logits,
+        *_rotation(rope, k, window, scale), rotated, absolute, together, commit,
+    )  # fmt: skip
+
+
+def _rotation(rope: RopeSpec | None, k: torch.Tensor, window: int, scale: float) -> tuple[Any, ...]:
+    """`turns` to `interleaved` of the operator, with `window` and `scale` in between."""
+    if rope is None:
+        return None, window, scale, 1.0, False
+    return rope.turns(k.device), window, scale, rope.attention_scaling**2, rope.interleaved
 
 
 _HINT = "call it under torch.no_grad(), or train with sink_attention"
