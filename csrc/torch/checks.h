@@ -7,11 +7,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "torch/dtype.h"
@@ -20,6 +22,8 @@ namespace subquad {
 
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::initializer_list<int64_t>;
+
+constexpr size_t kMostDims = 64;  // of a tensor of torch
 
 /// Memory that was given up while the tensor lives on, as sharded parameters have it between their uses.
 inline void check_memory(const Tensor& t, const char* name) {
@@ -61,6 +65,14 @@ std::string shape_text(const Sizes& sizes) {
 
 inline void check_dims(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got ", t.dim());
+}
+
+/// The rows of x [..., C], of at least `least` dimensions.
+inline int64_t rows_in(const Tensor& x, const char* name, int64_t least) {
+  STD_TORCH_CHECK(x.dim() >= least, name, ": expected at least ", least, " dimensions, got ", shape_text(x.sizes()));
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
 }
 
 inline void check_shape(const Tensor& t, const char* name, Shape shape) {
@@ -170,21 +182,32 @@ inline float finite(double value, const char* name) {
 
 /// A new contiguous tensor on the device of `beside`. Not torch::stable::empty, which takes half a microsecond to find
 /// the operator by its name.
-inline Tensor empty_on(const Tensor& beside, Shape shape, ScalarType dtype) {
-  constexpr size_t kMaxDims = 8;
-  STD_TORCH_CHECK(shape.size() <= kMaxDims, "shape: expected at most ", kMaxDims, " dimensions, got ", shape.size());
-  int64_t strides[kMaxDims];
+inline Tensor empty_on(const Tensor& beside, std::span<const int64_t> shape, ScalarType dtype) {
+  std::array<int64_t, kMostDims> strides;
   int64_t next = 1;
   for (size_t i = shape.size(); i-- > 0;) {
     strides[i] = next;
-    next *= std::max<int64_t>(shape.begin()[i], 1);
+    next *= std::max<int64_t>(shape[i], 1);
   }
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const DeviceCode device(beside);
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                                         code, device.type, device.index, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), code, device.type, device.index, &made));
   return Tensor(made);
+}
+
+inline Tensor empty_on(const Tensor& beside, Shape shape, ScalarType dtype) {
+  return empty_on(beside, std::span(shape.begin(), shape.size()), dtype);
+}
+
+/// A new contiguous tensor of the shape of x but for its last dimension.
+inline Tensor empty_rows(const Tensor& x, int64_t columns, ScalarType dtype) {
+  std::array<int64_t, kMostDims> shape;
+  const size_t dims = x.sizes().size();
+  std::ranges::copy(x.sizes(), shape.begin());
+  shape[dims - 1] = columns;
+  return empty_on(x, std::span<const int64_t>(shape.data(), dims), dtype);
 }
 
 /// The same, or an empty one where nobody wants it.

@@ -110,6 +110,22 @@ def threshold(value: float | torch.Tensor, channels: int, device: torch.device) 
     return torch.full((1,), value, dtype=torch.float32, device=device)
 
 
+_thresholds: dict[float, torch.Tensor] = {}  # of floats, on the CPU, never written to
+
+
+def unread_threshold(value: Any, device: torch.device) -> Any:
+    """`threshold` for operators that look at tensors themselves; the tensor of a float is made once."""
+    if type(value) is not float or device.type != "cpu":
+        return value if isinstance(value, torch.Tensor) else threshold(value, 1, device)
+    made = _thresholds.get(value)
+    if made is None:
+        with torch.inference_mode(False):
+            made = threshold(value, 1, device)
+        if type(made) is torch.Tensor and len(_thresholds) < 256:  # not what a mode made of it
+            _thresholds[value] = made
+    return made
+
+
 def _has_nan(value: torch.Tensor) -> bool:
     return math.isnan(value.item()) if value.numel() == 1 else bool(torch.isnan(value).any())
 

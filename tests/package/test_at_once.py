@@ -81,11 +81,70 @@ def sinks() -> Iterator[Arguments]:
     yield {**wide, **rings, **counters, **scales, "q": None, "sink_logits": new(4).bfloat16(), "window": 4}
 
 
+def thresholds(n: int) -> Iterator[Arguments]:
+    for threshold in (0.3, torch.tensor(0.3), torch.linspace(-0.1, 0.5, n)):
+        yield {"threshold": threshold}
+
+
+def mlp() -> Iterator[Arguments]:
+    new = tensors()
+    weights = {"w_gate": new(12, 8), "w_up": new(12, 8), "w_down": new(12, 8).t()}
+    for more in thresholds(12):
+        yield {"x": new(ROWS, 8), **weights, **more}
+    biases = {"b_gate": -new(12), "b_up": new(12), "b_down": new(8)}
+    options = {"activation": "gelu", "inclusive": True, "mask_mode": "union", "max_sparse_tokens": 8, "grad": "ste"}
+    yield {"x": new(ROWS, 3, 8), **weights, **more, **biases, **options, "prefill": "dense"}
+
+
+def activation() -> Iterator[Arguments]:
+    new = tensors()
+    for more in thresholds(6):
+        yield {"z": new(ROWS, 3, 6), **more}
+    yield {"z": new(ROWS, 6), **more, "activation": "relu", "inclusive": True, "grad": "ste"}
+
+
+def quantised() -> Iterator[Arguments]:
+    new = tensors()
+    yield {"x": new(ROWS, 3, 64), "weight": subquad.quantise(new(5, 64), "int8"), "bias": None, "format": "int8"}
+    yield {"x": new(ROWS, 64), "weight": subquad.quantise(new(5, 64), "int4_min"), "bias": new(5), "format": "int4_min"}
+
+
+def quantised_mlp() -> Iterator[Arguments]:
+    new = tensors()
+    formats = ("int8", "int4", "int4_min")
+    weights = {n: subquad.quantise(new(64, 32), f) for n, f in zip(("w_gate", "w_up", "w_down"), formats, strict=True)}
+    for more in thresholds(64):
+        yield {"x": new(ROWS, 32), **weights, **more, "format": formats}
+    biases = {"b_gate": -new(64), "b_up": new(64), "b_down": new(32)}
+    yield {
+        "x": new(1, ROWS, 32),
+        **weights,
+        **more,
+        **biases,
+        "format": formats,
+        "return_mask": True,
+        "activation": "relu",
+    }
+    shared = {"w_down": (255 * new(64, 32)).byte(), "down_scales": new(2, 32).half().view(torch.uint8)}
+    yield {
+        "x": new(ROWS, 32),
+        "w_gate": weights["w_gate"],
+        "w_up": weights["w_gate"],
+        **shared,
+        **more,
+        "format": "int8",
+    }
+
+
 CALLS: dict[str, Callable[[], Iterator[Arguments]]] = {
     "lawcat_decode_step": lawcat,
     "gated_linear_attention_step": linear,
     "causal_conv1d_update": convolution,
     "sink_attention_step": sinks,
+    "cats_mlp": mlp,
+    "cats_activation": activation,
+    "quantised_linear": quantised,
+    "quantised_cats_mlp": quantised_mlp,
 }
 
 
@@ -163,7 +222,7 @@ def changes(name: str, arguments: Arguments) -> Iterator[tuple[str, Arguments]]:
         if not isinstance(value, torch.Tensor):
             continue
         for what, change in CHANGED.items():
-            yield f"{argument} {what}", {**arguments, argument: change(value)}
+            yield f"{argument} {what}", {**arguments, argument: change(value if value.dim() else value[None])}
         for other, its in arguments.items():
             if other == argument or not isinstance(its, torch.Tensor):
                 continue

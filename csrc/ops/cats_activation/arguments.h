@@ -15,26 +15,31 @@ inline Activation activation_of(int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
-/// Thresholds of one neuron each, or one for all: returns the distance between neighbours, 0 to repeat one value.
-inline int64_t threshold_stride(const Tensor& threshold, int64_t neurons, const Anchor& anchor) {
+/// Thresholds of one neuron each, or one for all: sets their data and the distance between neighbours, 0 to repeat one.
+/// NaN is refused where it can be read: it would silently make every neuron active.
+template <class P>
+void set_threshold(P& p, const Tensor& threshold, int64_t neurons, const Anchor& anchor) {
   check_device(threshold, "threshold", anchor);
   check_dtype(threshold, "threshold", ScalarType::Float);
-  check_dims(threshold, "threshold", 1);
-  STD_TORCH_CHECK(threshold.size(0) == 1 || threshold.size(0) == neurons, "threshold: expected shape [1] or [", neurons,
-                  "], got ", shape_text(threshold.sizes()));
-  return threshold.size(0) == 1 ? 0 : threshold.stride(0);
+  const int64_t count = threshold.numel();
+  STD_TORCH_CHECK(threshold.dim() <= 1 && (count == 1 || count == neurons), "threshold: expected shape [], [1] or [",
+                  neurons, "], got ", shape_text(threshold.sizes()));
+  p.threshold = static_cast<const float*>(threshold.const_data_ptr());
+  p.threshold_stride = count == 1 ? 0 : threshold.stride(0);
+  if (anchor.device.type != aoti_torch_device_type_cpu()) return;
+  bool numbers = true;
+  for (int64_t i = 0; i < count; ++i) numbers &= !std::isnan(p.threshold[i * p.threshold_stride]);
+  STD_TORCH_CHECK(numbers, "threshold: expected numbers, got NaN");
 }
 
 inline CatsActivationParams cats_activation_arguments(const Tensor& z, const Tensor& threshold, int64_t activation,
                                                       bool inclusive, bool straight_through = false) {
-  check_dims(z, "z", 2);
-  check_contiguous(z, "z");
   CatsActivationParams p{};
+  p.rows = rows_in(z, "z", 1);
+  p.cols = z.size(z.dim() - 1);
+  check_contiguous(z, "z");
   p.z = z.const_data_ptr();
-  p.rows = z.size(0);
-  p.cols = z.size(1);
-  p.threshold_stride = threshold_stride(threshold, p.cols, {z, "z"});
-  p.threshold = static_cast<const float*>(threshold.const_data_ptr());
+  set_threshold(p, threshold, p.cols, {z, "z"});
   p.activation = activation_of(activation);
   p.inclusive = inclusive;
   p.straight_through = straight_through;
@@ -51,7 +56,7 @@ template <class Device>
 Tensor cats_activation_fwd(const Tensor& z, const Tensor& threshold, int64_t activation, bool inclusive) {
   CatsActivationParams p = cats_activation_arguments(z, threshold, activation, inclusive);
   const DType dtype = dtype_of(z, "z");
-  const Tensor a = empty_on(z, {p.rows, p.cols}, z.scalar_type());
+  const Tensor a = empty_rows(z, p.cols, z.scalar_type());
   p.out = a.mutable_data_ptr();
   Device::forward(p, dtype, dtype, z, threshold, a);
   return a;
@@ -60,6 +65,7 @@ Tensor cats_activation_fwd(const Tensor& z, const Tensor& threshold, int64_t act
 template <class Device>
 Tensor cats_activation_bwd(const Tensor& grad_a, const Tensor& z, const Tensor& threshold, int64_t activation,
                            bool inclusive, bool straight_through) {
+  check_dims(z, "z", 2);
   CatsActivationParams p = cats_activation_arguments(z, threshold, activation, inclusive, straight_through);
   const DType dtype = dtype_of(z, "z");
   p.grad = data_of(grad_a, "grad_a", {p.rows, p.cols}, {z, "z"});
@@ -71,6 +77,7 @@ Tensor cats_activation_bwd(const Tensor& grad_a, const Tensor& z, const Tensor& 
 
 template <class Device>
 Tensor cats_glu_fwd(const Tensor& z, const Tensor& u, const Tensor& threshold, int64_t activation, bool inclusive) {
+  check_dims(z, "z", 2);
   CatsActivationParams p = cats_activation_arguments(z, threshold, activation, inclusive);
   p.u = gated_with(u, z);
   const Tensor h = empty_on(z, {p.rows, p.cols}, u.scalar_type());
@@ -82,6 +89,7 @@ Tensor cats_glu_fwd(const Tensor& z, const Tensor& u, const Tensor& threshold, i
 template <class Device>
 std::tuple<Tensor, Tensor> cats_glu_bwd(const Tensor& grad_h, const Tensor& z, const Tensor& u, const Tensor& threshold,
                                         int64_t activation, bool inclusive, bool straight_through) {
+  check_dims(z, "z", 2);
   CatsActivationParams p = cats_activation_arguments(z, threshold, activation, inclusive, straight_through);
   p.u = gated_with(u, z);
   p.grad = data_of(grad_h, "grad_h", {p.rows, p.cols}, {u, "u"});

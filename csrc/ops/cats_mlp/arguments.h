@@ -20,13 +20,12 @@ Tensor cats_mlp_fwd(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, c
                     const Tensor& threshold, const OptionalTensor& b_gate, const OptionalTensor& b_up,
                     const OptionalTensor& b_down, int64_t activation, bool inclusive, bool union_mask) {
   const Anchor like_x{x, "x"};
-  check_dims(x, "x", 2);
+  CatsMlpParams p{};
+  p.tokens = rows_in(x, "x", 2);
+  p.hidden = x.size(x.dim() - 1);
   check_contiguous(x, "x");
   check_dims(w_gate, "w_gate", 2);
-  CatsMlpParams p{};
   p.x = x.const_data_ptr();
-  p.tokens = x.size(0);
-  p.hidden = x.size(1);
   p.intermediate = w_gate.size(0);
   p.w_gate = weight_of(w_gate, "w_gate", {p.intermediate, p.hidden}, like_x);
   p.w_up = weight_of(w_up, "w_up", {p.intermediate, p.hidden}, like_x);
@@ -39,15 +38,14 @@ Tensor cats_mlp_fwd(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, c
   p.ld_gate = w_gate.stride(0);
   p.ld_up = w_up.stride(0);
   p.ld_down = w_down.stride(p.neuron_major ? 1 : 0);
-  p.threshold_stride = threshold_stride(threshold, p.intermediate, like_x);
-  p.threshold = static_cast<const float*>(threshold.const_data_ptr());
+  set_threshold(p, threshold, p.intermediate, like_x);
   p.b_gate = data_of(b_gate, "b_gate", {p.intermediate}, like_x);
   p.b_up = data_of(b_up, "b_up", {p.intermediate}, like_x);
   p.b_down = data_of(b_down, "b_down", {p.hidden}, like_x);
   p.activation = activation_of(activation);
   p.inclusive = inclusive;
   p.union_mask = union_mask;
-  const Tensor y = empty_on(x, {p.tokens, p.hidden}, x.scalar_type());
+  const Tensor y = empty_rows(x, p.hidden, x.scalar_type());
   p.y = y.mutable_data_ptr();
   Device::run(p, dtype_of(x, "x"), x, w_gate, w_up, w_down, threshold, b_gate, b_up, b_down, y);
   return y;

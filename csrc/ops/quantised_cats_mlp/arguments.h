@@ -18,12 +18,11 @@ std::tuple<Tensor, Tensor> quantised_cats_mlp_fwd(const Tensor& x, const Tensor&
                                                   int64_t gate_format, int64_t up_format, int64_t down_format,
                                                   int64_t activation, bool inclusive, bool union_mask) {
   const Anchor like_x{x, "x"};
-  check_dims(x, "x", 2);
+  QuantisedCatsMlpParams p{};
+  p.tokens = rows_in(x, "x", 2);
+  p.hidden = x.size(x.dim() - 1);
   check_contiguous(x, "x");
   check_dims(w_gate, "w_gate", 2);
-  QuantisedCatsMlpParams p{};
-  p.tokens = x.size(0);
-  p.hidden = x.size(1);
   p.intermediate = w_gate.size(0);
   STD_TORCH_CHECK(p.tokens <= kQuantisedCatsMaxTokens, "x: expected at most ", kQuantisedCatsMaxTokens, " rows, got ",
                   p.tokens);
@@ -45,16 +44,15 @@ std::tuple<Tensor, Tensor> quantised_cats_mlp_fwd(const Tensor& x, const Tensor&
                              p.hidden * (group_bytes(p.down) - code_bytes(p.down)));
   }
   p.w_down = bytes_of(w_down, "w_down", p.intermediate, p.down_row_bytes());
-  p.threshold_stride = threshold_stride(threshold, p.intermediate, like_x);
-  p.threshold = static_cast<const float*>(threshold.const_data_ptr());
+  set_threshold(p, threshold, p.intermediate, like_x);
   p.b_gate = data_of(b_gate, "b_gate", {p.intermediate}, like_x);
   p.b_up = data_of(b_up, "b_up", {p.intermediate}, like_x);
   p.b_down = data_of(b_down, "b_down", {p.hidden}, like_x);
   p.activation = activation_of(activation);
   p.inclusive = inclusive;
   p.union_mask = union_mask;
-  const Tensor y = empty_on(x, {p.tokens, p.hidden}, x.scalar_type());
-  const Tensor mask = empty_on(x, {p.tokens, p.intermediate}, ScalarType::Bool);
+  const Tensor y = empty_rows(x, p.hidden, x.scalar_type());
+  const Tensor mask = empty_rows(x, p.intermediate, ScalarType::Bool);
   p.y = y.mutable_data_ptr();
   p.mask = static_cast<bool*>(mask.mutable_data_ptr());
   Device::run(p, dtype_of(x, "x"), x, w_gate, w_up, w_down, down_scales, threshold, b_gate, b_up, b_down, y, mask);

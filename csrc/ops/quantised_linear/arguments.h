@@ -30,12 +30,13 @@ template <class Device>
 Tensor quantised_linear_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t columns,
                             int64_t format) {
   const Anchor like_x{x, "x"};
-  check_dims(x, "x", 2);
   QuantisedLinearParams p = quantised_weight(weight, columns, format, like_x);
-  p.tokens = x.size(0);
-  p.x = data_of(x, "x", {p.tokens, p.columns}, like_x);
+  p.tokens = rows_in(x, "x", 2);
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == columns, "x: expected ", columns, " columns, got ", shape_text(x.sizes()));
+  check_contiguous(x, "x");
+  p.x = x.const_data_ptr();
   p.bias = data_of(bias, "bias", {p.rows}, like_x);
-  const Tensor y = empty_on(x, {p.tokens, p.rows}, x.scalar_type());
+  const Tensor y = empty_rows(x, p.rows, x.scalar_type());
   p.y = y.mutable_data_ptr();
   Device::forward(p, dtype_of(x, "x"), x, weight, bias, y);
   return y;

@@ -10,7 +10,7 @@ from ._contract import Contract, Operator, new_like
 
 
 def _forward(x: torch.Tensor, w_gate: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return new_like(x), x.new_empty((x.shape[0], w_gate.shape[0]), dtype=torch.bool)
+    return new_like(x), x.new_empty((*x.shape[:-1], w_gate.shape[0]), dtype=torch.bool)
 
 
 CONTRACT = Contract(

@@ -12,7 +12,7 @@ MAX_FEW = 16  # tokens up to which a call streams the codes; more of them meet p
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _backward(grad_y: torch.Tensor, weight: torch.Tensor, columns: int, _format: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -47,6 +48,11 @@ def cats_activation(
         >>> subquad.cats_activation(torch.tensor([-2.0, 0.1, 3.0]), 0.25)
         tensor([0.0000, 0.0000, 2.8577])
     """
+    at_once: torch.Tensor | None = _call.at_once(
+        "cats_activation_fwd", backend, _arguments, z, threshold, activation, inclusive, grad
+    )
+    if at_once is not None:
+        return at_once
     _checks.tensor("z", z)
     code = _checks.choice("activation", activation, ACTIVATIONS)
     _checks.flag("inclusive", inclusive)
@@ -63,3 +69,10 @@ def cats_activation(
     arguments = (flat, t, code, inclusive)
     a: torch.Tensor = _call.run("cats_activation_fwd", backend, arguments, define, backward_only=(straight_through,))
     return a.view(z.shape)
+
+
+def _arguments(z: torch.Tensor, threshold: Any, activation: Any, inclusive: Any, grad: Any) -> tuple[Any, ...]:
+    """Those of the operator, unchecked but for names."""
+    _checks.choice("grad", grad, GRADS)
+    code = _checks.choice("activation", activation, ACTIVATIONS)
+    return z, _checks.unread_threshold(threshold, z.device), code, inclusive

@@ -72,6 +72,13 @@ def cats_mlp(
         >>> subquad.cats_mlp(x, w, w, torch.randn(8, 32), 0.1).shape
         torch.Size([1, 8])
     """
+    at_once: torch.Tensor | None = _call.at_once(
+        "cats_mlp_fwd", backend, _arguments,
+        x, w_gate, w_up, w_down, threshold, b_gate, b_up, b_down,
+        activation, inclusive, mask_mode, prefill, max_sparse_tokens, grad,
+    )  # fmt: skip
+    if at_once is not None:
+        return at_once
     x, w_gate, w_up, w_down, b_gate, b_up, b_down = _call.autocast(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
     tokens = _check_tensors(x, *weights)
@@ -130,6 +137,29 @@ def cats_mlp(
     if kernels and not torch.compiler.is_compiling() and tokens > MAX_SPARSE_TOKENS and not_finite(y):
         y = y if bool(w_down.isfinite().all()) else define()  # dense products read the columns of dead neurons, too
     return y if flat is x else y.view(x.shape)
+
+
+def _arguments(
+    x: torch.Tensor, w_gate: Any, w_up: Any, w_down: Any, threshold: Any, b_gate: Any, b_up: Any, b_down: Any,
+    activation: Any, inclusive: Any, mask_mode: Any, prefill: Any, max_sparse_tokens: Any, grad: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of the operator, unchecked but for names; of calls with few tokens, for which no dense product is made."""
+    options = few_tokens(x, activation, mask_mode, prefill, max_sparse_tokens, grad)
+    t = _checks.unread_threshold(threshold, x.device)
+    return x, w_gate, w_up, w_down, t, b_gate, b_up, b_down, options[0], inclusive, options[1]
+
+
+def few_tokens(
+    x: torch.Tensor, activation: str, mask_mode: str, prefill: str, max_sparse_tokens: int | None, grad: str
+) -> tuple[int, bool]:
+    """The activation's code and whether masks are united, for calls that the sparse kernels take; raises for others."""
+    _checks.choice("prefill", prefill, PREFILLS)
+    _checks.choice("grad", grad, GRADS)
+    if not 0 < x.numel() // x.shape[-1] <= sparse_limit(max_sparse_tokens):
+        raise ValueError("x: expected a few tokens")
+    return _checks.choice("activation", activation, ACTIVATIONS), _checks.choice(
+        "mask_mode", mask_mode, MASK_MODES
+    ) == 1
 
 
 def sparse_limit(limit: int | None) -> int:

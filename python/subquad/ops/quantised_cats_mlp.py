@@ -17,7 +17,7 @@ from ..reference.quantised_linear import FORMATS, GROUP
 from . import _call
 from ._autograd import once_differentiable, without_autocast
 from .cats_activation import GRADS
-from .cats_mlp import MASK_MODES, PREFILLS, not_finite, sparse_limit
+from .cats_mlp import MASK_MODES, PREFILLS, few_tokens, not_finite, sparse_limit
 from .quantised_linear import check_weight
 
 _NAMES = tuple(FORMATS)
@@ -79,6 +79,13 @@ def quantised_cats_mlp(
         >>> subquad.quantised_cats_mlp(torch.randn(1, 32), gate, up, down, 0.1, format="int4").shape
         torch.Size([1, 32])
     """
+    at_once: tuple[torch.Tensor, torch.Tensor] | None = _call.at_once(
+        "quantised_cats_mlp_fwd", backend, _arguments,
+        x, w_gate, w_up, w_down, down_scales, threshold, b_gate, b_up, b_down,
+        format, activation, inclusive, mask_mode, prefill, max_sparse_tokens, grad, return_mask,
+    )  # fmt: skip
+    if at_once is not None:
+        return at_once if return_mask else at_once[0]
     x, b_gate, b_up, b_down = _call.autocast(x, b_gate, b_up, b_down)
     _checks.tensor("x", x)
     formats = _formats(format)
@@ -158,6 +165,21 @@ def quantised_cats_mlp(
         return y
     assert mask is not None
     return y, mask.view(*x.shape[:-1], neurons)
+
+
+def _arguments(
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: Any, w_down: Any, down_scales: Any, threshold: Any, b_gate: Any, b_up: Any,
+    b_down: Any, format: Any, activation: Any, inclusive: Any, mask_mode: Any, prefill: Any, max_sparse_tokens: Any, grad: Any,
+    return_mask: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Those of the operator, unchecked but for names; of calls with few tokens and at least one neuron."""
+    _checks.flag("return_mask", return_mask)
+    code, union = few_tokens(x, activation, mask_mode, prefill, max_sparse_tokens, grad)
+    if not w_gate.shape[0]:
+        raise ValueError("w_gate: expected neurons")
+    t = _checks.unread_threshold(threshold, x.device)
+    codes = map(_NAMES.index, _formats(format))
+    return x, w_gate, w_up, w_down, down_scales, t, b_gate, b_up, b_down, *codes, code, inclusive, union
 
 
 def _formats(format: str | tuple[str, str, str]) -> tuple[str, str, str]:

@@ -49,6 +49,9 @@ def quantised_linear(
         >>> subquad.quantised_linear(torch.randn(3, 64), weight, format="int4").shape
         torch.Size([3, 8])
     """
+    at_once: torch.Tensor | None = _call.at_once("quantised_linear_fwd", backend, _arguments, x, weight, bias, format)
+    if at_once is not None:
+        return at_once
     x, bias = _call.autocast(x, bias)
     _checks.tensor("x", x)
     code = _checks.choice("format", format, _NAMES)
@@ -70,6 +73,11 @@ def quantised_linear(
         "quantised_linear_fwd", backend, (flat, weight, bias, columns, code), define, tokens=flat.shape[0]
     )
     return y if flat is x else y.view(*x.shape[:-1], rows)
+
+
+def _arguments(x: torch.Tensor, weight: Any, bias: Any, format: Any) -> tuple[Any, ...]:
+    """Those of the operator, unchecked but for the format's name."""
+    return x, weight, bias, x.shape[-1], _checks.choice("format", format, _NAMES)
 
 
 @_call.gradient_hook("quantised_linear_fwd")
