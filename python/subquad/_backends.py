@@ -137,13 +137,18 @@ def _warn_once(message: str) -> None:
         warnings.warn(f"subquad: {message}", SubquadWarning, stacklevel=4)
 
 
+def _asked(requested: str | None) -> str | None:
+    """The backend that somebody asked for."""
+    return requested if requested is not None else (_override if _override is not None else _from_env)
+
+
 def resolve(stem: str, device: str, requested: str | None, few: bool = False, dtype: torch.dtype | None = None) -> str:
     """The backend to run `stem` on `device` with; see the module docstring for the order of precedence.
 
     `few`: the call has no more tokens than the contract calls few, and needs no gradients. `dtype` of the call: one that no
     kernel takes leaves the reference to choose.
     """
-    name = requested if requested is not None else (_override if _override is not None else _from_env)
+    name = _asked(requested)
     if name is None and dtype is not None and dtype not in CONTRACTS[stem].dtypes:
         return "reference"
     if torch.compiler.is_compiling():  # not through the caches: Dynamo would guard on what these very calls change
@@ -158,7 +163,7 @@ def resolve(stem: str, device: str, requested: str | None, few: bool = False, dt
 
 def settled(stem: str, device: str, requested: str | None, few: bool) -> str | None:
     """What `resolve` is known to give for a dtype that kernels take; None where it has to be asked."""
-    name = requested if requested is not None else (_override if _override is not None else _from_env)
+    name = _asked(requested)
     if name is None:
         return _choices.get((stem, device, few))
     return name if (stem, name, device) in _ready else None

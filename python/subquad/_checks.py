@@ -114,9 +114,11 @@ _thresholds: dict[float, torch.Tensor] = {}  # of floats, on the CPU, never writ
 
 
 def unread_threshold(value: Any, device: torch.device) -> Any:
-    """`threshold` for operators that look at tensors themselves; the tensor of a float is made once."""
+    """`threshold` for operators that look at tensors of a CPU themselves; the tensor of a float is made once."""
+    if isinstance(value, torch.Tensor) and (value.is_cpu or not _DEBUG):
+        return value
     if type(value) is not float or device.type != "cpu":
-        return value if isinstance(value, torch.Tensor) else threshold(value, 1, device)
+        return threshold(value, value.numel() if isinstance(value, torch.Tensor) else 1, device)
     made = _thresholds.get(value)
     if made is None:
         with torch.inference_mode(False):

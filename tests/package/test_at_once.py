@@ -333,18 +333,25 @@ def test_it_is_the_long_way(name: str, backend: str) -> None:
                     both_ways(name, f"call {i}, {what}", changed)
 
 
+def anywhere(draw: random.Random, buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    strides = [draw.choice((0, 1, 2, 3, 4, 6, 8, 12)) for _ in shape]
+    reach = sum(stride * (n - 1) for stride, n in zip(strides, shape, strict=True))
+    return buffer.as_strided(shape, strides, draw.randrange(len(buffer) - reach))
+
+
 @backend_params("causal_conv1d", "native")
 def test_shared_memory_is_found_as_in_python(backend: str) -> None:
-    """States of any strides in one buffer with x: both algorithms say the same."""
-    draw = random.Random(5)
-    taken = set()
+    """Operators look at less than Python does: whether one begins before another ends. It is the same for what they are given."""
+    draw, taken = random.Random(5), set()
+    sinks_of = next(iter(CALLS["sink_attention_step"]()))
     for _ in range(400):
         buffer = torch.arange(80.0)
-        strides = [draw.choice((0, 1, 2, 3, 4, 6, 8, 12)) for _ in range(3)]
-        arguments = {
-            "x": buffer.as_strided((2, 2), (2, 1), draw.randrange(60)),
-            "conv_state": buffer.as_strided((2, 2, 3), strides, draw.randrange(20)),
-            "weight": torch.ones(2, 3),
-        }
-        taken.add(both_ways("causal_conv1d_update", str(strides), arguments))
+        x, places = buffer.as_strided((2, 2), (2, 1), draw.randrange(76)), draw.randrange(44)
+        arguments = {"x": x, "conv_state": anywhere(draw, buffer, 2, 2, 3), "weight": torch.ones(2, 3)}
+        taken.add(both_ways("causal_conv1d_update", str(arguments["conv_state"].stride()), arguments))
+        ring = buffer[places : places + 36].view(2, 1, 9, 2)
+        rest = {n: x[:, :1, :, :2].contiguous() for n, x in sinks_of.items() if n in ("sink_k", "sink_v", "ring_v")}
+        keys = {"q": torch.ones(2, 1, 1, 2), "k": anywhere(draw, buffer, 2, 1, 1, 2), "v": torch.ones(2, 1, 1, 2)}
+        arguments = {**sinks_of, **rest, **keys, "ring_k": ring}
+        taken.add(both_ways("sink_attention_step", str(arguments["k"].stride()), arguments))
     assert taken == {False, True}

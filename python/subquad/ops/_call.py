@@ -28,10 +28,7 @@ DTENSORS: dict[str, Callable[..., Any]] = {}  # by function; `subquad.distribute
 
 # --- without the checks ----------------------------------------
 
-CHECKED = (
-    "native",
-    "simt",
-)  # these refuse every bad argument themselves, before anything is written: csrc/ops/*/arguments.h
+CHECKED = ("native", "simt")  # they refuse all bad arguments themselves, before they write: csrc/ops/*/arguments.h
 _taken: dict[str, set[tuple[type, ...]]] = {operator: set() for operator in OPERATORS}  # types that a signature takes
 
 

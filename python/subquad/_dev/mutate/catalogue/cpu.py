@@ -184,8 +184,8 @@ FAULTS = (
         "cpu-threshold-shape",
         "guard",
         _MLP_ARGUMENTS,
-        "return threshold.size(0) == 1 ? 0 : threshold.stride(0);",
-        "return threshold.size(0) == 1 ? 0 : 1;",
+        "p.threshold_stride = count == 1 ? 0 : threshold.stride(0);",
+        "p.threshold_stride = count == 1 ? 0 : 1;",
     ),
     Fault(
         "cpu-mlp-bias-up",

@@ -15,6 +15,12 @@ _PATH = ("tests/package/test_call_path.py", "tests/package/test_state_laws.py")
 _CALL = _of(
     "ops/_call.py", *_PATH, "tests/ops/cats_activation", "tests/ops/causal_conv1d", "tests/ops/interval_attention"
 )
+_AT_ONCE = _of("ops/_call.py", "tests/package/test_at_once.py", "tests/package/test_call_path.py")
+_UNSHARED = Where("csrc/torch/unshared.h", ("tests/package/test_at_once.py",), _K, library="native")
+_FINITE = Where("csrc/torch/checks.h", ("tests/package/test_at_once.py",), _K, library="native")
+_LINEAR_STEP = Where(
+    "csrc/ops/gated_linear_attention/arguments.h", ("tests/package/test_at_once.py",), _K, library="native"
+)
 _AUTOGRAD = _of("ops/_autograd.py", *_PATH, "tests/ops/cats_mlp", "tests/ops/cats_activation")
 _SCHEMA = _of("ops/_schema.py", *_PATH, "tests/package/test_schemas.py", "tests/ops/gated_linear_attention")
 _LINEAR = _of("ops/_linear.py", "tests/ops/cats_mlp")
@@ -64,6 +70,21 @@ FAULTS = (
         'if device == "cuda" and tokens is not None and not training:',
         'if device == "cuda" and tokens is not None:',
     ),
+    Fault("ops-at-once-meta", "guard", _AT_ONCE, "x.is_meta\n", "False\n"),
+    Fault("ops-at-once-gradient", "gradient", _AT_ONCE, "(differentiates and x.requires_grad)", "False"),
+    Fault("ops-at-once-autocast", "dispatch", _AT_ONCE, "or torch._C._is_any_autocast_enabled()\n", "\n"),
+    Fault("ops-at-once-types", "guard", _AT_ONCE, "if not signature.takes(types):", "if False:"),
+    Fault("ops-unshared-written", "guard", _UNSHARED, "size_t j = i + 1; j < W + R;", "size_t j = W; j < W + R;"),
+    Fault("ops-unshared-itself", "guard", _UNSHARED, "!written || size == 1 ||", "!written || size >= 1 ||"),
+    Fault("ops-unshared-end", "guard", _UNSHARED, "reach += stride * (size - 1);", "reach = stride * (size - 1);"),
+    Fault(
+        "ops-finite-infinity",
+        "guard",
+        _FINITE,
+        "std::abs(value) <= std::numeric_limits<float>::max()",
+        "value == value",
+    ),
+    Fault("ops-linear-step-heads", "guard", _LINEAR_STEP, "p.states == states,", "p.states >= states,"),
     Fault(
         "ops-absent-gradient",
         "gradient",
@@ -164,8 +185,8 @@ FAULTS = (
         "ops-backend-order",
         "dispatch",
         _BACKENDS,
-        "name = requested if requested is not None else (_override if _override is not None else _from_env)",
-        "name = _override if _override is not None else (requested if requested is not None else _from_env)",
+        "return requested if requested is not None else (_override if _override is not None else _from_env)",
+        "return _override if _override is not None else (requested if requested is not None else _from_env)",
     ),
     Fault(
         "ops-backend-choice-stale",
@@ -299,11 +320,15 @@ FAULTS = (
         "ops-conv-long-ring",
         "index width",
         _CONV,
-        "lengths = lengths if lengths.dtype is torch.int32 else lengths.remainder(max(1, conv_state.shape[2]))",
+        "lengths = lengths if lengths.dtype is torch.int32 else lengths.remainder(max(1, length))",
         "",
     ),
     Fault(
-        "ops-conv-index-wrap", "index width", _CONV, "found.clamp(-1, pool).to(torch.int32)", "found.to(torch.int32)"
+        "ops-conv-index-wrap",
+        "index width",
+        _CONV,
+        "indices.clamp(-1, pool).to(torch.int32)",
+        "indices.to(torch.int32)",
     ),
     Fault(
         "ops-conv-residual-gradient", "gradient", _CONV, 'return {**found, "residual": given["grad_y"]}', "return found"
