@@ -144,9 +144,9 @@ def _arguments(
     activation: Any, inclusive: Any, mask_mode: Any, prefill: Any, max_sparse_tokens: Any, grad: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Those of the operator, unchecked but for names; of calls with few tokens, for which no dense product is made."""
-    options = few_tokens(x, activation, mask_mode, prefill, max_sparse_tokens, grad)
+    code, union = few_tokens(x, activation, mask_mode, prefill, max_sparse_tokens, grad)
     t = _checks.unread_threshold(threshold, x.device)
-    return x, w_gate, w_up, w_down, t, b_gate, b_up, b_down, options[0], inclusive, options[1]
+    return x, w_gate, w_up, w_down, t, b_gate, b_up, b_down, code, inclusive, union
 
 
 def few_tokens(
@@ -157,9 +157,8 @@ def few_tokens(
     _checks.choice("grad", grad, GRADS)
     if not 0 < x.numel() // x.shape[-1] <= sparse_limit(max_sparse_tokens):
         raise ValueError("x: expected a few tokens")
-    return _checks.choice("activation", activation, ACTIVATIONS), _checks.choice(
-        "mask_mode", mask_mode, MASK_MODES
-    ) == 1
+    union = _checks.choice("mask_mode", mask_mode, MASK_MODES) == 1
+    return _checks.choice("activation", activation, ACTIVATIONS), union
 
 
 def sparse_limit(limit: int | None) -> int:
