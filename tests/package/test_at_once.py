@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import subquad
 from subquad.ops import _call
@@ -355,3 +356,24 @@ def test_shared_memory_is_found_as_in_python(backend: str) -> None:
         arguments = {**sinks_of, **rest, **keys, "ring_k": ring}
         taken.add(both_ways("sink_attention_step", str(arguments["k"].stride()), arguments))
     assert taken == {False, True}
+
+
+MODES: dict[str, tuple[Callable[[], Any], bool]] = {
+    "inference": (torch.inference_mode, True),
+    "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), False),
+    "forward mode": (forward_ad.dual_level, False),
+    "use_backend": (lambda: subquad.use_backend("reference"), False),
+    "the same backend": (lambda: subquad.use_backend("native"), True),
+}
+
+
+@backend_params("causal_conv1d", "native")
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(mode: str, backend: str) -> None:
+    """Where more is to be done than to call a kernel, the call goes the long way."""
+    context, short = MODES[mode]
+    for name, calls in CALLS.items():
+        for i, arguments in enumerate(calls()):
+            with context():
+                outcome(name, copies(arguments), long=True)
+                assert both_ways(name, f"{name}, call {i}", arguments) is short, f"{name}, call {i}"
