@@ -304,3 +304,19 @@ def test_an_mlp_with_plain_tensors_is_refused() -> None:
         assert found == [
             f"TypeError: {name}: expected a DTensor as x is, got a Tensor" for name in ("w_down", "threshold")
         ]
+
+
+def test_an_mlp_on_two_meshes_is_refused() -> None:
+    """Of one shape each, or of two: parts would meet others' parts."""
+    x, gate, up, down = drawn(MLP, cats)
+
+    def body(rank: int) -> list[str]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        pairs = zip((gate, up, down), BY_NEURONS[1:], strict=True)
+        weights = [distribute_tensor(t, mesh["tp"], [p]) for t, p in pairs]
+        rows = [distribute_tensor(x, mesh["dp"], [ROWS]), distribute_tensor(x, mesh, [ROWS, WHOLE])]
+        return [caught(lambda x=x: cats(x, *weights)) for x in rows]
+
+    for found in on_ranks(4, body):
+        assert all(line.startswith("ValueError: w_gate: expected the mesh of x, DeviceMesh(") for line in found)
+        assert all("'tp'" in line or "tp=" in line for line in found)

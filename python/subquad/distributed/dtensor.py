@@ -264,6 +264,8 @@ def _on_parts(function: Callable[..., Any], neurons: Mapping[str, Any]) -> Calla
         for name, x in given.items():
             if not isinstance(x, DTensor):
                 raise TypeError(f"{name}: expected a DTensor as x is, got a {type(x).__name__}")
+            if x.device_mesh != given["x"].device_mesh:
+                raise ValueError(f"{name}: expected the mesh of x, {given['x'].device_mesh}, got {x.device_mesh}")
         x, mesh, local = given["x"], given["x"].device_mesh, dict(tensors)
         if prefill == "dense" and x.numel() > sparse_limit(max_sparse_tokens) * x.shape[-1]:  # of all processes' tokens
             given.pop("threshold", None)
