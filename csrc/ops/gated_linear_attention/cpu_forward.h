@@ -27,7 +27,7 @@ class GlaForward {
         far_ahead_(p) {
     memory_ = arena.take<float>(p.group * State::words(size_));
     kept_ = arena.take<float>(kHalvings * State::words(size_));
-    factors_ = arena.take<float>(kPassing * size_.k);
+    factors_ = arena.take<float>(2 * kPassing * size_.k);
     passing_[1].up = passing_[0].up, passing_[1].down = passing_[0].down;  // of one at a time
     out_ = arena.take<float>(kChunk * size_.v);
     bytes_ = arena.used();
@@ -141,11 +141,13 @@ class GlaForward {
   void pass_loaded(int64_t chunks, int64_t n) {
     for (int64_t i = 0; i < chunks; ++i) {
       const float* before = i == 0 ? state_.pending : passing_[i - 1].tail;
-      for (int64_t c = 0; c < size_.k; ++c) factors_[i * size_.k + c] = before[c] * passing_[i].head[c];
+      float *first = factors_ + 2 * i * size_.k, *then = first + size_.k;
+      std::memcpy(first, before, static_cast<size_t>(size_.k) * sizeof(float));
+      std::memcpy(then, passing_[i].head, static_cast<size_t>(size_.k) * sizeof(float));
       for (int64_t c = 0; c < size_.k; c += kLanes) {
-        const Vec factor = vec_load(factors_ + i * size_.k + c);
-        vec_store(state_.z + c, vec_mul(vec_load(state_.z + c), factor));
-        vec_store(state_.decay + c, vec_mul(vec_load(state_.decay + c), factor));
+        const Vec f = vec_load(first + c), g = vec_load(then + c);
+        vec_store(state_.z + c, vec_mul(vec_mul(vec_load(state_.z + c), f), g));
+        vec_store(state_.decay + c, vec_mul(vec_mul(vec_load(state_.decay + c), f), g));
       }
       add_keys(passing_[i], n);
     }
@@ -172,7 +174,9 @@ class GlaForward {
     for (int64_t i = 0; i < chunks; ++i) {
       const float *key = passing_[i].kb + c, *value = passing_[i].v + col;
       for (int r = 0; r < kTileRows; ++r)
-        for (int j = 0; j < N; ++j) sums[r][j] = vec_mul(sums[r][j], vec_set(factors_[i * size_.k + c + r]));
+        for (int j = 0; j < N; ++j)
+          sums[r][j] = vec_mul(vec_mul(sums[r][j], vec_set(factors_[2 * i * size_.k + c + r])),
+                               vec_set(factors_[(2 * i + 1) * size_.k + c + r]));
       for (int64_t t = 0; t < n; ++t) {
         Vec right[N];
         for (int j = 0; j < N; ++j) right[j] = vec_load(value + t * size_.v + j * kLanes);

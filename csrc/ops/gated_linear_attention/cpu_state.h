@@ -23,14 +23,14 @@ struct State {
     for (int64_t c = 0; c < size.k; ++c) pending[c] = decay[c] = 1.0f;
   }
 
-  /// Times the decay that is pending, and `next`.
+  /// Times the decay that is pending, then times `next`: a product of two decays near 1 is always rounded to one side.
   void move_to(const float* next, const GatedLinearAttentionParams& p, const Sizes& size) const {
     for (int64_t c = 0; c < p.dk; ++c) {
-      const float factor = next == nullptr ? pending[c] : pending[c] * next[c];
-      z[c] *= factor, decay[c] *= factor;
-      const Vec f = vec_set(factor);
+      const float then = next == nullptr ? 1.0f : next[c];
+      z[c] = z[c] * pending[c] * then, decay[c] = decay[c] * pending[c] * then;
+      const Vec f = vec_set(pending[c]), g = vec_set(then);
       float* row = s + c * size.v;
-      for (int64_t i = 0; i < size.v; i += kLanes) vec_store(row + i, vec_mul(vec_load(row + i), f));
+      for (int64_t i = 0; i < size.v; i += kLanes) vec_store(row + i, vec_mul(vec_mul(vec_load(row + i), f), g));
     }
   }
 

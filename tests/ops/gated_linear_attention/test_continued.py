@@ -209,6 +209,18 @@ def test_threads_change_no_bit(backend: str) -> None:
             assert_same_bits(two, one)
 
 
+@backend_params(STEM, "native")
+@pytest.mark.parametrize("queries", [0, 1])
+def test_decays_near_one_are_not_rounded_to_one_side(queries: int, backend: str) -> None:
+    """Of many chunks: what a state keeps of one before them would drift, if two such decays were multiplied first."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.rand(1, 32768, 1, n, generator=generator) for n in (16, 1))
+    g = -2e-5 * torch.rand(k.shape, generator=generator)
+    *_, decay, _ = HANDLES[backend][LOCAL](k[:, :, :queries], k, v, g, None, None, None, SCALE, EPS, True)
+    exact = g.double().sum(1).exp()
+    assert float(((decay.double() - exact) / exact).mean().abs()) < 4e-6
+
+
 BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "o": (lambda x: {"o": x["o"][:, :-1]}, r"o: expected shape \[3, 97, 8, 20\], got \[3, 96, 8, 20\]"),
     "o in another dtype": (lambda x: {"o": x["o"].half()}, "o: expected the dtype of q, float32, got float16"),

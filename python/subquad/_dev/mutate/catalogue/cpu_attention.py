@@ -49,7 +49,13 @@ FAULTS = (
         "pending[c] = decay[c] = 1.0f;",
         "pending[c] = 0.0f, decay[c] = 1.0f;",
     ),
-    Fault("cpu-gla-local-decay", "state", _GLA_HELD, "z[c] *= factor, decay[c] *= factor;", "z[c] *= factor;"),
+    Fault(
+        "cpu-gla-local-decay",
+        "state",
+        _GLA_HELD,
+        "decay[c] = decay[c] * pending[c] * then;",
+        "decay[c] = decay[c] * pending[c];",
+    ),
     Fault(
         "cpu-gla-local-first",
         "bounds",
