@@ -85,7 +85,8 @@ class Tree:
 
     def _is_seen(self, obj: str, where: Where) -> bool:
         level = obj.split(".")[-2] if ".isa." in obj else None
-        of_tests = any(obj.startswith(f"ops_{path.rpartition('/')[2]}_c") for path in where.tests)
+        ops = [path.rpartition("/")[2] for path in where.tests if path.startswith("tests/ops/")]
+        of_tests = not ops or any(obj.startswith(f"ops_{op}_c") for op in ops)
         return (of_tests or not obj.startswith("ops_")) and level in (None, *(where.levels or (self.best,)))
 
     def _library(self, name: str) -> _build.Library:
