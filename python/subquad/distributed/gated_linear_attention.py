@@ -44,7 +44,7 @@ class _Call(NamedTuple):
     normalize: bool
     states: int  # heads of the state
     backend: str
-    on_cpu: bool
+    device: str
     training: bool
 
     @property
@@ -55,7 +55,7 @@ class _Call(NamedTuple):
     @property
     def splits(self) -> bool:
         """Whether the backend has the forward in two parts."""
-        return has(_LOCAL, self.backend, "cpu") and self.on_cpu
+        return has(_LOCAL, self.backend, self.device)
 
     def bounds(self, run: Run, device: torch.device) -> torch.Tensor | None:
         return torch.tensor(run.cuts, device=device) if self.layout.packed else None
@@ -136,7 +136,7 @@ def gated_linear_attention(
         options = (number, _checks.number("eps", eps), normalize)
         needed = any(x is not None and x.requires_grad for x in (q, k, v, g, s0, z0))
         training = torch.is_grad_enabled() and needed
-        call = _Call(layout, chosen, *options, states, used, q.device.type == "cpu", training)
+        call = _Call(layout, chosen, *options, states, used, q.device.type, training)
         known.update(call=call, s0=s0, z0=z0)
 
     def signature() -> dict[str, Any]:
@@ -429,7 +429,7 @@ class _Parallel(torch.autograd.Function):
                 own = _walk_back(call, q[:, head], gates, asked, o[:, head], den[:, head], grad[first])
             messages.append(torch.cat([own, decay], -1))
         entered = exclusive_scan(messages, layout, call.method, reverse=True)
-        name = backward_backend("gated_linear_attention_fwd", call.backend, grad_o.device.type)
+        name = backward_backend(_FORWARD, call.backend, call.device)
         found: list[list[torch.Tensor]] = [[] for _ in range(6)]
         for run, (den, _, *tensors), grad, x in zip(runs, kept, upstream, entered, strict=True):
             grad = grad.clone()
