@@ -97,12 +97,12 @@ inline __attribute__((always_inline)) void weights_of(const uint8_t* codes, floa
   for (int i = 0; i < kVecs; ++i) w[i] = has_minimum(kFormat) ? vec_fma(w[i], by, least) : vec_mul(w[i], by);
 }
 
-/// to[0 .. n) = the fp16 numbers at `from`, n <= kLanes.
-inline void load_halves(const Half* from, int64_t n, float* to) {
+/// The fp16 numbers from[0 .. n), zeros beyond; n <= kLanes.
+inline __attribute__((always_inline)) Vec load_halves(const Half* from, int64_t n) {
 #if defined(SQ_AVX512)
-  vec_store(to, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), from)));
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), from));
 #else
-  vec_store(to, n == kLanes ? vec_load(from) : vec_load_part<false>(from, n));
+  return n == kLanes ? vec_load(from) : vec_load_part<false>(from, n);
 #endif
 }
 
@@ -121,10 +121,10 @@ inline __attribute__((always_inline)) void walk_rows(const Row* rows, const Row*
     const int64_t here = end - first < kLanes ? end - first : kLanes;
     float scale[R][kLanes], minimum[R][kLanes];
     for (int r = 0; kScaled && r < R; ++r) {
-      load_halves(rows[r].scale + first, here, scale[r]);
+      vec_store(scale[r], load_halves(rows[r].scale + first, here));
       prefetch(next[r].scale + first);
       if constexpr (has_minimum(kFormat)) {
-        load_halves(rows[r].minimum + first, here, minimum[r]);
+        vec_store(minimum[r], load_halves(rows[r].minimum + first, here));
         prefetch(next[r].minimum + first);
       }
     }

@@ -2,12 +2,13 @@
 #pragma once
 
 #include "common/integers.h"
-#include "cpu/simd/quantised.h"
+#include "cpu/simd/quantised_planes.h"
 
 namespace subquad::cpu::SUBQUAD_ISA::quantised {
 
 constexpr int kMaxTokens = 16;
-constexpr int kPanel = 8;  // rows that several tokens meet, slice by slice
+constexpr int kPanel = 8;            // rows that several tokens meet, slice by slice
+constexpr int64_t kShortRow = 1024;  // bytes: longer rows that meet one token in planes are walked one by one
 
 /// Tokens of a tile of R rows, bounded by registers.
 template <int R>
@@ -56,21 +57,38 @@ struct RowList {
   }
 };
 
-/// Tokens as floats.
+/// Tokens as floats and, for weights of four bits, in planes.
 struct Tokens {
   const float* x;
   int64_t ld;
+  const float* planes;  // null where no weight has four bits
+  int64_t ld_planes;
+  int64_t groups;
   int count;  // up to kMaxTokens
-  const float* at(int64_t t) const { return x + t * ld; }
+  template <bool kInPlanes>
+  auto at(int64_t t) const {
+    if constexpr (kInPlanes) {
+      return planes_at(planes + t * ld_planes, groups);
+    } else {
+      return x + t * ld;
+    }
+  }
   /// Groups of a slice of the tokens that stays in the first cache.
   int64_t slice() const { return count <= 2 ? 64 : count <= 4 ? 32 : 16; }
+  /// Bit t: token t can be in planes.
+  unsigned in_planes() const {
+    unsigned bits = 0;
+    for (int t = 0; planes != nullptr && t < count; ++t)
+      bits |= static_cast<unsigned>(fits_planes(planes + t * ld_planes, groups)) << t;
+    return bits;
+  }
 };
 
-/// out[t ld + j] = row j . token t, for the tokens of which bit t of wanted[j] is set (null: for all), and perhaps
-/// others; tiles of R rows, kRows at a time in one slice after the other.
-template <QuantisedFormat kFormat, int kRows, int R>
-inline void products(const RowList& list, const Tokens& x, int64_t slice, const uint16_t* wanted, float* out,
-                     int64_t ld) {
+/// out[t ld + j] = row j . token t, for the tokens among `some` of which bit t of wanted[j] is set (null: for all), and
+/// perhaps others among them; tiles of R rows, kRows at a time in one slice after the other.
+template <QuantisedFormat kFormat, bool kInPlanes, int kRows, int R>
+inline void products(const RowList& list, const Tokens& x, unsigned some, int64_t slice, const uint16_t* wanted,
+                     float* out, int64_t ld) {
   Vec total[kRows * kMaxTokens * 2];
   Row rows[kRows], next[kRows];
   int token[kRows][kMaxTokens], tokens[kRows];  // of the tile that begins at a row
@@ -86,7 +104,7 @@ inline void products(const RowList& list, const Tokens& x, int64_t slice, const 
       unsigned bits = 0;
       for (int i = r; i < r + N; ++i) {
         rows[i] = list.at(first + i);
-        bits |= wanted == nullptr ? (1u << x.count) - 1 : wanted[first + i];
+        bits |= wanted == nullptr ? some : wanted[first + i] & some;
       }
       int n = 0;
       for (; bits != 0; bits &= bits - 1) token[r][n++] = __builtin_ctz(bits);
@@ -101,8 +119,8 @@ inline void products(const RowList& list, const Tokens& x, int64_t slice, const 
         next[i] = {then.codes + by * list.code_bytes, then.scale + by, then.minimum + by};
       }
       for_tiles([&]<int N>(int r) {
-        const float* at[kMaxTokens];
-        for (int k = 0; k < tokens[r]; ++k) at[k] = x.at(token[r][k]);
+        decltype(x.at<kInPlanes>(0)) at[kMaxTokens];
+        for (int k = 0; k < tokens[r]; ++k) at[k] = x.at<kInPlanes>(token[r][k]);
         in_tiles<kTokensWith<N>>(tokens[r], [&]<int T>(int k) {
           dot_rows<kFormat, N, T>(rows + r, next + r, at + k, begin, end, total + (r * kMaxTokens + k) * 2, kMaxTokens);
         });
@@ -111,24 +129,45 @@ inline void products(const RowList& list, const Tokens& x, int64_t slice, const 
     for_tiles([&]<int N>(int r) {
       for (int i = r; i < r + N; ++i)
         for (int k = 0; k < tokens[r]; ++k) {
-          const Vec* sum = total + (i * kMaxTokens + k) * 2;
-          out[token[r][k] * ld + first + i] = vec_sum(vec_add(sum[0], sum[1]));
+          Vec* sum = total + (i * kMaxTokens + k) * 2;
+          float y = vec_sum(vec_add(sum[0], sum[1]));
+          if (kInPlanes && !(y - y == 0.0f)) {  // an infinite scale: what floats make of it
+            const float* at = x.at<false>(token[r][k]);
+            dot_rows<kFormat, 1, 1>(rows + i, rows + i, &at, 0, list.groups, sum, 1);
+            y = vec_sum(vec_add(sum[0], sum[1]));
+          }
+          out[token[r][k] * ld + first + i] = y;
         }
     });
   }
 }
 
 /// The same with tiles that fit the number of tokens and the length of the rows.
+template <QuantisedFormat kFormat, bool kInPlanes>
+inline void products(const RowList& list, const Tokens& x, unsigned some, const uint16_t* wanted, float* out,
+                     int64_t ld) {
+  if (x.count > 1) {
+    products<kFormat, kInPlanes, kPanel, 2>(list, x, some, x.slice(), wanted, out, ld);
+  } else if (kInPlanes && list.bytes > kShortRow) {
+    products<kFormat, kInPlanes, 1, 1>(list, x, some, larger(list.groups, 1), wanted, out, ld);
+  } else if (4 * list.bytes > kInFlight) {
+    products<kFormat, kInPlanes, 2, 2>(list, x, some, larger(list.groups, 1), wanted, out, ld);
+  } else {
+    products<kFormat, kInPlanes, 4, 4>(list, x, some, larger(list.groups, 1), wanted, out, ld);
+  }
+}
+
+/// The same for all tokens: those that can be are in planes where weights have four bits.
 inline void products(QuantisedFormat format, const RowList& list, const Tokens& x, const uint16_t* wanted, float* out,
                      int64_t ld) {
+  const unsigned all = (1u << x.count) - 1;
   by_format(format, [&]<QuantisedFormat kFormat>() {
-    if (x.count > 1) {
-      products<kFormat, kPanel, 2>(list, x, x.slice(), wanted, out, ld);
-    } else if (4 * list.bytes > kInFlight) {
-      products<kFormat, 2, 2>(list, x, larger(list.groups, 1), wanted, out, ld);
-    } else {
-      products<kFormat, 4, 4>(list, x, larger(list.groups, 1), wanted, out, ld);
+    unsigned floats = all;
+    if constexpr (kHasPlanes && kFormat != QuantisedFormat::kInt8) {
+      floats &= ~x.in_planes();
+      if (floats != all) products<kFormat, true>(list, x, all & ~floats, wanted, out, ld);
     }
+    if (floats != 0) products<kFormat, false>(list, x, floats, wanted, out, ld);
   });
 }
 

@@ -23,9 +23,13 @@ struct Cpu {
     QuantisedCatsMlpScratch scratch{};
     scratch.ld = p.hidden + 16;
     scratch.chunks = std::clamp<int64_t>(p.intermediate / kChunkNeurons, 1, kMaxChunks);
-    const Tensor memory = empty_on(x, {p.tokens * scratch.ld * (1 + scratch.chunks)}, ScalarType::Float);
+    const bool four_bits = p.gate != QuantisedFormat::kInt8 || p.up != QuantisedFormat::kInt8;
+    scratch.ld_planes = four_bits ? kernels.planes_floats(p.groups()) : 0;
+    const int64_t floats = scratch.ld * (1 + scratch.chunks) + scratch.ld_planes;
+    const Tensor memory = empty_on(x, {p.tokens * floats}, ScalarType::Float);
     scratch.x = floats_in(memory);
     scratch.partial = scratch.x + p.tokens * scratch.ld;
+    scratch.planes = scratch.ld_planes > 0 ? scratch.partial + p.tokens * scratch.ld * scratch.chunks : nullptr;
     const int64_t bytes = p.groups() * (group_bytes(p.gate) + group_bytes(p.up)) + p.down_row_bytes();
     const bool small = p.intermediate * bytes < kSmallBytes;
     for (int64_t token = 0; token < p.tokens; ++token) kernels.pack(p, scratch, token);

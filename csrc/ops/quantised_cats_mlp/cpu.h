@@ -18,16 +18,19 @@ namespace subquad::cpu {
 /// the same cache sets.
 struct QuantisedCatsMlpScratch {
   float* x;        // [tokens, ld]
+  float* planes;   // [tokens, ld_planes], see cpu/simd/quantised_planes.h; null where neither gate nor up has four bits
   float* partial;  // [chunks, tokens, ld]
-  int64_t ld;
+  int64_t ld, ld_planes;
   int64_t chunks;
 };
 
 /// Calls on disjoint tokens, chunks or channels may run concurrently.
 struct QuantisedCatsMlpKernels {
-  void (*pack)(const QuantisedCatsMlpParams&, const QuantisedCatsMlpScratch&, int64_t token);  // x to floats
+  void (*pack)(const QuantisedCatsMlpParams&, const QuantisedCatsMlpScratch&,
+               int64_t token);  // x to floats, and planes
   void (*chunk)(const QuantisedCatsMlpParams&, const QuantisedCatsMlpScratch&, int64_t chunk, void* own);
   void (*reduce)(const QuantisedCatsMlpParams&, const QuantisedCatsMlpScratch&, int64_t begin, int64_t end);  // to y
+  int64_t (*planes_floats)(int64_t groups);                                             // of a token
   int64_t (*own_bytes)(const QuantisedCatsMlpParams&, const QuantisedCatsMlpScratch&);  // of a thread, for `chunk`
 };
 

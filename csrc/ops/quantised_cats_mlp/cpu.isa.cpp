@@ -230,7 +230,7 @@ void add_bias(const void* bias, int64_t first, const int32_t* index, int64_t n, 
 template <class T>
 void chunk(const QuantisedCatsMlpParams& p, const QuantisedCatsMlpScratch& s, int64_t c, void* memory) {
   const Own own(p, s, memory);
-  const Tokens x{s.x, s.ld, static_cast<int>(p.tokens)};
+  const Tokens x{s.x, s.ld, s.planes, s.ld_planes, p.groups(), static_cast<int>(p.tokens)};
   float* y = s.partial + c * p.tokens * s.ld;
   zero_words(y, p.tokens * s.ld);
   const int64_t groups = p.groups(), blocks = ceil_div(p.intermediate, kGroup);  // blocks are not cut
@@ -264,7 +264,9 @@ void chunk(const QuantisedCatsMlpParams& p, const QuantisedCatsMlpScratch& s, in
 template <class T>
 void pack(const QuantisedCatsMlpParams& p, const QuantisedCatsMlpScratch& s, int64_t token) {
   const T* from = static_cast<const T*>(p.x) + token * p.hidden;
-  for (int64_t k = 0; k < p.hidden; k += kLanes) vec_store(s.x + token * s.ld + k, vec_load(from + k));
+  float* x = s.x + token * s.ld;
+  for (int64_t k = 0; k < p.hidden; k += kLanes) vec_store(x + k, vec_load(from + k));
+  if (s.planes != nullptr) pack_planes(x, p.groups(), s.planes + token * s.ld_planes);
 }
 
 template <class T>
@@ -284,7 +286,7 @@ int64_t own_bytes(const QuantisedCatsMlpParams& p, const QuantisedCatsMlpScratch
 
 template <class T>
 constexpr QuantisedCatsMlpKernels kernels() {
-  return {pack<T>, chunk<T>, reduce<T>, own_bytes};
+  return {pack<T>, chunk<T>, reduce<T>, planes_floats, own_bytes};
 }
 
 }  // namespace

@@ -14,9 +14,13 @@ constexpr int64_t kSmallBytes = 1 << 16;  // below this many bytes of weights, w
 void run(const QuantisedLinearParams& p, DType dtype, const Tensor& x, int64_t width, bool gradient) {
   const QuantisedLinearKernels kernels = SQ_DISPATCH_ISA(quantised_linear_kernels, dtype);
   const bool few = !gradient && p.tokens <= kQuantisedFewTokens, small = p.rows * p.row_bytes() < kSmallBytes;
-  const Tensor memory = empty_on(x, {round_up(p.tokens, 4), width}, ScalarType::Float);
-  const QuantisedLinearScratch scratch{floats_in(memory), width};
-  parallel_items(round_up(p.tokens, 4), few || small, [&](int64_t token) { kernels.pack(p, scratch, width, token); });
+  const int64_t tokens = round_up(p.tokens, 4);
+  const bool four_bits = few && p.format != QuantisedFormat::kInt8;
+  const int64_t ld_planes = four_bits ? kernels.planes_floats(p.columns / kQuantisedGroup) : 0;
+  const Tensor memory = empty_on(x, {tokens * (width + ld_planes)}, ScalarType::Float);
+  float* floats = floats_in(memory);
+  const QuantisedLinearScratch scratch{floats, ld_planes > 0 ? floats + tokens * width : nullptr, width, ld_planes};
+  parallel_items(tokens, few || small, [&](int64_t token) { kernels.pack(p, scratch, width, token); });
   const auto items = few ? kernels.few_items : gradient ? kernels.gradient_items : kernels.items;
   const auto kernel = few ? kernels.few : gradient ? kernels.gradient : kernels.many;
   parallel_items_with_scratch(items(p), small && few, few ? 64 : kernels.own_bytes,

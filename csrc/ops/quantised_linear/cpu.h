@@ -17,8 +17,9 @@ constexpr int64_t kPanelTokens = 512;
 
 /// The left operand of a call as floats.
 struct QuantisedLinearScratch {
-  float* x;  // [round_up(tokens, 4), ld_x], zeros behind the tokens
-  int64_t ld_x;
+  float* x;       // [round_up(tokens, 4), ld_x], zeros behind the tokens
+  float* planes;  // [round_up(tokens, 4), ld_planes], for `few` where codes have four bits, else null
+  int64_t ld_x, ld_planes;
 };
 
 /// Calls on disjoint tokens or items may run concurrently.
@@ -26,10 +27,11 @@ struct QuantisedLinearKernels {
   using Pack = void (*)(const QuantisedLinearParams&, const QuantisedLinearScratch&, int64_t width, int64_t token);
   using Items = int64_t (*)(const QuantisedLinearParams&);
   using Run = void (*)(const QuantisedLinearParams&, const QuantisedLinearScratch&, int64_t item, void* own);
-  Pack pack;  // a token, `width` elements of x, to floats
+  Pack pack;  // a token, `width` elements of x, to floats, and planes
   Items few_items, items, gradient_items;
   Run few, many, gradient;
-  int64_t own_bytes;  // of a thread, for `many` and `gradient`
+  int64_t (*planes_floats)(int64_t groups);  // of a token
+  int64_t own_bytes;                         // of a thread, for `many` and `gradient`
 };
 
 SQ_KERNELS_BY_ISA(QuantisedLinearKernels, quantised_linear_kernels, DType dtype)

@@ -26,7 +26,7 @@ void few(const QuantisedLinearParams& p, const QuantisedLinearScratch& s, int64_
   constexpr int64_t kRound = 256;
   const int64_t begin = item * few_rows(p), end = smaller(p.rows, begin + few_rows(p)), bytes = p.row_bytes();
   const T* bias = static_cast<const T*>(p.bias);
-  const Tokens x{s.x, s.ld_x, static_cast<int>(p.tokens)};
+  const Tokens x{s.x, s.ld_x, s.planes, s.ld_planes, p.columns / kGroup, static_cast<int>(p.tokens)};
   float out[kMaxTokens * kRound];
   const auto rows = [&](int64_t first) {
     const int64_t count = clamp(end - first, 0, kRound);
@@ -136,11 +136,12 @@ void pack(const QuantisedLinearParams& p, const QuantisedLinearScratch& s, int64
   if (token >= p.tokens) return zero_words(x, width);
   const T* from = static_cast<const T*>(p.x) + token * width;
   for (int64_t i = 0; i < width; ++i) x[i] = to_float(from[i]);
+  if (s.planes != nullptr) pack_planes(x, width / kGroup, s.planes + token * s.ld_planes);
 }
 
 template <class T>
 QuantisedLinearKernels kernels() {
-  return {pack<T>, few_items, items, gradient_items, few<T>, many<T>, gradient<T>, Panel(nullptr).bytes};
+  return {pack<T>, few_items, items, gradient_items, few<T>, many<T>, gradient<T>, planes_floats, Panel(nullptr).bytes};
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ def quantised_cats_mlp(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""`cats_mlp` with weights in groups of 32 codes: y = sum over {i : |s_i| > t_i} of s_i (x Wu^T)_i Wd[:, i], s = f(x Wg^T).
 
-    Activations are not rounded: products are of the dequantised weights, accumulated in float32 and rounded once. Up to
+    Products are of the dequantised weights, accumulated in float32 and rounded once; of activations see `quantised_linear`. Up to
     `max_sparse_tokens` tokens without gradients only the codes of active neurons are read; beyond, blocks of dequantised rows are
     multiplied and the same mask is applied. Differentiable in x and the biases.
 

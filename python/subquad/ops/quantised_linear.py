@@ -26,8 +26,9 @@ def quantised_linear(
 ) -> torch.Tensor:
     """y = x W^T + b with W in groups of 32 codes, each group with an fp16 scale and, in one format, an fp16 minimum.
 
-    The activations are not rounded: products are of the dequantised weights, accumulated in float32 and rounded once.
-    Differentiable in x and bias. Up to 16 tokens a token's result does not depend on the others in the call.
+    Products are of the dequantised weights, accumulated in float32 and rounded once. The activations are not rounded; up to 16
+    tokens beside four bits on AVX2 are, to 24 bits of the largest of a group, unless that shows. Differentiable in x and bias.
+    Up to 16 tokens a token's result does not depend on the others in the call.
 
     Args:
         x: [..., K], float32, bfloat16 or float16 (float64 on the reference backend).

@@ -21,6 +21,7 @@ _READ = of("cpu/simd/quantised.h", *_BOTH)
 _READ_V3 = of("cpu/simd/quantised.h", *_BOTH, levels=("v3",))
 _READ_BASE = of("cpu/simd/quantised.h", *_BOTH, levels=("baseline",))
 _ROWS = of("cpu/simd/quantised_rows.h", *_BOTH)
+_PLANES = of("cpu/simd/quantised_planes.h", *_BOTH, levels=("v3",))
 _CATS = of("ops/quantised_cats_mlp/cpu.isa.cpp", "quantised_cats_mlp", first=("forward", "foreign", "mask"))
 
 CPU = (
@@ -53,6 +54,26 @@ CPU = (
         "_mm256_srli_epi32(words, 4)",
     ),
     Fault("cpu-quantised-baseline-high", "formula", _READ_BASE, ": p[i - 16] >> 4;", ": p[i - 16] & 15;"),
+    Fault("cpu-quantised-planes-carry", "formula", _PLANES, "largest * (128.0f / 127.0f)", "largest"),
+    Fault("cpu-quantised-planes-base", "formula", _PLANES, "_mm256_set1_epi16(256)", "_mm256_set1_epi16(128)"),
+    Fault("cpu-quantised-planes-middle", "formula", _PLANES, "here *= -8;", "here *= -7;"),
+    Fault("cpu-quantised-planes-minimum", "formula", _PLANES, "by, vec_set(8.0f),", "by, vec_set(7.0f),"),
+    Fault("cpu-quantised-planes-fits", "nan", _PLANES, "- 1] != 0.0f;", "- 1] != 2.0f;"),
+    Fault("cpu-quantised-planes-outlier", "rounding", _PLANES, "fits && squares.fit()", "fits"),
+    Fault(
+        "cpu-quantised-planes-foreign-scale",
+        "nan",
+        of("cpu/simd/quantised_rows.h", *_BOTH, levels=("v3",)),
+        "if (kInPlanes && !(y - y == 0.0f))",
+        "if (kInPlanes && y != y && y == 0.0f)",
+    ),
+    Fault(
+        "cpu-quantised-planes-tokens",
+        "mask",
+        of("cpu/simd/quantised_rows.h", *_BOTH, levels=("v3",)),
+        "some : wanted[first + i] & some;",
+        "some : wanted[first + i];",
+    ),
     Fault(
         "cpu-quantised-rows-wanted",
         "mask",
