@@ -49,8 +49,8 @@ def test_every_case_has_a_peer_and_dense_cats_is_what_they_compute(format: str) 
 @pytest.mark.parametrize(
     ("name", "rows", "columns"), [("ggml repacked", 7, 256), ("ggml Q4_K", 7, 256), ("ggml Q4_K", 8, 128)]
 )
-def test_ggml_is_asked_before_it_aborts(name: str, rows: int, columns: int) -> None:
-    """It repacks no seven rows, and has no half blocks."""
+def test_ggml_is_asked_what_it_takes(name: str, rows: int, columns: int) -> None:
+    """Rows by eight, and whole blocks."""
     if "ggml" in quantised_peers.absent():
         pytest.skip("ggml is not installed")
     assert quantised_peers.LIBRARIES[name](subquad.quantise(torch.ones(rows, columns), "int4"), "int4") is None
