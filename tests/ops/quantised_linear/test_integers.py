@@ -118,6 +118,23 @@ def test_an_outlier_that_meets_zeros(level: str, largest: float, groups: int) ->
 
 @at_levels
 @in_formats
+def test_small_tokens_where_subnormal_numbers_are_flushed(level: str, format: str) -> None:
+    """Scales of weights and tokens multiplied are smaller than any result."""
+    data, wide = weights(16, 96, format)
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(2))
+    x *= torch.tensor([2.0**-20, 2.0**-39, 2.0**-60, 2.0**-97])[:, None]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush them")
+    try:
+        with at_level(level):
+            y = product(x, data, format)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_near(y, x, wide)
+
+
+@at_levels
+@in_formats
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_scales_that_are_no_numbers(level: str, format: str, tokens: int) -> None:
     """Infinite and NaN scales and minima give what the definition gives, rows of terms of one sign included."""
